@@ -1,0 +1,53 @@
+# One command each; every target sets up what it needs in .venv (make PYTHON=... chooses another interpreter).
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test lint docs clean
+
+BIN := .venv/bin
+PYTHON = $(shell for p in python3.11 python3 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+INSTALL = $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt --editable
+
+help: ## say what there is (the default)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+venv: .venv/.installed ## set up .venv with the pinned versions
+
+demo: .venv/.installed ## identify a double pendulum; figures and numbers go to out/double_pendulum
+	@echo "demo: examples/double_pendulum.py $(ARGS)"
+	@$(BIN)/python examples/double_pendulum.py $(ARGS)
+
+test: .venv/.installed ## run all tests (ARGS="-k guide" and the like are passed on)
+	@echo "test: pytest $(ARGS)"
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: .venv/.installed ## ruff and mypy
+	@echo "lint: ruff"
+	@$(BIN)/ruff check .
+	@echo "lint: mypy"
+	@$(BIN)/mypy
+
+docs: .venv/.installed-docs ## build docs/_build/html, a warning being an error
+	@echo "docs: sphinx"
+	@$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
+	@echo "docs: docs/_build/html/index.html"
+
+clean: ## remove .venv, caches and built docs (what is in out/ stays)
+	@rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis docs/_build build dist
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/.installed: pyproject.toml constraints.txt
+	@if [ ! -x $(BIN)/python ]; then \
+		[ -n "$(PYTHON)" ] || { echo "Python 3.11 or newer is needed: install it, or say make PYTHON=/path/to/it" >&2; exit 1; }; \
+		echo "venv: creating .venv with $$($(PYTHON) --version)"; \
+		$(PYTHON) -m venv .venv; \
+	fi
+	@echo "venv: installing the versions in constraints.txt (a minute, longer on a slow line)"
+	@$(INSTALL) '.[test]'
+	@touch $@
+
+.venv/.installed-docs: .venv/.installed
+	@echo "venv: adding what the docs need"
+	@$(INSTALL) '.[test,docs]'
+	@touch $@

@@ -1,0 +1,21 @@
+"""Identifiable hybrid models as Pyro programs: known equations, neural terms, support-conditioned priors."""
+
+from . import families, models, systems
+from .dynamics import SolverError, solve
+from .encoders import SetEncoder
+from .guide import AmortizedGuide
+from .identifiability.mcc import disentangle, mcc
+from .linearise import Linearised
+from .mixing import Mixing, Residual
+from .module import HybridModel
+from .prior import SupportPrior, UnconditionalPrior
+from .tasks import Episode, Tasks
+from .training import SVI, Fit, TrainingError, meta_train
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "SVI", "AmortizedGuide", "Episode", "Fit", "HybridModel", "Linearised", "Mixing", "Residual", "SetEncoder",
+    "SolverError", "SupportPrior", "Tasks", "TrainingError", "UnconditionalPrior", "disentangle", "families", "mcc",
+    "meta_train", "models", "solve", "systems",
+]

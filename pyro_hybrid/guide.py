@@ -1,0 +1,107 @@
+"""AmortizedGuide: the prior's natural parameters plus the query's evidence."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+
+from ._checks import require
+from ._types import Natural
+from .encoders import SetEncoder
+from .linearise import Belief, Linearised, Problem, observed
+from .prior import Prior, SupportPrior, handed_out
+from .tasks import Episode
+
+__all__ = ["AmortizedGuide"]
+
+
+class AmortizedGuide(nn.Module):
+    r"""A Pyro guide over all latent sites of a program.
+
+    .. math:: q(z \mid S, x) \propto \exp \langle T(z), \lambda(S) + \eta(x, S) \rangle
+
+    With ``evidence``, :math:`\eta` is computed from the program, linearised around the prior's mean, and the latents of
+    shots (initial states) are drawn from their Gaussian posterior given the task's. Without, the encoder says
+    :math:`\eta`, and the shots' latents keep their prior. Where nothing is observed the guide is the prior.
+
+    Arguments:
+        prior: the model's own prior.
+        encoder: reads the query; not needed with ``evidence``.
+        evidence: :class:`~pyro_hybrid.Linearised`, or None for the encoder alone.
+    """
+
+    def __init__(self, prior: Prior, encoder: SetEncoder | None = None, evidence: Linearised | None = None) -> None:
+        super().__init__()
+        require((encoder is None) != (evidence is None), "an encoder or evidence=ph.Linearised(...)",
+                "both" if encoder else "neither", "Pass the one that the query should be read with.")
+        self.prior, self.encoder, self.evidence = prior, encoder, evidence
+        if encoder is not None:
+            features = encoder.features * (2 if isinstance(prior, SupportPrior) else 1)
+            self.head = nn.Sequential(nn.SiLU(), nn.Linear(features, prior.base.numel()))
+
+    def natural(self, episode: Episode) -> dict[str, Natural]:
+        """Natural parameters λ(S) + η(x, S) of each site."""
+        if episode.query is None:
+            return self.prior.natural(episode.support)
+        if self.evidence is not None:
+            return handed_out(self.prior.sites, self._computed(episode)[1])
+        return self._learned(episode)
+
+    def forward(self, episode: Episode) -> dict[str, Tensor]:
+        """Sample every latent site of the program."""
+        computed = None
+        if episode.query is None or self.evidence is None:
+            naturals = self.natural(episode)
+        else:
+            computed = self._computed(episode)
+            naturals = handed_out(self.prior.sites, computed[1])
+        with episode.plate:
+            values = {name: pyro.sample(name, self.prior.sites[name].distribution(natural))
+                      for name, natural in naturals.items()}
+            return values | (self._shots(values, *computed) if computed else self._prior_shots(episode, values))
+
+    def _learned(self, episode: Episode) -> dict[str, Natural]:
+        assert self.encoder is not None
+        features = self.encoder(episode.canonical)
+        if isinstance(self.prior, SupportPrior):
+            assert episode.support is not None
+            features = torch.cat([features, self.prior.encoder(episode.support.canonical)], -1)
+        pieces = self.head(features).split([f.n * f.k for f in self.prior.sites.values()], -1)
+        naturals = self.prior.natural(episode.support)
+        return {name: natural + self.prior.sites[name].evidence(piece.unflatten(-1, natural.shape[-2:]))
+                for (name, natural), piece in zip(naturals.items(), pieces, strict=True)}
+
+    @torch.no_grad()
+    def _computed(self, episode: Episode) -> tuple[Problem, Belief]:
+        assert self.evidence is not None
+        mean, precision = self.prior.gaussian(episode.support)
+        problem = Problem(self.prior.program, replace(episode, support=None), self.prior.sites, mean, precision)
+        return problem, self.evidence(problem, mean)
+
+    def _shots(self, values: dict[str, Tensor], problem: Problem, belief: Belief) -> dict[str, Tensor]:
+        """Latents of shots, site by site, each given the task's and the sites before it."""
+        if not problem.m:
+            return {}
+        task = torch.cat([self.prior.sites[name].unconstrained(value) for name, value in values.items()], -1)
+        mean, precision = belief.shots_given(task)
+        drawn = {}
+        for name, size in problem.sizes.items():
+            covariance = torch.linalg.inv(precision)[..., :size, :size].to(mean.dtype)
+            fn = dist.MultivariateNormal(mean[..., :size], covariance).to_event(1)
+            drawn[name] = pyro.sample(name, fn)
+            away, cross, precision = drawn[name] - mean[..., :size], precision[..., size:, :size], precision[..., size:, size:]
+            if precision.shape[-1]:
+                mean = mean[..., size:] - torch.linalg.solve(precision, cross @ away.unsqueeze(-1)).squeeze(-1)
+        return drawn
+
+    def _prior_shots(self, episode: Episode, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        program = getattr(self.prior, "_program", None)
+        if program is None:
+            return {}
+        with torch.no_grad():
+            free = observed(program, replace(episode, support=None), {k: v.detach() for k, v in values.items()})[1]
+        return {name: pyro.sample(name, dist.Normal(site[0], site[1]).to_event(2)) for name, site in free.items()}

@@ -1,0 +1,242 @@
+r"""A program's Jacobian and Gauss-Newton evidence: for inference, Fisher information and efficiency alike.
+
+Any program is seen as a map from its latents, in unconstrained coordinates :math:`u`, to the whitened errors of its
+observed sites, :math:`r(u) = (x - \mu(u)) / \sigma(u)`. Latents are of two kinds: a task's (the sites of its prior) and
+a shot's (all others, such as initial states). Given the task's, shots are independent, so that their latents are
+eliminated shot by shot (a Schur complement) and cost one solve for each component, however many shots there are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from ._checks import require
+from .dynamics import failures_as_values
+from .families import Family
+from .tasks import Episode
+
+__all__ = ["Belief", "Linearised", "Problem", "Program", "observed"]
+
+Program = Callable[[Episode], object]
+
+
+class Belief(NamedTuple):
+    """A Gaussian posterior in unconstrained coordinates: of a task's latents, and of each shot's given the task's.
+
+    ``mean`` (task, d) and ``precision`` (task, d, d) are the task's. ``shot_mean`` (task, shot, m) holds where the task's
+    latents are at their mean; ``shot_precision`` (task, shot, m, m) and ``coupling`` (task, shot, m, d) say how it moves.
+    """
+
+    mean: Tensor
+    precision: Tensor
+    shot_mean: Tensor
+    shot_precision: Tensor
+    coupling: Tensor
+
+    @property
+    def covariance(self) -> Tensor:
+        """Marginal covariance of the task's latents."""
+        return torch.linalg.inv(self.precision)
+
+    def shots_given(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and precision of each shot's latents, given the task's, (..., task, d)."""
+        shift = torch.einsum("tsmd,...td->...tsm", self.coupling, latents - self.mean)
+        return self.shot_mean - (torch.linalg.inv(self.shot_precision) @ shift.unsqueeze(-1)).squeeze(-1), self.shot_precision
+
+
+class Observed(NamedTuple):
+    """An observed site: what was expected, with what spread, what came, and whether it counts."""
+
+    mean: Tensor
+    scale: Tensor
+    value: Tensor
+    mask: Tensor
+
+
+def observed(program: Program, episode: Episode, values: Mapping[str, Tensor]) -> tuple[list[Observed], dict[str, Tensor]]:
+    """Run a program with latents set to ``values``: its observed sites, and all other latents as (mean, scale) stacked.
+
+    Nothing of the run is seen by handlers outside, and a diverging trajectory comes back as NaN.
+    """
+    with poutine.block(), failures_as_values():
+        trace = poutine.trace(poutine.condition(program, data=dict(values))).get_trace(episode)
+    seen, free = [], {}
+    for name, site in trace.nodes.items():
+        if site["type"] != "sample" or name in values or not hasattr(site["fn"], "batch_shape"):
+            continue
+        fn, mask = _bare(site["fn"], site["mask"])
+        if not site["is_observed"]:
+            if type(fn).__name__ not in ("_Subsample",):
+                free[name] = torch.stack(torch.broadcast_tensors(fn.mean, fn.stddev))
+        elif type(fn).__name__ != "Unit":
+            seen.append(Observed(fn.mean, fn.stddev, site["value"], torch.as_tensor(mask, device=fn.mean.device)))
+    return seen, free
+
+
+def _bare(fn: object, mask: Tensor | bool | None) -> tuple[object, Tensor | bool]:
+    """The distribution without its Independent and Masked wrappers, and the product of the masks."""
+    mask = True if mask is None else mask
+    while hasattr(fn, "base_dist") and type(fn).__name__ in ("Independent", "MaskedDistribution", "ExpandedDistribution"):
+        if type(fn).__name__ == "MaskedDistribution":
+            mask = fn._mask & mask  # type: ignore[attr-defined]
+        fn = fn.base_dist
+    return fn, mask
+
+
+class Problem:
+    """A program on an episode as a least-squares problem in the task's and the shots' unconstrained latents.
+
+    Arguments:
+        program: anything that samples the sites of ``families`` and observes something.
+        episode: the trajectories that are the evidence.
+        families: the task's sites, in order.
+        mean, precision: the Gaussian prior of the task's latents, (task, d) and (task, d, d).
+    """
+
+    def __init__(self, program: Program, episode: Episode, families: Mapping[str, Family], mean: Tensor,
+                 precision: Tensor) -> None:
+        self.program, self.episode, self.families = program, episode, dict(families)
+        self.mean, self.precision, self.tasks, self.d = mean, precision, mean.shape[0], mean.shape[-1]
+        sites, free = observed(program, episode, self.values(mean))
+        require(bool(sites), "a program that observes something", "no observed sample site with data",
+                "Pass an episode with a query, and obs=episode.query in the program.")
+        shots = episode.shape[1]
+        for name, site in free.items():
+            require(tuple(site.shape[1:3]) == (self.tasks, shots) and site.dim() == 4,
+                    f"latent site {name!r} of shape (task, shot, component)", tuple(site.shape[1:]),
+                    "Name it in the SupportPrior if it belongs to the task; give it a shot axis if it doesn't.")
+        self.sizes = {name: site.shape[-1] for name, site in free.items()}
+        both = torch.cat(list(free.values()), -1) if free else mean.new_zeros(2, self.tasks, shots, 0)
+        self.shot_mean, self.shot_weight = both[0], both[1].square().reciprocal()
+        self.m = both.shape[-1]
+
+    def values(self, task: Tensor, shot: Tensor | None = None) -> dict[str, Tensor]:
+        """Unconstrained latents to the values of their sites."""
+        pieces = task.split([family.n for family in self.families.values()], -1)
+        sites = {name: family.constrained(u) for (name, family), u in zip(self.families.items(), pieces, strict=True)}
+        if shot is not None and self.m:
+            sites |= dict(zip(self.sizes, shot.split(list(self.sizes.values()), -1), strict=True))
+        return sites
+
+    def errors(self, task: Tensor, shot: Tensor) -> Tensor:
+        """Whitened errors ``(copy, task, shot, number)`` of latents ``(copy, task, d)`` and ``(copy, task, shot, m)``."""
+        copies, shots = task.shape[0], self.episode.shape[1]
+        rows = []
+        for site in observed(self.program, self.episode, self.values(task, shot))[0]:
+            error = ((site.value - site.mean) / site.scale).where(site.mask, 0.0)
+            error = error.expand(copies, *error.shape[-site.value.dim():])
+            by_shot = error.dim() > 2 and error.shape[2] == shots
+            require(by_shot or not self.m, "observations with axes (task, shot, ...)", tuple(site.value.shape),
+                    "Latents of shots need observations by shot.")
+            rows.append(error.reshape(copies, self.tasks, shots if by_shot else 1, -1))
+        if len({row.shape[2] for row in rows}) > 1:
+            rows = [row.reshape(copies, self.tasks, 1, -1) for row in rows]
+        return torch.cat(rows, -1)
+
+    def jacobian(self, task: Tensor, shot: Tensor) -> tuple[Tensor, Tensor]:
+        """Errors (task, shot, number) and their derivatives (task, shot, d + m, number), by d + m + 1 solves at once."""
+        h = 10.0 * math.sqrt(torch.finfo(task.dtype).eps)
+        copies = 1 + self.d + self.m
+        moved = h * torch.eye(copies, dtype=task.dtype, device=task.device)[:, 1:]
+        errors = self.errors(task + moved[:, None, : self.d], shot + moved[:, None, None, self.d:])
+        return errors[0], ((errors[1:] - errors[0]) / h).permute(1, 2, 0, 3)
+
+
+class _Point(NamedTuple):
+    """Where the iteration stands, by task: latents, Gram matrix and gradient of the errors by shot, and the cost."""
+
+    task: Tensor
+    shot: Tensor
+    gram: Tensor
+    slope: Tensor
+    cost: Tensor
+
+
+class _Normal(NamedTuple):
+    """The normal equations: the task's block, the shots' blocks, and what couples them."""
+
+    task: Tensor
+    shot: Tensor
+    cross: Tensor
+
+
+class Linearised:
+    """Computed evidence: damped Gauss-Newton on the user's own program, accepted per task only where it helps.
+
+    References:
+        An Algorithm for Least-Squares Estimation of Nonlinear Parameters (Marquardt, 1963)
+
+    Arguments:
+        iterations: number of Gauss-Newton steps tried.
+        damping: first Levenberg-Marquardt damping, relative to the precision's diagonal.
+        reach: the longest step of a latent, in unconstrained coordinates.
+    """
+
+    def __init__(self, iterations: int = 2, *, damping: float = 1e-3, reach: float = 1.0) -> None:
+        require(iterations >= 1, "iterations of 1 or more", iterations, "Leave evidence=None for the encoder alone.")
+        self.iterations, self.damping, self.reach = iterations, damping, reach
+
+    @torch.no_grad()
+    def __call__(self, problem: Problem, start: Tensor) -> Belief:
+        """The posterior of a problem's latents to second order, from a start ``(task, d)``."""
+        point = _at(problem, start, problem.shot_mean)
+        damping = torch.full_like(point.cost, self.damping)
+        for _ in range(self.iterations):
+            new = _at(problem, *self._step(problem, point, damping))
+            better = new.cost < point.cost
+            damping = torch.where(better, 0.1 * damping, 30.0 * damping.clamp(min=1e-3))
+            point = _Point(*(torch.where(better.view(-1, *[1] * (b.dim() - 1)), a, b)
+                             for a, b in zip(new, point, strict=True)))
+        return _belief(problem, point)
+
+    def _step(self, problem: Problem, point: _Point, damping: Tensor) -> tuple[Tensor, Tensor]:
+        normal = _normal(problem, point, damping)
+        pull = point.slope[..., : problem.d].sum(1) + _times(problem.precision, point.task - problem.mean)
+        move, shift = -pull, torch.zeros_like(point.shot)
+        if problem.m:
+            push = point.slope[..., problem.d:] + problem.shot_weight * (point.shot - problem.shot_mean)
+            inner = torch.linalg.solve(normal.shot, torch.cat([push.unsqueeze(-1), normal.cross], -1))
+            move = move + _times(normal.cross.mT, inner[..., 0]).sum(1)
+            normal = normal._replace(task=normal.task - (normal.cross.mT @ inner[..., 1:]).sum(1))
+        move = torch.linalg.solve(normal.task, move)
+        move = move * (self.reach / move.abs().amax(-1, keepdim=True).clamp(min=self.reach))
+        if problem.m:
+            shift = -inner[..., 0] - _times(inner[..., 1:], move.unsqueeze(1))
+        return point.task + move, point.shot + shift
+
+
+def _at(problem: Problem, task: Tensor, shot: Tensor) -> _Point:
+    error, slopes = problem.jacobian(task, shot)
+    cost = error.square().sum((1, 2)) + ((task - problem.mean) * _times(problem.precision, task - problem.mean)).sum(-1)
+    cost = cost + ((shot - problem.shot_mean).square() * problem.shot_weight).sum((1, 2))
+    finite = torch.isfinite(slopes).flatten(1).all(1) & torch.isfinite(cost)
+    slopes, error = (x.where(finite.view(-1, *[1] * (x.dim() - 1)), 0.0) for x in (slopes, error))
+    return _Point(task, shot, slopes @ slopes.mT, _times(slopes, error), cost.where(finite, torch.inf))
+
+
+def _normal(problem: Problem, point: _Point, damping: Tensor | None = None) -> _Normal:
+    d = problem.d
+    task = point.gram[..., :d, :d].sum(1) + problem.precision
+    shot = point.gram[..., d:, d:] + torch.diag_embed(problem.shot_weight) if problem.m else point.gram[..., d:, d:]
+    if damping is not None:
+        task = task + torch.diag_embed(damping.unsqueeze(-1) * task.diagonal(dim1=-2, dim2=-1))
+        shot = shot + torch.diag_embed(damping.view(-1, 1, 1) * shot.diagonal(dim1=-2, dim2=-1))
+    return _Normal(task, shot, point.gram[..., d:, :d])
+
+
+def _belief(problem: Problem, point: _Point) -> Belief:
+    normal = _normal(problem, point)
+    precision = normal.task
+    if problem.m:
+        precision = precision - (normal.cross.mT @ torch.linalg.solve(normal.shot, normal.cross)).sum(1)
+    return Belief(point.task, 0.5 * (precision + precision.mT), point.shot, normal.shot, normal.cross)
+
+
+def _times(matrix: Tensor, vector: Tensor) -> Tensor:
+    return (matrix @ vector.unsqueeze(-1)).squeeze(-1)

@@ -1,0 +1,39 @@
+"""HybridModel: a Pyro program that owns its parameters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyro
+from pyro.nn import PyroModule
+
+from .prior import Prior
+
+__all__ = ["HybridModel", "local_parameters"]
+
+
+def local_parameters() -> Any:  # noqa: ANN401  (Pyro's context manager is untyped)
+    """Pyro with parameters that belong to module instances, for the length of a ``with`` block."""
+    return pyro.settings.context(module_local_params=True)
+
+
+class HybridModel(PyroModule):
+    """A PyroModule whose parameters belong to the instance, not to Pyro's global store, where names collide.
+
+    Write the model in ``forward(self, episode)``. A prior assigned to an attribute learns which program it belongs to,
+    so that its evidence can be computed from it.
+    """
+
+    def __init__(self, name: str = "") -> None:
+        with local_parameters():
+            super().__init__(name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        with local_parameters():
+            return super().__call__(*args, **kwargs)
+
+    def __setattr__(self, name: str, value: Any) -> None:  # noqa: ANN401
+        with local_parameters():
+            super().__setattr__(name, value)
+        if isinstance(value, Prior):
+            value.bind(self)

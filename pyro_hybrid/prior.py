@@ -1,0 +1,177 @@
+"""SupportPrior, conditioned on a few trajectories of the same system, and UnconditionalPrior, deaf to them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pyro
+import torch
+from pyro.distributions import Distribution
+from torch import Tensor, nn
+
+from ._checks import require
+from ._types import Natural
+from .encoders import SetEncoder
+from .families import Family, FullNormal
+from .linearise import Belief, Linearised, Problem, Program
+from .tasks import Episode
+
+__all__ = ["Prior", "SupportPrior", "UnconditionalPrior"]
+
+
+class Prior(nn.Module):
+    """The common face: natural parameters of every task-level site, as distributions or as one Gaussian.
+
+    Arguments:
+        sites: one exponential family for each Pyro site, by name.
+    """
+
+    def __init__(self, sites: Mapping[str, Family]) -> None:
+        super().__init__()
+        require(bool(sites), "at least one site", "none", "Name one: SupportPrior(encoder, omega=ph.families.LogNormal(1)).")
+        for name, family in sites.items():
+            require(isinstance(family, Family), f"a family from ph.families for {name!r}", type(family).__name__,
+                    f"For example {name}=ph.families.Normal(2).", TypeError)
+        self.sites = dict(sites)
+        self.base = nn.Parameter(torch.zeros(sum(f.n * f.k for f in sites.values())))
+        self._program: Program | None = None
+
+    def bind(self, program: Program) -> None:
+        """Tell the prior which program to linearise; a HybridModel does so when the prior becomes its attribute."""
+        object.__setattr__(self, "_program", program)
+
+    @property
+    def program(self) -> Program:
+        """The program that this prior belongs to."""
+        require(self._program is not None, "a prior that belongs to a program", "one that doesn't",
+                "Assign it in a HybridModel (self.prior = ...), or call prior.bind(program).")
+        return self._program  # type: ignore[return-value]
+
+    def natural(self, support: Episode | None) -> dict[str, Natural]:
+        """Natural parameters λ(S) of each site, ``(task, component, statistic)``; of the population where S is None."""
+        return self._split(self.base)
+
+    def forward(self, support: Episode | None) -> dict[str, Distribution]:
+        """The prior's distributions, one for each site."""
+        return {name: self.sites[name].distribution(natural) for name, natural in self.natural(support).items()}
+
+    def gaussian(self, support: Episode | None) -> tuple[Tensor, Tensor]:
+        """Mean (task, d) and precision (task, d, d) of all sites in unconstrained coordinates."""
+        parts = [self.sites[name].gaussian(natural) for name, natural in self.natural(support).items()]
+        mean, scale = (torch.cat(part, -1).detach() for part in zip(*parts, strict=True))
+        if support is not None and mean.dim() == 1:
+            mean, scale = (x.expand(support.shape[0], -1) for x in (mean, scale))
+        return mean, torch.diag_embed(scale.square().reciprocal())
+
+    def _split(self, raw: Tensor) -> dict[str, Natural]:
+        pieces = raw.split([f.n * f.k for f in self.sites.values()], -1)
+        return {name: f.from_raw(piece.unflatten(-1, (f.n, f.k)))
+                for (name, f), piece in zip(self.sites.items(), pieces, strict=True)}
+
+
+class UnconditionalPrior(Prior):
+    """The same face, deaf to the support: one learned distribution for all tasks. Not identifiable, says the theory."""
+
+    def __init__(self, encoder: SetEncoder | None = None, **sites: Family) -> None:
+        super().__init__(sites)
+
+
+class SupportPrior(Prior):
+    r"""A factorised exponential family whose natural parameters come from a task's support trajectories.
+
+    .. math:: p(z \mid S) \propto \exp \langle T(z), \lambda(S) \rangle
+
+    Without ``evidence``, :math:`\lambda(S)` is the encoder's word: the purely amortised form. With it, the encoder only
+    proposes; the program itself, linearised there, gives the support's evidence, which is added to what the
+    population of tasks says (``base``, learned). No gradient flows through it; encoder and base are trained towards the
+    result, by a factor whose value is zero, so that the ELBO stays the ELBO.
+
+    Shots enter in a canonical order: the result doesn't depend on theirs, to the last bit.
+
+    Arguments:
+        encoder: reads the support.
+        evidence: :class:`~pyro_hybrid.Linearised`, or None for the encoder alone.
+        sites: one family for each Pyro site.
+
+    >>> import pyro_hybrid as ph
+    >>> prior = ph.SupportPrior(ph.SetEncoder(sensors=1, steps=3, features=8), omega=ph.families.LogNormal(1))
+    >>> support = ph.Episode(torch.arange(3.0), torch.zeros(5, 4, 3, 1), (torch.zeros(5, 4),))
+    >>> prior(support)["omega"].batch_shape, prior(support)["omega"].event_shape
+    (torch.Size([5]), torch.Size([1]))
+    """
+
+    def __init__(self, encoder: SetEncoder, evidence: Linearised | None = None, **sites: Family) -> None:
+        super().__init__(sites)
+        self.encoder, self.evidence = encoder, evidence
+        self.head = nn.Sequential(nn.SiLU(), nn.Linear(encoder.features, self.base.numel()))
+        self._last: tuple[Episode, tuple[int, ...], Belief] | None = None
+
+    def natural(self, support: Episode | None) -> dict[str, Natural]:
+        if support is None:
+            return super().natural(None)
+        if self.evidence is None:
+            return self._split(self.propose(support))
+        return handed_out(self.sites, self.belief(support))
+
+    def forward(self, support: Episode | None) -> dict[str, Distribution]:
+        if support is not None and self.evidence is not None:
+            self._train_proposals(support)
+        return super().forward(support)
+
+    def gaussian(self, support: Episode | None) -> tuple[Tensor, Tensor]:
+        if support is None or self.evidence is None:
+            return super().gaussian(support)
+        belief = self.belief(support)
+        return belief.mean, belief.precision
+
+    def propose(self, support: Episode) -> Tensor:
+        """What the encoder alone says, as raw numbers around the population's."""
+        return self.base + self.head(self.encoder(support.canonical))
+
+    @torch.no_grad()
+    def belief(self, support: Episode) -> Belief:
+        """The support's posterior by computed evidence, with its full precision; the last one is remembered."""
+        assert self.evidence is not None
+        state = tuple(p._version for p in getattr(self.program, "parameters", self.parameters)())
+        if self._last is None or self._last[0] is not support or self._last[1] != state:
+            shots = support.canonical
+            mean, precision = super().gaussian(None)
+            tasks = support.shape[0]
+            problem = Problem(self.program, shots, self.sites, mean.expand(tasks, -1), precision.expand(tasks, -1, -1))
+            start = self._coordinates(self._split(self.propose(support)))[0]
+            self._last = support, state, self.evidence(problem, start)
+        return self._last[2]
+
+    def _coordinates(self, naturals: Mapping[str, Natural]) -> tuple[Tensor, Tensor]:
+        parts = [self.sites[name].gaussian(natural) for name, natural in naturals.items()]
+        mean, scale = (torch.cat(part, -1) for part in zip(*parts, strict=True))
+        return mean, scale
+
+    def _train_proposals(self, support: Episode) -> None:
+        belief = self.belief(support)
+        scale = belief.covariance.diagonal(dim1=-2, dim2=-1).sqrt().to(belief.mean.dtype)
+        loss = sum(_divergence(belief.mean, scale, *self._coordinates(self._split(raw)))
+                   for raw in (self.propose(support), self.base))
+        pyro.factor("proposals", loss.detach() - loss)
+
+    def __getstate__(self) -> dict[str, object]:
+        return self.__dict__ | {"_last": None}
+
+
+def handed_out(sites: Mapping[str, Family], belief: Belief) -> dict[str, Natural]:
+    """The declared families' members with the right marginals."""
+    covariance, dtype, at, naturals = belief.covariance, belief.mean.dtype, 0, {}
+    for name, family in sites.items():
+        part = slice(at, at + family.n)
+        mean, block = belief.mean[..., part], covariance[..., part, part]
+        if isinstance(family, FullNormal):
+            naturals[name] = family.from_precision(mean, torch.linalg.inv(block).to(dtype))
+        else:
+            naturals[name] = family.from_gaussian(mean, block.diagonal(dim1=-2, dim2=-1).sqrt().to(dtype))
+        at += family.n
+    return naturals
+
+
+def _divergence(mean: Tensor, scale: Tensor, to_mean: Tensor, to_scale: Tensor) -> Tensor:
+    ratio = (scale / to_scale).square()
+    return 0.5 * (ratio + ((mean - to_mean) / to_scale).square() - 1.0 - ratio.log()).sum()

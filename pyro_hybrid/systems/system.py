@@ -1,0 +1,103 @@
+"""What the systems have in common: ranges in one place, and simulation of tasks."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .._checks import require
+from .._types import State
+from ..dynamics import Field, solve
+from ..families import Family
+from ..tasks import Tasks
+
+__all__ = ["Force", "System"]
+
+Force = Callable[..., Tensor | tuple[Tensor, ...]]
+
+
+class System(ABC):
+    """A simulator whose equations are partly known.
+
+    Class attributes say everything in one place: ``ranges`` of every latent and initial component (uniform),
+    ``physics`` (family of each physics latent), ``unknown`` (names of the true neural latents), ``inputs`` and
+    ``outputs`` (rough sizes of what the force is called with, and how many components it returns), ``substeps`` of the
+    simulation between two observations.
+    """
+
+    ranges: ClassVar[dict[str, tuple[float, float]]]
+    physics: ClassVar[dict[str, Family]]
+    unknown: ClassVar[tuple[str, ...]]
+    inputs: ClassVar[tuple[float, ...]]
+    outputs: ClassVar[int]
+    grid: ClassVar[bool] = False
+    substeps: ClassVar[int] = 10
+    step: float
+    noise: tuple[float, ...]
+    start_noise: tuple[float, ...]
+    points: int = 50
+
+    @property
+    def times(self) -> Tensor:
+        """Observation times in float64."""
+        return self.step * torch.arange(self.points, dtype=torch.float64)
+
+    @property
+    def sensors(self) -> int:
+        """Number of observed quantities."""
+        return len(self.noise)
+
+    @abstractmethod
+    def known(self, physics: Mapping[str, Tensor], force: Force) -> Field:
+        """The known equations, with the unknown ``force(...)`` where physics would put it.
+
+        Physics latents have shape (..., task, 1), so that they broadcast with (..., task, shot).
+        """
+
+    @abstractmethod
+    def truth(self, unknown: Tensor) -> Force:
+        """The true force, of true neural latents (..., task, 1, component)."""
+
+    @abstractmethod
+    def initial(self, draw: Callable[[str], Tensor]) -> State:
+        """Initial states from ``draw(name)``, uniform of shape (task, shot) in the range of that name."""
+
+    def observe(self, states: Tensor) -> Tensor:
+        """States (..., time, component) to noise-free sensors (..., time, sensor)."""
+        return states
+
+    def measured(self, values: Tensor) -> State:
+        """What sensors say about the state at every time: centres for the inference of initial and restart states."""
+        return values if self.grid else values.unbind(-1)
+
+    def full(self, latents: Mapping[str, Tensor]) -> Field:
+        """The true equations, of latents (..., task, component) by name: the physics ones and ``unknown``."""
+        physics = {name: latents[name][..., None, 0] for name in self.physics}
+        return self.known(physics, self.truth(latents["unknown"][..., None, :]))
+
+    def trajectories(self, latents: Mapping[str, Tensor], initial: State, times: Tensor) -> Tensor:
+        """Noise-free sensors of the true system."""
+        return self.observe(solve(self.full(latents), initial, times, substeps=self.substeps))
+
+    def simulate(self, tasks: int, shots: int, seed: int, *, num_support: int | None = None) -> Tasks:
+        """Tasks with known truth, noise included; half of the shots are support unless ``num_support`` says otherwise."""
+        require(tasks >= 1 and shots >= 2, "at least one task of two shots", f"{tasks} of {shots}",
+                "One shot conditions the prior, another is to be explained.")
+        random = torch.Generator().manual_seed(seed)
+
+        def draw(name: str, *shape: int) -> Tensor:
+            low, high = self.ranges[name]
+            return low + (high - low) * torch.rand(*shape, generator=random, dtype=torch.float64)
+
+        latents = {name: draw(name, tasks, 1) for name in self.physics}
+        latents["unknown"] = torch.cat([draw(name, tasks, 1) for name in self.unknown], -1)
+        initial = self.initial(lambda name: draw(name, tasks, shots))
+        clean = self.trajectories(latents, initial, self.times)
+        noise = torch.randn(clean.shape, generator=random, dtype=torch.float64) * torch.tensor(self.noise)
+        values = (clean + noise).float()
+        return Tasks.from_trajectories(self.times.float(), values, num_support=num_support or shots // 2,
+                                       initial=self.measured(values), truth={k: v.float() for k, v in latents.items()})

@@ -1,0 +1,263 @@
+"""Tasks, a data set of many systems, and Episode, one batch of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import pyro
+import torch
+from torch import Tensor
+
+from ._checks import fail, require, require_finite, require_floating
+from ._types import State, Times, Trajectories
+
+__all__ = ["Episode", "Tasks"]
+
+
+def _over(state: State, change: Callable[[Tensor], Tensor]) -> State:
+    return tuple(change(part) for part in state) if isinstance(state, tuple) else change(state)
+
+
+@dataclass(frozen=True, eq=False)
+class Episode:
+    """Trajectories of a batch of tasks, to be explained, and the support that conditions the prior.
+
+    The support is an episode itself, of the same tasks, without a support of its own: a program can be run on either.
+
+    Arguments:
+        times: ``(time,)``, or ``(shot, time)`` where each shot has its own clock.
+        query: ``(task, shot, time, sensor)``; None to simulate.
+        initial: the state at the first time, as measured: a tuple of ``(task, shot)``, or ``(task, shot, component)``.
+        support: the episode of the support shots, or None.
+        mask: True where an observation counts, False where it doesn't; or True for all.
+        seen: True where a value was observed at all: what an encoder may read.
+        states: measured states at all times, from which :meth:`cut` takes restart states; or None.
+        whole: the uncut episode that this one was cut from, or None.
+    """
+
+    times: Times
+    query: Trajectories | None
+    initial: State
+    support: Episode | None = None
+    mask: Tensor | bool = True
+    seen: Tensor | bool = True
+    states: State | None = None
+    whole: Episode | None = field(default=None, repr=False)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Numbers of tasks and of shots."""
+        first = self.initial[0] if isinstance(self.initial, tuple) else self.initial[..., 0]
+        return first.shape[0], first.shape[1]
+
+    @property
+    def plate(self) -> pyro.plate:
+        """Tasks are independent: ``with episode.plate: ...``."""
+        return pyro.plate("task", self.shape[0], dim=-1)
+
+    @cached_property
+    def canonical(self) -> Episode:
+        """The same shots in an order that depends on their values alone: what makes the prior exactly invariant."""
+        whole = self.whole or self
+        if whole.query is None or whole.query.shape[1] == 1:
+            return self
+        key = whole.query.double().flatten(2).sum(-1).argsort(1)
+        if self.whole is None:
+            return self.pick(key)
+        pieces = self.shape[1] // whole.shape[1]
+        order = (key.unsqueeze(-1) * pieces + torch.arange(pieces, device=key.device)).flatten(1)
+        return replace(self.pick(order), whole=whole.pick(key))
+
+    def pick(self, order: Tensor) -> Episode:
+        """Shots by index ``(task, shot)``, for each task its own."""
+
+        def take(value: Tensor | bool | None) -> Tensor | bool | None:
+            if not isinstance(value, Tensor):
+                return value
+            index = order.reshape(*order.shape, *[1] * (value.dim() - 2)).expand(-1, -1, *value.shape[2:])
+            return value.expand(order.shape[0], *value.shape[1:]).gather(1, index)
+
+        require(self.times.dim() == 1 or self.whole is not None, "one clock for all shots", "a clock for each shot",
+                "Pick shots before cutting.")
+        return replace(self, query=take(self.query), initial=_over(self.initial, take), mask=take(self.mask),
+                       seen=take(self.seen), states=None if self.states is None else _over(self.states, take),
+                       times=self.times)
+
+    def simulation(self) -> Episode:
+        """The same initial states and support, with nothing observed."""
+        return replace(self, query=None, mask=True)
+
+    def cut(self, steps: int | None) -> Episode:
+        """Multiple shooting: every trajectory cut into segments of ``steps`` steps, each a shot with its own clock.
+
+        A segment starts from the measured state there, which then no longer counts as an observation. Encoders go on
+        reading the whole trajectories. The last segment is moved back to end with the data; what it repeats is masked.
+        """
+        last = self.times.shape[-1] - 1
+        if steps is None or steps >= last or self.query is None:
+            return self
+        require(self.states is not None, "measured states at all times, to restart from", "initial states alone",
+                "Pass initial= with a time axis to Tasks, or meta_train(..., curriculum=None).")
+        assert self.states is not None  # for the type checker; the line above raises
+        starts = [min(s, last - steps) for s in range(0, last, steps)]
+        index = torch.tensor([[s + k for k in range(steps + 1)] for s in starts], device=self.times.device)
+        fresh = torch.ones(len(starts), steps + 1, dtype=torch.bool, device=self.times.device)
+        fresh[:, 0] = False
+        fresh[-1, : len(starts) * steps - last + 1] = False
+        counts = torch.as_tensor(self.mask, device=self.query.device).expand_as(self.query)
+
+        def pieces(x: Tensor) -> Tensor:  # (task, shot, time, ...) -> (task, shot * segment, steps + 1, ...)
+            return x[:, :, index].flatten(1, 2)
+
+        shots = self.query.shape[1]
+        return Episode(
+            times=self.times[index].repeat(shots, 1),
+            query=pieces(self.query),
+            initial=_over(self.states, lambda x: x[:, :, starts].flatten(1, 2)),
+            support=self.support and self.support.cut(steps),
+            mask=pieces(counts) & fresh.repeat(shots, 1).unsqueeze(-1),
+            whole=self,
+        )
+
+    def to(self, device: torch.device | str) -> Episode:
+        """The same episode on another device."""
+
+        def move(value: Tensor | bool | None) -> Tensor | bool | None:
+            return value.to(device) if isinstance(value, Tensor) else value
+
+        return replace(self, times=self.times.to(device), query=move(self.query), initial=_over(self.initial, move),
+                       mask=move(self.mask), seen=move(self.seen), support=self.support and self.support.to(device),
+                       states=None if self.states is None else _over(self.states, move))
+
+
+@dataclass(frozen=True, eq=False)
+class Tasks:
+    """A data set: many systems, a few trajectories of each. Build it with :meth:`from_trajectories`."""
+
+    times: Times
+    values: Trajectories
+    states: State
+    num_support: int
+    mask: Tensor | bool = True
+    seen: Tensor | bool = True
+    timed: bool = True
+    truth: Mapping[str, Tensor] | None = None
+
+    @classmethod
+    def from_trajectories(cls, times: Times, values: Trajectories, *, num_support: int, initial: State | None = None,
+                          mask: Tensor | None = None, truth: Mapping[str, Tensor] | None = None) -> Tasks:
+        """Check the data, loudly, and make them tasks.
+
+        Arguments:
+            times: ``(time,)``, strictly increasing.
+            values: ``(task, shot, time, sensor)``.
+            num_support: how many of a task's shots condition its prior; the rest are to be explained.
+            initial: the states at the first time, a tuple of ``(task, shot)`` or one tensor ``(task, shot, component)``
+                for fields on a grid; with a time axis after the shots, the measured states at all times, from which
+                segments can be restarted. By default the sensors are the state's components, and the first
+                observation is the measurement of the initial state: it then no longer counts as an observation.
+            mask: ``(task, shot, time, sensor)``, False where an observation is missing.
+            truth: the latents where they are known, ``{"omega": (task, component), ...}``.
+        """
+        _check_values(times, values, num_support, mask)
+        states = values.unbind(-1) if initial is None else initial
+        parts = states if isinstance(states, tuple) else (states,)
+        wide = 3 if isinstance(states, tuple) else 4
+        timed = parts[0].dim() == wide
+        for part in parts:
+            require_floating("initial", part)
+            require(part.dtype == values.dtype, f"initial in {values.dtype}, as the values", part.dtype, "Convert one.")
+            require(tuple(part.shape[:wide - 1 if timed else 2]) == tuple(values.shape[:wide - 1 if timed else 2])
+                    or not timed and tuple(part.shape[:2]) == tuple(values.shape[:2]),
+                    f"initial states for (task, shot) = {tuple(values.shape[:2])}", tuple(part.shape),
+                    "Give one initial state for each shot of each task.")
+        seen: Tensor | bool = True
+        if mask is not None:
+            seen, values = mask, values.where(mask, 0.0)
+            states = _over(states, lambda x: x.nan_to_num(0.0))
+        for part in states if isinstance(states, tuple) else (states,):
+            require_finite("initial", part)
+        counts = seen
+        if timed:  # the first observation has become the initial state
+            counts = torch.as_tensor(seen).expand_as(values).clone()
+            counts[:, :, 0] = False
+        for name, value in (truth or {}).items():
+            require(value.dim() == 2 and len(value) == len(values), f"truth[{name!r}] of shape (task, component)",
+                    tuple(value.shape), "One row for each task.")
+        return cls(times, values, states, num_support, counts, seen, timed, truth)
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, rows: slice | Tensor) -> Tasks:
+        """Some of the tasks."""
+
+        def take(value: Tensor | bool) -> Tensor | bool:
+            return value[rows] if isinstance(value, Tensor) else value
+
+        truth = None if self.truth is None else {name: value[rows] for name, value in self.truth.items()}
+        return replace(self, values=self.values[rows], states=_over(self.states, take), mask=take(self.mask),
+                       seen=take(self.seen), truth=truth)
+
+    def split(self, n: int) -> tuple[Tasks, Tasks]:
+        """The first tasks and the last ``n``."""
+        require(0 < n < len(self), f"a split between 1 and {len(self) - 1}", n, "Simulate more tasks or hold out fewer.")
+        return self[: len(self) - n], self[len(self) - n :]
+
+    def episode(self, num_support: int | None = None) -> Episode:
+        """All of it as one batch: the first shots are the support, the others the query."""
+        size = self.num_support if num_support is None else num_support
+        require(1 <= size < self.values.shape[1], f"num_support from 1 to {self.values.shape[1] - 1}", size,
+                "Leave at least one shot to each side.")
+        return replace(self._shots(slice(size, None)), support=self._shots(slice(0, size)))
+
+    def batches(self, size: int, seed: int) -> Iterator[Episode]:
+        """Batches without end: tasks in random order, and every time a fresh draw of who is support and who query."""
+        generator = torch.Generator().manual_seed(seed)
+        shots, size = self.values.shape[1], min(size, len(self))
+        while True:
+            order = torch.randperm(len(self), generator=generator)
+            for rows in order.split(size):
+                if len(rows) == size:
+                    some = self[rows]
+                    roles = torch.rand(size, shots, generator=generator).argsort(1)
+                    yield some._drawn(roles)
+
+    def _drawn(self, roles: Tensor) -> Episode:
+        everything = self._shots(slice(None))
+        return replace(everything.pick(roles[:, self.num_support:]),
+                       support=everything.pick(roles[:, : self.num_support]))
+
+    def _shots(self, which: slice) -> Episode:
+        def take(value: Tensor | bool) -> Tensor | bool:
+            return value[:, which] if isinstance(value, Tensor) else value
+
+        states = _over(self.states, take)
+        return Episode(self.times, self.values[:, which], _over(states, lambda x: x[:, :, 0]) if self.timed else states,
+                       mask=take(self.mask), seen=take(self.seen), states=states if self.timed else None)
+
+
+def _check_values(times: Tensor, values: Tensor, num_support: int, mask: Tensor | None) -> None:
+    require_floating("times", times)
+    require_floating("values", values)
+    require(times.dtype == values.dtype, "times and values of one dtype", f"{times.dtype} and {values.dtype}",
+            "Convert one of them.", TypeError)
+    require(values.dim() == 4, "values with axes (task, shot, time, sensor)", f"{values.dim()} axes",
+            "Add the missing axes with unsqueeze, or stack trajectories of equal length.")
+    require(times.dim() == 1 and len(times) == values.shape[2], f"{values.shape[2]} times, as many as values has",
+            tuple(times.shape), "Pass times of shape (time,); swap axes if time isn't the third.")
+    require(bool((torch.diff(times) > 0).all()), "strictly increasing times", "unsorted or duplicate times",
+            "Sort the times (and the values with them) and drop duplicates.")
+    require(values.numel() > 0 and len(times) > 1, "at least one task, shot, sensor and two times",
+            tuple(values.shape), "Check how the data were read.")
+    if not 1 <= num_support < values.shape[1]:
+        fail(f"num_support from 1 to {values.shape[1] - 1} (of {values.shape[1]} shots)", num_support,
+             "The support can't be empty, and the query needs a shot too.")
+    if mask is not None:
+        require(mask.dtype == torch.bool and mask.shape == values.shape, f"a boolean mask of shape {tuple(values.shape)}",
+                f"{mask.dtype} of shape {tuple(mask.shape)}", "True where an observation counts.")
+        require(bool(mask.flatten(1).any(1).all()), "an observation in every task", "a task that is masked entirely",
+                "Drop the task.")
+    require_finite("values", values, mask)

@@ -1,0 +1,290 @@
+"""meta_train -> Fit: the one loop, around ph.SVI."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyro
+import torch
+from pyro.infer import SVI as PyroSVI
+from pyro.infer import TraceMeanField_ELBO
+from pyro.optim import PyroOptim
+from pyro.poutine.messenger import Messenger
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ._checks import require
+from .dynamics import SolverError
+from .encoders import SetEncoder
+from .module import local_parameters
+from .tasks import Episode, Tasks
+
+__all__ = ["SVI", "Fit", "TrainingError", "meta_train"]
+
+_log = logging.getLogger(__name__)
+
+
+class TrainingError(RuntimeError):
+    """Training that could not go on; the model has been put back to its last good state."""
+
+
+class SVI(PyroSVI):
+    """A ``pyro.infer.SVI`` for models that own their parameters.
+
+    Underneath, the ELBO is an ``nn.Module`` over model and guide, stepped by one torch optimizer.
+
+    Arguments:
+        model, guide: ``nn.Module``s, such as a HybridModel and an AmortizedGuide.
+        optim: a torch optimizer over their parameters, or a ``pyro.optim`` one, whose class and options are taken.
+        loss: a Pyro ELBO.
+    """
+
+    def __init__(self, model: nn.Module, guide: nn.Module, optim: torch.optim.Optimizer | PyroOptim,
+                 loss: Any = None) -> None:  # noqa: ANN401
+        self.model, self.guide = model, guide
+        self.elbo = (TraceMeanField_ELBO() if loss is None else loss)(model, guide)
+        if isinstance(optim, PyroOptim):
+            optim = optim.pt_optim_constructor(self.parameters(), **optim.pt_optim_args)
+        self.optim = optim
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Every parameter of model and guide, once."""
+        return [p for p in self.elbo.parameters() if p.requires_grad]
+
+    def backward(self, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401
+        """The loss, with its gradients left on the parameters."""
+        self.optim.zero_grad(set_to_none=True)
+        with local_parameters():
+            loss = self.elbo(*args, **kwargs)
+            if loss.requires_grad:
+                loss.backward()
+        return loss.detach()
+
+    def step(self, *args: Any, **kwargs: Any) -> float:  # noqa: ANN401
+        """One gradient step; returns the loss."""
+        loss = self.backward(*args, **kwargs)
+        self.optim.step()
+        return float(loss)
+
+    @torch.no_grad()
+    def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:  # noqa: ANN401
+        """The loss, with no step taken."""
+        with local_parameters():
+            return float(self.elbo(*args, **kwargs))
+
+
+@dataclass
+class Fit:
+    """What came out of a training: a history of every step, per task, and of every look at the held-out tasks."""
+
+    loss: list[float] = field(default_factory=list)
+    log_likelihood: list[float] = field(default_factory=list)
+    kl: list[float] = field(default_factory=list)
+    held_out: list[tuple[int, float]] = field(default_factory=list)
+    skipped: int = 0
+    seconds: float = 0.0
+    stopped_early: bool = False
+
+
+def meta_train(model: nn.Module, guide: nn.Module, tasks: Tasks, *, steps: int = 1000, batch_size: int = 32,
+               learning_rate: float = 3e-3, seed: int = 0, curriculum: Mapping[float, int | None] | None = None,
+               warmup: float = 0.0, clip: float = 4.0, held_out: Tasks | None = None, every: int = 100,
+               patience: int | None = None, loss: Any = None, max_skips: int = 20,  # noqa: ANN401
+               device: torch.device | str | None = None, progress: bool = True,
+               callback: Callable[[int, Fit], None] | None = None) -> Fit:
+    """Train model and guide over many tasks; same seed, same result.
+
+    Arguments:
+        model, guide: a Pyro program and its guide, changed in place.
+        tasks: the data set. Who is support and who query is drawn anew at every step.
+        steps, batch_size: number of gradient steps, and tasks in each.
+        learning_rate: its peak; it rises over the first 5% of the steps and then follows a cosine down to a fiftieth.
+        seed: of batches and samples. The global random state is left as it was.
+        curriculum: ``{fraction of the steps: segment length}``: from there on, trajectories are cut into segments of so
+            many steps (None: the whole horizon). Default: a seventh, then two sevenths, then the whole.
+        warmup: fraction of the steps over which the KL's weight rises from 0 to 1.
+        clip: gradients longer than so many times their running mean are shortened.
+        held_out: tasks on which the ELBO is looked at ``every`` so many steps.
+        patience: stop, and go back to the best state, after so many looks without improvement.
+        loss: a Pyro ELBO; default ``TraceMeanField_ELBO()``.
+        max_skips: so many non-finite steps in a row end the training, back at the last good state.
+        device: where to train.
+        progress: show a progress bar.
+        callback: called with the step's number and the fit so far.
+    """
+    require(len(tasks) > 0 and steps >= 1 and batch_size >= 1, "steps, batch_size and tasks of 1 or more",
+            f"{steps}, {batch_size}, {len(tasks)}", "Check the arguments.")
+    require(patience is None or held_out is not None, "held_out tasks for early stopping", "none",
+            "Pass held_out=tasks, or patience=None.")
+    device = torch.device(device) if device is not None else tasks.values.device
+    model.to(device), guide.to(device)
+    _standardise(model, guide, tasks)
+    svi = SVI(model, guide, _adam(model, guide, learning_rate, device), loss)
+    return _Loop(svi, tasks, steps, batch_size, learning_rate, seed, _plan(curriculum, tasks), warmup, clip, held_out,
+                 every, patience, max_skips, device, callback).run(progress)
+
+
+def _adam(model: nn.Module, guide: nn.Module, learning_rate: float, device: torch.device) -> torch.optim.Adam:
+    parameters = {id(p): p for p in (*model.parameters(), *guide.parameters())}
+    return torch.optim.Adam(parameters.values(), lr=learning_rate, betas=(0.9, 0.99), fused=device.type in ("cpu", "cuda"))
+
+
+def _standardise(model: nn.Module, guide: nn.Module, tasks: Tasks) -> None:
+    for module in {*model.modules(), *guide.modules()}:
+        if isinstance(module, SetEncoder):
+            module.standardise(tasks.values.to(module.centre.device), tasks.seen)
+
+
+def _plan(curriculum: Mapping[float, int | None] | None, tasks: Tasks) -> dict[float, int | None]:
+    if curriculum is not None:
+        require(0.0 in curriculum, "a curriculum that says what to do from 0.0 on", dict(curriculum), "Add {0.0: ...}.")
+        return dict(sorted(curriculum.items()))
+    last = len(tasks.times) - 1
+    if not tasks.timed or last < 14:
+        return {0.0: None}
+    return {0.0: last // 7, 0.25: 2 * last // 7, 0.5: None}
+
+
+@dataclass
+class _Loop:
+    svi: SVI
+    tasks: Tasks
+    steps: int
+    batch_size: int
+    learning_rate: float
+    seed: int
+    plan: dict[float, int | None]
+    warmup: float
+    clip: float
+    held_out: Tasks | None
+    every: int
+    patience: int | None
+    max_skips: int
+    device: torch.device
+    callback: Callable[[int, Fit], None] | None
+
+    def run(self, progress: bool) -> Fit:
+        self.fit, self.norm, self.run_of_skips, self.cause = Fit(), 0.0, 0, ""
+        self.good, self.best, self.since = self._state(), (math.inf, None), 0
+        batches, start = self.tasks.batches(self.batch_size, self.seed), time.perf_counter()
+        bar = tqdm(range(self.steps), desc="meta-training", unit="step", disable=not progress, dynamic_ncols=True)
+        for step in bar:
+            self._step(step, next(batches))
+            if step % 20 == 0 or step == self.steps - 1:
+                bar.set_postfix_str(self._summary())
+            if self.callback:
+                self.callback(step, self.fit)
+            if self._look(step):
+                break
+        bar.close()
+        self.fit.seconds = time.perf_counter() - start
+        return self.fit
+
+    def _step(self, step: int, episode: Episode) -> None:
+        progress = step / self.steps
+        episode = episode.to(self.device).cut(self.plan[max(f for f in self.plan if f <= progress)])
+        rise = min(1.0, (step + 1) / (0.05 * self.steps))
+        for group in self.svi.optim.param_groups:
+            group["lr"] = self.learning_rate * rise * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
+        weight = 1.0 if progress >= self.warmup else (progress + 1 / self.steps) / self.warmup
+        with _seeded(self.seed, step), pyro.validation_enabled(step == 0), _Terms(weight) as terms:
+            try:
+                loss = float(self.svi.backward(episode))
+            except SolverError as error:
+                loss, self.cause = math.nan, str(error)
+        norm = self._clip() if math.isfinite(loss) else math.nan
+        if not math.isfinite(norm):
+            return self._skip(step, loss)
+        self.svi.optim.step()
+        self.run_of_skips, size = 0, episode.shape[0]
+        if step % 50 == 0:
+            self.good = self._state()
+        self.fit.loss.append(loss / size)
+        self.fit.log_likelihood.append(terms.log_likelihood / size)
+        self.fit.kl.append(terms.kl(loss) / size)
+
+    def _clip(self) -> float:
+        norm = float(nn.utils.clip_grad_norm_(self.svi.parameters(), self.clip * self.norm or math.inf))
+        if math.isfinite(norm):
+            self.norm = norm if self.norm == 0.0 else 0.95 * self.norm + 0.05 * min(norm, self.clip * self.norm)
+        return norm
+
+    def _skip(self, step: int, loss: float) -> None:
+        self.fit.skipped += 1
+        self.run_of_skips += 1
+        self.fit.loss.append(math.nan), self.fit.log_likelihood.append(math.nan), self.fit.kl.append(math.nan)
+        if self.run_of_skips >= self.max_skips:
+            self._restore(self.good)
+            raise TrainingError(
+                f"{self.run_of_skips} steps in a row up to step {step} had no finite loss and gradient (the last loss was "
+                f"{loss}). {self.cause} The parameters are back at the last good state. Lower learning_rate, start "
+                "with shorter segments (curriculum={0.0: 5, ...}), or bound the neural term.")
+
+    def _look(self, step: int) -> bool:
+        if self.held_out is None or (step + 1) % self.every and step != self.steps - 1:
+            return False
+        with _seeded(self.seed, -1), pyro.validation_enabled(False):
+            value = self.svi.evaluate_loss(self.held_out.episode().to(self.device)) / len(self.held_out)
+        self.fit.held_out.append((step, value))
+        if self.patience is None:
+            return False
+        self.since = 0 if value < self.best[0] else self.since + 1
+        if self.since == 0:
+            self.best = value, self._state()
+        self.fit.stopped_early = self.since >= self.patience
+        if self.fit.stopped_early or step == self.steps - 1:
+            self._restore(self.best[1] or self.good)
+        return self.fit.stopped_early
+
+    def _summary(self) -> str:
+        def recent(values: list[float]) -> float:
+            finite = [v for v in values[-20:] if math.isfinite(v)]
+            return sum(finite) / max(len(finite), 1)
+
+        text = f"loss {recent(self.fit.loss):.4g}, log p {recent(self.fit.log_likelihood):.4g}, KL {recent(self.fit.kl):.3g}"
+        return text + (f", {self.fit.skipped} skipped" if self.fit.skipped else "")
+
+    def _state(self) -> list[dict[str, Any]]:
+        return [copy.deepcopy(m.state_dict()) for m in (self.svi.model, self.svi.guide)]
+
+    def _restore(self, state: list[dict[str, Any]]) -> None:
+        for module, values in zip((self.svi.model, self.svi.guide), state, strict=True):
+            module.load_state_dict(values)
+
+
+@contextlib.contextmanager
+def _seeded(seed: int, step: int) -> Iterator[None]:
+    """Random numbers of their own for this step of this seed; the global state is left as it was."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed((seed * 1_000_003 + step + 1) % 2**63)
+        yield
+
+
+class _Terms(Messenger):
+    """Weighs the KL (sites that aren't observed) and adds up the log-likelihood as the program runs."""
+
+    def __init__(self, weight: float) -> None:
+        super().__init__()
+        self.weight, self.log_likelihood = weight, 0.0
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        if not msg["is_observed"] and self.weight != 1.0:
+            msg["scale"] = msg["scale"] * self.weight
+
+    def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
+        if msg["is_observed"] and not msg["infer"].get("is_auxiliary") and type(msg["fn"]).__name__ != "Unit":
+            with torch.no_grad():
+                value = msg["fn"].log_prob(msg["value"])
+                mask = True if msg["mask"] is None else msg["mask"]
+                self.log_likelihood += float(torch.where(torch.as_tensor(mask), value, 0.0).sum())
+
+    def kl(self, loss: float) -> float:
+        """The rest of the loss: KL, and factors such as a penalty."""
+        return loss + self.log_likelihood
