@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ._checks import require
 from ._types import Natural
+from .dynamics import standing_still
 from .encoders import SetEncoder
 from .linearise import Belief, Linearised, Problem, observed
 from .prior import Prior, SupportPrior, handed_out
@@ -91,17 +92,19 @@ class AmortizedGuide(nn.Module):
         drawn = {}
         for name, size in problem.sizes.items():
             covariance = torch.linalg.inv(precision)[..., :size, :size].to(mean.dtype)
+            covariance = 0.5 * (covariance + covariance.mT)
             fn = dist.MultivariateNormal(mean[..., :size], covariance).to_event(1)
             drawn[name] = pyro.sample(name, fn)
             away, cross, precision = drawn[name] - mean[..., :size], precision[..., size:, :size], precision[..., size:, size:]
             if precision.shape[-1]:
-                mean = mean[..., size:] - torch.linalg.solve(precision, cross @ away.unsqueeze(-1)).squeeze(-1)
+                shift = torch.linalg.solve(precision, cross @ away.unsqueeze(-1).to(cross.dtype)).squeeze(-1)
+                mean = mean[..., size:] - shift.to(mean.dtype)
         return drawn
 
     def _prior_shots(self, episode: Episode, values: dict[str, Tensor]) -> dict[str, Tensor]:
         program = getattr(self.prior, "_program", None)
         if program is None:
             return {}
-        with torch.no_grad():
+        with torch.no_grad(), standing_still():
             free = observed(program, replace(episode, support=None), {k: v.detach() for k, v in values.items()})[1]
         return {name: pyro.sample(name, dist.Normal(site[0], site[1]).to_event(2)) for name, site in free.items()}

@@ -8,8 +8,9 @@ eliminated shot by shot (a Schur complement) and cost one solve for each compone
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from pyro import poutine
 from torch import Tensor
 
 from ._checks import require
-from .dynamics import failures_as_values
+from .dynamics import failures_as_values, standing_still
 from .families import Family
 from .tasks import Episode
 
@@ -46,8 +47,9 @@ class Belief(NamedTuple):
 
     def shots_given(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and precision of each shot's latents, given the task's, (..., task, d)."""
-        shift = torch.einsum("tsmd,...td->...tsm", self.coupling, latents - self.mean)
-        return self.shot_mean - (torch.linalg.inv(self.shot_precision) @ shift.unsqueeze(-1)).squeeze(-1), self.shot_precision
+        shift = torch.einsum("tsmd,...td->...tsm", self.coupling, (latents - self.mean).double())
+        shift = torch.linalg.solve(self.shot_precision, shift.unsqueeze(-1)).squeeze(-1)
+        return self.shot_mean - shift.to(self.shot_mean.dtype), self.shot_precision
 
 
 class Observed(NamedTuple):
@@ -103,7 +105,8 @@ class Problem:
                  precision: Tensor) -> None:
         self.program, self.episode, self.families = program, episode, dict(families)
         self.mean, self.precision, self.tasks, self.d = mean, precision, mean.shape[0], mean.shape[-1]
-        sites, free = observed(program, episode, self.values(mean))
+        with standing_still():
+            sites, free = observed(program, episode, self.values(mean))
         require(bool(sites), "a program that observes something", "no observed sample site with data",
                 "Pass an episode with a query, and obs=episode.query in the program.")
         shots = episode.shape[1]
@@ -115,6 +118,13 @@ class Problem:
         both = torch.cat(list(free.values()), -1) if free else mean.new_zeros(2, self.tasks, shots, 0)
         self.shot_mean, self.shot_weight = both[0], both[1].square().reciprocal()
         self.m = both.shape[-1]
+
+    def cut(self, steps: int) -> Problem:
+        """The same problem on trajectories cut into shorter segments; itself where they are that short already."""
+        pieces = self.episode.cut(steps)
+        if pieces is self.episode:
+            return self
+        return Problem(self.program, pieces, self.families, self.mean, self.precision)
 
     def values(self, task: Tensor, shot: Tensor | None = None) -> dict[str, Tensor]:
         """Unconstrained latents to the values of their sites."""
@@ -169,31 +179,45 @@ class _Normal(NamedTuple):
 class Linearised:
     """Computed evidence: damped Gauss-Newton on the user's own program, accepted per task only where it helps.
 
+    Long trajectories have many local optima. ``segments`` come first: an iteration each, on trajectories cut into
+    segments of so many steps, whose optimum can be found from far away and lies near the whole trajectories' one.
+
     References:
         An Algorithm for Least-Squares Estimation of Nonlinear Parameters (Marquardt, 1963)
 
     Arguments:
-        iterations: number of Gauss-Newton steps tried.
+        iterations: number of Gauss-Newton steps tried on the trajectories as they are.
+        segments: segment lengths of the iterations before those.
         damping: first Levenberg-Marquardt damping, relative to the precision's diagonal.
         reach: the longest step of a latent, in unconstrained coordinates.
     """
 
-    def __init__(self, iterations: int = 2, *, damping: float = 1e-3, reach: float = 1.0) -> None:
+    def __init__(self, iterations: int = 2, *, segments: Sequence[int] = (), damping: float = 1e-3,
+                 reach: float = 1.0) -> None:
         require(iterations >= 1, "iterations of 1 or more", iterations, "Leave evidence=None for the encoder alone.")
-        self.iterations, self.damping, self.reach = iterations, damping, reach
+        self.iterations, self.segments, self.damping, self.reach = iterations, tuple(segments), damping, reach
 
     @torch.no_grad()
     def __call__(self, problem: Problem, start: Tensor) -> Belief:
         """The posterior of a problem's latents to second order, from a start ``(task, d)``."""
+        for length, group in itertools.groupby(self.segments):
+            pieces = problem.cut(length)
+            if pieces is not problem:
+                start = self._iterate(pieces, start, len(list(group))).task
+        return _belief(problem, self._iterate(problem, start, self.iterations))
+
+    def _iterate(self, problem: Problem, start: Tensor, iterations: int) -> _Point:
         point = _at(problem, start, problem.shot_mean)
         damping = torch.full_like(point.cost, self.damping)
-        for _ in range(self.iterations):
-            new = _at(problem, *self._step(problem, point, damping))
+        for i in range(iterations):
+            task, shot = self._step(problem, point, damping)
+            # The last step is only judged, by one run: its Jacobian would differ little and cost d + m more.
+            new = _at(problem, task, shot) if i + 1 < iterations else point._replace(
+                task=task, shot=shot, cost=_cost(problem, problem.errors(task[None], shot[None])[0], task, shot))
             better = new.cost < point.cost
             damping = torch.where(better, 0.1 * damping, 30.0 * damping.clamp(min=1e-3))
-            point = _Point(*(torch.where(better.view(-1, *[1] * (b.dim() - 1)), a, b)
-                             for a, b in zip(new, point, strict=True)))
-        return _belief(problem, point)
+            point = _Point(*(_where(better, a, b) for a, b in zip(new, point, strict=True)))
+        return point
 
     def _step(self, problem: Problem, point: _Point, damping: Tensor) -> tuple[Tensor, Tensor]:
         normal = _normal(problem, point, damping)
@@ -201,23 +225,33 @@ class Linearised:
         move, shift = -pull, torch.zeros_like(point.shot)
         if problem.m:
             push = point.slope[..., problem.d:] + problem.shot_weight * (point.shot - problem.shot_mean)
-            inner = torch.linalg.solve(normal.shot, torch.cat([push.unsqueeze(-1), normal.cross], -1))
+            inner = _solve(normal.shot, torch.cat([push.unsqueeze(-1), normal.cross], -1))
             move = move + _times(normal.cross.mT, inner[..., 0]).sum(1)
             normal = normal._replace(task=normal.task - (normal.cross.mT @ inner[..., 1:]).sum(1))
-        move = torch.linalg.solve(normal.task, move)
+        move = _solve(normal.task, move.unsqueeze(-1)).squeeze(-1)
         move = move * (self.reach / move.abs().amax(-1, keepdim=True).clamp(min=self.reach))
         if problem.m:
             shift = -inner[..., 0] - _times(inner[..., 1:], move.unsqueeze(1))
-        return point.task + move, point.shot + shift
+        return point.task + move.to(point.task.dtype), point.shot + shift.to(point.shot.dtype)
 
 
 def _at(problem: Problem, task: Tensor, shot: Tensor) -> _Point:
     error, slopes = problem.jacobian(task, shot)
-    cost = error.square().sum((1, 2)) + ((task - problem.mean) * _times(problem.precision, task - problem.mean)).sum(-1)
-    cost = cost + ((shot - problem.shot_mean).square() * problem.shot_weight).sum((1, 2))
+    cost = _cost(problem, error, task, shot)
     finite = torch.isfinite(slopes).flatten(1).all(1) & torch.isfinite(cost)
-    slopes, error = (x.where(finite.view(-1, *[1] * (x.dim() - 1)), 0.0) for x in (slopes, error))
-    return _Point(task, shot, slopes @ slopes.mT, _times(slopes, error), cost.where(finite, torch.inf))
+    slopes, error = (_where(finite, x, torch.zeros_like(x)) for x in (slopes, error))
+    slopes = slopes.double()  # sensitivities of a chaotic system differ by more than float32 has digits
+    return _Point(task, shot, slopes @ slopes.mT, _times(slopes, error.double()), cost.where(finite, torch.inf))
+
+
+def _cost(problem: Problem, error: Tensor, task: Tensor, shot: Tensor) -> Tensor:
+    away = task - problem.mean
+    cost = error.square().sum((1, 2)) + (away * _times(problem.precision, away)).sum(-1).to(away.dtype)
+    return (cost + ((shot - problem.shot_mean).square() * problem.shot_weight).sum((1, 2))).nan_to_num(torch.inf)
+
+
+def _where(rows: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return torch.where(rows.view(-1, *[1] * (b.dim() - 1)), a, b)
 
 
 def _normal(problem: Problem, point: _Point, damping: Tensor | None = None) -> _Normal:
@@ -234,9 +268,14 @@ def _belief(problem: Problem, point: _Point) -> Belief:
     normal = _normal(problem, point)
     precision = normal.task
     if problem.m:
-        precision = precision - (normal.cross.mT @ torch.linalg.solve(normal.shot, normal.cross)).sum(1)
+        precision = precision - (normal.cross.mT @ _solve(normal.shot, normal.cross)).sum(1)
     return Belief(point.task, 0.5 * (precision + precision.mT), point.shot, normal.shot, normal.cross)
 
 
+def _solve(matrix: Tensor, right: Tensor) -> Tensor:
+    """Where a matrix is singular, no step is taken."""
+    return torch.linalg.solve_ex(matrix, right).result.nan_to_num(0.0, 0.0, 0.0)
+
+
 def _times(matrix: Tensor, vector: Tensor) -> Tensor:
-    return (matrix @ vector.unsqueeze(-1)).squeeze(-1)
+    return (matrix @ vector.to(matrix.dtype).unsqueeze(-1)).squeeze(-1)

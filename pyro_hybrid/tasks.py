@@ -98,6 +98,8 @@ class Episode:
         last = self.times.shape[-1] - 1
         if steps is None or steps >= last or self.query is None:
             return self
+        if self.whole is not None:
+            return self.whole.cut(steps)
         require(self.states is not None, "measured states at all times, to restart from", "initial states alone",
                 "Pass initial= with a time axis to Tasks, or meta_train(..., curriculum=None).")
         assert self.states is not None  # for the type checker; the line above raises

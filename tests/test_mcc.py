@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import doctest
 import importlib
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -159,10 +159,10 @@ def test_disentangle_returns_the_type_precision_and_shape_it_was_given() -> None
 
 def test_scores_and_components_repeat_and_leave_the_global_random_state_alone() -> None:
     z, sources = mixed("uniform", 200, 4, seed=5)
-    before, before_torch = np.random.get_state()[1].copy(), torch.get_rng_state()
+    before, before_torch = str(np.random.get_state()), torch.get_rng_state()
     np.testing.assert_array_equal(disentangle(z, seed=9), disentangle(z, seed=9))
     assert mcc(z, sources, seed=9).weak == mcc(z, sources, seed=9).weak
-    np.testing.assert_array_equal(np.random.get_state()[1], before)
+    assert str(np.random.get_state()) == before
     assert torch.equal(torch.get_rng_state(), before_torch)
 
 
@@ -184,7 +184,7 @@ def test_disentangle_refuses_a_fit_of_other_width() -> None:
 
 
 @pytest.mark.parametrize("score", [lambda z: mcc(z, uniform(len(z), 2)), disentangle], ids=["mcc", "disentangle"])
-def test_unusable_latents_are_named(score) -> None:  # noqa: ANN001
+def test_unusable_latents_are_named(score: Callable[[Tensor], object]) -> None:
     z = uniform(50, 3)
     constant, broken, rounding = z.clone(), z.clone(), z.float()
     constant[:, 1], broken[4, 2], rounding[:, 0] = 0.5, torch.nan, 1.0
@@ -210,8 +210,3 @@ def test_lists_and_unknown_methods_are_refused() -> None:
         _matrix("estimate", [[1.0]])
     with pytest.raises(Exception, match="spearman"):  # beartype's own, where it checks the package
         mcc(uniform(50, 2), uniform(50, 2), method="kendall")  # type: ignore[arg-type]
-
-
-def test_examples_in_the_docstrings_hold() -> None:
-    result = doctest.testmod(module)
-    assert result.attempted > 0 and result.failed == 0

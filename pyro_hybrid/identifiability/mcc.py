@@ -225,7 +225,7 @@ def _unmixing(x: Array, seed: int) -> Array:
     converged = [rows for rows, done in found if done]
     if not converged:
         warnings.warn(f"expected ICA to converge; got {len(found)} runs of {ITERATIONS} iterations that didn't. The "
-                      "best is returned, don't rely on it: pass more tasks, and check that the latents are not Gaussian.",
+                      "best is returned, don't rely on it: pass more tasks, check that the latents are not Gaussian.",
                       RuntimeWarning, stacklevel=3)
     rows = min(converged or [rows for rows, _ in found], key=lambda rows: _total_entropy(x @ rows.T))
     _, order = _match(x @ rows.T, x)

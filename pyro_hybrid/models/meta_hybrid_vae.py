@@ -48,14 +48,14 @@ class MetaHybridVAE(HybridModel):
     """
 
     def __init__(self, system: System, evidence: Linearised | None = None, *, latents: int | None = None,
-                 linear: bool = True, correction: float = 0.0, width: int = 32, substeps: int = 1,
+                 linear: bool = True, correction: float = 0.0, width: int = 32, depth: int = 2, substeps: int = 1,
                  conditional: bool = True) -> None:
         super().__init__()
         self.system, self.substeps, self.correction = system, substeps, correction
         sites = {**system.physics, "unknown": Normal(latents or len(system.unknown))}
         self.prior = SupportPrior(self.encoder(), evidence, **sites) if conditional else UnconditionalPrior(**sites)
         self.residual = Residual(len(system.inputs), sites["unknown"].n, system.outputs, linear, width=width,
-                                 scale=system.inputs)
+                                 depth=depth, scale=system.inputs)
         self.noise = PyroParam(3.0 * torch.tensor(system.noise), constraints.positive)
         self.start_noise = PyroParam(torch.tensor(system.start_noise), constraints.positive)
 
@@ -78,7 +78,7 @@ class MetaHybridVAE(HybridModel):
             force = self.force(unknown)
             states = solve(self.system.known(physics, force), start if self.system.grid else start.unbind(-1),
                            episode.times, substeps=self.substeps)
-            if self.correction and episode.query is not None:
+            if self.correction and torch.is_grad_enabled():
                 pyro.factor("least_correction", -self.correction * self.strength(force, physics, episode.times, states))
             x = dist.Normal(self.system.observe(states), self.noise).mask(episode.mask)
             return pyro.sample("x", x.to_event(3), obs=episode.query)
@@ -88,17 +88,23 @@ class MetaHybridVAE(HybridModel):
         return self.residual.given(unknown[..., None, None, :] if self.system.grid else unknown[..., None, :])
 
     def strength(self, force: Force, physics: dict[str, Tensor], times: Tensor, states: Tensor) -> Tensor:
-        """Mean square of the neural force over each trajectory, summed over a task's shots."""
-        squares: list[Tensor] = []
+        """Mean square of the neural force for each task, over inputs that each come from another trajectory.
+
+        Along its own trajectories a true correction is correlated with the known terms (friction shrinks the angles that
+        gravity acts on), and the least one would be biased. Between unrelated inputs it isn't.
+        """
+        heard: list[Tensor] = []
 
         def listening(*inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
-            out = force(*inputs)
-            squares.extend(part.square() for part in (out if isinstance(out, tuple) else (out,)))
-            return out
+            heard.extend(torch.broadcast_tensors(*inputs))
+            return force(*inputs)
 
-        flat = states.flatten(-3, -2)  # (..., task, shot * time, component): parameters still broadcast
+        flat = states.detach().flatten(-3, -2)  # (..., task, shot * time, component): parameters still broadcast
         clock = times.expand(states.shape[-3], -1).flatten()
-        self.system.known(physics, listening)(clock.unsqueeze(-1) if self.system.grid else clock,
-                                              flat if self.system.grid else flat.unbind(-1))
-        mean = sum(squares).mean(-1) if self.system.grid else sum(squares)
-        return mean.sum(-1) / times.shape[-1]
+        with torch.no_grad():
+            self.system.known(physics, listening)(clock.unsqueeze(-1) if self.system.grid else clock,
+                                                  flat if self.system.grid else flat.unbind(-1))
+        unrelated = [x.flatten().roll(i * (x.numel() // len(heard) + 1)).view_as(x) for i, x in enumerate(heard)]
+        out = force(*unrelated)
+        squares = sum(part.square() for part in (out if isinstance(out, tuple) else (out,)))
+        return squares.flatten(-2).mean(-1) if self.system.grid else squares.mean(-1)

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import ClassVar
 
+import pyro
+import pyro.distributions as dist
 import torch
 from torch import Tensor
 
 from .._checks import require
 from .._types import State
 from ..dynamics import Field, solve
-from ..families import Family
-from ..tasks import Tasks
+from ..families import Family, Normal
+from ..linearise import Linearised, Problem
+from ..tasks import Episode, Tasks
 
 __all__ = ["Force", "System"]
 
@@ -82,6 +86,31 @@ class System(ABC):
     def trajectories(self, latents: Mapping[str, Tensor], initial: State, times: Tensor) -> Tensor:
         """Noise-free sensors of the true system."""
         return self.observe(solve(self.full(latents), initial, times, substeps=self.substeps))
+
+    def program(self, episode: Episode) -> Tensor:
+        """The true system as a Pyro program, with flat priors: for reference posteriors and Cramér-Rao bounds."""
+        measured = episode.initial if self.grid else torch.stack(episode.initial, -1)  # type: ignore[arg-type]
+        spread = measured.new_tensor(self.start_noise)
+        with episode.plate:
+            latents = {name: pyro.sample(name, dist.Uniform(*map(measured.new_tensor, self.ranges[name])).expand([1]).to_event(1))
+                       for name in self.physics}
+            bounds = measured.new_tensor([self.ranges[name] for name in self.unknown])
+            latents["unknown"] = pyro.sample("unknown", dist.Uniform(bounds[:, 0], bounds[:, 1]).to_event(1))
+            start = pyro.sample("initial", dist.Normal(measured, spread).to_event(2))
+            states = solve(self.full(latents), start if self.grid else start.unbind(-1), episode.times, substeps=2)
+            x = dist.Normal(self.observe(states), measured.new_tensor(self.noise)).mask(episode.mask)
+            return pyro.sample("x", x.to_event(3), obs=episode.query)
+
+    def cramer_rao(self, support: Episode, truth: Mapping[str, Tensor]) -> Tensor:
+        """Smallest variance of an unbiased estimate of every latent from the support, (task, component).
+
+        Computed from the true system at the true latents, the initial states being unknown but for their measurement.
+        """
+        families = {name: Normal(value.shape[-1]) for name, value in truth.items()}
+        latents = torch.cat(list(truth.values()), -1)
+        flat = torch.zeros(*latents.shape, latents.shape[-1], dtype=latents.dtype)
+        problem = Problem(self.program, replace(support, support=None), families, latents, flat)
+        return Linearised(1)(problem, latents).covariance.diagonal(dim1=-2, dim2=-1)
 
     def simulate(self, tasks: int, shots: int, seed: int, *, num_support: int | None = None) -> Tasks:
         """Tasks with known truth, noise included; half of the shots are support unless ``num_support`` says otherwise."""
