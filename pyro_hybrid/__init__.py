@@ -8,6 +8,7 @@ from .identifiability.mcc import disentangle, mcc
 from .linearise import Linearised
 from .mixing import Mixing, Residual
 from .module import HybridModel
+from .posterior import draws, load_arviz, pareto_k, predict, save_arviz, summary, to_arviz
 from .prior import SupportPrior, UnconditionalPrior
 from .tasks import Episode, Tasks
 from .training import SVI, Fit, TrainingError, meta_train
@@ -16,6 +17,6 @@ __version__ = "0.1.0"
 
 __all__ = [
     "SVI", "AmortizedGuide", "Episode", "Fit", "HybridModel", "Linearised", "Mixing", "Residual", "SetEncoder",
-    "SolverError", "SupportPrior", "Tasks", "TrainingError", "UnconditionalPrior", "disentangle", "families", "mcc",
-    "meta_train", "models", "solve", "systems",
+    "SolverError", "SupportPrior", "Tasks", "TrainingError", "UnconditionalPrior", "disentangle", "draws", "families", "load_arviz", "mcc",
+    "meta_train", "models", "pareto_k", "predict", "save_arviz", "solve", "summary", "systems", "to_arviz",
 ]

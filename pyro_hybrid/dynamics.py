@@ -10,14 +10,14 @@ import torch
 import torchdiffeq
 from torch import Tensor
 
-from ._checks import fail, require
+from ._checks import fail, require, require_floating
 from ._types import State, Times
 
 __all__ = ["Field", "SolverError", "failures_as_values", "solve", "standing_still"]
 
 Field = Callable[[Tensor, State], State]
+Slope = Callable[[Tensor, Tensor], Tensor]
 
-_ADAPTIVE = ("dopri5", "dopri8")
 _raise_failures: ContextVar[bool] = ContextVar("raise_failures", default=True)
 _still: ContextVar[bool] = ContextVar("still", default=False)
 
@@ -75,11 +75,12 @@ def solve(field: Field, initial: State, times: Times, *, method: str = "rk4", su
     Returns:
         States at all times, ``(..., time, component)``.
     """
-    _check(initial, times, method, substeps)
+    _check(initial, times, method, substeps, max_steps)
     if isinstance(initial, tuple):
-        stacked, slope, axis = torch.stack(torch.broadcast_tensors(*initial)), _stacked(field), 0
+        stacked, axis = torch.stack(torch.broadcast_tensors(*initial)), 0
     else:
-        stacked, slope, axis = initial, field, -1
+        stacked, axis = initial, -1
+    slope = _checked(field, axis)
     if _still.get():
         path = [stacked] * times.shape[-1]
     elif method == "rk4":
@@ -90,38 +91,60 @@ def solve(field: Field, initial: State, times: Times, *, method: str = "rk4", su
     return states.movedim(0, -1) if axis == 0 else states
 
 
-def _stacked(field: Field) -> Callable[[Tensor, Tensor], Tensor]:
-    """The field on components stacked first: one tensor operation then serves them all."""
+def _checked(field: Field, axis: int) -> Slope:
+    """The field on one tensor, a tuple's components stacked first: one operation then serves them all."""
 
     def slope(t: Tensor, state: Tensor) -> Tensor:
-        slopes = field(t, state.unbind(0))
-        require(isinstance(slopes, tuple) and len(slopes) == len(state),
-                f"the field to return a tuple of {len(state)} slopes", type(slopes).__name__,
-                "Return one slope for each component of the state, in the same order.", TypeError)
-        return torch.stack(torch.broadcast_tensors(*slopes))
+        slopes = field(t, state)
+        if not isinstance(slopes, Tensor) or slopes.shape[-1:] != state.shape[-1:]:
+            fail(f"the field to return a tensor (..., {state.shape[-1]})", _form(slopes),
+                 "Return one slope for each component, in the last axis.", TypeError)
+        return slopes
 
-    return slope
+    def stacked(t: Tensor, state: Tensor) -> Tensor:
+        parts = state.unbind(0)
+        slopes = field(t, parts)
+        if not isinstance(slopes, tuple) or len(slopes) != len(parts):
+            fail(f"the field to return a tuple of {len(parts)} slopes", _form(slopes),
+                 "Return one slope for each component of the state, in the same order.", TypeError)
+        return torch.stack(torch.broadcast_tensors(*slopes, parts[0])[:-1])
+
+    return stacked if axis == 0 else slope
 
 
-def _rk4(slope: Callable[[Tensor, Tensor], Tensor], y: Tensor, times: Times, substeps: int, axis: int) -> list[Tensor]:
+def _form(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    return f"a {type(value).__name__}" + (f" of {len(value)}" if isinstance(value, tuple) else "")
+
+
+def _grown(y: Tensor, like: Tensor, axis: int) -> Tensor:
+    """The state with the batch axes that it lacks and the field's captured tensors have, such as particles."""
+    if axis == 0:
+        y = y.reshape(len(y), *[1] * (like.dim() - y.dim()), *y.shape[1:])
+    return y.expand(torch.broadcast_shapes(y.shape, like.shape))
+
+
+def _rk4(slope: Slope, y: Tensor, times: Times, substeps: int, axis: int) -> list[Tensor]:
     clock = times if times.dim() == 1 or axis == 0 else times.unsqueeze(-2)
     steps = torch.diff(clock) / substeps
     path = [y]
     for k in range(clock.shape[-1] - 1):
         h = steps[..., k]
         for j in range(substeps):
-            y = _rk4_step(slope, clock[..., k] + j * h, h, y)
+            y = _rk4_step(slope, clock[..., k] + j * h, h, y, axis)
         path.append(y)
-    if path[0].shape != y.shape:
-        path[0] = path[0].expand_as(y)
+    path[0] = _grown(path[0], y, axis)
     if _raise_failures.get() and not torch.isfinite(y).all():
         _explain(path, times, substeps, axis)
     return path
 
 
-def _rk4_step(slope: Callable[[Tensor, Tensor], Tensor], t: Tensor, h: Tensor, y: Tensor) -> Tensor:
+def _rk4_step(slope: Slope, t: Tensor, h: Tensor, y: Tensor, axis: int) -> Tensor:
     half = 0.5 * h
     k1 = slope(t, y)
+    if k1.dim() > y.dim():
+        y = _grown(y, k1, axis)
     k2 = slope(t + half, torch.addcmul(y, k1, half))
     k3 = slope(t + half, torch.addcmul(y, k2, half))
     k4 = slope(t + h, torch.addcmul(y, k3, h))
@@ -133,68 +156,105 @@ def _explain(path: list[Tensor], times: Times, substeps: int, axis: int) -> None
         bad = ~torch.isfinite(y).all(axis)
         if bad.any():
             index = tuple(bad.nonzero()[0].tolist())
-            clock = times if times.dim() == 1 else times[index[-1]]
+            clock = times if times.dim() == 1 else times.expand(bad.shape[-1], -1)[index[-1]]
             raise SolverError("the state stopped being finite", index, float(clock[k]), k * substeps)
 
 
-def _adaptive(slope: Callable[[Tensor, Tensor], Tensor], y: Tensor, times: Times, method: str, rtol: float, atol: float,
-              max_steps: int, axis: int) -> list[Tensor]:
-    """torchdiffeq with its error norm taken per trajectory, its asserts backed by checks of our own."""
+def _adaptive(slope: Slope, y: Tensor, times: Times, method: str, rtol: float, atol: float, max_steps: int,
+              axis: int) -> list[Tensor]:
+    """torchdiffeq, from one output time to the next.
+
+    Interpolating to output times misses the tolerance by 7 (dopri5) to 1000 times (dopri8), and asked to land on all of
+    them at once torchdiffeq forgets the rest as soon as a step happens to end on one.
+    """
     offset, clock = _common_clock(times, axis)
-    watch = _Watch(slope, offset, max_steps, {"dopri5": 6, "dopri8": 13}[method], axis)
-    y = y.expand_as(watch(clock[0], y))
-
-    def worst_trajectory(error: Tensor) -> Tensor:
-        return error.square().mean(axis).sqrt().max()
-
-    # Landing on the output times: interpolating to them misses the tolerance by 7 (dopri5) to 1000 times (dopri8).
-    options = {"norm": worst_trajectory, "step_t": clock[1:]}
-    try:
-        states = torchdiffeq.odeint(watch, y, clock, rtol=rtol, atol=atol, method=method, options=options)
-    except AssertionError as error:
-        watch.give_up(f"{method} gave up ({error})")
-    return list(states.unbind(0))
+    y = _grown(y, slope(clock[0] + offset, y), axis)
+    watch, path, first = _Watch(slope, offset, max_steps, axis), [], None
+    for k in range(1, len(clock)):
+        path.append(watch.shown(y))
+        while not watch.lost.all():
+            options = {"norm": watch.norm, "step_t": clock[k : k + 1], "first_step": first}
+            try:
+                y = torchdiffeq.odeint(watch, y, clock[k - 1 : k + 1], rtol=rtol, atol=atol, method=method, options=options)[1]
+                break
+            except SolverError:
+                if _raise_failures.get():
+                    raise
+                y = y.masked_fill(watch.lost.unsqueeze(axis), 0.0)
+        first = watch.step
+    return [*path, watch.shown(y)]
 
 
 class _Watch:
-    """A slope that counts its evaluations and refuses what would make an adaptive method loop for ever."""
+    """A slope that ends, with a reason, what torchdiffeq would end by an assert or, under ``python -O``, never.
 
-    def __init__(self, slope: Callable[[Tensor, Tensor], Tensor], offset: Tensor, max_steps: int, stages: int,
-                 axis: int) -> None:
-        self.slope, self.offset, self.max_steps, self.stages, self.axis = slope, offset, max_steps, stages, axis
-        self.calls, self.time, self.last = 0, torch.zeros(()), torch.zeros(1, 1)
+    Trajectories that were ``lost`` stand still from there on.
+    """
+
+    def __init__(self, slope: Slope, offset: Tensor, max_steps: int, axis: int) -> None:
+        self.slope, self.offset, self.max_steps, self.axis = slope, offset, max_steps, axis
+        self.steps, self.errors = 0, torch.zeros(())
+        self.step: Tensor | None = None
+        self.lost = torch.zeros((), dtype=torch.bool, device=offset.device)
 
     def __call__(self, t: Tensor, y: Tensor) -> Tensor:
-        self.calls, self.time, self.last = self.calls + 1, t, self.slope(t + self.offset, y)
-        if not torch.isfinite(self.last).all():
-            self.give_up("the slope stopped being finite")
-        if self.calls > self.max_steps * self.stages:
-            self.give_up(f"more than max_steps = {self.max_steps} steps needed")
-        return self.last
+        slope = self.slope(t + self.offset, y).masked_fill(self.lost.unsqueeze(self.axis), 0.0)
+        bad = ~torch.isfinite(slope + y).all(self.axis)
+        if bad.any():
+            self.give_up("the state or its slope stopped being finite", t, bad.float())
+        return slope
 
-    def give_up(self, cause: str) -> None:
-        size = self.last.detach().nan_to_num(torch.inf, torch.inf, torch.inf).abs().amax(self.axis)
-        index = tuple(int(i) for i in torch.unravel_index(size.argmax(), size.shape))
-        raise SolverError(cause, index, float(self.time), self.calls // self.stages) from None
+    def norm(self, error: Tensor) -> Tensor:
+        """Root mean square over components, the worst of all trajectories: none hides behind the others."""
+        self.errors = error.detach().square().mean(self.axis)
+        return self.errors.max().sqrt()
+
+    def callback_step(self, t: Tensor, y: Tensor, step: Tensor) -> None:
+        """What torchdiffeq calls before every step that it tries."""
+        self.steps, self.step = self.steps + 1, step.detach()
+        errors = self.errors.nan_to_num(torch.inf, torch.inf)
+        if self.steps > self.max_steps:
+            self.give_up(f"more than max_steps = {self.max_steps} steps needed", t, errors, everyone=True)
+        if not t + step > t:
+            self.give_up("the step size shrank to nothing (a blow-up, or a tolerance out of reach)", t, errors)
+
+    def give_up(self, cause: str, t: Tensor, badness: Tensor, everyone: bool = False) -> None:
+        index = tuple(int(i) for i in torch.unravel_index(badness.argmax(), badness.shape))
+        self.lost = self.lost | everyone | (badness == badness.max())
+        offset = self.offset.flatten()[index[-1] if self.offset.numel() > 1 else 0]
+        raise SolverError(cause, index, float(t + offset), self.steps)
+
+    def shown(self, y: Tensor) -> Tensor:
+        """The state, with NaN for the lost."""
+        return y.masked_fill(self.lost.unsqueeze(self.axis), torch.nan)
 
 
 def _common_clock(times: Times, axis: int) -> tuple[Tensor, Tensor]:
     if times.dim() == 1:
-        return torch.zeros((), dtype=times.dtype, device=times.device), times
+        return times.new_zeros(()), times
     offset, clock = times[..., 0], times - times[..., :1]
-    require(bool(torch.allclose(clock, clock[:1].expand_as(clock), atol=1e-6)),
+    require(bool((clock - clock[:1]).abs().max() <= 16 * torch.finfo(times.dtype).eps * times.abs().max()),
             "clocks that differ by an offset only (adaptive methods)", "clocks of different spacing",
             'Use method="rk4", or solve the shots one by one.')
     return (offset if axis == 0 else offset.unsqueeze(-1)), clock[0]
 
 
-def _check(initial: State, times: Times, method: str, substeps: int) -> None:
-    require(method == "rk4" or method in _ADAPTIVE, 'method "rk4", "dopri5" or "dopri8"', repr(method),
+def _check(initial: State, times: Times, method: str, substeps: int, max_steps: int) -> None:
+    require(method in ("rk4", "dopri5", "dopri8"), 'method "rk4", "dopri5" or "dopri8"', repr(method),
             'Take "rk4" for training and "dopri8" for reference solutions.')
-    require(substeps >= 1, "substeps of 1 or more", substeps, "Pass a positive integer.")
+    require(substeps >= 1 and max_steps >= 1, "substeps and max_steps of 1 or more", f"{substeps} and {max_steps}",
+            "Pass positive integers.")
     parts = initial if isinstance(initial, tuple) else (initial,)
     if not parts or any(p.numel() == 0 for p in parts):
         fail("a state with at least one row", "an empty one", "Check for empty batches.")
+    for name, value in (("times", times), *(("initial", p) for p in parts)):
+        require_floating(name, value)
+        require(value.dtype == times.dtype, f"initial in {times.dtype}, as the times", value.dtype, "Convert one.", TypeError)
+    shape = torch.broadcast_shapes(*(p.shape for p in parts))
+    shots = shape[-1:] if isinstance(initial, tuple) else shape[-2:-1]
+    require(times.dim() == 1 or times.dim() == 2 and times.shape[0] in (1, *shots),
+            f"times of shape (time,) or (shot, time) for {tuple(shots)} shots", tuple(times.shape),
+            "Give all shots one clock, or each its own.")
     require(times.shape[-1] >= 2 and bool((torch.diff(times) > 0).all()), "two or more strictly increasing times",
             times.tolist() if times.numel() < 9 else f"{tuple(times.shape)} with a smallest step of "
             f"{float(torch.diff(times).min()) if times.shape[-1] > 1 else 'none'}",

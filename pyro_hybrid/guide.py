@@ -60,10 +60,15 @@ class AmortizedGuide(nn.Module):
         else:
             computed = self._computed(episode)
             naturals = handed_out(self.prior.sites, computed[1])
-        with episode.plate:
+        plate = episode.plate
+        with plate:
             values = {name: pyro.sample(name, self.prior.sites[name].distribution(natural))
                       for name, natural in naturals.items()}
-            return values | (self._shots(values, *computed) if computed else self._prior_shots(episode, values))
+        shots = None if computed else self._prior_shots(episode, values)
+        with plate:
+            if computed:
+                return values | self._shots(values, *computed)
+            return values | {name: pyro.sample(name, fn) for name, fn in shots.items()}
 
     def _learned(self, episode: Episode) -> dict[str, Natural]:
         assert self.encoder is not None
@@ -101,10 +106,11 @@ class AmortizedGuide(nn.Module):
                 mean = mean[..., size:] - shift.to(mean.dtype)
         return drawn
 
-    def _prior_shots(self, episode: Episode, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _prior_shots(self, episode: Episode, values: dict[str, Tensor]) -> dict[str, dist.Distribution]:
+        """What the program itself says of its shots' latents."""
         program = getattr(self.prior, "_program", None)
         if program is None:
             return {}
         with torch.no_grad(), standing_still():
             free = observed(program, replace(episode, support=None), {k: v.detach() for k, v in values.items()})[1]
-        return {name: pyro.sample(name, dist.Normal(site[0], site[1]).to_event(2)) for name, site in free.items()}
+        return {name: dist.Normal(site[0], site[1]).to_event(2) for name, site in free.items()}

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from pyro import poutine
@@ -22,7 +22,7 @@ from .dynamics import failures_as_values, standing_still
 from .families import Family
 from .tasks import Episode
 
-__all__ = ["Belief", "Linearised", "Problem", "Program", "observed"]
+__all__ = ["Belief", "Linearised", "Problem", "Program", "bare", "is_random", "observed"]
 
 Program = Callable[[Episode], object]
 
@@ -70,18 +70,22 @@ def observed(program: Program, episode: Episode, values: Mapping[str, Tensor]) -
         trace = poutine.trace(poutine.condition(program, data=dict(values))).get_trace(episode)
     seen, free = [], {}
     for name, site in trace.nodes.items():
-        if site["type"] != "sample" or name in values or not hasattr(site["fn"], "batch_shape"):
+        if name in values or not is_random(site):
             continue
-        fn, mask = _bare(site["fn"], site["mask"])
+        fn, mask = bare(site["fn"], site["mask"])
         if not site["is_observed"]:
-            if type(fn).__name__ not in ("_Subsample",):
-                free[name] = torch.stack(torch.broadcast_tensors(fn.mean, fn.stddev))
-        elif type(fn).__name__ != "Unit":
+            free[name] = torch.stack(torch.broadcast_tensors(fn.mean, fn.stddev))
+        else:
             seen.append(Observed(fn.mean, fn.stddev, site["value"], torch.as_tensor(mask, device=fn.mean.device)))
     return seen, free
 
 
-def _bare(fn: object, mask: Tensor | bool | None) -> tuple[object, Tensor | bool]:
+def is_random(site: Mapping[str, Any]) -> bool:
+    """Whether a trace's site is a latent or an observation: not a parameter, a plate or a factor."""
+    return site["type"] == "sample" and type(site["fn"]).__name__ not in ("_Subsample", "Unit")
+
+
+def bare(fn: object, mask: Tensor | bool | None) -> tuple[object, Tensor | bool]:
     """The distribution without its Independent and Masked wrappers, and the product of the masks."""
     mask = True if mask is None else mask
     while hasattr(fn, "base_dist") and type(fn).__name__ in ("Independent", "MaskedDistribution", "ExpandedDistribution"):

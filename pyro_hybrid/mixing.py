@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -17,8 +16,10 @@ __all__ = ["Mixing", "Residual"]
 class Residual(nn.Module):
     r"""What the known equations leave out, as a function of the state (or time) and the neural latents.
 
-    .. math:: f_N(x; z) = W_2 \tanh(W_1 [W_x x + W_z z + b]) \quad\text{or, if linear,}\quad
-              f_N(x; z) = \varphi_0(x) + \sum_i z_i\, \varphi_i(x)
+    .. math:: f_N(x; z) = \varphi_0(u) + \sum_i z_i\, \varphi_i(u), \qquad \varphi_i(u) = V_i u + U_i\, \mathrm{MLP}(u)
+
+    with features :math:`u = x` if ``linear``, and :math:`u = (x, z, z \otimes x)` otherwise: products of latents and
+    inputs come for free, and a latent that is a rate, a frequency or a size enters as what it is, linearly.
 
     With ``linear=True`` whatever stays ambiguous about the latents is linear too, as the theorem says it should be.
     Features come first in memory and tanh is folded into a sigmoid: on a CPU both are several times faster.
@@ -44,16 +45,14 @@ class Residual(nn.Module):
         require(scale is None or len(scale) == inputs, f"{inputs} scales", scale, "Give one scale for each input.")
         self.inputs, self.latents, self.outputs, self.linear = inputs, latents, outputs, linear
         self.register_buffer("scale", torch.tensor(scale or (1.0,) * inputs))
-        self.first = nn.Linear(inputs, width)
-        self.mix = nn.Linear(latents, width, bias=False)
+        features = inputs if linear else inputs + latents + inputs * latents
+        self.first = nn.Linear(features, width)
         self.hidden = nn.ModuleList(nn.Linear(width, width) for _ in range(depth - 1))
-        self.last = nn.Linear(width, outputs * (latents + 1) if linear else outputs)
+        self.last = nn.Linear(width, outputs * (latents + 1))
+        self.straight = nn.Parameter(0.1 * torch.randn(self.last.out_features, features))
         with torch.no_grad():
-            self.mix.weight.copy_(torch.randn_like(self.mix.weight) / math.sqrt(latents))
-            self.last.weight.mul_(0.1 if linear else 0.3)
+            self.last.weight.mul_(0.1)
             self.last.bias.zero_()
-        if linear:
-            del self.mix
 
     def given(self, latents: Latent) -> Callable[..., Tensor | tuple[Tensor, ...]]:
         """The term of one task: latents ``(..., task, 1, latents)`` to a function of inputs ``(..., task, shot)``.
@@ -63,29 +62,32 @@ class Residual(nn.Module):
         require(latents.shape[-1] == self.latents, f"{self.latents} latents in the last axis", tuple(latents.shape),
                 "Build the Residual with as many latents as its site has components.")
         z = latents.movedim(-1, 0)
-        weight, bias = 2.0 * self.first.weight / self.scale, 2.0 * self.first.bias
-        offset = bias.view(-1, *[1] * (z.dim() - 1))
-        if not self.linear:
-            offset = offset + 2.0 * torch.tensordot(self.mix.weight, z, 1)
         layers = [_folded(layer.weight, layer.bias) for layer in (*self.hidden, self.last)]
+        scale = self.scale.view(-1, *[1] * (z.dim() - 1))
 
         def term(*inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
             require(len(inputs) == self.inputs, f"{self.inputs} inputs", len(inputs), "Call the term as it was built.")
-            x = torch.stack(torch.broadcast_tensors(*inputs))
-            h = torch.sigmoid((weight @ x.flatten(1)).view(-1, *x.shape[1:]) + offset)
-            shape = h.shape[1:]
-            h = h.flatten(1)
+            u = torch.stack(torch.broadcast_tensors(*inputs)) / scale
+            if not self.linear:
+                u = _with_products(u, z)
+            shape = u.shape[1:]
+            u = u.flatten(1)
+            h = torch.sigmoid(torch.addmm(2.0 * self.first.bias.unsqueeze(1), 2.0 * self.first.weight, u))
             for w, b in layers[:-1]:
-                h = torch.sigmoid(torch.addmm(2.0 * b, w + w, h))
-            out = torch.addmm(layers[-1][1], layers[-1][0], h)
-            if self.linear:
-                out = out.view(self.latents + 1, self.outputs, *shape)
-                out = out[0] + (out[1:] * z.unsqueeze(1)).sum(0)
-            else:
-                out = out.view(self.outputs, *shape)
+                h = torch.sigmoid(torch.addmm(2.0 * b, 2.0 * w, h))
+            out = torch.addmm(torch.addmm(layers[-1][1], layers[-1][0], h), self.straight, u)
+            out = out.view(self.latents + 1, self.outputs, *shape)
+            out = out[0] + (out[1:] * z.unsqueeze(1)).sum(0)
             return out[0] if self.outputs == 1 else out.unbind(0)
 
         return term
+
+
+def _with_products(x: Tensor, z: Tensor) -> Tensor:
+    """Inputs, latents and their products, features first."""
+    products = z.unsqueeze(1) * x
+    shape = products.shape[2:]
+    return torch.cat([x.expand(-1, *shape), z.expand(-1, *shape), products.flatten(0, 1)])
 
 
 def _folded(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,15 +6,28 @@ from typing import Any
 
 import pyro
 from pyro.nn import PyroModule
+from torch import nn
 
+from ._checks import require
 from .prior import Prior
 
-__all__ = ["HybridModel", "local_parameters"]
+__all__ = ["HybridModel", "local_parameters", "require_local"]
 
 
 def local_parameters() -> Any:  # noqa: ANN401  (Pyro's context manager is untyped)
     """Pyro with parameters that belong to module instances, for the length of a ``with`` block."""
     return pyro.settings.context(module_local_params=True)
+
+
+def require_local(**modules: object) -> None:
+    """Refuse what would keep its parameters in Pyro's global store, or can't keep any."""
+    for role, module in modules.items():
+        require(isinstance(module, nn.Module), f"a {role} that is an nn.Module, to own its parameters", type(module).__name__,
+                "Derive it from ph.HybridModel and write it in forward.", TypeError)
+        for part in module.modules():  # type: ignore[attr-defined]
+            require(not isinstance(part, PyroModule) or hasattr(part._pyro_context, "param_state"),
+                    f"a {role} whose parameters belong to it", f"{type(part).__name__}, which shares them by name",
+                    "Derive it from ph.HybridModel, or build it under pyro.settings.context(module_local_params=True).")
 
 
 class HybridModel(PyroModule):

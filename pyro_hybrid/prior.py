@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import pyro
 import torch
 from pyro.distributions import Distribution
+from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor, nn
 
 from ._checks import require
@@ -104,7 +105,7 @@ class SupportPrior(Prior):
         super().__init__(sites)
         self.encoder, self.evidence = encoder, evidence
         self.head = nn.Sequential(nn.SiLU(), nn.Linear(encoder.features, self.base.numel()))
-        self._last: tuple[Episode, tuple[int, ...], Belief] | None = None
+        self._last: tuple[Episode, tuple[float, ...], Belief] | None = None
 
     def natural(self, support: Episode | None) -> dict[str, Natural]:
         if support is None:
@@ -114,7 +115,7 @@ class SupportPrior(Prior):
         return handed_out(self.sites, self.belief(support))
 
     def forward(self, support: Episode | None) -> dict[str, Distribution]:
-        if support is not None and self.evidence is not None:
+        if support is not None and self.evidence is not None and am_i_wrapped():
             self._train_proposals(support)
         return super().forward(support)
 
@@ -132,7 +133,7 @@ class SupportPrior(Prior):
     def belief(self, support: Episode) -> Belief:
         """The support's posterior by computed evidence, with its full precision; the last one is remembered."""
         assert self.evidence is not None
-        state = tuple(p._version for p in getattr(self.program, "parameters", self.parameters)())
+        state = _state(list(getattr(self.program, "parameters", self.parameters)()))
         if self._last is None or self._last[0] is not support or self._last[1] != state:
             shots = support.canonical
             mean, precision = super().gaussian(None)
@@ -170,6 +171,12 @@ def handed_out(sites: Mapping[str, Family], belief: Belief) -> dict[str, Natural
             naturals[name] = family.from_gaussian(mean, block.diagonal(dim1=-2, dim2=-1).sqrt().to(dtype))
         at += family.n
     return naturals
+
+
+def _state(parameters: Sequence[Tensor]) -> tuple[float, ...]:
+    """What changes when a parameter does: a fused optimizer's steps leave its version as it was, but not its norm."""
+    norms = torch.stack([torch.linalg.vector_norm(p.detach()).double() for p in parameters])
+    return *(float(p._version) for p in parameters), *norms.tolist()
 
 
 def _divergence(mean: Tensor, scale: Tensor, to_mean: Tensor, to_scale: Tensor) -> Tensor:

@@ -85,6 +85,16 @@ class Episode:
                        seen=take(self.seen), states=None if self.states is None else _over(self.states, take),
                        times=self.times)
 
+    def only(self, task: int) -> Episode:
+        """One task of them, as an episode."""
+
+        def take(value: Tensor | bool | None) -> Tensor | bool | None:
+            return value[task : task + 1] if isinstance(value, Tensor) else value
+
+        return replace(self, query=take(self.query), initial=_over(self.initial, take), mask=take(self.mask),
+                       seen=take(self.seen), states=None if self.states is None else _over(self.states, take),
+                       support=self.support and self.support.only(task), whole=self.whole and self.whole.only(task))
+
     def simulation(self) -> Episode:
         """The same initial states and support, with nothing observed."""
         return replace(self, query=None, mask=True)

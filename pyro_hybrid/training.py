@@ -23,7 +23,8 @@ from tqdm.auto import tqdm
 from ._checks import require
 from .dynamics import SolverError
 from .encoders import SetEncoder
-from .module import local_parameters
+from .linearise import is_random
+from .module import local_parameters, require_local
 from .tasks import Episode, Tasks
 
 __all__ = ["SVI", "Fit", "TrainingError", "meta_train"]
@@ -48,6 +49,7 @@ class SVI(PyroSVI):
 
     def __init__(self, model: nn.Module, guide: nn.Module, optim: torch.optim.Optimizer | PyroOptim,
                  loss: Any = None) -> None:  # noqa: ANN401
+        require_local(model=model, guide=guide)
         self.model, self.guide = model, guide
         self.elbo = (TraceMeanField_ELBO() if loss is None else loss)(model, guide)
         if isinstance(optim, PyroOptim):
@@ -171,6 +173,7 @@ class _Loop:
     callback: Callable[[int, Fit], None] | None
 
     def run(self, progress: bool) -> Fit:
+        self.svi.model.train()
         self.fit, self.norm, self.run_of_skips, self.cause = Fit(), 0.0, 0, ""
         self.good, self.best, self.since = self._state(), (math.inf, None), 0
         batches, start = self.tasks.batches(self.batch_size, self.seed), time.perf_counter()
@@ -184,6 +187,7 @@ class _Loop:
             if self._look(step):
                 break
         bar.close()
+        self.svi.model.eval()
         self.fit.seconds = time.perf_counter() - start
         return self.fit
 
@@ -279,7 +283,7 @@ class _Terms(Messenger):
             msg["scale"] = msg["scale"] * self.weight
 
     def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
-        if msg["is_observed"] and not msg["infer"].get("is_auxiliary") and type(msg["fn"]).__name__ != "Unit":
+        if msg["is_observed"] and is_random(msg):
             with torch.no_grad():
                 value = msg["fn"].log_prob(msg["value"])
                 mask = True if msg["mask"] is None else msg["mask"]

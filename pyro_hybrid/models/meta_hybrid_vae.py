@@ -44,11 +44,12 @@ class MetaHybridVAE(HybridModel):
         latents: number of neural latents; by default as many as the system has.
         linear: whether the force is linear in its latents.
         correction: weight of the penalty.
+        noise: where the learned noise starts, in units of the system's. A high one is slow and safe: it anneals.
         conditional: False for a prior that doesn't look at the support (not identifiable).
     """
 
     def __init__(self, system: System, evidence: Linearised | None = None, *, latents: int | None = None,
-                 linear: bool = True, correction: float = 0.0, width: int = 32, depth: int = 2, substeps: int = 1,
+                 linear: bool = True, correction: float = 0.0, noise: float = 3.0, width: int = 32, depth: int = 1, substeps: int = 1,
                  conditional: bool = True) -> None:
         super().__init__()
         self.system, self.substeps, self.correction = system, substeps, correction
@@ -56,7 +57,7 @@ class MetaHybridVAE(HybridModel):
         self.prior = SupportPrior(self.encoder(), evidence, **sites) if conditional else UnconditionalPrior(**sites)
         self.residual = Residual(len(system.inputs), sites["unknown"].n, system.outputs, linear, width=width,
                                  depth=depth, scale=system.inputs)
-        self.noise = PyroParam(3.0 * torch.tensor(system.noise), constraints.positive)
+        self.noise = PyroParam(noise * torch.tensor(system.noise), constraints.positive)
         self.start_noise = PyroParam(torch.tensor(system.start_noise), constraints.positive)
 
     def encoder(self) -> SetEncoder:
@@ -78,8 +79,8 @@ class MetaHybridVAE(HybridModel):
             force = self.force(unknown)
             states = solve(self.system.known(physics, force), start if self.system.grid else start.unbind(-1),
                            episode.times, substeps=self.substeps)
-            if self.correction and torch.is_grad_enabled():
-                pyro.factor("least_correction", -self.correction * self.strength(force, physics, episode.times, states))
+            if self.correction and self.training and torch.is_grad_enabled():
+                pyro.factor("least_correction", -self.correction * self.overlap(physics, force, episode.times, states))
             x = dist.Normal(self.system.observe(states), self.noise).mask(episode.mask)
             return pyro.sample("x", x.to_event(3), obs=episode.query)
 
@@ -87,24 +88,40 @@ class MetaHybridVAE(HybridModel):
         """The neural force, given neural latents (..., task, component)."""
         return self.residual.given(unknown[..., None, None, :] if self.system.grid else unknown[..., None, :])
 
-    def strength(self, force: Force, physics: dict[str, Tensor], times: Tensor, states: Tensor) -> Tensor:
-        """Mean square of the neural force for each task, over inputs that each come from another trajectory.
+    def overlap(self, physics: dict[str, Tensor], force: Force, times: Tensor, states: Tensor) -> Tensor:
+        r"""How much of the correction the physics could have explained, for each task.
 
-        Along its own trajectories a true correction is correlated with the known terms (friction shrinks the angles that
-        gravity acts on), and the least one would be biased. Between unrelated inputs it isn't.
+        .. math:: \sum_j \frac{\langle f_N, \partial_j f_P \rangle^2}{\lVert \partial_j f_P \rVert^2}
+
+        It is zero where the correction is least: the condition that APHYNITY's penalty :math:`\lVert f_N \rVert^2`
+        reaches at its minimum, without what it costs the rest of the correction. Components of the state are taken from
+        unrelated trajectories: along its own, a true correction is correlated with the known terms (friction shrinks
+        the angles that gravity acts on), and the least one would be biased.
         """
-        heard: list[Tensor] = []
+        clock, flat = times.expand(states.shape[-3], -1).flatten(), states.detach().flatten(-3, -2)
+        parts = flat if self.system.grid else tuple(_unrelated(x) for x in flat.unbind(-1))
+        clock = clock.unsqueeze(-1) if self.system.grid else clock
 
-        def listening(*inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
-            heard.extend(torch.broadcast_tensors(*inputs))
-            return force(*inputs)
+        def slopes(physics: dict[str, Tensor], force: Force) -> Tensor:
+            out = self.system.known(physics, force)(clock, parts)
+            return torch.stack(torch.broadcast_tensors(*out), -1) if isinstance(out, tuple) else out
 
-        flat = states.detach().flatten(-3, -2)  # (..., task, shot * time, component): parameters still broadcast
-        clock = times.expand(states.shape[-3], -1).flatten()
+        def nothing(*inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+            zero = torch.zeros_like(inputs[-1])
+            return zero if self.system.outputs == 1 else (zero,) * self.system.outputs
+
         with torch.no_grad():
-            self.system.known(physics, listening)(clock.unsqueeze(-1) if self.system.grid else clock,
-                                                  flat if self.system.grid else flat.unbind(-1))
-        unrelated = [x.flatten().roll(i * (x.numel() // len(heard) + 1)).view_as(x) for i, x in enumerate(heard)]
-        out = force(*unrelated)
-        squares = sum(part.square() for part in (out if isinstance(out, tuple) else (out,)))
-        return squares.flatten(-2).mean(-1) if self.system.grid else squares.mean(-1)
+            without = slopes(physics, nothing)
+            tangents = [slopes(physics | {name: 1.001 * value}, nothing) - without for name, value in physics.items()]
+        correction = slopes(physics, force) - without
+        return sum(_square_of_mean((correction * t).sum(-1)) / t.square().sum(-1).mean(-1).clamp(min=1e-12) for t in tangents)
+
+
+def _unrelated(values: Tensor) -> Tensor:
+    return values.flatten()[torch.randperm(values.numel(), device=values.device)].view_as(values)
+
+
+def _square_of_mean(samples: Tensor) -> Tensor:
+    """Unbiased: the square of the samples' mean would also punish their spread."""
+    n = samples.shape[-1]
+    return (samples.sum(-1).square() - samples.square().sum(-1)) / (n * (n - 1))

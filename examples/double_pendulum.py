@@ -1,0 +1,38 @@
+"""A double pendulum whose joints have friction that nobody told the model about.
+
+Known: two point masses, two rods, gravity. Unknown to the model: a torque in each joint. A thousand pendulums, a few
+trajectories of each, and at the end the numbers g/l and m2/m1 of pendulums never seen before, the friction of both
+joints, and how far to trust them.
+"""
+
+import time
+
+import habits
+
+import pyro_hybrid as ph
+
+
+def main() -> None:
+    started = time.perf_counter()
+    choice = habits.options(__doc__, "double_pendulum", tasks=1000, steps=900)
+
+    # A thousand pendulums to learn from, three hundred to be judged on.
+    system = ph.systems.DoublePendulum()
+    train, held_out = system.simulate(choice.tasks + choice.held_out, choice.shots, choice.seed).split(choice.held_out)
+
+    # Known equations + a neural torque, linear in its latents; support and query are read by the program itself:
+    # first in short segments, from wherever the encoder points, then along the whole trajectory.
+    model = ph.models.MetaHybridVAE(system, ph.Linearised(1, segments=(7, 7)), correction=1000.0)
+    guide = model.guide(ph.Linearised(1))
+    fit = ph.meta_train(model, guide, train, steps=choice.steps, batch_size=16, learning_rate=8e-3, seed=choice.seed,
+                        curriculum={0.0: 7, 0.3: 14, 0.8: None}, device=choice.device)
+
+    # For the final answer, a few more iterations than training needed.
+    model.to("cpu")
+    model.prior.evidence = ph.Linearised(3, segments=(7, 7))
+    guide.evidence = ph.Linearised(2)
+    habits.export(choice, model, guide, held_out, habits.judge(model, guide, train, held_out), fit, started)
+
+
+if __name__ == "__main__":
+    main()

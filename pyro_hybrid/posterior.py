@@ -1,0 +1,125 @@
+"""Draws, predictions, and everything that ArviZ needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import pyro
+import torch
+from numpy.typing import NDArray
+from pyro import poutine
+from pyro.infer.importance import psis_diagnostic
+from torch import Tensor, nn
+
+from . import _arviz
+from ._checks import require
+from .linearise import bare, is_random
+from .module import local_parameters
+from .tasks import Episode
+
+__all__ = ["draws", "load_arviz", "pareto_k", "predict", "save_arviz", "summary", "to_arviz"]
+
+summary, save_arviz, load_arviz = _arviz.summary, _arviz.save, _arviz.load
+
+
+def draws(model: nn.Module, guide: nn.Module, episode: Episode, num_samples: int) -> dict[str, Tensor]:
+    """Posterior draws of every latent site, ``(draw, task, ...)``."""
+    return _latent(_trace(guide, episode, num_samples))
+
+
+def predict(model: nn.Module, episode: Episode, num_samples: int) -> dict[str, Tensor]:
+    """Draws of every site, observations included, from the support and the initial states alone."""
+    return _latent(_trace(model, episode.simulation(), num_samples))
+
+
+def pareto_k(model: nn.Module, guide: nn.Module, episode: Episode, num_samples: int = 1000) -> NDArray[np.float64]:
+    """PSIS k̂ of each task: below 0.7 the guide can be trusted as a proposal for the program's exact posterior."""
+    with torch.no_grad(), local_parameters():
+        return np.array([psis_diagnostic(model, guide, one, num_particles=num_samples, max_plate_nesting=1)
+                         for one in (episode.only(i) for i in range(episode.shape[0]))])
+
+
+def to_arviz(model: nn.Module, guide: nn.Module, episode: Episode, num_samples: int = 500, *,
+             names: Mapping[str, Sequence[str]] | None = None) -> _arviz.Grouped:
+    """Posterior, prior, predictions and likelihoods as ArviZ data: InferenceData on ArviZ 0.x, DataTree on 1.x.
+
+    Groups: ``posterior`` (from support and query), ``prior`` (from the support alone), ``posterior_predictive``,
+    ``log_likelihood`` (of each shot, so that ``arviz.loo`` leaves out shots), ``observed_data``, ``constant_data``. Draws
+    of a variational posterior are independent: one chain, and no R-hat.
+
+    Arguments:
+        names: names of the components of a site, ``{"unknown": ["damping", "amplitude"], "x": ["angle", "speed"]}``.
+    """
+    require(episode.query is not None, "an episode with a query", "query=None", "There is no posterior without data.")
+    posterior = draws(model, guide, episode, num_samples)
+    prior = predict(model, episode, num_samples)
+    again = _trace(poutine.condition(model, posterior), episode.simulation(), num_samples)
+    seen = _trace(poutine.condition(model, posterior), episode, num_samples)
+    sites = {name: site for name, site in seen.nodes.items()
+             if is_random(site) and site["is_observed"] and name not in posterior}
+    groups = {
+        "posterior": _chained(posterior),
+        "prior": _chained({name: prior[name] for name in posterior}),
+        "posterior_predictive": _chained({name: again.nodes[name]["value"] for name in sites}),
+        "log_likelihood": _chained({name: _by_shot(site) for name, site in sites.items()}),
+        "observed_data": {name: _with_gaps(site["value"], episode.seen) for name, site in sites.items()},
+        "constant_data": _constants(episode),
+    }
+    dims, coords = _labels(groups, names or {})
+    coords["time"] = _numpy(episode.times)
+    return _arviz.to_inference_data(groups, dims, coords, {"num_support": episode.support.shape[1] if episode.support else 0})
+
+
+def _trace(program: Callable[[Episode], object], episode: Episode, num_samples: int) -> poutine.Trace:
+    with torch.no_grad(), local_parameters(), pyro.plate("draw", num_samples, dim=-2):
+        return poutine.trace(program).get_trace(episode)
+
+
+def _latent(trace: poutine.Trace) -> dict[str, Tensor]:
+    return {name: site["value"] for name, site in trace.nodes.items()
+            if is_random(site) and not site["is_observed"]}
+
+
+def _by_shot(site: dict[str, object]) -> Tensor:
+    """Log-likelihood of every shot: summed over whatever comes after (draw, task, shot)."""
+    fn, mask = bare(site["fn"], site["mask"])  # type: ignore[arg-type]
+    value = fn.log_prob(site["value"])  # type: ignore[attr-defined]
+    return torch.where(torch.as_tensor(mask, device=value.device), value, 0.0).flatten(3).sum(-1)
+
+
+def _constants(episode: Episode) -> dict[str, NDArray[np.float64]]:
+    initial = torch.stack(episode.initial, -1) if isinstance(episode.initial, tuple) else episode.initial
+    constants = {"initial_measured": _numpy(initial)}
+    if episode.support is not None and episode.support.query is not None:
+        constants["support"] = _with_gaps(episode.support.query, episode.support.seen)
+    return constants
+
+
+def _labels(groups: Mapping[str, Mapping[str, NDArray[np.float64]]], names: Mapping[str, Sequence[str]],
+            ) -> tuple[dict[str, list[str]], dict[str, object]]:
+    """Named axes: (task, shot, time, sensor) for trajectories, (task, [shot,] component of the site) for latents."""
+    dims: dict[str, list[str]] = {"initial_measured": ["task", "shot", "state"], "support": ["task", "support_shot", "time", "sensor"]}
+    coords: dict[str, object] = {}
+    for name, value in groups["observed_data"].items():
+        dims[name] = ["task", "shot", "time", "sensor" if len(groups["observed_data"]) == 1 else f"{name}_sensor"]
+        if name in names:
+            coords[dims[name][-1]] = list(names[name])
+        require(value.ndim == 4, f"observations {name!r} with axes (task, shot, time, sensor)", value.shape, "Reshape them.")
+    for name, value in groups["posterior"].items():
+        dims[name] = ["task", *(["shot"] if value.ndim == 5 else []), f"{name}_component"]
+        if name in names:
+            coords[f"{name}_component"] = list(names[name])
+    return dims, coords
+
+
+def _chained(values: Mapping[str, Tensor]) -> dict[str, NDArray[np.float64]]:
+    return {name: _numpy(value)[None] for name, value in values.items()}
+
+
+def _with_gaps(values: Tensor, seen: Tensor | bool) -> NDArray[np.float64]:
+    return _numpy(values.where(torch.as_tensor(seen, device=values.device), torch.nan))
+
+
+def _numpy(value: Tensor) -> NDArray[np.float64]:
+    return value.detach().cpu().numpy()

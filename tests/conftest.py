@@ -1,0 +1,58 @@
+"""Every test starts from the same random numbers and leaves the process as it found it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pyro
+import pytest
+import torch
+
+
+def global_settings() -> dict[str, Any]:
+    """What a test, and the library, may read but not change for others."""
+    return {
+        "default dtype": torch.get_default_dtype(),
+        "default device": torch.get_default_device(),
+        "number of threads": torch.get_num_threads(),
+        "number of interop threads": torch.get_num_interop_threads(),
+        "gradients on": torch.is_grad_enabled(),
+        "inference mode": torch.is_inference_mode_enabled(),
+        "anomaly detection": torch.is_anomaly_enabled(),
+        "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
+        "validation of torch distributions": torch.distributions.Distribution._validate_args,
+        "handlers in force": len(pyro.poutine.runtime._PYRO_STACK),
+        "parameters in the store": sorted(pyro.get_param_store().keys()),
+        **{f"pyro {name}": value for name, value in pyro.settings.get().items()},
+    }
+
+
+def restore(settings: dict[str, Any]) -> None:
+    """Undo, so that one culprit doesn't fail the tests after it."""
+    torch.set_default_dtype(settings["default dtype"])
+    torch.set_default_device(settings["default device"])
+    torch.set_num_threads(settings["number of threads"])
+    torch.set_grad_enabled(settings["gradients on"])
+    torch.autograd.set_detect_anomaly(settings["anomaly detection"])
+    torch.use_deterministic_algorithms(settings["deterministic algorithms"])
+    torch.distributions.Distribution.set_default_validate_args(settings["validation of torch distributions"])
+    pyro.settings.set(**{name[5:]: value for name, value in settings.items() if name.startswith("pyro ")})
+    pyro.clear_param_store()
+
+
+@pytest.fixture(autouse=True)
+def leaves_no_trace() -> Iterator[None]:
+    """Fail whoever changes a global setting of torch or Pyro; seed before, and put random states back after."""
+    before = global_settings()
+    states = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
+    pyro.set_rng_seed(0)
+    yield
+    random.setstate(states[0]), np.random.set_state(states[1]), torch.random.set_rng_state(states[2])
+    after = global_settings()
+    changed = {name: f"{before[name]} -> {after[name]}" for name in before if after[name] != before[name]}
+    if changed:
+        restore(before)
+        pytest.fail(f"the test changed global settings and left them so: {changed}", pytrace=False)

@@ -1,0 +1,98 @@
+"""A program whose posterior is known in closed form, for all tests of inference and training."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.distributions import constraints
+from pyro.nn import PyroParam
+from torch import Tensor
+
+import pyro_hybrid as ph
+from pyro_hybrid.families import Family, FullNormal, Normal
+from pyro_hybrid.prior import Prior, SupportPrior
+
+POINTS = 6
+TIMES = torch.linspace(0.0, 1.5, POINTS, dtype=torch.float64)
+NOISE, START_NOISE = 0.3, 0.5
+SEPARATE = {"slope": Normal(1, loc=0.5, scale=2.0), "bend": Normal(2)}
+TOGETHER = {"both": FullNormal(3)}
+
+
+def features(times: Tensor) -> Tensor:
+    """Everything that a unit of each latent adds to the observation, (..., time, 3)."""
+    return torch.stack([times, torch.sin(3.0 * times), times**2], -1)
+
+
+class Line(ph.HybridModel):
+    """x = start + slope t + bend · (sin 3t, t²) + noise: linear and Gaussian, with the starts known or inferred."""
+
+    def __init__(self, evidence: ph.Linearised | None = None, *, inferred: bool = False,
+                 sites: dict[str, Family] | None = None, prior: Prior | None = None, noise: float = NOISE) -> None:
+        super().__init__()
+        self.prior = prior or SupportPrior(ph.SetEncoder(1, POINTS, 8, width=16), evidence, **(sites or SEPARATE))
+        self.noise = PyroParam(torch.tensor(noise), constraints.positive)
+        self.inferred = inferred
+
+    def forward(self, episode: ph.Episode) -> Tensor:
+        p = self.prior(episode.support)
+        start = torch.stack(episode.initial, -1)
+        with episode.plate:
+            z = torch.cat([pyro.sample(name, p[name]) for name in p], -1)
+            if self.inferred:
+                start = pyro.sample("start", dist.Normal(start, START_NOISE).to_event(2))
+            grown = features(episode.times) - features(episode.times[..., :1])
+            mean = start + (grown[..., : z.shape[-1]] * z[..., None, None, :]).sum(-1)
+            x = dist.Normal(mean.unsqueeze(-1), self.noise).mask(episode.mask)
+            return pyro.sample("x", x.to_event(3), obs=episode.query)
+
+
+def make_tasks(tasks: int, shots: int, seed: int = 0, *, num_support: int = 1, inferred: bool = False,
+               latents: int = 3, noise: float = NOISE, mask: Tensor | None = None) -> ph.Tasks:
+    """Tasks drawn from the program's own prior; the first observation is the measurement of the start."""
+    random = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=random, dtype=torch.float64)
+
+    z = normal(tasks, 3) * torch.tensor([2.0, 1.0, 1.0]) + torch.tensor([0.5, 0.0, 0.0])
+    z[:, latents:] = 0.0
+    start = normal(tasks, shots, 1)
+    clean = start + (features(TIMES) @ z.T).T.unsqueeze(1)
+    values = clean + noise * normal(tasks, shots, POINTS)
+    values[..., 0] = start[..., 0] + (START_NOISE * normal(tasks, shots) if inferred else 0.0)
+    return ph.Tasks.from_trajectories(TIMES, values.unsqueeze(-1), num_support=num_support, mask=mask,
+                                      truth={"slope": z[:, :1], "bend": z[:, 1:]})
+
+
+def in_float32(tasks: ph.Tasks) -> ph.Tasks:
+    """The same tasks as training sees them."""
+    return ph.Tasks.from_trajectories(tasks.times.float(), tasks.values.float(), num_support=tasks.num_support)
+
+
+class Exact(NamedTuple):
+    """The joint posterior of the task's latents and then its shots' starts, by task."""
+
+    mean: Tensor
+    covariance: Tensor
+
+
+def exact(*episodes: ph.Episode, inferred: bool = False, loc: tuple[float, ...] = (0.5, 0.0, 0.0),
+          scale: tuple[float, ...] = (2.0, 1.0, 1.0), noise: float = NOISE) -> Exact:
+    """The posterior of all shots of some episodes together, by the normal equations in float64."""
+    x = torch.cat([e.query for e in episodes], 1).squeeze(-1)
+    start = torch.cat([e.initial[0] for e in episodes], 1)
+    counts = torch.cat([torch.as_tensor(e.mask).expand_as(e.query) for e in episodes], 1).squeeze(-1)
+    shots, design = x.shape[1], features(episodes[0].times)[:, : len(loc)]
+    rows = [torch.cat([design, torch.eye(shots, dtype=x.dtype)[k].expand(len(design), -1)], -1) for k in range(shots)]
+    design = torch.cat(rows)  # (shot * time, latents + shot)
+    centre = torch.cat([torch.tensor(loc, dtype=x.dtype).expand(len(x), -1), start], -1)
+    free = START_NOISE if inferred else 1e-9
+    weight = torch.tensor([*scale, *[free] * shots], dtype=x.dtype) ** -2
+    w = counts.flatten(1).to(x.dtype) / noise**2
+    precision = torch.diag(weight) + torch.einsum("tn,ni,nj->tij", w, design, design)
+    right = weight * centre + torch.einsum("tn,ni,tn->ti", w, design, x.flatten(1))
+    return Exact(torch.linalg.solve(precision, right), torch.linalg.inv(precision))
