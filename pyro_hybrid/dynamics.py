@@ -185,6 +185,9 @@ def _adaptive(slope: Slope, y: Tensor, times: Times, method: str, rtol: float, a
     return [*path, watch.shown(y)]
 
 
+_SHRANK = "the step size shrank to nothing (a blow-up, or a tolerance out of reach)"
+
+
 class _Watch:
     """A slope that ends, with a reason, what torchdiffeq would end by an assert or, under ``python -O``, never.
 
@@ -201,7 +204,7 @@ class _Watch:
         slope = self.slope(t + self.offset, y).masked_fill(self.lost.unsqueeze(self.axis), 0.0)
         bad = ~torch.isfinite(slope + y).all(self.axis)
         if bad.any():
-            self.give_up("the state or its slope stopped being finite", t, bad.float())
+            self.give_up("the state or its slope stopped being finite" if t.isfinite() else _SHRANK, t, bad.float())
         return slope
 
     def norm(self, error: Tensor) -> Tensor:
@@ -216,7 +219,7 @@ class _Watch:
         if self.steps > self.max_steps:
             self.give_up(f"more than max_steps = {self.max_steps} steps needed", t, errors, everyone=True)
         if not t + step > t:
-            self.give_up("the step size shrank to nothing (a blow-up, or a tolerance out of reach)", t, errors)
+            self.give_up(_SHRANK, t, errors)
 
     def give_up(self, cause: str, t: Tensor, badness: Tensor, everyone: bool = False) -> None:
         index = tuple(int(i) for i in torch.unravel_index(badness.argmax(), badness.shape))

@@ -96,9 +96,8 @@ class AmortizedGuide(nn.Module):
         mean, precision = belief.shots_given(task)
         drawn = {}
         for name, size in problem.sizes.items():
-            covariance = torch.linalg.inv(precision)[..., :size, :size].to(mean.dtype)
-            covariance = 0.5 * (covariance + covariance.mT)
-            fn = dist.MultivariateNormal(mean[..., :size], covariance).to_event(1)
+            covariance = torch.linalg.inv(precision)[..., :size, :size]
+            fn = dist.MultivariateNormal(mean[..., :size], scale_tril=_root(covariance).to(mean.dtype)).to_event(1)
             drawn[name] = pyro.sample(name, fn)
             away, cross, precision = drawn[name] - mean[..., :size], precision[..., size:, :size], precision[..., size:, size:]
             if precision.shape[-1]:
@@ -114,3 +113,10 @@ class AmortizedGuide(nn.Module):
         with torch.no_grad(), standing_still():
             free = observed(program, replace(episode, support=None), {k: v.detach() for k, v in values.items()})[1]
         return {name: dist.Normal(site[0], site[1]).to_event(2) for name, site in free.items()}
+
+
+def _root(covariance: Tensor) -> Tensor:
+    """Its Cholesky factor; where rounding has cost it its positive definiteness, that of its diagonal."""
+    root, failed = torch.linalg.cholesky_ex(0.5 * (covariance + covariance.mT))
+    spread = covariance.diagonal(dim1=-2, dim2=-1).abs().sqrt()
+    return torch.where((failed > 0)[..., None, None], torch.diag_embed(spread), root)

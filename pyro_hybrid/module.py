@@ -30,16 +30,20 @@ def require_local(**modules: object) -> None:
                     "Derive it from ph.HybridModel, or build it under pyro.settings.context(module_local_params=True).")
 
 
-class HybridModel(PyroModule):
+class _Local(type(PyroModule)):  # type: ignore[misc]
+    """Builds the whole of an instance, the modules inside it too, with parameters of its own."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        with local_parameters():
+            return super().__call__(*args, **kwargs)
+
+
+class HybridModel(PyroModule, metaclass=_Local):
     """A PyroModule whose parameters belong to the instance, not to Pyro's global store, where names collide.
 
     Write the model in ``forward(self, episode)``. A prior assigned to an attribute learns which program it belongs to,
     so that its evidence can be computed from it.
     """
-
-    def __init__(self, name: str = "") -> None:
-        with local_parameters():
-            super().__init__(name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         with local_parameters():

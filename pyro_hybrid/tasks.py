@@ -34,7 +34,8 @@ class Episode:
         mask: True where an observation counts, False where it doesn't; or True for all.
         seen: True where a value was observed at all: what an encoder may read.
         states: measured states at all times, from which :meth:`cut` takes restart states; or None.
-        whole: the uncut episode that this one was cut from, or None.
+        whole: the trajectories from beginning to end, which encoders read; None where these are they.
+        uncut: what this episode was cut from, or None.
     """
 
     times: Times
@@ -45,6 +46,7 @@ class Episode:
     seen: Tensor | bool = True
     states: State | None = None
     whole: Episode | None = field(default=None, repr=False)
+    uncut: Episode | None = field(default=None, repr=False)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -64,40 +66,40 @@ class Episode:
         if whole.query is None or whole.query.shape[1] == 1:
             return self
         key = whole.query.double().flatten(2).sum(-1).argsort(1)
-        if self.whole is None:
-            return self.pick(key)
-        pieces = self.shape[1] // whole.shape[1]
-        order = (key.unsqueeze(-1) * pieces + torch.arange(pieces, device=key.device)).flatten(1)
-        return replace(self.pick(order), whole=whole.pick(key))
+        pieces = torch.arange(self.shape[1] // key.shape[1], device=key.device)
+        order = (key.unsqueeze(-1) * len(pieces) + pieces).flatten(1)
+        return replace(self.pick(order), whole=self.whole and self.whole.canonical, uncut=self.uncut and self.uncut.canonical)
 
     def pick(self, order: Tensor) -> Episode:
         """Shots by index ``(task, shot)``, for each task its own."""
 
-        def take(value: Tensor | bool | None) -> Tensor | bool | None:
-            if not isinstance(value, Tensor):
-                return value
+        def take(value: Tensor) -> Tensor:
             index = order.reshape(*order.shape, *[1] * (value.dim() - 2)).expand(-1, -1, *value.shape[2:])
-            return value.expand(order.shape[0], *value.shape[1:]).gather(1, index)
+            return value.gather(1, index)
 
-        require(self.times.dim() == 1 or self.whole is not None, "one clock for all shots", "a clock for each shot",
-                "Pick shots before cutting.")
-        return replace(self, query=take(self.query), initial=_over(self.initial, take), mask=take(self.mask),
-                       seen=take(self.seen), states=None if self.states is None else _over(self.states, take),
-                       times=self.times)
+        return self._changed(take)
 
     def only(self, task: int) -> Episode:
         """One task of them, as an episode."""
+        return self._changed(lambda value: value[task : task + 1], lambda episode: episode.only(task))
 
-        def take(value: Tensor | bool | None) -> Tensor | bool | None:
-            return value[task : task + 1] if isinstance(value, Tensor) else value
-
-        return replace(self, query=take(self.query), initial=_over(self.initial, take), mask=take(self.mask),
-                       seen=take(self.seen), states=None if self.states is None else _over(self.states, take),
-                       support=self.support and self.support.only(task), whole=self.whole and self.whole.only(task))
+    def to(self, device: torch.device | str) -> Episode:
+        """The same episode on another device."""
+        moved = self._changed(lambda value: value.to(device), lambda episode: episode.to(device))
+        return replace(moved, times=self.times.to(device))
 
     def simulation(self) -> Episode:
         """The same initial states and support, with nothing observed."""
         return replace(self, query=None, mask=True)
+
+    def until(self, steps: int) -> Episode:
+        """The first ``steps`` steps alone; encoders go on reading the whole trajectories."""
+        if steps >= self.times.shape[-1] - 1:
+            return self
+        begun = self._changed(lambda value: value[:, :, : steps + 1] if value.dim() > 2 else value,
+                              lambda episode: episode.until(steps))
+        initial = self.initial  # has no time axis
+        return replace(begun, times=self.times[..., : steps + 1], initial=initial, whole=self.whole or self)
 
     def cut(self, steps: int | None) -> Episode:
         """Multiple shooting: every trajectory cut into segments of ``steps`` steps, each a shot with its own clock.
@@ -105,13 +107,13 @@ class Episode:
         A segment starts from the measured state there, which then no longer counts as an observation. Encoders go on
         reading the whole trajectories. The last segment is moved back to end with the data; what it repeats is masked.
         """
+        if self.uncut is not None:
+            return self.uncut.cut(steps) if steps is None or steps < self.times.shape[-1] - 1 else self
         last = self.times.shape[-1] - 1
         if steps is None or steps >= last or self.query is None:
             return self
-        if self.whole is not None:
-            return self.whole.cut(steps)
         require(self.states is not None, "measured states at all times, to restart from", "initial states alone",
-                "Pass initial= with a time axis to Tasks, or meta_train(..., curriculum=None).")
+                "Pass initial= with a time axis to Tasks, or meta_train(..., curriculum={0.0: None}).")
         assert self.states is not None  # for the type checker; the line above raises
         starts = [min(s, last - steps) for s in range(0, last, steps)]
         index = torch.tensor([[s + k for k in range(steps + 1)] for s in starts], device=self.times.device)
@@ -130,18 +132,20 @@ class Episode:
             initial=_over(self.states, lambda x: x[:, :, starts].flatten(1, 2)),
             support=self.support and self.support.cut(steps),
             mask=pieces(counts) & fresh.repeat(shots, 1).unsqueeze(-1),
-            whole=self,
+            whole=self.whole or self,
+            uncut=self,
         )
 
-    def to(self, device: torch.device | str) -> Episode:
-        """The same episode on another device."""
+    def _changed(self, change: Callable[[Tensor], Tensor], nested: Callable[[Episode], Episode] | None = None) -> Episode:
+        """``change`` done to everything that has axes (task, shot, ...), ``nested`` to the episodes inside."""
 
-        def move(value: Tensor | bool | None) -> Tensor | bool | None:
-            return value.to(device) if isinstance(value, Tensor) else value
+        def each(value: Tensor | bool | None) -> Tensor | bool | None:
+            return change(value) if isinstance(value, Tensor) else value
 
-        return replace(self, times=self.times.to(device), query=move(self.query), initial=_over(self.initial, move),
-                       mask=move(self.mask), seen=move(self.seen), support=self.support and self.support.to(device),
-                       states=None if self.states is None else _over(self.states, move))
+        inside = {name: nested(episode) for name in ("support", "whole", "uncut")
+                  if nested and (episode := getattr(self, name)) is not None}
+        return replace(self, query=each(self.query), initial=_over(self.initial, change), mask=each(self.mask),
+                       seen=each(self.seen), states=None if self.states is None else _over(self.states, change), **inside)
 
 
 @dataclass(frozen=True, eq=False)

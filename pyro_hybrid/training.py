@@ -29,6 +29,7 @@ from .tasks import Episode, Tasks
 
 __all__ = ["SVI", "Fit", "TrainingError", "meta_train"]
 
+Length = int | None | tuple[int | None, int]
 _log = logging.getLogger(__name__)
 
 
@@ -96,7 +97,7 @@ class Fit:
 
 
 def meta_train(model: nn.Module, guide: nn.Module, tasks: Tasks, *, steps: int = 1000, batch_size: int = 32,
-               learning_rate: float = 3e-3, seed: int = 0, curriculum: Mapping[float, int | None] | None = None,
+               learning_rate: float = 3e-3, seed: int = 0, curriculum: Mapping[float, Length] | None = None,
                warmup: float = 0.0, clip: float = 4.0, held_out: Tasks | None = None, every: int = 100,
                patience: int | None = None, loss: Any = None, max_skips: int = 20,  # noqa: ANN401
                device: torch.device | str | None = None, progress: bool = True,
@@ -109,8 +110,9 @@ def meta_train(model: nn.Module, guide: nn.Module, tasks: Tasks, *, steps: int =
         steps, batch_size: number of gradient steps, and tasks in each.
         learning_rate: its peak; it rises over the first 5% of the steps and then follows a cosine down to a fiftieth.
         seed: of batches and samples. The global random state is left as it was.
-        curriculum: ``{fraction of the steps: segment length}``: from there on, trajectories are cut into segments of so
-            many steps (None: the whole horizon). Default: a seventh, then two sevenths, then the whole.
+        curriculum: ``{fraction of the steps: length}``: from there on, trajectories are cut into segments of so many steps
+            (None: not cut); of ``(length, horizon)``, only their first ``horizon`` steps are used. Default: segments of
+            a seventh, then of two sevenths, then the whole.
         warmup: fraction of the steps over which the KL's weight rises from 0 to 1.
         clip: gradients longer than so many times their running mean are shortened.
         held_out: tasks on which the ELBO is looked at ``every`` so many steps.
@@ -144,7 +146,7 @@ def _standardise(model: nn.Module, guide: nn.Module, tasks: Tasks) -> None:
             module.standardise(tasks.values.to(module.centre.device), tasks.seen)
 
 
-def _plan(curriculum: Mapping[float, int | None] | None, tasks: Tasks) -> dict[float, int | None]:
+def _plan(curriculum: Mapping[float, Length] | None, tasks: Tasks) -> dict[float, Length]:
     if curriculum is not None:
         require(0.0 in curriculum, "a curriculum that says what to do from 0.0 on", dict(curriculum), "Add {0.0: ...}.")
         return dict(sorted(curriculum.items()))
@@ -152,6 +154,11 @@ def _plan(curriculum: Mapping[float, int | None] | None, tasks: Tasks) -> dict[f
     if not tasks.timed or last < 14:
         return {0.0: None}
     return {0.0: last // 7, 0.25: 2 * last // 7, 0.5: None}
+
+
+def _shortened(episode: Episode, length: Length) -> Episode:
+    steps, horizon = length if isinstance(length, tuple) else (length, None)
+    return (episode if horizon is None else episode.until(horizon)).cut(steps)
 
 
 @dataclass
@@ -162,7 +169,7 @@ class _Loop:
     batch_size: int
     learning_rate: float
     seed: int
-    plan: dict[float, int | None]
+    plan: dict[float, Length]
     warmup: float
     clip: float
     held_out: Tasks | None
@@ -193,7 +200,7 @@ class _Loop:
 
     def _step(self, step: int, episode: Episode) -> None:
         progress = step / self.steps
-        episode = episode.to(self.device).cut(self.plan[max(f for f in self.plan if f <= progress)])
+        episode = _shortened(episode.to(self.device), self.plan[max(f for f in self.plan if f <= progress)])
         rise = min(1.0, (step + 1) / (0.05 * self.steps))
         for group in self.svi.optim.param_groups:
             group["lr"] = self.learning_rate * rise * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))

@@ -20,6 +20,8 @@ from pyro_hybrid.dynamics import SolverError, failures_as_values, solve, standin
 METHODS = ["rk4", "dopri5", "dopri8"]
 ADAPTIVE = METHODS[1:]
 EXACT = {"rtol": 0.0, "atol": 1e-12}
+# Differences over less than 1e-4 would see adaptive steps change.
+GRADIENTS = {"eps": 1e-4, "atol": 1e-6, "rtol": 1e-6}
 
 every_method = pytest.mark.parametrize("method", METHODS)
 adaptive_methods = pytest.mark.parametrize("method", ADAPTIVE)
@@ -31,6 +33,10 @@ def grid(stop: float, points: int) -> Tensor:
 
 def uniform(*shape: int) -> Tensor:
     return torch.rand(*shape, dtype=torch.float64)
+
+
+def ones(*shape: int) -> tuple[Tensor]:
+    return (torch.ones(*shape, dtype=torch.float64),)
 
 
 def oscillator(rate: Tensor | float) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -55,7 +61,7 @@ def start(tasks: int, shots: int) -> tuple[Tensor, Tensor]:
 def test_rk4_converges_with_order_four() -> None:
     times, y0 = grid(3.0, 7), start(2, 3)
     truth = oscillation(*y0, torch.tensor(2.0), times)
-    errors = [float((solve(oscillator(2.0), y0, times, substeps=n) - truth).abs().max()) for n in (2, 4, 8, 16)]
+    errors = [float((solve(oscillator(2.0), y0, times, substeps=n) - truth).abs().max()) for n in (4, 8, 16, 32)]
     orders = torch.tensor(errors[:-1]).div(torch.tensor(errors[1:])).log2()
     assert_close(orders, torch.full((3,), 4.0), rtol=0.0, atol=0.1)
 
@@ -76,21 +82,23 @@ def test_adaptive_methods_keep_the_tolerance_at_output_times(method: str, tolera
     assert (error <= tolerance * (1.0 + times)).all()  # an error of the tolerance for every unit of time
 
 
-@pytest.mark.parametrize("exponent", [-9.4937, -9.3924, -8.7848])
-def test_output_times_are_landed_on_although_a_step_ends_on_one_by_itself(exponent: float) -> None:
-    times, tolerance = 0.5 * torch.arange(20, dtype=torch.float64), 10.0**exponent
-    states = solve(lambda t, y: -y, torch.ones(1, 1, 1, dtype=torch.float64), times, method="dopri8", rtol=0.0, atol=tolerance)
-    assert (states.flatten() - torch.exp(-times)).abs().max() <= tolerance  # interpolated, they miss by 160 times that
+def test_output_times_are_landed_on_although_a_step_ends_on_one_by_itself() -> None:
+    times = 0.5 * torch.arange(20, dtype=torch.float64)
+    for k in range(8, 28):
+        tolerance = 10.0 ** (4 * k / 79 - 10)
+        states = solve(lambda t, y: (-y[0],), ones(1, 1), times, method="dopri8", rtol=0.0, atol=tolerance)
+        # Asked to land on all times at once, torchdiffeq misses by 160 to 190 tolerances at some of these.
+        assert (states.flatten() - torch.exp(-times)).abs().max() <= tolerance
 
 
 @adaptive_methods
 def test_a_fast_trajectory_is_the_same_alone_and_among_slow_ones(method: str) -> None:
-    times, y0 = grid(2.0, 5), start(64, 1)
+    times, y0 = grid(2.0, 5), torch.ones(64, 1, dtype=torch.float64)
     rate = torch.full((64, 1), 0.1, dtype=torch.float64)
     rate[17] = 40.0
-    together = solve(oscillator(rate), y0, times, method=method, rtol=1e-4, atol=1e-4)
-    alone = solve(oscillator(rate[17:18]), (y0[0][17:18], y0[1][17:18]), times, method=method, rtol=1e-4, atol=1e-4)
-    assert_close(together[17:18], alone, **EXACT)
+    together = solve(oscillator(rate), (y0, y0), times, method=method, rtol=1e-4, atol=1e-4)
+    alone = solve(oscillator(rate[17:18]), (y0[17:18], y0[17:18]), times, method=method, rtol=1e-4, atol=1e-4)
+    assert_close(together[17:18], alone, **EXACT)  # with torchdiffeq's own norm, of all errors together, it isn't
 
 
 @adaptive_methods
@@ -115,7 +123,7 @@ def test_a_frictionless_double_pendulum_keeps_its_energy() -> None:
     kinetic = 0.5 * (1 + m) * w1**2 + 0.5 * m * w2**2 + m * w1 * w2 * torch.cos(t1 - t2)
     energy = kinetic - (1 + m) * g * t1.cos() - m * g * t2.cos()
     drift = (energy / energy[..., :1] - 1.0).abs().max()
-    assert kinetic.amax(-1).min() > 0.5 and drift < 1e-6  # they do move
+    assert kinetic.std(-1).min() > 0.1 and drift < 1e-6  # they do move
 
 
 # ----------------------------------------------------------------------------------------------------------- gradients
@@ -132,7 +140,7 @@ def test_gradients_reach_captured_latents_and_initial_states(method: str) -> Non
         return solve(field, (angle, speed), times, method=method, rtol=1e-9, atol=1e-9)
 
     latents = [x.requires_grad_() for x in (*start(2, 3), 1.0 + uniform(2, 1), uniform(2, 1))]
-    assert gradcheck(states, latents, atol=1e-6, rtol=1e-5)
+    assert gradcheck(states, latents, **GRADIENTS)
 
 
 @every_method
@@ -143,7 +151,7 @@ def test_gradients_reach_latents_of_fields_on_a_grid(method: str) -> None:
 
         return solve(field, profile, grid(1.0, 3), method=method, rtol=1e-9, atol=1e-9)
 
-    assert gradcheck(states, [uniform(2, 2, 4).requires_grad_(), uniform(2, 1, 1).requires_grad_()], atol=1e-6, rtol=1e-5)
+    assert gradcheck(states, [uniform(2, 1, 4).requires_grad_(), uniform(2, 1, 1).requires_grad_()], **GRADIENTS)
 
 
 @every_method
@@ -270,10 +278,6 @@ def spoiled(task: int, after: float, value: float = torch.nan) -> Callable[..., 
         return (torch.where((rows == task) & (t > after), value, -state[0]),)
 
     return field
-
-
-def ones(*shape: int) -> tuple[Tensor]:
-    return (torch.ones(*shape, dtype=torch.float64),)
 
 
 @every_method

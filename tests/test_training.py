@@ -1,0 +1,507 @@
+"""meta_train and ph.SVI: reproducible, interruptible, and honest about what went wrong."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pyro
+import pytest
+import torch
+from pyro.infer import SVI as StockSVI
+from pyro.infer import Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
+from torch import Tensor, nn
+from toys import POINTS, SEPARATE, Line, in_float32, make_tasks
+
+import pyro_hybrid as ph
+
+TASKS = in_float32(make_tasks(24, 4, num_support=2))
+SHORT = {"steps": 6, "batch_size": 8, "progress": False, "curriculum": {0.0: None}}
+READINGS = pytest.mark.parametrize("evidence", [None, ph.Linearised(1)], ids=["learned", "computed"])
+quiet = pytest.mark.filterwarnings("ignore:Encountered NaN:UserWarning")
+
+
+def pair(evidence: ph.Linearised | None = None, model: type[Line] = Line, seed: int = 0, **options: Any) -> tuple[Line, ph.AmortizedGuide]:
+    torch.manual_seed(seed)
+    program = model(evidence, **options)
+    encoder = None if evidence else ph.SetEncoder(1, POINTS, 8, width=16)
+    return program, ph.AmortizedGuide(program.prior, encoder, evidence)
+
+
+def state(*modules: nn.Module) -> list[Tensor]:
+    return [value.clone() for m in modules for value in m.state_dict().values()]
+
+
+def same(first: list[Tensor], second: list[Tensor]) -> bool:
+    return len(first) == len(second) and all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+# ---- same seed, same result ----------------------------------------------------------------------------------------
+
+
+@READINGS
+def test_the_same_seed_gives_the_same_result_bit_for_bit(evidence: ph.Linearised | None) -> None:
+    results = []
+    for disturbance in (0, 123):
+        both = pair(evidence)
+        torch.manual_seed(disturbance)  # the state of the global generator doesn't matter
+        fit = ph.meta_train(*both, TASKS, seed=5, **SHORT)
+        results.append((state(*both), fit.loss, fit.log_likelihood, fit.kl))
+    assert same(results[0][0], results[1][0]) and results[0][1:] == results[1][1:]
+
+
+def test_another_seed_gives_another_result() -> None:
+    first, second = pair(), pair()
+    assert same(state(*first), state(*second))
+    fits = [ph.meta_train(*both, TASKS, seed=seed, **SHORT) for both, seed in ((first, 1), (second, 2))]
+    assert not same(state(*first), state(*second)) and fits[0].loss != fits[1].loss
+
+
+def test_the_global_random_state_is_left_as_it_was() -> None:
+    both, before = pair(), torch.get_rng_state()
+    ph.meta_train(*both, TASKS, **SHORT)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+class Stepper:
+    """An SVI loop that keeps its random state to itself."""
+
+    def __init__(self, both: tuple[Line, ph.AmortizedGuide], seed: int) -> None:
+        self.svi = ph.SVI(*both, torch.optim.Adam({id(p): p for m in both for p in m.parameters()}.values(), 1e-2))
+        self.batches, self.random, self.losses = TASKS.batches(8, seed), torch.Generator().manual_seed(seed).get_state(), []
+
+    def __call__(self, *_: object) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(self.random)
+            self.losses.append(self.svi.step(next(self.batches)))
+            self.random = torch.get_rng_state()
+
+
+@READINGS
+def test_two_trainings_step_by_step_in_turns_equal_two_apart_bit_for_bit(evidence: ph.Linearised | None) -> None:
+    apart = [pair(evidence, seed=s) for s in (1, 2)]
+    alone = [Stepper(both, seed) for seed, both in enumerate(apart)]
+    for stepper in alone:
+        for _ in range(5):
+            stepper()
+    together = [pair(evidence, seed=s) for s in (1, 2)]
+    turns = [Stepper(both, seed) for seed, both in enumerate(together)]
+    for _ in range(5):
+        for stepper in turns:
+            stepper()
+    for a, b, one, two in zip(apart, together, alone, turns, strict=True):
+        assert same(state(*a), state(*b)) and one.losses == two.losses
+    assert not same(state(*apart[0]), state(*apart[1]))
+
+
+@READINGS
+def test_a_training_inside_the_steps_of_another_equals_two_apart_bit_for_bit(evidence: ph.Linearised | None) -> None:
+    apart = [pair(evidence, seed=s) for s in (1, 2, 3)]
+    fits = [ph.meta_train(*apart[i], TASKS, seed=i, **SHORT) for i in (0, 1)]
+    alone = Stepper(apart[2], 7)
+    for _ in range(6):
+        alone()
+    together = [pair(evidence, seed=s) for s in (1, 2, 3)]
+    stepper, inner = Stepper(together[2], 7), []
+
+    def meanwhile(step: int, fit: ph.Fit) -> None:
+        stepper()
+        if step == 2:
+            inner.append(ph.meta_train(*together[1], TASKS, seed=1, **SHORT))
+
+    outer = ph.meta_train(*together[0], TASKS, seed=0, callback=meanwhile, **SHORT)
+    assert outer.loss == fits[0].loss and inner[0].loss == fits[1].loss and stepper.losses == alone.losses
+    for a, b in zip(apart, together, strict=True):
+        assert same(state(*a), state(*b))
+
+
+# ---- what comes out ------------------------------------------------------------------------------------------------
+
+
+@READINGS
+def test_training_lowers_the_loss_and_keeps_a_record_of_every_step(evidence: ph.Linearised | None) -> None:
+    both, seen = pair(evidence), []
+    fit = ph.meta_train(*both, TASKS, steps=60, batch_size=12, learning_rate=2e-2, progress=False,
+                        callback=lambda step, fit: seen.append((step, len(fit.loss))))
+    assert seen == [(i, i + 1) for i in range(60)]
+    assert len(fit.loss) == len(fit.log_likelihood) == len(fit.kl) == 60
+    assert sum(fit.loss[-10:]) < sum(fit.loss[:10]) and fit.skipped == 0 and fit.seconds > 0 and not fit.stopped_early
+    assert all(kl == pytest.approx(loss + ll, abs=1e-3) for loss, ll, kl in zip(fit.loss, fit.log_likelihood, fit.kl, strict=True))
+    assert all(kl > 0 for kl in fit.kl)
+
+
+def test_the_loss_is_that_of_pyros_elbo_per_task() -> None:
+    both = pair()
+    fit = ph.meta_train(*both, TASKS, seed=3, **{**SHORT, "steps": 1}, learning_rate=0.0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3 * 1_000_003 + 1)
+        expected = ph.SVI(*both, torch.optim.SGD(both[0].parameters(), 0.0)).evaluate_loss(next(TASKS.batches(8, 3)))
+    assert fit.loss == [pytest.approx(expected / 8, rel=1e-6)]
+
+
+def test_several_particles_are_averaged_in_the_record_too() -> None:
+    both = pair()
+    options = {**SHORT, "steps": 3, "learning_rate": 0.0}
+    one, many = (ph.meta_train(*both, TASKS, loss=TraceMeanField_ELBO(num_particles=n), **options) for n in (1, 50))
+    assert many.log_likelihood == [pytest.approx(value, rel=0.5) for value in one.log_likelihood]
+    assert many.kl == [pytest.approx(value, rel=1e-3) for value in one.kl]  # in closed form: no noise
+
+
+def test_the_encoders_are_standardised_with_the_training_tasks() -> None:
+    model, guide = pair()
+    ph.meta_train(model, guide, TASKS, **SHORT)
+    for encoder in (model.prior.encoder, guide.encoder):
+        assert encoder.centre.item() == pytest.approx(TASKS.values.mean().item(), rel=1e-4)
+        assert encoder.scale.item() == pytest.approx(TASKS.values.std().item(), rel=1e-2)
+
+
+def test_support_and_query_are_drawn_anew_at_every_step() -> None:
+    class Listening(Line):
+        supports: list[tuple[float, ...]] = []
+
+        def forward(self, episode: ph.Episode) -> Tensor:
+            if episode.support is not None:
+                self.supports.append(tuple(sorted(episode.support.query.flatten(2).sum(-1).flatten().tolist())))
+            return super().forward(episode)
+
+    ph.meta_train(*pair(model=Listening), TASKS[:1], **{**SHORT, "steps": 30})
+    assert 3 < len(set(Listening.supports)) <= 6  # two of four shots
+
+
+def test_the_progress_bar_says_how_it_goes_and_can_be_silent(capsys: pytest.CaptureFixture[str]) -> None:
+    ph.meta_train(*pair(), TASKS, **SHORT)
+    assert capsys.readouterr() == ("", "")
+    ph.meta_train(*pair(), TASKS, **{**SHORT, "progress": True})
+    out, err = capsys.readouterr()
+    assert out == "" and all(word in err for word in ("meta-training", "6/6", "loss", "log p", "KL"))
+
+
+def test_the_device_may_be_named() -> None:
+    model, guide = pair()
+    assert math.isfinite(ph.meta_train(model, guide, TASKS, device="cpu", **SHORT).loss[-1])
+
+
+# ---- KL warm-up, curriculum, clipping, learning rate ---------------------------------------------------------------
+
+
+def test_the_weight_of_the_kl_rises_to_one_over_the_warm_up() -> None:
+    both, options = pair(), {**SHORT, "steps": 8, "learning_rate": 0.0}
+    full = ph.meta_train(*both, TASKS, **options)
+    risen = ph.meta_train(*both, TASKS, warmup=0.5, **options)
+    weights = [a / b for a, b in zip(risen.kl, full.kl, strict=True)]
+    assert weights == [pytest.approx(w, rel=1e-3) for w in (0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0, 1.0)]
+    assert risen.log_likelihood == full.log_likelihood
+
+
+class Recorder(Line):
+    """Notes the lengths of the trajectories that it is trained on."""
+
+    def __init__(self, evidence: ph.Linearised | None) -> None:
+        super().__init__(prior=ph.UnconditionalPrior(**SEPARATE))
+        self.lengths: list[tuple[int, int]] = []
+
+    def forward(self, episode: ph.Episode) -> Tensor:
+        if episode.support is not None:
+            self.lengths.append((episode.times.shape[-1] - 1, episode.shape[1]))
+        return super().forward(episode)
+
+
+def lengths(points: int, **options: Any) -> list[tuple[int, int]]:
+    both = pair(ph.Linearised(1), Recorder)
+    times = torch.linspace(0, 1, points)
+    tasks = ph.Tasks.from_trajectories(times, torch.randn(6, 4, points, 1), num_support=2)
+    ph.meta_train(*both, tasks, **{**SHORT, "steps": 8, **options})
+    return both[0].lengths
+
+
+def test_a_curriculum_cuts_trajectories_as_it_says() -> None:
+    # the ELBO runs the program once a step: (segment length, two query shots times segments)
+    assert lengths(7, curriculum={0.0: 2, 0.25: 3, 0.75: None}) == [(2, 6)] * 2 + [(3, 4)] * 4 + [(6, 2)] * 2
+
+
+def test_by_default_segments_grow_from_a_seventh_to_the_whole_horizon() -> None:
+    assert lengths(15, curriculum=None) == [(2, 14)] * 2 + [(4, 8)] * 2 + [(14, 2)] * 4
+
+
+def test_short_trajectories_are_left_whole_by_default() -> None:
+    assert set(lengths(14, curriculum=None)) == {(13, 2)}
+
+
+def test_a_curriculum_must_say_how_to_begin() -> None:
+    with pytest.raises(ValueError, match=r"a curriculum that says what to do from 0\.0 on; got \{0\.5: 3\}"):
+        lengths(7, curriculum={0.5: 3})
+
+
+class Loud(Line):
+    """A loss that can be made louder."""
+
+    volume = 1.0
+
+    def forward(self, episode: ph.Episode) -> Tensor:
+        pyro.factor("loud", -self.volume * self.noise_unconstrained * float(episode.support is not None))
+        return super().forward(episode)
+
+
+def test_a_gradient_much_longer_than_the_others_is_shortened() -> None:
+    model, guide = pair(model=Loud)
+    lengths = []
+
+    def note(step: int, fit: ph.Fit) -> None:
+        parameters = {id(p): p for m in (model, guide) for p in m.parameters()}.values()
+        lengths.append(math.sqrt(sum(float(p.grad.square().sum()) for p in parameters)))
+        model.volume = 1e9 if step == 9 else 1.0
+
+    ph.meta_train(model, guide, TASKS, **{**SHORT, "steps": 12, "learning_rate": 1e-4}, clip=2.0, callback=note)
+    assert lengths[10] <= 2.0 * max(lengths[:10]) * 1.001 and lengths[10] > 0.0
+    assert lengths[11] <= 2.0 * max(lengths[:11])  # one outlier doesn't move what is usual
+
+
+def test_the_learning_rate_rises_and_then_follows_a_cosine_to_a_fiftieth() -> None:
+    rates, both = [], pair()
+
+    class Spy(TraceMeanField_ELBO):
+        def differentiable_loss(self, *args: Any) -> Tensor:
+            rates.append(svis[0].optim.param_groups[0]["lr"])
+            return super().differentiable_loss(*args)
+
+    svis: list[ph.SVI] = []
+    original = ph.SVI.__init__
+
+    def remember(self: ph.SVI, *args: Any) -> None:
+        original(self, *args)
+        svis.append(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ph.SVI, "__init__", remember)
+        ph.meta_train(*both, TASKS, **{**SHORT, "steps": 100}, learning_rate=0.01, loss=Spy())
+    assert rates[0] < rates[1] < rates[3] and max(rates) == pytest.approx(0.01, rel=0.02)
+    assert rates[-1] == pytest.approx(0.01 / 50, rel=0.1)
+    assert rates[5:] == sorted(rates[5:], reverse=True)
+
+
+# ---- failures ------------------------------------------------------------------------------------------------------
+
+
+class Fragile(Line):
+    """Fails on demand, as a neural term that blows up does."""
+
+    failure: str | None = None
+
+    def forward(self, episode: ph.Episode) -> Tensor:
+        if self.failure == "solver" and episode.support is not None:
+            raise ph.SolverError("the state stopped being finite", (1, 2), 0.7, 13)
+        if self.failure == "nan":
+            pyro.factor("nan", math.nan * self.noise_unconstrained)
+        if self.failure == "gradient":
+            pyro.factor("gradient", (self.noise_unconstrained - self.noise_unconstrained.detach()).abs().sqrt())
+        return super().forward(episode)
+
+
+@quiet
+@pytest.mark.parametrize("failure", ["nan", "solver", "gradient"])
+def test_a_step_that_is_not_finite_is_skipped_and_counted(failure: str) -> None:
+    model, guide = pair(model=Fragile)
+    states = []
+
+    def fail_at_two_and_three(step: int, fit: ph.Fit) -> None:
+        states.append(state(model, guide))
+        model.failure = failure if step in (1, 2) else None
+
+    fit = ph.meta_train(model, guide, TASKS, callback=fail_at_two_and_three, **SHORT)
+    assert fit.skipped == 2 and [math.isnan(value) for value in fit.loss] == [False, False, True, True, False, False]
+    assert same(states[1], states[2]) and same(states[2], states[3])  # parameters stand still meanwhile
+    assert not same(states[3], states[4])
+    assert all(torch.isfinite(value).all() for value in states[-1])
+
+
+@quiet
+@pytest.mark.parametrize(("failure", "cause"), [("nan", "the last loss was nan"),
+                                                ("solver", r"the state stopped being finite in task 1 .* at t = 0\.7 after 13 steps")])
+def test_a_run_of_failures_restores_the_last_good_state_and_names_the_cause(failure: str, cause: str) -> None:
+    model, guide = pair(model=Fragile)
+    good = []
+
+    def break_down(step: int, fit: ph.Fit) -> None:
+        if step == 1:
+            model.failure = failure
+
+    with pytest.raises(ph.TrainingError, match=f"5 steps in a row up to step 6 .*{cause}.*back at the last good state. Lower learning_rate"):
+        ph.meta_train(model, guide, TASKS, **{**SHORT, "steps": 20}, max_skips=5, callback=break_down)
+    model.failure = None
+    good = ph.SVI(model, guide, torch.optim.SGD(model.parameters(), 0.0)).evaluate_loss(TASKS.episode())
+    assert math.isfinite(good)
+
+
+@quiet
+def test_what_is_restored_is_a_state_whose_loss_was_finite() -> None:
+    model, guide = pair()
+    with pytest.raises(ph.TrainingError, match="in a row"):
+        ph.meta_train(model, guide, TASKS, **{**SHORT, "steps": 100}, learning_rate=1e25, max_skips=5)
+    loss = ph.SVI(model, guide, torch.optim.SGD(model.parameters(), 0.0)).evaluate_loss(TASKS.episode())
+    assert math.isfinite(loss)
+    assert all(torch.isfinite(value).all() for value in state(model, guide))
+
+
+@quiet
+def test_failures_that_are_not_in_a_row_do_not_end_the_training() -> None:
+    model, guide = pair(model=Fragile)
+
+    def every_other(step: int, fit: ph.Fit) -> None:
+        model.failure = None if step % 2 else "nan"
+
+    fit = ph.meta_train(model, guide, TASKS, **{**SHORT, "steps": 10}, max_skips=2, callback=every_other)
+    assert fit.skipped == 5
+
+
+# ---- held-out tasks ------------------------------------------------------------------------------------------------
+
+
+def test_the_held_out_elbo_is_looked_at_now_and_then_and_at_the_end() -> None:
+    train, held_out = TASKS.split(6)
+    fit = ph.meta_train(*pair(), train, held_out=held_out, every=3, **{**SHORT, "steps": 8})
+    assert [step for step, _ in fit.held_out] == [2, 5, 7] and all(math.isfinite(value) for _, value in fit.held_out)
+
+
+def test_looking_at_held_out_tasks_does_not_change_the_training() -> None:
+    train, held_out = TASKS.split(6)
+    first, second = pair(), pair()
+    ph.meta_train(*first, train, held_out=held_out, every=2, **SHORT)
+    ph.meta_train(*second, train, **SHORT)
+    assert same(state(*first), state(*second))
+
+
+def test_early_stopping_goes_back_to_the_best_look() -> None:
+    train, held_out = TASKS.split(6)
+    model, guide = pair()
+    history: list[list[Tensor]] = []
+
+    def spoil(step: int, fit: ph.Fit) -> None:
+        if step >= 12:
+            with torch.no_grad():
+                model.prior.base.add_(1.0)
+        history.append(state(model, guide))
+
+    fit = ph.meta_train(model, guide, train, held_out=held_out, every=2, patience=3, callback=spoil, **{**SHORT, "steps": 60})
+    best = min(fit.held_out, key=lambda look: look[1])[0]
+    assert fit.stopped_early and len(fit.loss) == fit.held_out[-1][0] + 1 < 60
+    assert best == fit.held_out[-4][0] < 13
+    assert same(state(model, guide), history[best]) and not same(state(model, guide), history[-1])
+
+
+def test_without_a_reason_to_stop_it_goes_on_and_still_ends_at_the_best() -> None:
+    train, held_out = TASKS.split(6)
+    both = pair()
+    fit = ph.meta_train(*both, train, held_out=held_out, every=2, patience=50, **SHORT)
+    assert not fit.stopped_early and len(fit.loss) == 6
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        svi = ph.SVI(*both, torch.optim.SGD(both[0].parameters(), 0.0))
+        assert svi.evaluate_loss(held_out.episode()) / 6 == pytest.approx(min(value for _, value in fit.held_out), rel=1e-6)
+
+
+def test_held_out_tasks_that_diverge_count_as_bad_and_training_goes_on() -> None:
+    class Diverging(Line):
+        def forward(self, episode: ph.Episode) -> Tensor:
+            if not torch.is_grad_enabled() and episode.support is not None:
+                raise ph.SolverError("the state stopped being finite", (0, 0), 0.1, 1)
+            return super().forward(episode)
+
+    train, held_out = TASKS.split(6)
+    fit = ph.meta_train(*pair(model=Diverging), train, held_out=held_out, every=2, **SHORT)
+    assert [value for _, value in fit.held_out] == [math.inf] * 3 and fit.skipped == 0
+
+
+# ---- ph.SVI --------------------------------------------------------------------------------------------------------
+
+
+def test_it_is_a_pyro_svi() -> None:
+    both = pair()
+    svi = ph.SVI(*both, torch.optim.Adam(both[0].parameters(), 1e-2))
+    assert isinstance(svi, StockSVI)
+
+
+@READINGS
+@pytest.mark.parametrize("optim", ["torch", "pyro"])
+@pytest.mark.parametrize("loss", [None, Trace_ELBO(), TraceMeanField_ELBO(), TraceGraph_ELBO(),
+                                  Trace_ELBO(num_particles=3, vectorize_particles=True),
+                                  TraceMeanField_ELBO(num_particles=3, vectorize_particles=True)],
+                         ids=["default", "trace", "mean-field", "graph", "trace-vectorised", "mean-field-vectorised"])
+@pytest.mark.parametrize("inferred", [False, True])
+def test_it_steps_with_pyros_losses_and_with_torchs_and_pyros_optimizers(
+        evidence: ph.Linearised | None, optim: str, loss: Any, inferred: bool) -> None:
+    both = pair(evidence, inferred=inferred)
+    parameters = {id(p): p for m in both for p in m.parameters()}.values()
+    svi = ph.SVI(*both, torch.optim.Adam(parameters, 1e-2) if optim == "torch" else pyro.optim.ClippedAdam({"lr": 1e-2}), loss)
+    before, episode = state(*both), TASKS.episode()
+    assert math.isfinite(svi.evaluate_loss(episode)) and same(state(*both), before)
+    assert math.isfinite(svi.step(episode))
+    changed = [not torch.equal(a, b) for a, b in zip(before, state(*both), strict=True)]
+    buffers = sum(1 for m in both for _ in m.buffers())
+    assert sum(changed) == len(changed) - buffers  # every parameter learns, from the first step on
+
+
+@READINGS
+def test_more_particles_estimate_the_same_loss(evidence: ph.Linearised | None) -> None:
+    both, episode = pair(evidence, inferred=True), TASKS.episode()
+    optim = torch.optim.SGD(both[0].parameters(), 0.0)
+    single = ph.SVI(*both, optim)
+    losses = [single.evaluate_loss(episode) for _ in range(60)]
+    many = ph.SVI(*both, optim, TraceMeanField_ELBO(num_particles=300, vectorize_particles=True)).evaluate_loss(episode)
+    spread = torch.tensor(losses).std().item() / math.sqrt(60)
+    assert abs(many - sum(losses) / 60) < 4 * spread * 1.2
+
+
+def test_a_gradient_of_vectorised_particles_trains_the_proposals_as_one_particle_does() -> None:
+    gradients = []
+    for particles in (1, 5):
+        model, guide = pair(ph.Linearised(1))
+        loss = TraceMeanField_ELBO(num_particles=particles, vectorize_particles=True)
+        ph.SVI(model, guide, torch.optim.SGD(model.parameters(), 0.0), loss).backward(TASKS.episode())
+        gradients.append(model.prior.encoder.each[0].weight.grad)
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-4)
+
+
+def test_parameters_that_do_not_want_gradients_stay_as_they_are() -> None:
+    model, guide = pair()
+    model.noise_unconstrained.requires_grad_(False)
+    before = model.noise_unconstrained.clone()
+    ph.SVI(model, guide, pyro.optim.Adam({"lr": 0.1})).step(TASKS.episode())
+    ph.meta_train(model, guide, TASKS, **SHORT)
+    assert torch.equal(model.noise_unconstrained, before)
+
+
+def test_a_copy_of_a_trained_pair_trains_on_by_itself() -> None:
+    both = pair()
+    ph.meta_train(*both, TASKS, **SHORT)
+    twin, before = copy.deepcopy(both), state(*both)
+    ph.meta_train(*twin, TASKS, **SHORT)
+    assert same(state(*both), before) and not same(state(*twin), before)
+
+
+# ---- what it refuses -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wrong", [{"steps": 0}, {"batch_size": 0}])
+def test_no_steps_and_empty_batches_are_refused(wrong: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="steps, batch_size and tasks of 1 or more"):
+        ph.meta_train(*pair(), TASKS, **{**SHORT, **wrong})
+
+
+def test_early_stopping_without_held_out_tasks_is_refused() -> None:
+    with pytest.raises(ValueError, match="expected held_out tasks for early stopping; got none. Pass held_out=tasks"):
+        ph.meta_train(*pair(), TASKS, patience=3, **SHORT)
+
+
+def test_segments_without_measured_states_to_start_from_are_refused() -> None:
+    tasks = ph.Tasks.from_trajectories(TASKS.times, TASKS.values, num_support=2, initial=(TASKS.values[:, :, 0, 0],))
+    with pytest.raises(ValueError, match=r"measured states at all times, to restart from.*curriculum=None"):
+        ph.meta_train(*pair(), tasks, **{**SHORT, "curriculum": {0.0: 2}})
+
+
+@pytest.mark.parametrize("optim", [pyro.optim.Adam({"lr": 0.1}, {"clip_norm": 1.0}),
+                                   pyro.optim.ExponentialLR({"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.1}, "gamma": 0.9}),
+                                   pyro.optim.Adam(lambda name: {"lr": 0.1})], ids=["clipping", "schedule", "by-name"])
+def test_what_a_pyro_optimizer_adds_to_torchs_is_refused_and_not_dropped_silently(optim: pyro.optim.PyroOptim) -> None:
+    with pytest.raises(ValueError, match="a pyro.optim optimizer with a dictionary of options only.*Pass a torch optimizer"):
+        ph.SVI(*pair(), optim)
