@@ -6,6 +6,7 @@ import argparse
 import json
 import platform
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -43,6 +44,14 @@ def options(description: str, name: str, tasks: int, steps: int) -> argparse.Nam
     choice.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(choice.seed)
     return choice
+
+
+def growing_correction(model: ph.models.MetaHybridVAE, weight: float, steps: int) -> Callable[[int, ph.Fit], None]:
+    """A callback: first learn what is unknown, then credit the physics with all that it can explain."""
+    def grow(step: int, fit: ph.Fit) -> None:
+        model.correction = weight * ((step + 1) / steps) ** 2
+
+    return grow
 
 
 @dataclass

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 
 import torch
 import torchdiffeq
+from pyro.ops.integrator import register_exception_handler
 from torch import Tensor
 
 from ._checks import fail, require, require_floating
@@ -25,13 +27,16 @@ _still: ContextVar[bool] = ContextVar("still", default=False)
 class SolverError(RuntimeError):
     """An integration that failed: ``cause`` says why, ``index`` where in the batch, ``time`` and ``steps`` when."""
 
-    def __init__(self, cause: str, index: tuple[int, ...], time: float, steps: int) -> None:
+    def __init__(self, cause: str, index: tuple[int, ...] = (), time: float = math.nan, steps: int = 0) -> None:
         self.cause, self.index, self.time, self.steps = cause, index, time, steps
         self.task = index[-2] if len(index) > 1 else (index[0] if index else 0)
-        super().__init__(
+        super().__init__(  # Pyro raises it again with the whole message as the cause, and shapes after it
+            cause if math.isnan(time) else
             f"{cause} in task {self.task} (batch index {index}) at t = {time:.4g} after {steps} steps. "
             "Shorten the segments, add substeps, or bound the neural term's output."
         )
+        # To NUTS and HMC a diverging trajectory is a proposal to reject, not the end of the run.
+        register_exception_handler("pyro_hybrid", lambda e: isinstance(e, SolverError), warn_on_overwrite=False)
 
 
 @contextlib.contextmanager

@@ -43,6 +43,7 @@ class SetEncoder(nn.Module):
 
     def standardise(self, values: Tensor, mask: Tensor | bool) -> None:
         """Take centre and scale of each sensor from training trajectories ``(task, shot, time, sensor)``."""
+        self._check(values)
         seen = torch.as_tensor(mask, device=values.device).expand_as(values)
         count = seen.sum((0, 1, 2)).clamp(min=1)
         self.centre = values.where(seen, 0.0).sum((0, 1, 2)) / count
@@ -55,9 +56,7 @@ class SetEncoder(nn.Module):
         require(values is not None, "an episode with observations", "query=None",
                 "An encoder reads trajectories; simulate from the prior instead.")
         assert values is not None  # for the type checker; the line above raises
-        require(tuple(values.shape[-2:]) == (self.steps, self.sensors),
-                f"trajectories of (time, sensor) = ({self.steps}, {self.sensors})", tuple(values.shape[-2:]),
-                "Build the SetEncoder with the steps and sensors of these trajectories.")
+        self._check(values)
         seen = torch.as_tensor(whole.seen, device=values.device).expand_as(values)
         standard = ((values - self.centre) / self.scale).where(seen, 0.0)
         return self.each(torch.cat([standard, seen.to(values.dtype)], -1).flatten(-2))
@@ -67,3 +66,11 @@ class SetEncoder(nn.Module):
         each = self.shots(episode)
         size = each.new_full((*each.shape[:-2], 1), each.shape[-2]).log()
         return self.joint(torch.cat([each.mean(-2), size], -1))
+
+    def _check(self, values: Tensor) -> None:
+        require(values.dim() >= 4 and tuple(values.shape[-2:]) == (self.steps, self.sensors),
+                f"trajectories of (time, sensor) = ({self.steps}, {self.sensors})", tuple(values.shape[-2:]),
+                "Build the SetEncoder with the steps and sensors of these trajectories.")
+        require(values.dtype == self.centre.dtype, f"trajectories in {self.centre.dtype}, as the encoder", values.dtype,
+                "Convert the model with model.double() or .float(), or the trajectories before they become tasks.", TypeError)
+        require(values.shape[-3] >= 1, "one shot or more", "an empty set", "The support can't be empty.")

@@ -99,7 +99,8 @@ class AmortizedGuide(nn.Module):
             covariance = torch.linalg.inv(precision)[..., :size, :size]
             fn = dist.MultivariateNormal(mean[..., :size], scale_tril=_root(covariance).to(mean.dtype)).to_event(1)
             drawn[name] = pyro.sample(name, fn)
-            away, cross, precision = drawn[name] - mean[..., :size], precision[..., size:, :size], precision[..., size:, size:]
+            away, cross = drawn[name] - mean[..., :size], precision[..., size:, :size]
+            precision = precision[..., size:, size:]
             if precision.shape[-1]:
                 shift = torch.linalg.solve(precision, cross @ away.unsqueeze(-1).to(cross.dtype)).squeeze(-1)
                 mean = mean[..., size:] - shift.to(mean.dtype)
@@ -110,9 +111,12 @@ class AmortizedGuide(nn.Module):
         program = getattr(self.prior, "_program", None)
         if program is None:
             return {}
+        episode, values = replace(episode, support=None), {name: value.detach() for name, value in values.items()}
+        one = {name: value.reshape(-1, *value.shape[-2:])[0] for name, value in values.items()}
         with torch.no_grad(), standing_still():
-            free = observed(program, replace(episode, support=None), {k: v.detach() for k, v in values.items()})[1]
-        return {name: dist.Normal(site[0], site[1]).to_event(2) for name, site in free.items()}
+            free, single = observed(program, episode, values)[1], observed(program, episode, one)[1]
+        # Without a query what would be observed is free too, but it has a time axis.
+        return {name: dist.Normal(*site).to_event(2) for name, site in free.items() if single[name].dim() == 4}
 
 
 def _root(covariance: Tensor) -> Tensor:

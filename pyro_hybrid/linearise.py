@@ -48,7 +48,7 @@ class Belief(NamedTuple):
     def shots_given(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and precision of each shot's latents, given the task's, (..., task, d)."""
         shift = torch.einsum("tsmd,...td->...tsm", self.coupling, (latents - self.mean).double())
-        shift = torch.linalg.solve(self.shot_precision, shift.unsqueeze(-1)).squeeze(-1)
+        shift = _solve(self.shot_precision, shift.unsqueeze(-1)).squeeze(-1)
         return self.shot_mean - shift.to(self.shot_mean.dtype), self.shot_precision
 
 
@@ -203,12 +203,14 @@ class Linearised:
 
     @torch.no_grad()
     def __call__(self, problem: Problem, start: Tensor) -> Belief:
-        """The posterior of a problem's latents to second order, from a start ``(task, d)``."""
-        for length, group in itertools.groupby(self.segments):
-            pieces = problem.cut(length)
-            if pieces is not problem:
-                start = self._iterate(pieces, start, len(list(group))).task
-        return _belief(problem, self._iterate(problem, start, self.iterations))
+        """The posterior of a problem's latents to second order, from a start ``(task, d)`` or the prior's mean if better."""
+        stages = [(problem.cut(length), len(list(group))) for length, group in itertools.groupby(self.segments)]
+        stages = [(pieces, n) for pieces, n in stages if pieces is not problem] + [(problem, self.iterations)]
+        start = _better(stages[0][0], start)
+        for pieces, iterations in stages:
+            point = self._iterate(pieces, start, iterations)
+            start = point.task
+        return _belief(problem, point)
 
     def _iterate(self, problem: Problem, start: Tensor, iterations: int) -> _Point:
         point = _at(problem, start, problem.shot_mean)
@@ -246,6 +248,16 @@ def _at(problem: Problem, task: Tensor, shot: Tensor) -> _Point:
     slopes, error = (_where(finite, x, torch.zeros_like(x)) for x in (slopes, error))
     slopes = slopes.double()  # sensitivities of a chaotic system differ by more than float32 has digits
     return _Point(task, shot, slopes @ slopes.mT, _times(slopes, error.double()), cost.where(finite, torch.inf))
+
+
+def _better(problem: Problem, start: Tensor) -> Tensor:
+    """By task: the start, or the prior's mean where that explains the trajectories better."""
+    if start is problem.mean:
+        return start
+    starts = torch.stack([problem.mean, start])
+    errors = problem.errors(starts, problem.shot_mean.expand(2, *problem.shot_mean.shape))
+    costs = [_cost(problem, error, task, problem.shot_mean) for error, task in zip(errors, starts, strict=True)]
+    return _where(costs[1] <= costs[0], start, problem.mean)
 
 
 def _cost(problem: Problem, error: Tensor, task: Tensor, shot: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ class Residual(nn.Module):
         linear: whether the term is linear in the latents.
         width, depth: size and number of the hidden layers.
         scale: rough size of each input, by which it is divided.
+        periodic: sine units instead of tanh, for a term that oscillates; divide time by a fraction of its period.
 
     >>> _ = torch.manual_seed(0)
     >>> push = Residual(inputs=2, latents=3, outputs=1).given(torch.zeros(5, 1, 3))
@@ -39,11 +40,14 @@ class Residual(nn.Module):
     """
 
     def __init__(self, inputs: int, latents: int, outputs: int, linear: bool = False, *, width: int = 32, depth: int = 2,
-                 scale: tuple[float, ...] | None = None) -> None:
+                 scale: tuple[float, ...] | None = None, periodic: bool = False) -> None:
         super().__init__()
-        require(depth >= 1, "a depth of 1 or more", depth, "Use at least one hidden layer.")
-        require(scale is None or len(scale) == inputs, f"{inputs} scales", scale, "Give one scale for each input.")
-        self.inputs, self.latents, self.outputs, self.linear = inputs, latents, outputs, linear
+        require(min(inputs, latents, outputs, width, depth) >= 1, "inputs, latents, outputs, width and depth of 1 or more",
+                (inputs, latents, outputs, width, depth), "Where nothing is unknown, leave the Residual out.")
+        require(scale is None or len(scale) == inputs and min(scale) > 0.0, f"{inputs} positive scales", scale,
+                "Give the rough size of each input.")
+        self.inputs, self.latents, self.outputs = inputs, latents, outputs
+        self.linear, self.periodic = linear, periodic
         self.register_buffer("scale", torch.tensor(scale or (1.0,) * inputs))
         features = inputs if linear else inputs + latents + inputs * latents
         self.first = nn.Linear(features, width)
@@ -53,6 +57,8 @@ class Residual(nn.Module):
         with torch.no_grad():
             self.last.weight.mul_(0.1)
             self.last.bias.zero_()
+            for weight in (self.first.weight, self.straight):  # begin almost linear in the latents: unknotted
+                weight[:, inputs:] *= 0.1
 
     def given(self, latents: Latent) -> Callable[..., Tensor | tuple[Tensor, ...]]:
         """The term of one task: latents ``(..., task, 1, latents)`` to a function of inputs ``(..., task, shot)``.
@@ -62,37 +68,37 @@ class Residual(nn.Module):
         require(latents.shape[-1] == self.latents, f"{self.latents} latents in the last axis", tuple(latents.shape),
                 "Build the Residual with as many latents as its site has components.")
         z = latents.movedim(-1, 0)
-        layers = [_folded(layer.weight, layer.bias) for layer in (*self.hidden, self.last)]
-        scale = self.scale.view(-1, *[1] * (z.dim() - 1))
+        layers, unit = self._layers(), torch.sin if self.periodic else torch.sigmoid
 
         def term(*inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
             require(len(inputs) == self.inputs, f"{self.inputs} inputs", len(inputs), "Call the term as it was built.")
-            u = torch.stack(torch.broadcast_tensors(*inputs)) / scale
+            u = torch.stack(torch.broadcast_tensors(*inputs, z[0])[:-1])
+            shape, weights, u = u.shape[1:], _like(u, z), u / _like(u, self.scale)
             if not self.linear:
-                u = _with_products(u, z)
-            shape = u.shape[1:]
-            u = u.flatten(1)
-            h = torch.sigmoid(torch.addmm(2.0 * self.first.bias.unsqueeze(1), 2.0 * self.first.weight, u))
-            for w, b in layers[:-1]:
-                h = torch.sigmoid(torch.addmm(2.0 * b, 2.0 * w, h))
+                u = torch.cat([u, weights.expand(-1, *shape), (weights.unsqueeze(1) * u).flatten(0, 1)])
+            u = u.reshape(len(u), -1)
+            h = u
+            for weight, bias in layers[:-1]:
+                h = unit(torch.addmm(bias, weight, h))
             out = torch.addmm(torch.addmm(layers[-1][1], layers[-1][0], h), self.straight, u)
             out = out.view(self.latents + 1, self.outputs, *shape)
-            out = out[0] + (out[1:] * z.unsqueeze(1)).sum(0)
+            out = out[0] + (out[1:] * weights.unsqueeze(1)).sum(0)
             return out[0] if self.outputs == 1 else out.unbind(0)
 
         return term
 
+    def _layers(self) -> list[tuple[Tensor, Tensor]]:
+        """Weights and biases; tanh(a) = 2 sigmoid(2a) - 1, whose twos and one go into the layers around it."""
+        layers = [(layer.weight, layer.bias.unsqueeze(1)) for layer in (self.first, *self.hidden, self.last)]
+        if self.periodic:
+            return layers
+        after = [(2.0 * w, b - w.sum(1, keepdim=True)) for w, b in layers[1:]]
+        return [(2.0 * w, 2.0 * b) for w, b in (layers[0], *after[:-1])] + after[-1:]
 
-def _with_products(x: Tensor, z: Tensor) -> Tensor:
-    """Inputs, latents and their products, features first."""
-    products = z.unsqueeze(1) * x
-    shape = products.shape[2:]
-    return torch.cat([x.expand(-1, *shape), z.expand(-1, *shape), products.flatten(0, 1)])
 
-
-def _folded(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """tanh(a) = 2 sigmoid(2a) - 1: the 2 and the -1 go into the next layer."""
-    return 2.0 * weight, (bias - weight.sum(1)).unsqueeze(1)
+def _like(target: Tensor, values: Tensor) -> Tensor:
+    """Values (n, ...) with the batch axes that (m, ..., task, shot) has more."""
+    return values.reshape(len(values), *[1] * (target.dim() - values.dim()), *values.shape[1:])
 
 
 class Mixing(nn.Module):
@@ -106,10 +112,16 @@ class Mixing(nn.Module):
 
     def __init__(self, components: int, sensors: int, width: int = 0) -> None:
         super().__init__()
+        require(min(components, sensors) >= 1 and width >= 0, "components and sensors of 1 or more and a width of 0 or more",
+                (components, sensors, width), "Pass the numbers of state components and of observed quantities.")
+        self.components = components
         self.straight = nn.Linear(components, sensors)
-        self.bent = nn.Sequential(nn.Linear(components, width), nn.Tanh(), nn.Linear(width, sensors)) if width else None
+        bent = (nn.Linear(components, width), nn.Tanh(), nn.Linear(width, sensors, bias=False)) if width else ()
+        self.bent = nn.Sequential(*bent) if bent else None
 
     def forward(self, states: Tensor) -> Tensor:
         """States ``(..., component)`` to sensors ``(..., sensor)``."""
+        require(states.shape[-1] == self.components, f"{self.components} components in the last axis", tuple(states.shape),
+                "Build the Mixing with as many components as the state has.")
         straight = self.straight(states)
         return straight if self.bent is None else straight + self.bent(states)

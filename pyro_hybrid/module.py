@@ -14,7 +14,7 @@ from .prior import Prior
 __all__ = ["HybridModel", "local_parameters", "require_local"]
 
 
-def local_parameters() -> Any:  # noqa: ANN401  (Pyro's context manager is untyped)
+def local_parameters() -> Any:
     """Pyro with parameters that belong to module instances, for the length of a ``with`` block."""
     return pyro.settings.context(module_local_params=True)
 
@@ -22,8 +22,8 @@ def local_parameters() -> Any:  # noqa: ANN401  (Pyro's context manager is untyp
 def require_local(**modules: object) -> None:
     """Refuse what would keep its parameters in Pyro's global store, or can't keep any."""
     for role, module in modules.items():
-        require(isinstance(module, nn.Module), f"a {role} that is an nn.Module, to own its parameters", type(module).__name__,
-                "Derive it from ph.HybridModel and write it in forward.", TypeError)
+        require(isinstance(module, nn.Module), f"a {role} that is an nn.Module, to own its parameters",
+                type(module).__name__, "Derive it from ph.HybridModel and write it in forward.", TypeError)
         for part in module.modules():  # type: ignore[attr-defined]
             require(not isinstance(part, PyroModule) or hasattr(part._pyro_context, "param_state"),
                     f"a {role} whose parameters belong to it", f"{type(part).__name__}, which shares them by name",
@@ -33,7 +33,7 @@ def require_local(**modules: object) -> None:
 class _Local(type(PyroModule)):  # type: ignore[misc]
     """Builds the whole of an instance, the modules inside it too, with parameters of its own."""
 
-    def __call__(cls, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         with local_parameters():
             return super().__call__(*args, **kwargs)
 
@@ -45,11 +45,11 @@ class HybridModel(PyroModule, metaclass=_Local):
     so that its evidence can be computed from it.
     """
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with local_parameters():
             return super().__call__(*args, **kwargs)
 
-    def __setattr__(self, name: str, value: Any) -> None:  # noqa: ANN401
+    def __setattr__(self, name: str, value: Any) -> None:
         with local_parameters():
             super().__setattr__(name, value)
         if isinstance(value, Prior):

@@ -33,8 +33,9 @@ def predict(model: nn.Module, episode: Episode, num_samples: int) -> dict[str, T
     return _latent(_trace(model, episode.simulation(), num_samples))
 
 
-def pareto_k(model: nn.Module, guide: nn.Module, episode: Episode, num_samples: int = 1000) -> NDArray[np.float64]:
+def pareto_k(model: nn.Module, guide: nn.Module, episode: Episode, num_samples: int = 1000) -> NDArray[np.floating]:
     """PSIS k̂ of each task: below 0.7 the guide can be trusted as a proposal for the program's exact posterior."""
+    _require_some(num_samples)
     with torch.no_grad(), local_parameters():
         return np.array([psis_diagnostic(model, guide, one, num_particles=num_samples, max_plate_nesting=1)
                          for one in (episode.only(i) for i in range(episode.shape[0]))])
@@ -45,8 +46,8 @@ def to_arviz(model: nn.Module, guide: nn.Module, episode: Episode, num_samples: 
     """Posterior, prior, predictions and likelihoods as ArviZ data: InferenceData on ArviZ 0.x, DataTree on 1.x.
 
     Groups: ``posterior`` (from support and query), ``prior`` (from the support alone), ``posterior_predictive``,
-    ``log_likelihood`` (of each shot, so that ``arviz.loo`` leaves out shots), ``observed_data``, ``constant_data``. Draws
-    of a variational posterior are independent: one chain, and no R-hat.
+    ``log_likelihood`` (of each shot, so that ``arviz.loo`` leaves out shots), ``observed_data``, ``constant_data``.
+    Draws of a variational posterior are independent: one chain, and no R-hat.
 
     Arguments:
         names: names of the components of a site, ``{"unknown": ["damping", "amplitude"], "x": ["angle", "speed"]}``.
@@ -68,12 +69,18 @@ def to_arviz(model: nn.Module, guide: nn.Module, episode: Episode, num_samples: 
     }
     dims, coords = _labels(groups, names or {})
     coords["time"] = _numpy(episode.times)
-    return _arviz.to_inference_data(groups, dims, coords, {"num_support": episode.support.shape[1] if episode.support else 0})
+    num_support = episode.support.shape[1] if episode.support else 0
+    return _arviz.to_inference_data(groups, dims, coords, {"num_support": num_support})
 
 
 def _trace(program: Callable[[Episode], object], episode: Episode, num_samples: int) -> poutine.Trace:
+    _require_some(num_samples)
     with torch.no_grad(), local_parameters(), pyro.plate("draw", num_samples, dim=-2):
         return poutine.trace(program).get_trace(episode)
+
+
+def _require_some(num_samples: int) -> None:
+    require(num_samples >= 1, "num_samples of 1 or more", num_samples, "Some hundreds make a smooth picture.")
 
 
 def _latent(trace: poutine.Trace) -> dict[str, Tensor]:
@@ -88,7 +95,7 @@ def _by_shot(site: dict[str, object]) -> Tensor:
     return torch.where(torch.as_tensor(mask, device=value.device), value, 0.0).flatten(3).sum(-1)
 
 
-def _constants(episode: Episode) -> dict[str, NDArray[np.float64]]:
+def _constants(episode: Episode) -> dict[str, NDArray[np.floating]]:
     initial = torch.stack(episode.initial, -1) if isinstance(episode.initial, tuple) else episode.initial
     constants = {"initial_measured": _numpy(initial)}
     if episode.support is not None and episode.support.query is not None:
@@ -96,16 +103,22 @@ def _constants(episode: Episode) -> dict[str, NDArray[np.float64]]:
     return constants
 
 
-def _labels(groups: Mapping[str, Mapping[str, NDArray[np.float64]]], names: Mapping[str, Sequence[str]],
+def _labels(groups: Mapping[str, Mapping[str, NDArray[np.floating]]], names: Mapping[str, Sequence[str]],
             ) -> tuple[dict[str, list[str]], dict[str, object]]:
     """Named axes: (task, shot, time, sensor) for trajectories, (task, [shot,] component of the site) for latents."""
-    dims: dict[str, list[str]] = {"initial_measured": ["task", "shot", "state"], "support": ["task", "support_shot", "time", "sensor"]}
+    dims: dict[str, list[str]] = {"initial_measured": ["task", "shot", "state"],
+                                  "support": ["task", "support_shot", "time", "sensor"]}
     coords: dict[str, object] = {}
+    sites = sorted({*groups["observed_data"], *groups["posterior"]})
+    strangers = sorted(set(names) - set(sites))
+    require(not strangers, f"names of sites among {sites}", strangers,
+            "Name the components of a site: names={site: [...]}.")
     for name, value in groups["observed_data"].items():
         dims[name] = ["task", "shot", "time", "sensor" if len(groups["observed_data"]) == 1 else f"{name}_sensor"]
         if name in names:
             coords[dims[name][-1]] = list(names[name])
-        require(value.ndim == 4, f"observations {name!r} with axes (task, shot, time, sensor)", value.shape, "Reshape them.")
+        require(value.ndim == 4, f"observations {name!r} with axes (task, shot, time, sensor)", value.shape,
+                "Reshape them.")
     for name, value in groups["posterior"].items():
         dims[name] = ["task", *(["shot"] if value.ndim == 5 else []), f"{name}_component"]
         if name in names:
@@ -113,13 +126,13 @@ def _labels(groups: Mapping[str, Mapping[str, NDArray[np.float64]]], names: Mapp
     return dims, coords
 
 
-def _chained(values: Mapping[str, Tensor]) -> dict[str, NDArray[np.float64]]:
+def _chained(values: Mapping[str, Tensor]) -> dict[str, NDArray[np.floating]]:
     return {name: _numpy(value)[None] for name, value in values.items()}
 
 
-def _with_gaps(values: Tensor, seen: Tensor | bool) -> NDArray[np.float64]:
+def _with_gaps(values: Tensor, seen: Tensor | bool) -> NDArray[np.floating]:
     return _numpy(values.where(torch.as_tensor(seen, device=values.device), torch.nan))
 
 
-def _numpy(value: Tensor) -> NDArray[np.float64]:
+def _numpy(value: Tensor) -> NDArray[np.floating]:
     return value.detach().cpu().numpy()

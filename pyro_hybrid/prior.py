@@ -84,8 +84,8 @@ class SupportPrior(Prior):
 
     Without ``evidence``, :math:`\lambda(S)` is the encoder's word: the purely amortised form. With it, the encoder only
     proposes; the program itself, linearised there, gives the support's evidence, which is added to what the
-    population of tasks says (``base``, learned). No gradient flows through it; encoder and base are trained towards the
-    result, by a factor whose value is zero, so that the ELBO stays the ELBO.
+    population of tasks says (``base``). No gradient flows through it; the encoder is trained towards the result. So is
+    the population, either way. Both by a factor whose value is zero, so that the ELBO stays the ELBO.
 
     Shots enter in a canonical order: the result doesn't depend on theirs, to the last bit.
 
@@ -115,8 +115,8 @@ class SupportPrior(Prior):
         return handed_out(self.sites, self.belief(support))
 
     def forward(self, support: Episode | None) -> dict[str, Distribution]:
-        if support is not None and self.evidence is not None and am_i_wrapped():
-            self._train_proposals(support)
+        if support is not None and am_i_wrapped():
+            self._train_aside(support)
         return super().forward(support)
 
     def gaussian(self, support: Episode | None) -> tuple[Tensor, Tensor]:
@@ -126,8 +126,8 @@ class SupportPrior(Prior):
         return belief.mean, belief.precision
 
     def propose(self, support: Episode) -> Tensor:
-        """What the encoder alone says, as raw numbers around the population's."""
-        return self.base + self.head(self.encoder(support.canonical))
+        """What the encoder alone says, as raw numbers."""
+        return self.head(self.encoder(support.canonical))
 
     @torch.no_grad()
     def belief(self, support: Episode) -> Belief:
@@ -148,11 +148,17 @@ class SupportPrior(Prior):
         mean, scale = (torch.cat(part, -1) for part in zip(*parts, strict=True))
         return mean, scale
 
-    def _train_proposals(self, support: Episode) -> None:
-        belief = self.belief(support)
-        scale = belief.covariance.diagonal(dim1=-2, dim2=-1).sqrt().to(belief.mean.dtype)
-        loss = sum(_divergence(belief.mean, scale, *self._coordinates(self._split(raw)))
-                   for raw in (self.propose(support), self.base))
+    def _train_aside(self, support: Episode) -> None:
+        """Train the population, and the encoder where it only proposes, towards what is believed of these tasks."""
+        proposed = self._coordinates(self._split(self.propose(support)))
+        targets = [self._coordinates(self._split(self.base))]
+        if self.evidence is None:
+            mean, scale = (x.detach() for x in proposed)
+        else:
+            belief = self.belief(support)
+            mean, scale = belief.mean, belief.covariance.diagonal(dim1=-2, dim2=-1).sqrt().to(belief.mean.dtype)
+            targets.append(proposed)
+        loss = sum(_divergence(mean, scale, *target) for target in targets)
         pyro.factor("proposals", loss.detach() - loss)
 
     def __getstate__(self) -> dict[str, object]:

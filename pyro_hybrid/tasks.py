@@ -63,16 +63,21 @@ class Episode:
     def canonical(self) -> Episode:
         """The same shots in an order that depends on their values alone: what makes the prior exactly invariant."""
         whole = self.whole or self
-        if whole.query is None or whole.query.shape[1] == 1:
+        if whole.query is None or whole.query.shape[1] == 1 or whole.times.dim() == 2:
             return self
-        key = whole.query.double().flatten(2).sum(-1).argsort(1)
+        values = whole.query.double().flatten(2)
+        # Unequal weights: of trajectories that conserve something, the plain sums are equal.
+        key = (values * torch.arange(1, values.shape[-1] + 1, device=values.device).sqrt()).sum(-1).argsort(1)
         pieces = torch.arange(self.shape[1] // key.shape[1], device=key.device)
         order = (key.unsqueeze(-1) * len(pieces) + pieces).flatten(1)
-        return replace(self.pick(order), whole=self.whole and self.whole.canonical, uncut=self.uncut and self.uncut.canonical)
+        return replace(self._picked(order), whole=self.whole and self.whole.canonical, uncut=self.uncut and self.uncut.canonical)
 
     def pick(self, order: Tensor) -> Episode:
         """Shots by index ``(task, shot)``, for each task its own."""
+        require(self.times.dim() == 1, "one clock for all shots", "a clock for each shot", "Pick shots before cutting.")
+        return self._picked(order)
 
+    def _picked(self, order: Tensor) -> Episode:
         def take(value: Tensor) -> Tensor:
             index = order.reshape(*order.shape, *[1] * (value.dim() - 2)).expand(-1, -1, *value.shape[2:])
             return value.gather(1, index)
@@ -81,12 +86,12 @@ class Episode:
 
     def only(self, task: int) -> Episode:
         """One task of them, as an episode."""
+        require(0 <= task < self.shape[0], f"a task from 0 to {self.shape[0] - 1}", task, "Count tasks from 0.")
         return self._changed(lambda value: value[task : task + 1], lambda episode: episode.only(task))
 
     def to(self, device: torch.device | str) -> Episode:
         """The same episode on another device."""
-        moved = self._changed(lambda value: value.to(device), lambda episode: episode.to(device))
-        return replace(moved, times=self.times.to(device))
+        return self._changed(lambda value: value.to(device), lambda episode: episode.to(device), self.times.to(device))
 
     def simulation(self) -> Episode:
         """The same initial states and support, with nothing observed."""
@@ -94,19 +99,21 @@ class Episode:
 
     def until(self, steps: int) -> Episode:
         """The first ``steps`` steps alone; encoders go on reading the whole trajectories."""
+        require(steps >= 1, "1 step or more", steps, "Leave at least two times.")
         if steps >= self.times.shape[-1] - 1:
             return self
         begun = self._changed(lambda value: value[:, :, : steps + 1] if value.dim() > 2 else value,
-                              lambda episode: episode.until(steps))
-        initial = self.initial  # has no time axis
-        return replace(begun, times=self.times[..., : steps + 1], initial=initial, whole=self.whole or self)
+                              lambda episode: episode.until(steps), self.times[..., : steps + 1])
+        return replace(begun, initial=self.initial, whole=self.whole or self)  # initial has no time axis
 
     def cut(self, steps: int | None) -> Episode:
         """Multiple shooting: every trajectory cut into segments of ``steps`` steps, each a shot with its own clock.
 
         A segment starts from the measured state there, which then no longer counts as an observation. Encoders go on
         reading the whole trajectories. The last segment is moved back to end with the data; what it repeats is masked.
+        Segments that are shorter already stay as they are, and ``None`` undoes the cut.
         """
+        require(steps is None or steps >= 1, "segments of 1 step or more", steps, "Pass None for the whole horizon.")
         if self.uncut is not None:
             return self.uncut.cut(steps) if steps is None or steps < self.times.shape[-1] - 1 else self
         last = self.times.shape[-1] - 1
@@ -136,7 +143,8 @@ class Episode:
             uncut=self,
         )
 
-    def _changed(self, change: Callable[[Tensor], Tensor], nested: Callable[[Episode], Episode] | None = None) -> Episode:
+    def _changed(self, change: Callable[[Tensor], Tensor], nested: Callable[[Episode], Episode] | None = None,
+                 times: Times | None = None) -> Episode:
         """``change`` done to everything that has axes (task, shot, ...), ``nested`` to the episodes inside."""
 
         def each(value: Tensor | bool | None) -> Tensor | bool | None:
@@ -144,8 +152,9 @@ class Episode:
 
         inside = {name: nested(episode) for name in ("support", "whole", "uncut")
                   if nested and (episode := getattr(self, name)) is not None}
-        return replace(self, query=each(self.query), initial=_over(self.initial, change), mask=each(self.mask),
-                       seen=each(self.seen), states=None if self.states is None else _over(self.states, change), **inside)
+        return replace(self, times=self.times if times is None else times, query=each(self.query),
+                       initial=_over(self.initial, change), mask=each(self.mask), seen=each(self.seen),
+                       states=None if self.states is None else _over(self.states, change), **inside)
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,30 +187,16 @@ class Tasks:
             truth: the latents where they are known, ``{"omega": (task, component), ...}``.
         """
         _check_values(times, values, num_support, mask)
-        states = values.unbind(-1) if initial is None else initial
-        parts = states if isinstance(states, tuple) else (states,)
-        wide = 3 if isinstance(states, tuple) else 4
-        timed = parts[0].dim() == wide
-        for part in parts:
-            require_floating("initial", part)
-            require(part.dtype == values.dtype, f"initial in {values.dtype}, as the values", part.dtype, "Convert one.")
-            require(tuple(part.shape[:wide - 1 if timed else 2]) == tuple(values.shape[:wide - 1 if timed else 2])
-                    or not timed and tuple(part.shape[:2]) == tuple(values.shape[:2]),
-                    f"initial states for (task, shot) = {tuple(values.shape[:2])}", tuple(part.shape),
-                    "Give one initial state for each shot of each task.")
-        seen: Tensor | bool = True
-        if mask is not None:
-            seen, values = mask, values.where(mask, 0.0)
-            states = _over(states, lambda x: x.nan_to_num(0.0))
-        for part in states if isinstance(states, tuple) else (states,):
-            require_finite("initial", part)
-        counts = seen
+        seen: Tensor | bool = True if mask is None else mask
+        states, timed = _measured(times, values, initial, mask)
+        values, counts = values if mask is None else values.where(mask, 0.0), seen
         if timed:  # the first observation has become the initial state
-            counts = torch.as_tensor(seen).expand_as(values).clone()
+            counts = torch.as_tensor(seen, device=values.device).expand_as(values).clone()
             counts[:, :, 0] = False
         for name, value in (truth or {}).items():
-            require(value.dim() == 2 and len(value) == len(values), f"truth[{name!r}] of shape (task, component)",
-                    tuple(value.shape), "One row for each task.")
+            require(isinstance(value, Tensor) and value.dim() == 2 and len(value) == len(values),
+                    f"truth[{name!r}], a tensor of shape ({len(values)}, component)",
+                    tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__, "Give one row for each task.")
         return cls(times, values, states, num_support, counts, seen, timed, truth)
 
     def __len__(self) -> int:
@@ -209,6 +204,8 @@ class Tasks:
 
     def __getitem__(self, rows: slice | Tensor) -> Tasks:
         """Some of the tasks."""
+        require(isinstance(rows, slice | Tensor), "a slice or a tensor of rows", repr(rows),
+                "One task is a data set too: tasks[3:4].", TypeError)
 
         def take(value: Tensor | bool) -> Tensor | bool:
             return value[rows] if isinstance(value, Tensor) else value
@@ -231,6 +228,7 @@ class Tasks:
 
     def batches(self, size: int, seed: int) -> Iterator[Episode]:
         """Batches without end: tasks in random order, and every time a fresh draw of who is support and who query."""
+        require(size >= 1, "a batch of 1 task or more", size, "Pass a positive integer.")
         generator = torch.Generator().manual_seed(seed)
         shots, size = self.values.shape[1], min(size, len(self))
         while True:
@@ -239,7 +237,7 @@ class Tasks:
                 if len(rows) == size:
                     some = self[rows]
                     roles = torch.rand(size, shots, generator=generator).argsort(1)
-                    yield some._drawn(roles)
+                    yield some._drawn(roles.to(self.values.device))
 
     def _drawn(self, roles: Tensor) -> Episode:
         everything = self._shots(slice(None))
@@ -255,6 +253,40 @@ class Tasks:
                        mask=take(self.mask), seen=take(self.seen), states=states if self.timed else None)
 
 
+def _measured(times: Tensor, values: Tensor, initial: State | None, mask: Tensor | None) -> tuple[State, bool]:
+    """The measured states, gaps filled, and whether they are of all times."""
+    gaps = values if mask is None else values.where(mask, torch.nan)
+    states = gaps.unbind(-1) if initial is None else initial
+    parts = states if isinstance(states, tuple) else (states,)
+    require(len(parts) > 0, "at least one component in initial", "an empty tuple", "Give one tensor for each component.")
+    last = () if isinstance(states, tuple) else ("component",)
+    timed = parts[0].dim() == 3 + len(last)
+    shape = tuple(values.shape[: 3 if timed else 2])
+    for part in parts:
+        require_floating("initial", part)
+        require(part.dtype == values.dtype, f"initial in {values.dtype}, as the values", part.dtype, "Convert one.", TypeError)
+        require(part.dim() == len(shape + last) and part.shape[: len(shape)] == shape,
+                f"initial states of shape ({', '.join(map(str, shape + last))})", tuple(part.shape),
+                "Give one state for each shot of each task, or one for each of its times.")
+    if timed and mask is not None:
+        states = _over(states, lambda part: _filled(times, part))
+    for part in states if isinstance(states, tuple) else (states,):
+        require_finite("initial", part)
+    return states, timed
+
+
+def _filled(times: Tensor, states: Tensor) -> Tensor:
+    """Gaps filled from the states before and after, linearly in time: segments may have to start there."""
+    axes, last = [1] * (states.dim() - 3), len(times) - 1
+    seen, index = torch.isfinite(states), torch.arange(last + 1, device=times.device).view(-1, *axes)
+    before = index.where(seen, -1).cummax(2).values
+    after = index.where(seen, last + 1).flip(2).cummin(2).values.flip(2)
+    before, after = before.where(before >= 0, after).clamp(max=last), after.where(after <= last, before).clamp(min=0)
+    known, gap = states.where(seen, 0.0), times[after] - times[before]
+    share = (times.view(-1, *axes) - times[before]) / gap.where(gap > 0.0, 1.0)
+    return torch.lerp(known.gather(2, before), known.gather(2, after), share.where(gap > 0.0, 0.0))
+
+
 def _check_values(times: Tensor, values: Tensor, num_support: int, mask: Tensor | None) -> None:
     require_floating("times", times)
     require_floating("values", values)
@@ -264,6 +296,7 @@ def _check_values(times: Tensor, values: Tensor, num_support: int, mask: Tensor 
             "Add the missing axes with unsqueeze, or stack trajectories of equal length.")
     require(times.dim() == 1 and len(times) == values.shape[2], f"{values.shape[2]} times, as many as values has",
             tuple(times.shape), "Pass times of shape (time,); swap axes if time isn't the third.")
+    require(bool(torch.isfinite(times).all()), "finite times", "NaN or Inf among them", "Drop those times and their values.")
     require(bool((torch.diff(times) > 0).all()), "strictly increasing times", "unsorted or duplicate times",
             "Sort the times (and the values with them) and drop duplicates.")
     require(values.numel() > 0 and len(times) > 1, "at least one task, shot, sensor and two times",
@@ -272,8 +305,10 @@ def _check_values(times: Tensor, values: Tensor, num_support: int, mask: Tensor 
         fail(f"num_support from 1 to {values.shape[1] - 1} (of {values.shape[1]} shots)", num_support,
              "The support can't be empty, and the query needs a shot too.")
     if mask is not None:
-        require(mask.dtype == torch.bool and mask.shape == values.shape, f"a boolean mask of shape {tuple(values.shape)}",
-                f"{mask.dtype} of shape {tuple(mask.shape)}", "True where an observation counts.")
+        require(isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape == values.shape,
+                f"a boolean tensor of shape {tuple(values.shape)} as mask",
+                f"{getattr(mask, 'dtype', type(mask).__name__)} of shape {tuple(getattr(mask, 'shape', ()))}",
+                "True where an observation counts.")
         require(bool(mask.flatten(1).any(1).all()), "an observation in every task", "a task that is masked entirely",
                 "Drop the task.")
     require_finite("values", values, mask)

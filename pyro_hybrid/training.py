@@ -54,6 +54,9 @@ class SVI(PyroSVI):
         self.model, self.guide = model, guide
         self.elbo = (TraceMeanField_ELBO() if loss is None else loss)(model, guide)
         if isinstance(optim, PyroOptim):
+            require(type(optim) is PyroOptim and isinstance(optim.pt_optim_args, dict) and not optim.pt_clip_args,
+                    "a pyro.optim optimizer with a dictionary of options only", type(optim).__name__ + " with more",
+                    "Pass a torch optimizer with a schedule of torch's beside it; meta_train clips and schedules itself.")
             optim = optim.pt_optim_constructor(self.parameters(), **optim.pt_optim_args)
         self.optim = optim
 
@@ -209,17 +212,18 @@ class _Loop:
             try:
                 loss = float(self.svi.backward(episode))
             except SolverError as error:
-                loss, self.cause = math.nan, str(error)
+                loss, self.cause = math.nan, str(error).partition("\n")[0]
         norm = self._clip() if math.isfinite(loss) else math.nan
         if not math.isfinite(norm):
             return self._skip(step, loss)
+        if step % 50 == 0:
+            self.good = self._state()  # before the step: that of a finite loss
         self.svi.optim.step()
         self.run_of_skips, size = 0, episode.shape[0]
-        if step % 50 == 0:
-            self.good = self._state()
         self.fit.loss.append(loss / size)
-        self.fit.log_likelihood.append(terms.log_likelihood / size)
-        self.fit.kl.append(terms.kl(loss) / size)
+        log_likelihood = terms.log_likelihood / self.svi.elbo.elbo.num_particles
+        self.fit.log_likelihood.append(log_likelihood / size)
+        self.fit.kl.append((loss + log_likelihood) / size)  # and factors such as a penalty
 
     def _clip(self) -> float:
         norm = float(nn.utils.clip_grad_norm_(self.svi.parameters(), self.clip * self.norm or math.inf))
@@ -242,7 +246,10 @@ class _Loop:
         if self.held_out is None or (step + 1) % self.every and step != self.steps - 1:
             return False
         with _seeded(self.seed, -1), pyro.validation_enabled(False):
-            value = self.svi.evaluate_loss(self.held_out.episode().to(self.device)) / len(self.held_out)
+            try:
+                value = self.svi.evaluate_loss(self.held_out.episode().to(self.device)) / len(self.held_out)
+            except SolverError:
+                value = math.inf
         self.fit.held_out.append((step, value))
         if self.patience is None:
             return False
@@ -295,7 +302,3 @@ class _Terms(Messenger):
                 value = msg["fn"].log_prob(msg["value"])
                 mask = True if msg["mask"] is None else msg["mask"]
                 self.log_likelihood += float(torch.where(torch.as_tensor(mask), value, 0.0).sum())
-
-    def kl(self, loss: float) -> float:
-        """The rest of the loss: KL, and factors such as a penalty."""
-        return loss + self.log_likelihood

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 
 import pyro
@@ -66,6 +67,19 @@ def test_an_unconditional_prior_with_nothing_to_explain_is_matched_too(reading: 
     assert (divergence(guide, make_tasks(3, 4).episode().simulation()) == 0.0).all()
 
 
+@READINGS
+@pytest.mark.parametrize("plates", [0, 1])
+def test_with_nothing_to_explain_the_guide_draws_latents_and_no_data(reading: str, plates: int) -> None:
+    _, guide = pair(reading, inferred=True)
+    with contextlib.ExitStack() as stack:
+        if plates:
+            stack.enter_context(pyro.plate("draw", 5, dim=-2))
+        values = guide(make_tasks(3, 4, num_support=2).episode().simulation())
+    drawn = {name: tuple(value.shape[-3:]) for name, value in values.items()}
+    assert drawn.keys() == {"slope", "bend", "start"} and drawn["start"] == (3, 2, 1)
+    assert values["slope"].shape == (5, 3, 1) if plates else (3, 1)
+
+
 # ---- computed evidence ---------------------------------------------------------------------------------------------
 
 
@@ -74,7 +88,9 @@ def test_computed_evidence_gives_the_exact_marginals(inferred: bool) -> None:
     _, guide = pair("computed", inferred=inferred)
     episode = make_tasks(4, 6, num_support=2, inferred=inferred).episode()
     naturals, truth = guide.natural(episode), exact(episode.support, episode, inferred=inferred)
-    mean, scale = (torch.cat(x, -1) for x in zip(*(guide.prior.sites[n].gaussian(v) for n, v in naturals.items()), strict=True))
+    mean, scale = (
+        torch.cat(x, -1) for x in zip(*(guide.prior.sites[n].gaussian(v) for n, v in naturals.items()), strict=True)
+    )
     assert_close(mean, truth.mean[:, :3], **CLOSE)
     assert_close(scale, truth.covariance.diagonal(dim1=-2, dim2=-1)[:, :3].sqrt(), **CLOSE)
 
@@ -178,8 +194,10 @@ def test_a_learned_guide_is_the_priors_natural_parameters_plus_what_the_encoder_
 def test_a_learned_guide_does_not_depend_on_the_order_of_shots() -> None:
     _, guide = pair("learned")
     episode = make_tasks(3, 7, num_support=3).episode()
-    backwards = replace(episode.pick(torch.arange(3, -1, -1).expand(3, -1)),
-                        support=episode.support.pick(torch.arange(2, -1, -1).expand(3, -1)))
+    backwards = replace(
+        episode.pick(torch.arange(3, -1, -1).expand(3, -1)),
+        support=episode.support.pick(torch.arange(2, -1, -1).expand(3, -1)),
+    )
     first, second = guide.natural(episode), guide.natural(backwards)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -230,7 +248,8 @@ def ratios(guide: ph.AmortizedGuide, support: int, query: int) -> tuple[Tensor, 
 
 @pytest.mark.parametrize(("support", "query"), [(1, 7), (2, 6), (4, 4)])
 def test_learned_standard_deviations_are_within_a_tenth_of_the_exact_ones(
-        trained: tuple[Line, ph.AmortizedGuide], support: int, query: int) -> None:
+    trained: tuple[Line, ph.AmortizedGuide], support: int, query: int
+) -> None:
     scale, expected, error = ratios(trained[1], support, query)
     assert 0.9 < (scale / expected).mean() < 1.1
     assert ((scale / expected - 1.0).abs() < 0.1).double().mean() > 0.8

@@ -89,9 +89,12 @@ def test_evidence_of_two_sets_of_shots_adds_up() -> None:
     episode, model = make_tasks(3, 7).episode(), line()
     both = replace(episode, support=None)
     first = episode.support
-    all_of_them = ph.Episode(both.times, torch.cat([first.query, both.query], 1),
-                             (torch.cat([first.initial[0], both.initial[0]], 1),),
-                             mask=torch.cat([first.mask, both.mask], 1))
+    all_of_them = ph.Episode(
+        both.times,
+        torch.cat([first.query, both.query], 1),
+        (torch.cat([first.initial[0], both.initial[0]], 1),),
+        mask=torch.cat([first.mask, both.mask], 1),
+    )
     prior = model.prior.gaussian(None)[1]
     parts = [posterior(model, e).precision - prior for e in (first, both)]
     assert_close(posterior(model, all_of_them).precision - prior, parts[0] + parts[1], **CLOSE)
@@ -103,7 +106,9 @@ def test_every_observation_of_a_segmented_problem_counts_once() -> None:
     grown = features(pieces.times) - features(pieces.times[:, :1])  # (shot, time, 3), from each segment's own start
     counts = pieces.mask.squeeze(-1).double()
     assert (counts.unflatten(1, (3, 3)).sum((2, 3)) == len(TIMES) - 1).all()
-    expected = torch.diag(torch.tensor([0.25, 1.0, 1.0])) + torch.einsum("ksi,ksj,tks->tij", grown, grown, counts) / NOISE**2
+    expected = (
+        torch.diag(torch.tensor([0.25, 1.0, 1.0])) + torch.einsum("ksi,ksj,tks->tij", grown, grown, counts) / NOISE**2
+    )
     assert_close(posterior(line(), pieces).precision, expected, **CLOSE)
 
 
@@ -142,7 +147,9 @@ def swing(rate: Tensor) -> Problem:
     query = torch.sin(rate.view(-1, 1, 1, 1) * 5.0 * FIVE.view(-1, 1)).expand(-1, 2, -1, -1)
     episode = ph.Episode(FIVE, query, (torch.ones(tasks, 2, dtype=torch.float64),))
     flat = torch.zeros(tasks, 1, dtype=torch.float64)
-    return Problem(oscillation, episode, {"rate": ph.families.LogNormal(1)}, flat, torch.ones(tasks, 1, 1, dtype=torch.float64))
+    return Problem(
+        oscillation, episode, {"rate": ph.families.LogNormal(1)}, flat, torch.ones(tasks, 1, 1, dtype=torch.float64)
+    )
 
 
 def cost(problem: Problem, task: Tensor) -> Tensor:
@@ -151,9 +158,14 @@ def cost(problem: Problem, task: Tensor) -> Tensor:
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.tuples(st.floats(0.2, 4.0), st.floats(-3.0, 3.0)), min_size=1, max_size=6), st.integers(1, 4),
-       st.sampled_from([0.0, 1e-3, 1.0]))
-def test_the_cost_never_ends_higher_than_it_started(pairs: list[tuple[float, float]], iterations: int, damping: float) -> None:
+@given(
+    st.lists(st.tuples(st.floats(0.2, 4.0), st.floats(-3.0, 3.0)), min_size=1, max_size=6),
+    st.integers(1, 4),
+    st.sampled_from([0.0, 1e-3, 1.0]),
+)
+def test_the_cost_never_ends_higher_than_it_started(
+    pairs: list[tuple[float, float]], iterations: int, damping: float
+) -> None:
     rate, start = (torch.tensor(x, dtype=torch.float64) for x in zip(*pairs, strict=True))
     problem = swing(rate)
     end = ph.Linearised(iterations, damping=damping)(problem, start.unsqueeze(-1)).mean

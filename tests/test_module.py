@@ -116,7 +116,9 @@ def test_constructing_calling_and_training_change_nothing_global(evidence: ph.Li
     train(model, guide_of(model))
     assert surroundings() == before
     state_of_torch = torch.get_rng_state()
-    ph.meta_train(model, guide_of(model).requires_grad_(), in_float32(make_tasks(4, 4)), steps=2, batch_size=2, progress=False)
+    ph.meta_train(
+        model, guide_of(model).requires_grad_(), in_float32(make_tasks(4, 4)), steps=2, batch_size=2, progress=False
+    )
     guide_of(model)
     assert surroundings() == before and state_of_torch.shape == torch.get_rng_state().shape
 
@@ -190,7 +192,9 @@ def test_a_stock_svi_would_not_do_it() -> None:
 
 def test_a_guide_that_shares_its_parameters_by_name_is_refused_with_what_to_do() -> None:
     model, optim = WithNet(), pyro.optim.Adam({"lr": 0.1})
-    with pytest.raises(ValueError, match="expected a guide whose parameters belong to it; got AutoNormal.*Derive it from ph.Hybr"):
+    with pytest.raises(
+        ValueError, match="expected a guide whose parameters belong to it; got AutoNormal.*Derive it from ph.Hybr"
+    ):
         ph.SVI(model, AutoNormal(model), optim)
 
 
@@ -223,5 +227,5 @@ def test_a_model_without_a_forward_says_what_is_missing() -> None:
     class Empty(ph.HybridModel):
         pass
 
-    with pytest.raises(NotImplementedError, match="Module \\[Empty\\] is missing the required \"forward\" function"):
+    with pytest.raises(NotImplementedError, match='Module \\[Empty\\] is missing the required "forward" function'):
         Empty()(episode())

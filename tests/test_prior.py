@@ -36,7 +36,9 @@ def line(evidence: ph.Linearised | None, *, inferred: bool = False, sites: dict 
 @READINGS
 @pytest.mark.parametrize("inferred", [False, True])
 @pytest.mark.parametrize("shots", [2, 5, 33])
-def test_the_order_of_shots_does_not_matter_to_the_last_bit(evidence: ph.Linearised | None, inferred: bool, shots: int) -> None:
+def test_the_order_of_shots_does_not_matter_to_the_last_bit(
+    evidence: ph.Linearised | None, inferred: bool, shots: int
+) -> None:
     model, first = line(evidence, inferred=inferred), support(shots)
     expected = flat(model.prior.natural(first))
     for seed in range(5):
@@ -239,7 +241,10 @@ def test_an_unconditional_prior_is_deaf_to_the_support() -> None:
 def test_an_unconditional_prior_still_belongs_to_a_task_each() -> None:
     episode = in_float32(make_tasks(3, 4)).episode()
     trace = poutine.trace(Line(prior=ph.UnconditionalPrior(**SEPARATE))).get_trace(episode)
-    assert trace.nodes["slope"]["value"].shape == (3, 1) and len(set(trace.nodes["slope"]["value"].flatten().tolist())) == 3
+    assert (
+        trace.nodes["slope"]["value"].shape == (3, 1)
+        and len(set(trace.nodes["slope"]["value"].flatten().tolist())) == 3
+    )
 
 
 # ---- what it refuses -----------------------------------------------------------------------------------------------

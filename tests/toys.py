@@ -30,8 +30,15 @@ def features(times: Tensor) -> Tensor:
 class Line(ph.HybridModel):
     """x = start + slope t + bend · (sin 3t, t²) + noise: linear and Gaussian, with the starts known or inferred."""
 
-    def __init__(self, evidence: ph.Linearised | None = None, *, inferred: bool = False,
-                 sites: dict[str, Family] | None = None, prior: Prior | None = None, noise: float = NOISE) -> None:
+    def __init__(
+        self,
+        evidence: ph.Linearised | None = None,
+        *,
+        inferred: bool = False,
+        sites: dict[str, Family] | None = None,
+        prior: Prior | None = None,
+        noise: float = NOISE,
+    ) -> None:
         super().__init__()
         self.prior = prior or SupportPrior(ph.SetEncoder(1, POINTS, 8, width=16), evidence, **(sites or SEPARATE))
         self.noise = PyroParam(torch.tensor(noise), constraints.positive)
@@ -50,8 +57,17 @@ class Line(ph.HybridModel):
             return pyro.sample("x", x.to_event(3), obs=episode.query)
 
 
-def make_tasks(tasks: int, shots: int, seed: int = 0, *, num_support: int = 1, inferred: bool = False,
-               latents: int = 3, noise: float = NOISE, mask: Tensor | None = None) -> ph.Tasks:
+def make_tasks(
+    tasks: int,
+    shots: int,
+    seed: int = 0,
+    *,
+    num_support: int = 1,
+    inferred: bool = False,
+    latents: int = 3,
+    noise: float = NOISE,
+    mask: Tensor | None = None,
+) -> ph.Tasks:
     """Tasks drawn from the program's own prior; the first observation is the measurement of the start."""
     random = torch.Generator().manual_seed(seed)
 
@@ -64,8 +80,9 @@ def make_tasks(tasks: int, shots: int, seed: int = 0, *, num_support: int = 1, i
     clean = start + (features(TIMES) @ z.T).T.unsqueeze(1)
     values = clean + noise * normal(tasks, shots, POINTS)
     values[..., 0] = start[..., 0] + (START_NOISE * normal(tasks, shots) if inferred else 0.0)
-    return ph.Tasks.from_trajectories(TIMES, values.unsqueeze(-1), num_support=num_support, mask=mask,
-                                      truth={"slope": z[:, :1], "bend": z[:, 1:]})
+    return ph.Tasks.from_trajectories(
+        TIMES, values.unsqueeze(-1), num_support=num_support, mask=mask, truth={"slope": z[:, :1], "bend": z[:, 1:]}
+    )
 
 
 def in_float32(tasks: ph.Tasks) -> ph.Tasks:
@@ -80,8 +97,13 @@ class Exact(NamedTuple):
     covariance: Tensor
 
 
-def exact(*episodes: ph.Episode, inferred: bool = False, loc: tuple[float, ...] = (0.5, 0.0, 0.0),
-          scale: tuple[float, ...] = (2.0, 1.0, 1.0), noise: float = NOISE) -> Exact:
+def exact(
+    *episodes: ph.Episode,
+    inferred: bool = False,
+    loc: tuple[float, ...] = (0.5, 0.0, 0.0),
+    scale: tuple[float, ...] = (2.0, 1.0, 1.0),
+    noise: float = NOISE,
+) -> Exact:
     """The posterior of all shots of some episodes together, by the normal equations in float64."""
     x = torch.cat([e.query for e in episodes], 1).squeeze(-1)
     start = torch.cat([e.initial[0] for e in episodes], 1)

@@ -56,7 +56,7 @@ class MetaHybridVAE(HybridModel):
         sites = {**system.physics, "unknown": Normal(latents or len(system.unknown))}
         self.prior = SupportPrior(self.encoder(), evidence, **sites) if conditional else UnconditionalPrior(**sites)
         self.residual = Residual(len(system.inputs), sites["unknown"].n, system.outputs, linear, width=width,
-                                 depth=depth, scale=system.inputs)
+                                 depth=depth, scale=system.inputs, periodic=system.periodic)
         self.noise = PyroParam(noise * torch.tensor(system.noise), constraints.positive)
         self.start_noise = PyroParam(torch.tensor(system.start_noise), constraints.positive)
 

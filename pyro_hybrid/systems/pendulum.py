@@ -30,7 +30,8 @@ class Pendulum(System):
               "angle": (-1.57, 1.57), "speed": (-0.5, 0.5)}
     physics = {"omega": LogNormal(1, loc=0.6, scale=0.4)}
     unknown = ("damping", "amplitude", "frequency")
-    inputs = (5.0, 1.5, 2.0)
+    inputs = (0.5, 1.5, 2.0)
+    periodic = True
     outputs = 1
 
     def __init__(self, angles_only: bool = False) -> None:

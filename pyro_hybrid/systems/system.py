@@ -29,7 +29,8 @@ class System(ABC):
 
     Class attributes say everything in one place: ``ranges`` of every latent and initial component (uniform),
     ``physics`` (family of each physics latent), ``unknown`` (names of the true neural latents), ``inputs`` and
-    ``outputs`` (rough sizes of what the force is called with, and how many components it returns), ``substeps`` of the
+    ``outputs`` (rough sizes of what the force is called with, and how many components it returns), ``periodic`` whether the force
+    oscillates in time, ``substeps`` of the
     simulation between two observations.
     """
 
@@ -39,6 +40,7 @@ class System(ABC):
     inputs: ClassVar[tuple[float, ...]]
     outputs: ClassVar[int]
     grid: ClassVar[bool] = False
+    periodic: ClassVar[bool] = False
     substeps: ClassVar[int] = 10
     step: float
     noise: tuple[float, ...]
@@ -97,7 +99,7 @@ class System(ABC):
             bounds = measured.new_tensor([self.ranges[name] for name in self.unknown])
             latents["unknown"] = pyro.sample("unknown", dist.Uniform(bounds[:, 0], bounds[:, 1]).to_event(1))
             start = pyro.sample("initial", dist.Normal(measured, spread).to_event(2))
-            states = solve(self.full(latents), start if self.grid else start.unbind(-1), episode.times, substeps=2)
+            states = solve(self.full(latents), start if self.grid else start.unbind(-1), episode.times, substeps=4)
             x = dist.Normal(self.observe(states), measured.new_tensor(self.noise)).mask(episode.mask)
             return pyro.sample("x", x.to_event(3), obs=episode.query)
 
@@ -106,10 +108,13 @@ class System(ABC):
 
         Computed from the true system at the true latents, the initial states being unknown but for their measurement.
         """
+        require(support.query is not None, "a support with observations", "query=None", "Pass tasks.episode().support.")
         families = {name: Normal(value.shape[-1]) for name, value in truth.items()}
-        latents = torch.cat(list(truth.values()), -1)
-        flat = torch.zeros(*latents.shape, latents.shape[-1], dtype=latents.dtype)
-        problem = Problem(self.program, replace(support, support=None), families, latents, flat)
+        latents = torch.cat(list(truth.values()), -1).double()
+        flat = latents.new_zeros(*latents.shape, latents.shape[-1])
+        initial = tuple(part.double() for part in support.initial) if isinstance(support.initial, tuple) else support.initial.double()
+        episode = replace(support, support=None, times=support.times.double(), query=support.query.double(), initial=initial)
+        problem = Problem(self.program, episode, families, latents, flat)
         return Linearised(1)(problem, latents).covariance.diagonal(dim1=-2, dim2=-1)
 
     def simulate(self, tasks: int, shots: int, seed: int, *, num_support: int | None = None) -> Tasks:
@@ -128,5 +133,5 @@ class System(ABC):
         clean = self.trajectories(latents, initial, self.times)
         noise = torch.randn(clean.shape, generator=random, dtype=torch.float64) * torch.tensor(self.noise)
         values = (clean + noise).float()
-        return Tasks.from_trajectories(self.times.float(), values, num_support=num_support or shots // 2,
+        return Tasks.from_trajectories(self.times.float(), values, num_support=shots // 2 if num_support is None else num_support,
                                        initial=self.measured(values), truth={k: v.float() for k, v in latents.items()})

@@ -1,0 +1,179 @@
+"""SetEncoder: any number of shots, in any order, with gaps that say nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import jaxtyping
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.testing import assert_close
+
+import pyro_hybrid as ph
+
+SENSORS, STEPS, FEATURES = 2, 5, 6
+TIMES = torch.linspace(0.0, 1.0, STEPS)
+
+
+def encoder() -> ph.SetEncoder:
+    return ph.SetEncoder(SENSORS, STEPS, FEATURES, width=16)
+
+
+def episode(values: Tensor, seen: Tensor | bool = True) -> ph.Episode:
+    return ph.Episode(TIMES.to(values.dtype), values, values[:, :, 0].unbind(-1), seen=seen)
+
+
+def trajectories(tasks: int, shots: int) -> Tensor:
+    return torch.randn(tasks, shots, STEPS, SENSORS)
+
+
+@pytest.fixture
+def without_jaxtyping() -> Iterator[None]:
+    """As users run it: shapes and dtypes are checked by the library's own words alone."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.mark.parametrize("shots", [1, 2, 4, 13, 100])
+def test_any_number_of_shots_gives_features_of_the_same_shape(shots: int) -> None:
+    features = encoder()(episode(trajectories(3, shots)))
+    assert features.shape == (3, FEATURES) and features.isfinite().all()
+
+
+@settings(max_examples=25, deadline=None)
+@given(shots=st.integers(1, 100), seed=st.integers(0, 2**32 - 1))
+def test_the_order_of_shots_changes_no_bit(shots: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    net, values = encoder(), trajectories(2, shots)
+    shuffled = values[:, torch.randperm(shots)]
+    assert torch.equal(net(episode(values).canonical), net(episode(shuffled).canonical))
+    assert_close(net(episode(values)), net(episode(shuffled)))  # without the canonical order: to rounding
+
+
+def test_tasks_don_t_look_at_each_other() -> None:
+    net, values = encoder(), trajectories(4, 3)
+    changed = values.clone()
+    changed[2] += 1.0
+    before, after = net(episode(values)), net(episode(changed))
+    assert_close(before[[0, 1, 3]], after[[0, 1, 3]])
+    assert (before[2] - after[2]).abs().max() > 1e-3
+
+
+def test_features_of_a_set_are_those_of_the_mean_of_its_shots_and_of_its_size() -> None:
+    net, one, other = encoder(), trajectories(1, 1), trajectories(1, 1)
+    each = net.shots(episode(torch.cat([one, other], 1)))
+    assert_close(each, torch.cat([net.shots(episode(one)), net.shots(episode(other))], 1))
+    size = torch.tensor([[2.0]]).log()
+    assert_close(net(episode(torch.cat([one, other], 1))), net.joint(torch.cat([each.mean(1), size], -1)))
+
+
+def test_a_shot_twice_is_not_a_shot_once() -> None:
+    net, once = encoder(), trajectories(3, 1)
+    assert (net(episode(once)) - net(episode(once.repeat(1, 2, 1, 1)))).abs().max() > 1e-3
+
+
+def test_what_is_masked_has_no_influence_but_that_it_is_masked_has() -> None:
+    net, values = encoder(), trajectories(3, 4)
+    seen = torch.rand(values.shape) < 0.7
+    noise = torch.where(seen, values, 1e6 * torch.randn(values.shape))
+    unknown = torch.where(seen, values, torch.nan)
+    features = net(episode(values, seen))
+    assert torch.equal(net(episode(noise, seen)), features) and torch.equal(net(episode(unknown, seen)), features)
+    zeros = values.where(seen, net.centre)
+    assert (net(episode(zeros)) - features).abs().max() > 1e-3
+
+
+def test_a_measured_start_is_read_although_it_counts_as_no_observation() -> None:
+    net, values = encoder(), trajectories(3, 4)
+    tasks = ph.Tasks.from_trajectories(TIMES, values, num_support=2)
+    moved = values.clone()
+    moved[:, :, 0] += 1.0
+    before, after = (net(t.episode()) for t in (tasks, ph.Tasks.from_trajectories(TIMES, moved, num_support=2)))
+    assert (before - after).abs().amax(1).min() > 1e-4
+
+
+def test_cut_and_shortened_episodes_are_read_whole() -> None:
+    net, values = encoder(), trajectories(3, 4)
+    whole = ph.Tasks.from_trajectories(TIMES, values, num_support=2).episode()
+    for part in (whole.cut(2), whole.until(2), whole.until(3).cut(1)):
+        assert part.query.shape != whole.query.shape
+        assert torch.equal(net(part), net(whole)) and torch.equal(net(part.support), net(whole.support))
+        assert torch.equal(net(part.canonical), net(whole.canonical))
+
+
+def test_standardising_makes_the_units_of_sensors_irrelevant() -> None:
+    values, unit, zero = trajectories(20, 4), torch.tensor([1e3, 0.01]), torch.tensor([50.0, -3.0])
+    net = encoder()
+    net.standardise(values, True)
+    features = net(episode(values))
+    net.standardise(unit * values + zero, True)
+    assert_close(net(episode(unit * values + zero)), features, rtol=0.0, atol=1e-4)
+
+
+def test_standardising_takes_mean_and_spread_of_what_was_seen() -> None:
+    values = trajectories(20, 4).double()
+    seen = torch.rand(values.shape) < 0.5
+    net = encoder().double()
+    net.standardise(values.where(seen, torch.nan), seen)
+    for sensor in range(SENSORS):
+        known = values[..., sensor][seen[..., sensor]]
+        assert_close(net.centre[sensor], known.mean())
+        assert_close(net.scale[sensor], known.std(correction=0))
+
+
+def test_a_sensor_that_never_changes_or_is_never_seen_does_no_harm() -> None:
+    values = trajectories(5, 4)
+    values[..., 0] = 3.0
+    seen = torch.ones(values.shape, dtype=torch.bool)
+    seen[..., 1] = False
+    net = encoder()
+    net.standardise(values, seen)
+    assert net.centre[0] == 3.0 and (net.scale > 0.0).all()
+    assert net(episode(values, seen)).isfinite().all()
+
+
+def test_gradients_reach_every_parameter() -> None:
+    net = encoder()
+    net(episode(trajectories(3, 4))).square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0.0 for p in net.parameters())
+
+
+def test_standardisation_is_saved_with_the_parameters() -> None:
+    one, other, values = encoder(), encoder(), 5.0 + trajectories(5, 4)
+    one.standardise(values, True)
+    other.load_state_dict(one.state_dict())
+    assert torch.equal(one(episode(values)), other(episode(values)))
+
+
+BAD = {
+    "another number of sensors": (torch.zeros(3, 4, STEPS, 3), ValueError,
+                                  r"\(time, sensor\) = \(5, 2\); got \(5, 3\). Build the SetEncoder with the steps and sensors"),
+    "another number of steps": (torch.zeros(3, 4, 7, SENSORS), ValueError, r"\(time, sensor\) = \(5, 2\); got \(7, 2\)"),
+    "no shots": (torch.zeros(3, 0, STEPS, SENSORS), ValueError, "one shot or more; got an empty set. The support can't be empty"),
+    "another dtype": (torch.zeros(3, 4, STEPS, SENSORS).double(), TypeError,
+                      r"torch.float32, as the encoder; got torch.float64. Convert the model with model.double\(\)"),
+    "no numbers at all": (torch.zeros(3, 4, STEPS, SENSORS, dtype=torch.int64), TypeError, "got torch.int64. Convert"),
+}
+
+
+@pytest.mark.usefixtures("without_jaxtyping")
+@pytest.mark.parametrize("case", BAD)
+def test_trajectories_of_another_kind_are_refused_with_words(case: str) -> None:
+    values, error, message = BAD[case]
+    net = encoder()
+    with pytest.raises(error, match=message):
+        net(episode(values))
+    with pytest.raises(error, match=message):
+        net.standardise(values, True)
+    assert torch.equal(net.centre, torch.zeros(SENSORS))  # nothing was changed before the check
+
+
+def test_nothing_to_read_is_refused_with_words() -> None:
+    silent = replace(episode(trajectories(3, 4)), query=None)
+    with pytest.raises(ValueError, match="an episode with observations; got query=None. An encoder reads trajectories"):
+        encoder()(silent)

@@ -1,0 +1,289 @@
+"""Draws, predictions, importance diagnostics and what ArviZ gets, on a program with a known posterior."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import arviz
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import Tensor
+from toys import NOISE, POINTS, START_NOISE, TOGETHER, Line, exact, features, in_float32, make_tasks
+
+import pyro_hybrid as ph
+
+STANDARD = {"loc": (0.0, 0.0, 0.0), "scale": (1.0, 1.0, 1.0)}
+NAMES = {"slope": ["rate"], "bend": ["sine", "square"], "x": ["angle"]}
+
+
+def pair(*, inferred: bool = False, sites: dict | None = None) -> tuple[Line, ph.AmortizedGuide]:
+    torch.manual_seed(0)
+    model = Line(ph.Linearised(6), inferred=inferred, sites=sites).double()
+    return model, ph.AmortizedGuide(model.prior, evidence=ph.Linearised(6))
+
+
+def episode(shots: int = 5, *, inferred: bool = False) -> ph.Episode:
+    return make_tasks(3, shots, num_support=2, inferred=inferred).episode()
+
+
+# ---- draws and predictions -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("inferred", [False, True])
+def test_draws_have_every_latent_with_the_draw_first(inferred: bool) -> None:
+    values = ph.draws(*pair(inferred=inferred), episode(inferred=inferred), 7)
+    shapes = {name: tuple(value.shape) for name, value in values.items()}
+    assert shapes == {"slope": (7, 3, 1), "bend": (7, 3, 2)} | ({"start": (7, 3, 3, 1)} if inferred else {})
+    assert not any(value.requires_grad for value in values.values())
+
+
+@pytest.mark.parametrize("inferred", [False, True])
+def test_predictions_have_observations_too(inferred: bool) -> None:
+    values = ph.predict(pair(inferred=inferred)[0], episode(inferred=inferred), 7)
+    shapes = {name: tuple(value.shape) for name, value in values.items()}
+    assert shapes == {"slope": (7, 3, 1), "bend": (7, 3, 2), "x": (7, 3, 3, POINTS, 1)} | (
+        {"start": (7, 3, 3, 1)} if inferred else {}
+    )
+
+
+def test_draws_come_from_the_exact_posterior() -> None:
+    values = ph.draws(*pair(sites=TOGETHER), episode(), 20_000)["both"]
+    truth = exact(episode().support, episode(), **STANDARD)
+    scale = truth.covariance.diagonal(dim1=-2, dim2=-1)[:, :3].sqrt()
+    assert ((values.mean(0) - truth.mean[:, :3]) / scale).abs().max() < 0.04
+    assert (values.std(0) / scale - 1.0).abs().max() < 0.03
+
+
+def test_predictions_come_from_the_support_alone_with_the_exact_spread() -> None:
+    data = episode()
+    values = ph.predict(pair(sites=TOGETHER)[0], data, 20_000)["x"].squeeze(-1)  # (draw, task, shot, time)
+    truth = exact(data.support, **STANDARD)
+    grown = features(data.times)
+    centre = data.initial[0].unsqueeze(-1) + (truth.mean[:, :3] @ grown.T).unsqueeze(1)
+    spread = (torch.einsum("si,tij,sj->ts", grown, truth.covariance[:, :3, :3], grown) + NOISE**2).sqrt().unsqueeze(1)
+    assert ((values.mean(0) - centre) / spread).abs().max() < 0.05
+    assert (values.std(0) / spread - 1.0).abs().max() < 0.04
+    blind = ph.predict(pair(sites=TOGETHER)[0], replace(data, query=data.query + 100.0), 200)["x"]
+    assert blind.mean() < 50.0
+
+
+def test_without_a_support_predictions_come_from_the_population() -> None:
+    values = ph.predict(pair()[0], replace(episode(), support=None), 4000)
+    assert values["slope"].shape == (4000, 3, 1)
+    assert values["slope"].std().item() == pytest.approx(2.0, rel=0.05) and values[
+        "slope"
+    ].mean().item() == pytest.approx(0.5, abs=0.1)
+
+
+def test_drawing_changes_nothing_global_and_follows_the_seed() -> None:
+    both, before = pair(), dict(pyro.settings.get())
+    torch.manual_seed(3)
+    first = ph.draws(*both, episode(), 5)
+    torch.manual_seed(3)
+    assert all(torch.equal(first[name], value) for name, value in ph.draws(*both, episode(), 5).items())
+    assert dict(pyro.settings.get()) == before
+
+
+# ---- importance ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("inferred", [False, True])
+def test_pareto_k_is_low_where_the_guide_is_the_exact_posterior(inferred: bool) -> None:
+    k = ph.pareto_k(*pair(inferred=inferred, sites=TOGETHER), episode(inferred=inferred), 500)
+    assert k.shape == (3,) and k.dtype == np.float64 and (k < 0.7).all()
+
+
+def test_pareto_k_is_high_where_the_guide_is_far_too_narrow() -> None:
+    model, guide = pair(sites=TOGETHER)
+
+    class Narrow(torch.nn.Module):
+        def forward(self, data: ph.Episode) -> None:
+            natural = guide.natural(data)["both"]
+            mean, precision = TOGETHER["both"].distribution(natural).mean, -2.0 * natural[..., 1:]
+            with data.plate:
+                pyro.sample("both", dist.MultivariateNormal(mean, precision_matrix=16.0 * precision))
+
+    assert (ph.pareto_k(model, Narrow(), episode(), 1000) > 0.7).all()
+
+
+# ---- ArviZ ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def data() -> arviz.InferenceData:
+    mask = torch.ones(3, 12, POINTS, 1, dtype=torch.bool)
+    mask[0, 8, 3:] = False
+    torch.manual_seed(1)
+    tasks = make_tasks(3, 12, num_support=2, inferred=True, mask=mask)
+    return ph.to_arviz(*pair(inferred=True), tasks.episode(), 300, names=NAMES)
+
+
+@pytest.mark.parametrize(
+    ("group", "variable", "dims", "shape"),
+    [
+        ("posterior", "slope", ("task", "slope_component"), (3, 1)),
+        ("posterior", "bend", ("task", "bend_component"), (3, 2)),
+        ("posterior", "start", ("task", "shot", "start_component"), (3, 10, 1)),
+        ("prior", "bend", ("task", "bend_component"), (3, 2)),
+        ("prior", "start", ("task", "shot", "start_component"), (3, 10, 1)),
+        ("posterior_predictive", "x", ("task", "shot", "time", "sensor"), (3, 10, POINTS, 1)),
+        ("log_likelihood", "x", ("task", "shot"), (3, 10)),
+    ],
+)
+def test_every_group_of_draws_has_named_axes(
+    data: arviz.InferenceData, group: str, variable: str, dims: tuple[str, ...], shape: tuple[int, ...]
+) -> None:
+    assert data[group][variable].dims == ("chain", "draw", *dims)
+    assert data[group][variable].shape == (1, 300, *shape)
+    assert np.isfinite(data[group][variable].values).all()
+
+
+def test_data_that_are_no_draws_have_named_axes_too(data: arviz.InferenceData) -> None:
+    assert data["observed_data"]["x"].dims == ("task", "shot", "time", "sensor")
+    assert data["constant_data"]["support"].dims == ("task", "support_shot", "time", "sensor")
+    assert data["constant_data"]["initial_measured"].dims == ("task", "shot", "state")
+    assert data["observed_data"]["x"].shape == (3, 10, POINTS, 1) and data["constant_data"]["support"].shape == (
+        3,
+        2,
+        POINTS,
+        1,
+    )
+
+
+def test_components_have_the_names_they_were_given(data: arviz.InferenceData) -> None:
+    assert list(data["posterior"].bend_component.values) == ["sine", "square"]
+    assert list(data["posterior"].slope_component.values) == ["rate"]
+    assert list(data["observed_data"].sensor.values) == ["angle"]
+    assert np.allclose(data["observed_data"].time.values, np.linspace(0.0, 1.5, POINTS))
+    assert data.attrs["num_support"] == 2
+
+
+def test_the_posterior_is_narrower_than_the_prior_and_neither_is_the_other(data: arviz.InferenceData) -> None:
+    after, before = (data[group]["slope"].std("draw").values for group in ("posterior", "prior"))
+    assert (after < before).all()
+
+
+def test_missing_observations_are_gaps_and_say_nothing(data: arviz.InferenceData) -> None:
+    gaps = np.isnan(data["observed_data"]["x"].values[..., 0])
+    assert gaps[0, 6, 3:].all() and gaps.sum() == 3  # shot 8 is the seventh of the query
+    seen = data["log_likelihood"]["x"].values[0, :, 0]
+    assert seen[:, 6].mean() > np.delete(seen, 6, axis=1).mean() - 20.0
+
+
+def test_the_log_likelihood_is_that_of_each_shot_at_each_draw(data: arviz.InferenceData) -> None:
+    posterior, x = data["posterior"], data["observed_data"]["x"].values[..., 0]
+    z = np.concatenate([posterior["slope"].values[0], posterior["bend"].values[0]], -1)  # (draw, task, 3)
+    mean = (
+        posterior["start"].values[0]
+        + (z @ features(torch.linspace(0, 1.5, POINTS, dtype=torch.float64)).numpy().T)[:, :, None]
+    )
+    terms = -0.5 * ((x - mean) / NOISE) ** 2 - math.log(NOISE) - 0.5 * math.log(2 * math.pi)
+    terms[..., 0] = 0.0  # the first observation is the measurement of the start
+    assert np.allclose(np.nansum(terms, -1), data["log_likelihood"]["x"].values[0], atol=1e-4)
+
+
+def test_leave_one_shot_out_runs() -> None:
+    loo = arviz.loo(ph.to_arviz(*pair(sites=TOGETHER), episode(12), 2000), pointwise=True)
+    assert loo.n_data_points == 30 and np.isfinite(loo.elpd_loo) and loo.p_loo > 0
+    assert loo.loo_i.dims == ("task", "shot") and (loo.pareto_k < 0.7).all()
+
+
+def test_predictions_after_the_fact_are_near_the_data(data: arviz.InferenceData) -> None:
+    predicted, x = data["posterior_predictive"]["x"].values[0], data["observed_data"]["x"].values
+    low, high = np.quantile(predicted, [0.05, 0.95], axis=0)
+    inside = ((low < x) & (x < high))[..., 1:, :][~np.isnan(x[..., 1:, :])]
+    assert inside.mean() > 0.85, inside.mean()
+
+
+def test_a_summary_shows_no_r_hat_and_no_sample_size(data: arviz.InferenceData) -> None:
+    table = ph.summary(data)
+    assert list(table.columns) == ["mean", "sd", "eti_5%", "eti_95%"]
+    assert "bend[0, sine]" in table.index and "start[2, 9, 0]" in table.index
+    assert np.isclose(table.loc["slope[1, rate]", "mean"], data["posterior"]["slope"].values[0, :, 1, 0].mean())
+
+
+def test_it_survives_a_file(data: arviz.InferenceData, tmp_path: Path) -> None:
+    ph.save_arviz(data, tmp_path / "posterior.nc")
+    again = ph.load_arviz(tmp_path / "posterior.nc")
+    for group in data.groups():
+        for name, variable in data[group].data_vars.items():
+            assert np.array_equal(again[group][name].values, variable.values, equal_nan=True)
+            assert again[group][name].dims == variable.dims
+    assert list(again["posterior"].bend_component.values) == ["sine", "square"]
+    assert again.attrs["num_support"] == 2
+
+
+def test_without_names_components_are_numbered() -> None:
+    data = ph.to_arviz(*pair(), episode(), 4)
+    assert list(data["posterior"].bend_component.values) == [0, 1] and list(data["observed_data"].sensor.values) == [0]
+    assert "start" not in data["posterior"]
+
+
+def test_float32_models_and_learned_guides_are_exported_as_well() -> None:
+    model = Line()
+    guide = ph.AmortizedGuide(model.prior, ph.SetEncoder(1, POINTS, 8, width=16))
+    data = ph.to_arviz(model, guide, in_float32(make_tasks(3, 5, num_support=2)).episode(), 4)
+    assert data["posterior"]["slope"].dtype == np.float32
+
+
+# ---- what it refuses -----------------------------------------------------------------------------------------------
+
+
+def test_without_a_query_there_is_no_posterior_to_export() -> None:
+    with pytest.raises(
+        ValueError, match="expected an episode with a query; got query=None. There is no posterior without data"
+    ):
+        ph.to_arviz(*pair(), episode().simulation())
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda both, n: ph.draws(*both, episode(), n),
+        lambda both, n: ph.predict(both[0], episode(), n),
+        lambda both, n: ph.to_arviz(*both, episode(), n),
+        lambda both, n: ph.pareto_k(*both, episode(), n),
+    ],
+    ids=["draws", "predict", "to_arviz", "pareto_k"],
+)
+def test_no_samples_at_all_are_refused(call: object) -> None:
+    with pytest.raises(ValueError, match="expected num_samples of 1 or more; got 0"):
+        call(pair(), 0)
+
+
+def test_names_of_the_wrong_number_are_refused() -> None:
+    with pytest.raises(ValueError, match="expected 1 along axis 'bend_component'"):
+        ph.to_arviz(*pair(), episode(), 4, names={"bend": ["one"]})
+
+
+def test_names_of_what_is_no_site_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"names of sites among \['bend', 'slope', 'x'\]; got \['unknown'\]"):
+        ph.to_arviz(*pair(), episode(), 4, names={"unknown": ["a"]})
+
+
+def test_observations_of_another_shape_are_refused_with_their_name() -> None:
+    class Flat(ph.HybridModel):
+        def __init__(self) -> None:
+            super().__init__()
+            self.prior = ph.UnconditionalPrior(slope=ph.families.Normal(1))
+
+        def forward(self, data: ph.Episode) -> Tensor:
+            p = self.prior(data.support)
+            with data.plate:
+                slope = pyro.sample("slope", p["slope"])
+                mean = slope[..., None] + torch.zeros(3, 3, POINTS, dtype=torch.float64)
+                return pyro.sample(
+                    "x",
+                    dist.Normal(mean, START_NOISE).to_event(2),
+                    obs=None if data.query is None else data.query[..., 0],
+                )
+
+    model = Flat().double()
+    guide = ph.AmortizedGuide(model.prior, evidence=ph.Linearised(1))
+    with pytest.raises(ValueError, match=r"observations 'x' with axes \(task, shot, time, sensor\)"):
+        ph.to_arviz(model, guide, episode(), 4)

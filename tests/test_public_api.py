@@ -1,0 +1,293 @@
+"""What `import pyro_hybrid as ph` offers: names, docstrings, messages, and nothing done behind one's back."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import json
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import pyro_hybrid as ph
+
+ROOT = Path(__file__).parents[1]
+DESIGNED = {
+    "AmortizedGuide",
+    "Episode",
+    "HybridModel",
+    "Linearised",
+    "Mixing",
+    "Residual",
+    "SVI",
+    "SetEncoder",
+    "SupportPrior",
+    "Tasks",
+    "UnconditionalPrior",
+    "disentangle",
+    "draws",
+    "families",
+    "mcc",
+    "meta_train",
+    "predict",
+    "solve",
+    "systems",
+    "to_arviz",
+}
+FAMILIES = ("Beta", "Gamma", "LogNormal", "Normal", "VonMises")
+METHODS = {
+    "Tasks": ("from_trajectories", "split", "batches", "episode"),
+    "Episode": ("plate", "times", "support", "query", "initial", "mask"),
+    "Fit": ("loss",),
+    "SVI": ("step", "evaluate_loss"),
+    "SupportPrior": ("natural",),
+}
+PUBLIC = {name: getattr(ph, name) for name in ph.__all__ if not isinstance(getattr(ph, name), types.ModuleType)}
+MODULES = sorted(m.name for m in pkgutil.walk_packages(ph.__path__, "pyro_hybrid.") if not m.name.endswith("__main__"))
+
+
+def in_order(names: list[str]) -> list[str]:
+    """CONSTANTS, then Classes, then functions, each by the alphabet."""
+    return sorted(names, key=lambda n: (0 if n.isupper() else 1 if n.lstrip("_")[0].isupper() else 2, n))
+
+
+def run(*arguments: str) -> str:
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests"))),
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, env=environment, cwd=ROOT, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+# ---- names and docstrings ------------------------------------------------------------------------------------------
+
+
+def test_every_name_of_the_design_is_there() -> None:
+    assert set(ph.__all__) >= DESIGNED and all(hasattr(ph, name) for name in ph.__all__)
+    assert all(hasattr(ph.families, name) for name in FAMILIES)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_classes_have_the_members_of_the_design(name: str) -> None:
+    given = {*dir(getattr(ph, name)), *getattr(getattr(ph, name), "__annotations__", ())}
+    assert given >= set(METHODS[name])
+
+
+@pytest.mark.parametrize("module", ["pyro_hybrid", *MODULES])
+def test_names_are_sorted_and_exist(module: str) -> None:
+    found = importlib.import_module(module)
+    assert list(found.__all__) == in_order(list(found.__all__))
+    assert all(hasattr(found, name) for name in found.__all__) and len(set(found.__all__)) == len(found.__all__)
+    assert found.__doc__ and found.__doc__.strip().endswith((".", ":", "``"))
+
+
+def test_the_package_file_holds_names_and_nothing_else() -> None:
+    body = ast.parse((ROOT / "pyro_hybrid" / "__init__.py").read_text(encoding="utf-8")).body
+    assert all(isinstance(node, ast.ImportFrom | ast.Assign | ast.Expr) for node in body)
+
+
+@pytest.mark.parametrize("name", sorted(PUBLIC))
+def test_every_public_name_says_what_it_is_for(name: str) -> None:
+    text = inspect.getdoc(PUBLIC[name]) or ""
+    first = text.splitlines()[0] if text else ""
+    assert first.endswith((".", ":", "?")) and len(first) > 15, f"{name}: {first!r}"
+
+
+@pytest.mark.parametrize("name", sorted(n for n, v in PUBLIC.items() if inspect.isclass(v)))
+def test_every_public_method_says_what_it_does(name: str) -> None:
+    own = {
+        key: value
+        for key, value in vars(PUBLIC[name]).items()
+        if not key.startswith("_")
+        and key != "forward"
+        and (inspect.isfunction(value) or isinstance(value, property | classmethod))
+    }
+    documented = {
+        key: inspect.getdoc(value if isinstance(value, property) else getattr(PUBLIC[name], key))
+        for key, value in own.items()
+    }
+    assert all(documented.values()), documented
+
+
+# ---- imports -------------------------------------------------------------------------------------------------------
+
+
+def test_importing_changes_no_global_setting() -> None:
+    code = """
+import json, logging, random, sys, warnings
+import numpy, torch, pyro, torchdiffeq, tqdm.auto
+import pandas, scipy.stats, sklearn.decomposition, jaxtyping
+def settings():
+    return {
+        "pyro": repr(sorted(pyro.settings.get().items())),
+        "store": sorted(pyro.get_param_store().keys()),
+        "handlers of Pyro": len(pyro.poutine.runtime._PYRO_STACK),
+        "exceptions of NUTS": sorted(pyro.ops.integrator._EXCEPTION_HANDLERS),
+        "dtype": str(torch.get_default_dtype()), "threads": torch.get_num_threads(),
+        "gradients": torch.is_grad_enabled(),
+        "validation": torch.distributions.Distribution._validate_args,
+        "random": [hash(random.getstate()), numpy.random.get_state()[1].tolist(), torch.get_rng_state().tolist()],
+        "warnings": repr(warnings.filters), "numpy": repr(numpy.geterr()),
+        "logging": [repr(logging.getLogger().handlers), logging.getLogger().level,
+                    logging.getLogger("pyro_hybrid").handlers],
+        "hooks": [repr(sys.excepthook), repr(sys.displayhook)],
+    }
+before = settings()
+import pyro_hybrid
+after = settings()
+changed = [name for name in before if before[name] != after[name]]
+print(json.dumps({"changed": changed, "plots": [m for m in ("arviz", "matplotlib.pyplot") if m in sys.modules]}))
+"""
+    out = run("-W", "error", "-c", code)
+    assert json.loads(out) == {"changed": [], "plots": []}  # and nothing else was printed
+
+
+# ---- messages ------------------------------------------------------------------------------------------------------
+
+
+def episode(**changes: Any) -> ph.Episode:
+    given: dict[str, Any] = {
+        "times": torch.arange(3.0),
+        "query": torch.zeros(2, 2, 3, 1),
+        "initial": (torch.zeros(2, 2),),
+    }
+    return ph.Episode(**{**given, **changes})
+
+
+def encoder() -> ph.SetEncoder:
+    return ph.SetEncoder(sensors=1, steps=3, features=4)
+
+
+def prior() -> ph.SupportPrior:
+    return ph.SupportPrior(encoder(), omega=ph.families.Normal(1))
+
+
+def tasks(values: torch.Tensor) -> ph.Tasks:
+    return ph.Tasks.from_trajectories(torch.arange(3.0), values, num_support=1)
+
+
+class Empty(ph.HybridModel):
+    """A model whose author forgot the program."""
+
+
+def arviz_data() -> Any:
+    return ph.posterior._arviz.to_inference_data({"posterior": {"z": torch.zeros(1, 2).numpy()}}, {}, {}, {})
+
+
+# What a newcomer gets wrong first, and the words that must come back.
+MISUSES: dict[str, tuple[Callable[[], object], str]] = {
+    "AmortizedGuide": (lambda: ph.AmortizedGuide(prior()), r"expected an encoder or evidence=ph\.Linearised"),
+    "Episode": (
+        lambda: episode(query=torch.zeros(2, 2, 9, 1), times=torch.arange(9.0)).cut(2),
+        r"expected measured states at all times.*Pass initial= with a time axis to Tasks",
+    ),
+    "HybridModel": (lambda: Empty()(episode()), 'missing the required "forward" function'),
+    "Linearised": (lambda: ph.Linearised(0), r"expected iterations of 1 or more; got 0\. Leave evidence=None"),
+    "Mixing": (
+        lambda: ph.Mixing(3, 2)(torch.zeros(4, 2)),
+        r"expected 3 components in the last axis; got \(4, 2\)\. Build the Mixing",
+    ),
+    "Residual": (
+        lambda: ph.Residual(2, 3, 1).given(torch.zeros(4, 1, 2)),
+        r"expected 3 latents in the last axis; got \(4, 1, 2\)",
+    ),
+    "SVI": (
+        lambda: ph.SVI(lambda e: None, lambda e: None, torch.optim.SGD([torch.zeros(1)], 0.1)),
+        r"expected a model that is an nn\.Module.*got function\. Derive it from ph\.HybridModel",
+    ),
+    "SetEncoder": (
+        lambda: encoder()(episode(query=torch.zeros(2, 2, 4, 1))),
+        r"expected trajectories of \(time, sensor\) = \(3, 1\); got \(4, 1\)\. Build the SetEncoder",
+    ),
+    "SupportPrior": (lambda: ph.SupportPrior(encoder()), r"expected at least one site; got none\. Name one"),
+    "Tasks": (
+        lambda: tasks(torch.full((2, 3, 3, 1), torch.nan)),
+        r"expected finite values; got nan at index \(0, 0, 0, 0\).*pass mask=",
+    ),
+    "UnconditionalPrior": (
+        lambda: ph.UnconditionalPrior(omega=torch.distributions.Normal(0.0, 1.0)),
+        r"expected a family from ph\.families for 'omega'; got Normal\. For example omega=ph\.families\.Normal\(2\)",
+    ),
+    "disentangle": (
+        lambda: ph.disentangle([1.0, 2.0]),
+        r"to be a torch tensor or a numpy array; got list\. Convert it",
+    ),
+    "draws": (lambda: ph.draws(Empty(), Empty(), episode(), 0), "expected num_samples of 1 or more; got 0"),
+    "families": (lambda: ph.families.Normal(0), r"expected Normal\(n\) with at least one component; got 0"),
+    "load_arviz": (lambda: ph.load_arviz("/nowhere/posterior.nc"), r"/nowhere/posterior\.nc"),
+    "mcc": (
+        lambda: ph.mcc(torch.randn(9, 2), torch.randn(8, 2)),
+        r"one row a task in both estimate and truth; got 9 and 8 rows",
+    ),
+    "meta_train": (
+        lambda: ph.meta_train(Empty(), Empty(), tasks(torch.zeros(2, 3, 3, 1)), steps=0),
+        "expected steps, batch_size and tasks of 1 or more",
+    ),
+    "models": (
+        lambda: ph.models.MetaHybridVAE(ph.systems.Pendulum())(episode(support=episode())),
+        r"expected trajectories of \(time, sensor\) = \(50, 2\); got \(3, 1\)",
+    ),
+    "pareto_k": (lambda: ph.pareto_k(Empty(), Empty(), episode(), 0), "expected num_samples of 1 or more; got 0"),
+    "predict": (lambda: ph.predict(Empty(), episode(), 0), "expected num_samples of 1 or more; got 0"),
+    "save_arviz": (lambda: ph.save_arviz(arviz_data(), "/nowhere/posterior.nc"), r"/nowhere/posterior\.nc"),
+    "solve": (
+        lambda: ph.solve(lambda t, y: y, (torch.ones(2, 2),), torch.tensor([0.0, 2.0, 1.0])),
+        r"expected two or more strictly increasing times; got \[0\.0, 2\.0, 1\.0\]\. Sort the times",
+    ),
+    "summary": (
+        lambda: ph.summary(arviz_data(), prob=90.0),
+        r"expected prob between 0 and 1; got 90\.0\. For a 90% interval pass prob=0\.9",
+    ),
+    "systems": (
+        lambda: ph.systems.Pendulum().simulate(1, 1, seed=0),
+        "expected at least one task of two shots; got 1 of 1",
+    ),
+    "to_arviz": (
+        lambda: ph.to_arviz(Empty(), Empty(), episode(query=None)),
+        r"expected an episode with a query; got query=None\. There is no posterior without data",
+    ),
+}
+RESULTS = {"Fit", "SolverError", "TrainingError"}  # handed out, not called
+
+
+def messages() -> None:
+    """Commit every misuse and print what was said, as JSON."""
+    said = {}
+    for name, (misuse, _) in MISUSES.items():
+        try:
+            misuse()
+        except Exception as error:  # whatever comes is what a user would see
+            said[name] = f"{type(error).__name__}: {error}"
+    print(json.dumps(said))
+
+
+@pytest.fixture(scope="module")
+def said() -> dict[str, str]:
+    """The messages under ``python -O``, without the type checks that pytest adds."""
+    return json.loads(run("-O", "-c", "import test_public_api; test_public_api.messages()").splitlines()[-1])
+
+
+def test_every_public_name_is_misused_below() -> None:
+    assert set(MISUSES) | RESULTS == set(ph.__all__)
+
+
+@pytest.mark.parametrize("name", sorted(MISUSES))
+def test_a_misuse_is_answered_with_what_was_expected_what_came_and_what_to_do(name: str, said: dict[str, str]) -> None:
+    assert name in said, f"{name} accepted its misuse"
+    assert re.search(MISUSES[name][1], said[name], re.DOTALL), said[name]
+    assert not said[name].startswith("AssertionError")
