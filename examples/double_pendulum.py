@@ -22,10 +22,11 @@ def main() -> None:
 
     # Known equations + a neural torque, linear in its latents; support and query are read by the program itself:
     # first in short segments, from wherever the encoder points, then along the whole trajectory.
-    model = ph.models.MetaHybridVAE(system, ph.Linearised(1, segments=(7, 7)), correction=1000.0)
+    model = ph.models.MetaHybridVAE(system, ph.Linearised(1, segments=(7, 7)))
     guide = model.guide(ph.Linearised(1))
     fit = ph.meta_train(model, guide, train, steps=choice.steps, batch_size=16, learning_rate=8e-3, seed=choice.seed,
-                        curriculum={0.0: 7, 0.3: 14, 0.8: None}, device=choice.device)
+                        curriculum={0.0: 7, 0.4: 14}, device=choice.device,
+                        callback=habits.growing_correction(model, 1000.0, choice.steps))
 
     # For the final answer, a few more iterations than training needed.
     model.to("cpu")

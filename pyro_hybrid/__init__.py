@@ -6,7 +6,7 @@ from .encoders import SetEncoder
 from .guide import AmortizedGuide
 from .identifiability.mcc import disentangle, mcc
 from .linearise import Linearised
-from .mixing import Mixing, Residual
+from .mixing import Mixing, Residual, overlap
 from .module import HybridModel
 from .posterior import draws, load_arviz, pareto_k, predict, save_arviz, summary, to_arviz
 from .prior import SupportPrior, UnconditionalPrior

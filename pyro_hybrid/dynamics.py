@@ -72,7 +72,7 @@ def solve(field: Field, initial: State, times: Times, *, method: str = "rk4", su
             field captured; or one tensor ``(..., task, shot, component)``, for fields on a grid.
         times: increasing output times, the first belonging to ``initial``: ``(time,)``, or ``(shot, time)`` where each
             shot has its own clock. Restart states (multiple shooting) are shots with clocks of their own.
-        method: ``"rk4"``, of fixed step, or torchdiffeq's ``"dopri5"`` and ``"dopri8"``, which land on every output time.
+        method: ``"rk4"``, of fixed step, or torchdiffeq's ``"dopri5"`` and ``"dopri8"``, which land on output times.
         substeps: steps of rk4 between two output times.
         rtol, atol: tolerances of the adaptive methods.
         max_steps: after so many steps an adaptive method gives up with a :class:`SolverError`.
@@ -174,19 +174,20 @@ def _adaptive(slope: Slope, y: Tensor, times: Times, method: str, rtol: float, a
     """
     offset, clock = _common_clock(times, axis)
     y = _grown(y, slope(clock[0] + offset, y), axis)
-    watch, path, first = _Watch(slope, offset, max_steps, axis), [], None
+    watch, path = _Watch(slope, offset, max_steps, axis), []
+    options: dict[str, object] = {"norm": watch.norm}
     for k in range(1, len(clock)):
         path.append(watch.shown(y))
         while not watch.lost.all():
-            options = {"norm": watch.norm, "step_t": clock[k : k + 1], "first_step": first}
+            options["step_t"], interval = clock[k : k + 1], clock[k - 1 : k + 1]
             try:
-                y = torchdiffeq.odeint(watch, y, clock[k - 1 : k + 1], rtol=rtol, atol=atol, method=method, options=options)[1]
+                y = torchdiffeq.odeint(watch, y, interval, rtol=rtol, atol=atol, method=method, options=options)[1]
                 break
             except SolverError:
                 if _raise_failures.get():
                     raise
                 y = y.masked_fill(watch.lost.unsqueeze(axis), 0.0)
-        first = watch.step
+        options["first_step"] = watch.step
     return [*path, watch.shown(y)]
 
 
@@ -257,7 +258,8 @@ def _check(initial: State, times: Times, method: str, substeps: int, max_steps: 
         fail("a state with at least one row", "an empty one", "Check for empty batches.")
     for name, value in (("times", times), *(("initial", p) for p in parts)):
         require_floating(name, value)
-        require(value.dtype == times.dtype, f"initial in {times.dtype}, as the times", value.dtype, "Convert one.", TypeError)
+        require(value.dtype == times.dtype, f"initial in {times.dtype}, as the times", value.dtype, "Convert one.",
+                TypeError)
     shape = torch.broadcast_shapes(*(p.shape for p in parts))
     shots = shape[-1:] if isinstance(initial, tuple) else shape[-2:-1]
     require(times.dim() == 1 or times.dim() == 2 and times.shape[0] in (1, *shots),

@@ -72,5 +72,5 @@ class SetEncoder(nn.Module):
                 f"trajectories of (time, sensor) = ({self.steps}, {self.sensors})", tuple(values.shape[-2:]),
                 "Build the SetEncoder with the steps and sensors of these trajectories.")
         require(values.dtype == self.centre.dtype, f"trajectories in {self.centre.dtype}, as the encoder", values.dtype,
-                "Convert the model with model.double() or .float(), or the trajectories before they become tasks.", TypeError)
+                "Convert the model with model.double() or .float(), or the values before they become tasks.", TypeError)
         require(values.shape[-3] >= 1, "one shot or more", "an empty set", "The support can't be empty.")

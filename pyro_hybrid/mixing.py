@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ._checks import require
 from ._types import Latent
 
-__all__ = ["Mixing", "Residual"]
+__all__ = ["Mixing", "Residual", "overlap"]
 
 
 class Residual(nn.Module):
@@ -39,11 +39,12 @@ class Residual(nn.Module):
     torch.Size([5, 4])
     """
 
-    def __init__(self, inputs: int, latents: int, outputs: int, linear: bool = False, *, width: int = 32, depth: int = 2,
-                 scale: tuple[float, ...] | None = None, periodic: bool = False) -> None:
+    def __init__(self, inputs: int, latents: int, outputs: int, linear: bool = False, *, width: int = 32,
+                 depth: int = 2, scale: tuple[float, ...] | None = None, periodic: bool = False) -> None:
         super().__init__()
-        require(min(inputs, latents, outputs, width, depth) >= 1, "inputs, latents, outputs, width and depth of 1 or more",
-                (inputs, latents, outputs, width, depth), "Where nothing is unknown, leave the Residual out.")
+        sizes = inputs, latents, outputs, width, depth
+        require(min(sizes) >= 1, "inputs, latents, outputs, width and depth of 1 or more", sizes,
+                "Where nothing is unknown, leave the Residual out.")
         require(scale is None or len(scale) == inputs and min(scale) > 0.0, f"{inputs} positive scales", scale,
                 "Give the rough size of each input.")
         self.inputs, self.latents, self.outputs = inputs, latents, outputs
@@ -73,7 +74,7 @@ class Residual(nn.Module):
         def term(*inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
             require(len(inputs) == self.inputs, f"{self.inputs} inputs", len(inputs), "Call the term as it was built.")
             u = torch.stack(torch.broadcast_tensors(*inputs, z[0])[:-1])
-            shape, weights, u = u.shape[1:], _like(u, z), u / _like(u, self.scale)
+            shape, weights, u = u.shape[1:], _like(u, z), u / _like(u, self.get_buffer("scale"))
             if not self.linear:
                 u = torch.cat([u, weights.expand(-1, *shape), (weights.unsqueeze(1) * u).flatten(0, 1)])
             u = u.reshape(len(u), -1)
@@ -101,6 +102,35 @@ def _like(target: Tensor, values: Tensor) -> Tensor:
     return values.reshape(len(values), *[1] * (target.dim() - values.dim()), *values.shape[1:])
 
 
+def overlap(correction: Tensor, tangents: Sequence[Tensor]) -> Tensor:
+    r"""How much of a neural term the known physics could have explained: zero for the least correction.
+
+    .. math:: \sum_j \frac{\langle f_N, \partial_j f_P \rangle^2}{\lVert \partial_j f_P \rVert^2}
+
+    That it vanishes is what APHYNITY's minimum of :math:`\lVert f_N \rVert^2` comes to, given the sum of both terms; as a
+    penalty it leaves alone what no physics latent could have explained. The squares are estimated without bias: the
+    square of a mean over samples would also punish their spread.
+
+    References:
+        Augmenting Physical Models with Deep Networks for Complex Dynamics Forecasting (Yin et al., 2021),
+        https://arxiv.org/abs/2010.04456
+
+    Arguments:
+        correction: what the neural term adds to the slopes, ``(..., task, sample, component)``, at sampled states.
+        tangents: what a change of each physics latent would add, of the same shape each.
+
+    Returns:
+        One number for each task, to be weighed in a ``pyro.factor``.
+    """
+    total = torch.zeros_like(correction[..., 0, 0])
+    for tangent in tangents:
+        products = (correction * tangent).sum(-1)
+        n = products.shape[-1]
+        square = (products.sum(-1).square() - products.square().sum(-1)) / (n * (n - 1))
+        total = total + square / tangent.square().sum(-1).mean(-1).clamp(min=1e-12)
+    return total
+
+
 class Mixing(nn.Module):
     r"""From state to sensors where the instrument is unknown: :math:`g(y) = y W + b + \tanh(y U + c) V`.
 
@@ -112,7 +142,7 @@ class Mixing(nn.Module):
 
     def __init__(self, components: int, sensors: int, width: int = 0) -> None:
         super().__init__()
-        require(min(components, sensors) >= 1 and width >= 0, "components and sensors of 1 or more and a width of 0 or more",
+        require(min(components, sensors) >= 1 and width >= 0, "1 or more components and sensors, a width of 0 or more",
                 (components, sensors, width), "Pass the numbers of state components and of observed quantities.")
         self.components = components
         self.straight = nn.Linear(components, sensors)
@@ -121,7 +151,7 @@ class Mixing(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         """States ``(..., component)`` to sensors ``(..., sensor)``."""
-        require(states.shape[-1] == self.components, f"{self.components} components in the last axis", tuple(states.shape),
-                "Build the Mixing with as many components as the state has.")
+        require(states.shape[-1] == self.components, f"{self.components} components in the last axis",
+                tuple(states.shape), "Build the Mixing with as many components as the state has.")
         straight = self.straight(states)
         return straight if self.bent is None else straight + self.bent(states)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import TypeVar
 
 import pyro
 import torch
@@ -14,6 +15,9 @@ from ._checks import fail, require, require_finite, require_floating
 from ._types import State, Times, Trajectories
 
 __all__ = ["Episode", "Tasks"]
+
+
+_T = TypeVar("_T")
 
 
 def _over(state: State, change: Callable[[Tensor], Tensor]) -> State:
@@ -70,7 +74,8 @@ class Episode:
         key = (values * torch.arange(1, values.shape[-1] + 1, device=values.device).sqrt()).sum(-1).argsort(1)
         pieces = torch.arange(self.shape[1] // key.shape[1], device=key.device)
         order = (key.unsqueeze(-1) * len(pieces) + pieces).flatten(1)
-        return replace(self._picked(order), whole=self.whole and self.whole.canonical, uncut=self.uncut and self.uncut.canonical)
+        return replace(self._picked(order), whole=self.whole and self.whole.canonical,
+                       uncut=self.uncut and self.uncut.canonical)
 
     def pick(self, order: Tensor) -> Episode:
         """Shots by index ``(task, shot)``, for each task its own."""
@@ -92,6 +97,11 @@ class Episode:
     def to(self, device: torch.device | str) -> Episode:
         """The same episode on another device."""
         return self._changed(lambda value: value.to(device), lambda episode: episode.to(device), self.times.to(device))
+
+    def double(self) -> Episode:
+        """The same episode in float64."""
+        return self._changed(lambda value: value.double() if value.is_floating_point() else value,
+                             lambda episode: episode.double(), self.times.double())
 
     def simulation(self) -> Episode:
         """The same initial states and support, with nothing observed."""
@@ -147,8 +157,8 @@ class Episode:
                  times: Times | None = None) -> Episode:
         """``change`` done to everything that has axes (task, shot, ...), ``nested`` to the episodes inside."""
 
-        def each(value: Tensor | bool | None) -> Tensor | bool | None:
-            return change(value) if isinstance(value, Tensor) else value
+        def each(value: _T) -> _T:
+            return change(value) if isinstance(value, Tensor) else value  # type: ignore[return-value]
 
         inside = {name: nested(episode) for name in ("support", "whole", "uncut")
                   if nested and (episode := getattr(self, name)) is not None}
@@ -196,7 +206,8 @@ class Tasks:
         for name, value in (truth or {}).items():
             require(isinstance(value, Tensor) and value.dim() == 2 and len(value) == len(values),
                     f"truth[{name!r}], a tensor of shape ({len(values)}, component)",
-                    tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__, "Give one row for each task.")
+                    tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__,
+                    "Give one row for each task.")
         return cls(times, values, states, num_support, counts, seen, timed, truth)
 
     def __len__(self) -> int:
@@ -207,8 +218,8 @@ class Tasks:
         require(isinstance(rows, slice | Tensor), "a slice or a tensor of rows", repr(rows),
                 "One task is a data set too: tasks[3:4].", TypeError)
 
-        def take(value: Tensor | bool) -> Tensor | bool:
-            return value[rows] if isinstance(value, Tensor) else value
+        def take(value: _T) -> _T:
+            return value[rows] if isinstance(value, Tensor) else value  # type: ignore[return-value]
 
         truth = None if self.truth is None else {name: value[rows] for name, value in self.truth.items()}
         return replace(self, values=self.values[rows], states=_over(self.states, take), mask=take(self.mask),
@@ -216,7 +227,7 @@ class Tasks:
 
     def split(self, n: int) -> tuple[Tasks, Tasks]:
         """The first tasks and the last ``n``."""
-        require(0 < n < len(self), f"a split between 1 and {len(self) - 1}", n, "Simulate more tasks or hold out fewer.")
+        require(0 < n < len(self), f"a split from 1 to {len(self) - 1}", n, "Simulate more tasks or hold out fewer.")
         return self[: len(self) - n], self[len(self) - n :]
 
     def episode(self, num_support: int | None = None) -> Episode:
@@ -245,8 +256,8 @@ class Tasks:
                        support=everything.pick(roles[:, : self.num_support]))
 
     def _shots(self, which: slice) -> Episode:
-        def take(value: Tensor | bool) -> Tensor | bool:
-            return value[:, which] if isinstance(value, Tensor) else value
+        def take(value: _T) -> _T:
+            return value[:, which] if isinstance(value, Tensor) else value  # type: ignore[return-value]
 
         states = _over(self.states, take)
         return Episode(self.times, self.values[:, which], _over(states, lambda x: x[:, :, 0]) if self.timed else states,
@@ -258,13 +269,14 @@ def _measured(times: Tensor, values: Tensor, initial: State | None, mask: Tensor
     gaps = values if mask is None else values.where(mask, torch.nan)
     states = gaps.unbind(-1) if initial is None else initial
     parts = states if isinstance(states, tuple) else (states,)
-    require(len(parts) > 0, "at least one component in initial", "an empty tuple", "Give one tensor for each component.")
+    require(len(parts) > 0, "a component or more in initial", "an empty tuple", "Give one tensor for each component.")
     last = () if isinstance(states, tuple) else ("component",)
     timed = parts[0].dim() == 3 + len(last)
     shape = tuple(values.shape[: 3 if timed else 2])
     for part in parts:
         require_floating("initial", part)
-        require(part.dtype == values.dtype, f"initial in {values.dtype}, as the values", part.dtype, "Convert one.", TypeError)
+        require(part.dtype == values.dtype, f"initial in {values.dtype}, as the values", part.dtype, "Convert one.",
+                TypeError)
         require(part.dim() == len(shape + last) and part.shape[: len(shape)] == shape,
                 f"initial states of shape ({', '.join(map(str, shape + last))})", tuple(part.shape),
                 "Give one state for each shot of each task, or one for each of its times.")
@@ -296,7 +308,7 @@ def _check_values(times: Tensor, values: Tensor, num_support: int, mask: Tensor 
             "Add the missing axes with unsqueeze, or stack trajectories of equal length.")
     require(times.dim() == 1 and len(times) == values.shape[2], f"{values.shape[2]} times, as many as values has",
             tuple(times.shape), "Pass times of shape (time,); swap axes if time isn't the third.")
-    require(bool(torch.isfinite(times).all()), "finite times", "NaN or Inf among them", "Drop those times and their values.")
+    require(bool(torch.isfinite(times).all()), "finite times", "NaN or Inf", "Drop those times and their values.")
     require(bool((torch.diff(times) > 0).all()), "strictly increasing times", "unsorted or duplicate times",
             "Sort the times (and the values with them) and drop duplicates.")
     require(values.numel() > 0 and len(times) > 1, "at least one task, shot, sensor and two times",

@@ -150,14 +150,17 @@ def test_standardisation_is_saved_with_the_parameters() -> None:
     assert torch.equal(one(episode(values)), other(episode(values)))
 
 
+KIND = (3, 4, STEPS, SENSORS)
 BAD = {
-    "another number of sensors": (torch.zeros(3, 4, STEPS, 3), ValueError,
-                                  r"\(time, sensor\) = \(5, 2\); got \(5, 3\). Build the SetEncoder with the steps and sensors"),
-    "another number of steps": (torch.zeros(3, 4, 7, SENSORS), ValueError, r"\(time, sensor\) = \(5, 2\); got \(7, 2\)"),
-    "no shots": (torch.zeros(3, 0, STEPS, SENSORS), ValueError, "one shot or more; got an empty set. The support can't be empty"),
-    "another dtype": (torch.zeros(3, 4, STEPS, SENSORS).double(), TypeError,
-                      r"torch.float32, as the encoder; got torch.float64. Convert the model with model.double\(\)"),
-    "no numbers at all": (torch.zeros(3, 4, STEPS, SENSORS, dtype=torch.int64), TypeError, "got torch.int64. Convert"),
+    "another number of sensors": (
+        torch.zeros(3, 4, STEPS, 3), ValueError,
+        r"\(time, sensor\) = \(5, 2\); got \(5, 3\). Build the SetEncoder with the steps and sensors"),
+    "another number of steps": (torch.zeros(3, 4, 7, 2), ValueError, r"\(time, sensor\) = \(5, 2\); got \(7, 2\)"),
+    "no shots": (torch.zeros(KIND)[:, :0], ValueError, "one shot or more; got an empty set. The support can't be empty"),
+    "another dtype": (
+        torch.zeros(KIND).double(), TypeError,
+        r"torch.float32, as the encoder; got torch.float64. Convert the model with model.double\(\)"),
+    "integers": (torch.zeros(KIND).long(), TypeError, "torch.float32, as the encoder; got torch.int64. Convert"),
 }
 
 

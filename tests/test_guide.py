@@ -213,7 +213,8 @@ def test_a_learned_guide_leaves_the_starts_their_prior() -> None:
 def test_gradients_reach_every_parameter_of_a_learned_guide() -> None:
     _, guide = pair("learned")
     sum(value.sum() for value in guide(make_tasks(3, 4).episode()).values()).backward()
-    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in guide.parameters())
+    without = {name for name, p in guide.named_parameters() if p.grad is None or p.grad.abs().max() == 0}
+    assert without == {"prior.base"}  # the population is the model's business
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,8 @@ INPUTS, LATENTS, SCALE = 2, 3, (0.5, 4.0)
 both_forms = pytest.mark.parametrize("linear", [True, False], ids=["linear", "free"])
 
 
-def residual(linear: bool, outputs: int = 1, **options: int) -> ph.Residual:
-    term = ph.Residual(INPUTS, LATENTS, outputs, linear, width=5, scale=SCALE, **options).double()
+def residual(linear: bool, outputs: int = 1, depth: int = 2, periodic: bool = False) -> ph.Residual:
+    term = ph.Residual(INPUTS, LATENTS, outputs, linear, width=5, depth=depth, scale=SCALE, periodic=periodic).double()
     with torch.no_grad():
         for parameter in term.parameters():
             parameter.copy_(torch.randn_like(parameter))
@@ -32,9 +32,10 @@ def naive(term: ph.Residual, z: Tensor, *inputs: Tensor) -> Tensor:
     """The documented formula at one point: latents (latent,), inputs of no axes, outputs (output,)."""
     x = torch.stack(inputs) / torch.tensor(SCALE, dtype=torch.float64)
     u = x if term.linear else torch.cat([x, z, torch.outer(z, x).flatten()])
-    h = torch.tanh(term.first(u))
+    unit = torch.sin if term.periodic else torch.tanh
+    h = unit(term.first(u))
     for layer in term.hidden:
-        h = torch.tanh(layer(h))
+        h = unit(layer(h))
     phi = (term.straight @ u + term.last(h)).view(term.latents + 1, term.outputs)
     return phi[0] + z @ phi[1:]
 
@@ -43,8 +44,8 @@ def naively(term: ph.Residual, z: Tensor, *inputs: Tensor) -> Tensor:
     """The same for latents (..., task, 1, latent) and inputs (..., task, shot), point by point; outputs last."""
     shape = torch.broadcast_shapes(z.shape[:-1], *(x.shape for x in inputs))
     z, inputs = z.expand(*shape, -1), [x.expand(shape) for x in inputs]
-    points = [naive(term, z[i], *(x[i] for x in inputs)) for i in (tuple(p) for p in torch.ones(shape).nonzero().tolist())]
-    return torch.stack(points).view(*shape, term.outputs)
+    places = [tuple(place) for place in torch.ones(shape).nonzero().tolist()]
+    return torch.stack([naive(term, z[i], *(x[i] for x in inputs)) for i in places]).view(*shape, term.outputs)
 
 
 # ------------------------------------------------------------------------------------------------------------ Residual
@@ -52,8 +53,9 @@ def naively(term: ph.Residual, z: Tensor, *inputs: Tensor) -> Tensor:
 
 @both_forms
 @pytest.mark.parametrize("depth", [1, 2, 4])
-def test_the_residual_is_the_documented_formula(linear: bool, depth: int) -> None:
-    term, z, x, y = residual(linear, depth=depth), normal(4, 1, LATENTS), normal(4, 3), normal(4, 3)
+@pytest.mark.parametrize("periodic", [False, True])
+def test_the_residual_is_the_documented_formula(linear: bool, depth: int, periodic: bool) -> None:
+    term, z, x, y = residual(linear, depth=depth, periodic=periodic), normal(4, 1, LATENTS), normal(4, 3), normal(4, 3)
     pushed = term.given(z)(x, y)
     assert pushed.shape == (4, 3)
     assert_close(pushed, naively(term, z, x, y).squeeze(-1), **EXACT)

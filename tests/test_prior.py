@@ -147,15 +147,28 @@ def test_the_population_is_where_the_computed_evidence_is_added() -> None:
     assert not torch.equal(mean, torch.tensor([0.5, 0.0, 0.0], dtype=mean.dtype))
 
 
-def test_proposals_have_value_zero_and_train_encoder_and_base_only() -> None:
-    model = line(ph.Linearised(2))
+@READINGS
+def test_proposals_have_value_zero_and_train_the_population_and_a_proposing_encoder(
+    evidence: ph.Linearised | None,
+) -> None:
+    model = line(evidence)
     trace = poutine.trace(model).get_trace(in_float32(make_tasks(3, 4)).episode())
     trace.compute_log_prob()
     proposals = trace.nodes["proposals"]["log_prob_sum"]
     assert proposals.item() == 0.0
     (-proposals).backward()
     trained = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
-    assert trained == {name for name, _ in model.named_parameters() if name.startswith("prior.")}
+    assert trained == {
+        n for n, _ in model.named_parameters() if n == "prior.base" or evidence and n.startswith("prior.")
+    }
+
+
+def test_a_prior_used_by_itself_trains_nothing_and_says_nothing() -> None:
+    model = line(ph.Linearised(2))
+    assert set(model.prior(support(3))) == set(SEPARATE)  # a factor outside of inference would warn
+    with poutine.trace() as trace:
+        model.prior(None)
+    assert "proposals" not in trace.trace.nodes
 
 
 def test_no_gradient_flows_through_computed_evidence() -> None:
@@ -200,12 +213,25 @@ def test_what_it_remembers_is_forgotten_after_a_step_of_the_optimizer(fused: boo
 
 def test_without_evidence_the_encoder_says_everything() -> None:
     model, episode = line(None), in_float32(make_tasks(3, 4)).episode()
-    raw = model.prior.base + model.prior.head(model.prior.encoder(episode.support.canonical))
+    raw = model.prior.head(model.prior.encoder(episode.support.canonical))
     pieces = dict(zip(SEPARATE, raw.split([2, 4], -1), strict=True))
     naturals = model.prior.natural(episode.support)
     for name, family in SEPARATE.items():
         assert torch.equal(naturals[name], family.from_raw(pieces[name].unflatten(-1, (family.n, 2))))
-    assert "proposals" not in poutine.trace(model).get_trace(episode).nodes
+
+
+def test_without_evidence_the_population_follows_what_the_encoder_says() -> None:
+    model, episode = line(None), in_float32(make_tasks(16, 4, num_support=3)).episode()
+    optim = torch.optim.Adam([model.prior.base], 0.05)
+    for _ in range(150):
+        optim.zero_grad()
+        (-poutine.trace(model.prior).get_trace(episode.support).log_prob_sum()).backward()
+        optim.step()
+    with torch.no_grad():
+        mean, scale = model.prior._coordinates(model.prior.natural(episode.support))
+        centre, width = model.prior._coordinates(model.prior.natural(None))
+    assert_close(centre, mean.mean(0), atol=0.02, rtol=0.0)  # the best Normal for a mixture has its moments
+    assert_close(width.square(), scale.square().mean(0) + mean.var(0, correction=0), atol=0.0, rtol=0.1)
 
 
 def test_without_evidence_gradients_reach_the_encoder_through_the_distributions() -> None:

@@ -403,7 +403,7 @@ def test_early_stopping_goes_back_to_the_best_look() -> None:
     def spoil(step: int, fit: ph.Fit) -> None:
         if step >= 12:
             with torch.no_grad():
-                model.prior.base.add_(1.0)
+                model.noise_unconstrained.sub_(0.5)
         history.append(state(model, guide))
 
     fit = ph.meta_train(

@@ -14,7 +14,7 @@ from ..encoders import SetEncoder
 from ..families import Normal
 from ..guide import AmortizedGuide
 from ..linearise import Linearised
-from ..mixing import Residual
+from ..mixing import Residual, overlap
 from ..module import HybridModel
 from ..prior import Prior, SupportPrior, UnconditionalPrior
 from ..systems import System
@@ -31,8 +31,9 @@ class MetaHybridVAE(HybridModel):
         z_P, z_N &\sim p(z \mid S), \qquad y_0 \sim \mathrm{Normal}(\hat y_0, s) \\
         \dot y &= f_P(y; z_P) + f_N(y; z_N), \qquad x \sim \mathrm{Normal}(g(y), \sigma)
 
-    ``correction`` weighs the least-correction penalty of the mean square of :math:`f_N`, for each trajectory: the
-    physics explains all it can.
+    Two preferences decide, while training, what the data leave open. ``correction``: the physics explains all it can
+    (:func:`~pyro_hybrid.mixing.overlap`). ``straightness``: halfway between two systems lies the average of their neural
+    forces, so that what stays ambiguous about the latents is as nearly linear as it can be.
 
     References:
         Augmenting Physical Models with Deep Networks for Complex Dynamics Forecasting (Yin et al., 2021),
@@ -43,16 +44,17 @@ class MetaHybridVAE(HybridModel):
         evidence: how the support is read: computed evidence, or None for the encoder alone.
         latents: number of neural latents; by default as many as the system has.
         linear: whether the force is linear in its latents.
-        correction: weight of the penalty.
+        correction, straightness: weights of the two preferences.
         noise: where the learned noise starts, in units of the system's. A high one is slow and safe: it anneals.
         conditional: False for a prior that doesn't look at the support (not identifiable).
     """
 
     def __init__(self, system: System, evidence: Linearised | None = None, *, latents: int | None = None,
-                 linear: bool = True, correction: float = 0.0, noise: float = 3.0, width: int = 32, depth: int = 1, substeps: int = 1,
-                 conditional: bool = True) -> None:
+                 linear: bool = True, correction: float = 0.0, straightness: float = 0.0, noise: float = 3.0,
+                 width: int = 32, depth: int = 1, substeps: int = 1, conditional: bool = True) -> None:
         super().__init__()
-        self.system, self.substeps, self.correction = system, substeps, correction
+        self.system, self.substeps = system, substeps
+        self.correction, self.straightness = correction, straightness
         sites = {**system.physics, "unknown": Normal(latents or len(system.unknown))}
         self.prior = SupportPrior(self.encoder(), evidence, **sites) if conditional else UnconditionalPrior(**sites)
         self.residual = Residual(len(system.inputs), sites["unknown"].n, system.outputs, linear, width=width,
@@ -79,8 +81,8 @@ class MetaHybridVAE(HybridModel):
             force = self.force(unknown)
             states = solve(self.system.known(physics, force), start if self.system.grid else start.unbind(-1),
                            episode.times, substeps=self.substeps)
-            if self.correction and self.training and torch.is_grad_enabled():
-                pyro.factor("least_correction", -self.correction * self.overlap(physics, force, episode.times, states))
+            if self.training and torch.is_grad_enabled() and (self.correction or self.straightness):
+                pyro.factor("preference", -self.objections(physics, unknown.detach(), episode.times, states.detach()))
             x = dist.Normal(self.system.observe(states), self.noise).mask(episode.mask)
             return pyro.sample("x", x.to_event(3), obs=episode.query)
 
@@ -88,17 +90,14 @@ class MetaHybridVAE(HybridModel):
         """The neural force, given neural latents (..., task, component)."""
         return self.residual.given(unknown[..., None, None, :] if self.system.grid else unknown[..., None, :])
 
-    def overlap(self, physics: dict[str, Tensor], force: Force, times: Tensor, states: Tensor) -> Tensor:
-        r"""How much of the correction the physics could have explained, for each task.
+    def objections(self, physics: dict[str, Tensor], unknown: Tensor, times: Tensor, states: Tensor) -> Tensor:
+        """What is held against the neural force of each task, beyond its fit: see ``correction`` and ``straightness``.
 
-        .. math:: \sum_j \frac{\langle f_N, \partial_j f_P \rangle^2}{\lVert \partial_j f_P \rVert^2}
-
-        It is zero where the correction is least: the condition that APHYNITY's penalty :math:`\lVert f_N \rVert^2`
-        reaches at its minimum, without what it costs the rest of the correction. Components of the state are taken from
-        unrelated trajectories: along its own, a true correction is correlated with the known terms (friction shrinks
-        the angles that gravity acts on), and the least one would be biased.
+        Both are judged where time and the components of the state come from unrelated trajectories: along its own, a
+        true correction is correlated with the known terms (friction shrinks the angles that gravity acts on), and the
+        least one would be biased.
         """
-        clock, flat = times.expand(states.shape[-3], -1).flatten(), states.detach().flatten(-3, -2)
+        clock, flat = times.expand(states.shape[-3], -1).flatten(), states.flatten(-3, -2)
         parts = flat if self.system.grid else tuple(_unrelated(x) for x in flat.unbind(-1))
         clock = clock.unsqueeze(-1) if self.system.grid else clock
 
@@ -113,15 +112,14 @@ class MetaHybridVAE(HybridModel):
         with torch.no_grad():
             without = slopes(physics, nothing)
             tangents = [slopes(physics | {name: 1.001 * value}, nothing) - without for name, value in physics.items()]
-        correction = slopes(physics, force) - without
-        return sum(_square_of_mean((correction * t).sum(-1)) / t.square().sum(-1).mean(-1).clamp(min=1e-12) for t in tangents)
+        mine = slopes(physics, self.force(unknown)) - without
+        total = self.correction * overlap(mine, tangents)
+        if self.straightness and not self.residual.linear:
+            other = unknown.roll(1, -2)
+            theirs, halfway = (slopes(physics, self.force(z)) - without for z in (other, 0.5 * (unknown + other)))
+            total = total + self.straightness * (halfway - 0.5 * (mine + theirs)).square().sum(-1).mean(-1)
+        return total
 
 
 def _unrelated(values: Tensor) -> Tensor:
     return values.flatten()[torch.randperm(values.numel(), device=values.device)].view_as(values)
-
-
-def _square_of_mean(samples: Tensor) -> Tensor:
-    """Unbiased: the square of the samples' mean would also punish their spread."""
-    n = samples.shape[-1]
-    return (samples.sum(-1).square() - samples.square().sum(-1)) / (n * (n - 1))

@@ -41,7 +41,8 @@ class AdvectionDiffusion(System):
         rate = physics["diffusion"].unsqueeze(-1) / self.width**2
 
         def field(t: Tensor, state: State) -> State:
-            left, here, right = state[..., :-2], state[..., 1:-1], state[..., 2:]  # type: ignore[index]
+            assert isinstance(state, Tensor)  # for the type checker
+            left, here, right = state[..., :-2], state[..., 1:-1], state[..., 2:]
             warming = rate * (left - 2.0 * here + right) + force(here, (right - left) / (2.0 * self.width))
             return torch.nn.functional.pad(warming, (1, 1))
 

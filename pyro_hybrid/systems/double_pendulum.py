@@ -19,10 +19,11 @@ class DoublePendulum(System):
     r"""Double pendulum of equal rods, in units of the upper mass and the rod's length.
 
     .. math::
-        (1+\mu)\ddot\theta_1 + \mu\cos\Delta\,\ddot\theta_2 + \mu\sin\Delta\,\dot\theta_2^2 + (1+\mu) G \sin\theta_1 &= u_1 - u_2 \\
+        (1+\mu)\ddot\theta_1 + \mu\cos\Delta\,\ddot\theta_2 + \mu\sin\Delta\,\dot\theta_2^2
+            + (1+\mu) G \sin\theta_1 &= u_1 - u_2 \\
         \mu\cos\Delta\,\ddot\theta_1 + \mu\ddot\theta_2 - \mu\sin\Delta\,\dot\theta_1^2 + \mu G \sin\theta_2 &= u_2
 
-    with :math:`G = g/l_1`, :math:`\mu = m_2/m_1`, :math:`\Delta = \theta_1 - \theta_2`. Known: no torques in the joints.
+    with :math:`G = g/l_1`, :math:`\mu = m_2/m_1`, :math:`\Delta = \theta_1 - \theta_2`. Known: no torque in a joint.
     The force is the pair of joint torques ``force(bend1, bend2, rate1, rate2)`` of the joints' own angles and rates
     (:math:`\theta_1, \theta_2 - \theta_1` and their derivatives); in truth :math:`u_i = -\gamma_i \cdot rate_i`.
 

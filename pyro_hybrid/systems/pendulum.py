@@ -20,7 +20,8 @@ class Pendulum(System):
 
     .. math:: \ddot\theta + \gamma \dot\theta + \omega^2 \sin\theta = A \cos(2\pi\phi t)
 
-    Known: :math:`\ddot\theta + \omega^2 \sin\theta = 0`. The force is an angular acceleration ``force(t, angle, speed)``.
+    Known: :math:`\ddot\theta + \omega^2 \sin\theta = 0`.
+    The force is an angular acceleration ``force(t, angle, speed)``.
 
     Arguments:
         angles_only: observe the angle alone.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pyro
 import pyro.distributions as dist
@@ -21,7 +21,7 @@ from ..tasks import Episode, Tasks
 
 __all__ = ["Force", "System"]
 
-Force = Callable[..., Tensor | tuple[Tensor, ...]]
+Force = Callable[..., Any]  # to a tensor, or to a tuple of them where the system has several outputs
 
 
 class System(ABC):
@@ -29,9 +29,8 @@ class System(ABC):
 
     Class attributes say everything in one place: ``ranges`` of every latent and initial component (uniform),
     ``physics`` (family of each physics latent), ``unknown`` (names of the true neural latents), ``inputs`` and
-    ``outputs`` (rough sizes of what the force is called with, and how many components it returns), ``periodic`` whether the force
-    oscillates in time, ``substeps`` of the
-    simulation between two observations.
+    ``outputs`` (rough sizes of what the force is called with, and how many components it returns), ``periodic`` whether
+    the force oscillates in time, ``substeps`` of the simulation between two observations.
     """
 
     ranges: ClassVar[dict[str, tuple[float, float]]]
@@ -91,13 +90,16 @@ class System(ABC):
 
     def program(self, episode: Episode) -> Tensor:
         """The true system as a Pyro program, with flat priors: for reference posteriors and Cramér-Rao bounds."""
-        measured = episode.initial if self.grid else torch.stack(episode.initial, -1)  # type: ignore[arg-type]
+        start = episode.initial
+        measured = torch.stack(start, -1) if isinstance(start, tuple) else start
         spread = measured.new_tensor(self.start_noise)
+
+        def flat(site: str, *names: str) -> Tensor:
+            bounds = measured.new_tensor([self.ranges[name] for name in names])
+            return pyro.sample(site, dist.Uniform(bounds[:, 0], bounds[:, 1]).to_event(1))
+
         with episode.plate:
-            latents = {name: pyro.sample(name, dist.Uniform(*map(measured.new_tensor, self.ranges[name])).expand([1]).to_event(1))
-                       for name in self.physics}
-            bounds = measured.new_tensor([self.ranges[name] for name in self.unknown])
-            latents["unknown"] = pyro.sample("unknown", dist.Uniform(bounds[:, 0], bounds[:, 1]).to_event(1))
+            latents = {name: flat(name, name) for name in self.physics} | {"unknown": flat("unknown", *self.unknown)}
             start = pyro.sample("initial", dist.Normal(measured, spread).to_event(2))
             states = solve(self.full(latents), start if self.grid else start.unbind(-1), episode.times, substeps=4)
             x = dist.Normal(self.observe(states), measured.new_tensor(self.noise)).mask(episode.mask)
@@ -112,13 +114,11 @@ class System(ABC):
         families = {name: Normal(value.shape[-1]) for name, value in truth.items()}
         latents = torch.cat(list(truth.values()), -1).double()
         flat = latents.new_zeros(*latents.shape, latents.shape[-1])
-        initial = tuple(part.double() for part in support.initial) if isinstance(support.initial, tuple) else support.initial.double()
-        episode = replace(support, support=None, times=support.times.double(), query=support.query.double(), initial=initial)
-        problem = Problem(self.program, episode, families, latents, flat)
+        problem = Problem(self.program, replace(support, support=None).double(), families, latents, flat)
         return Linearised(1)(problem, latents).covariance.diagonal(dim1=-2, dim2=-1)
 
     def simulate(self, tasks: int, shots: int, seed: int, *, num_support: int | None = None) -> Tasks:
-        """Tasks with known truth, noise included; half of the shots are support unless ``num_support`` says otherwise."""
+        """Tasks with known truth, noise included; half of the shots are support unless ``num_support`` is given."""
         require(tasks >= 1 and shots >= 2, "at least one task of two shots", f"{tasks} of {shots}",
                 "One shot conditions the prior, another is to be explained.")
         random = torch.Generator().manual_seed(seed)
@@ -133,5 +133,6 @@ class System(ABC):
         clean = self.trajectories(latents, initial, self.times)
         noise = torch.randn(clean.shape, generator=random, dtype=torch.float64) * torch.tensor(self.noise)
         values = (clean + noise).float()
-        return Tasks.from_trajectories(self.times.float(), values, num_support=shots // 2 if num_support is None else num_support,
-                                       initial=self.measured(values), truth={k: v.float() for k, v in latents.items()})
+        return Tasks.from_trajectories(self.times.float(), values, initial=self.measured(values),
+                                       num_support=shots // 2 if num_support is None else num_support,
+                                       truth={name: value.float() for name, value in latents.items()})
