@@ -107,9 +107,9 @@ def overlap(correction: Tensor, tangents: Sequence[Tensor]) -> Tensor:
 
     .. math:: \sum_j \frac{\langle f_N, \partial_j f_P \rangle^2}{\lVert \partial_j f_P \rVert^2}
 
-    That it vanishes is what APHYNITY's minimum of :math:`\lVert f_N \rVert^2` comes to, given the sum of both terms; as a
-    penalty it leaves alone what no physics latent could have explained. The squares are estimated without bias: the
-    square of a mean over samples would also punish their spread.
+    That it vanishes is what APHYNITY's minimum of :math:`\lVert f_N \rVert^2` comes to, given the sum of both terms;
+    as a penalty it leaves alone what no physics latent could have explained. The squares are estimated without bias:
+    the square of a mean over samples would also punish their spread.
 
     References:
         Augmenting Physical Models with Deep Networks for Complex Dynamics Forecasting (Yin et al., 2021),

@@ -6,6 +6,7 @@ from typing import Any
 
 import pyro
 from pyro.nn import PyroModule
+from pyro.nn.module import _PyroModuleMeta
 from torch import nn
 
 from ._checks import require
@@ -30,7 +31,7 @@ def require_local(**modules: object) -> None:
                     "Derive it from ph.HybridModel, or build it under pyro.settings.context(module_local_params=True).")
 
 
-class _Local(type(PyroModule)):  # type: ignore[misc]
+class _Local(_PyroModuleMeta):
     """Builds the whole of an instance, the modules inside it too, with parameters of its own."""
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:

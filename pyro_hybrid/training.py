@@ -101,7 +101,7 @@ class Fit:
 
 def meta_train(model: nn.Module, guide: nn.Module, tasks: Tasks, *, steps: int = 1000, batch_size: int = 32,
                learning_rate: float = 3e-3, seed: int = 0, curriculum: Mapping[float, Length] | None = None,
-               warmup: float = 0.0, clip: float = 4.0, held_out: Tasks | None = None, every: int = 100,
+               warmup: float = 0.0, clip: float = 4.0, average: float = 0.0, held_out: Tasks | None = None, every: int = 100,
                patience: int | None = None, loss: Any = None, max_skips: int = 20,  # noqa: ANN401
                device: torch.device | str | None = None, progress: bool = True,
                callback: Callable[[int, Fit], None] | None = None) -> Fit:
@@ -118,6 +118,8 @@ def meta_train(model: nn.Module, guide: nn.Module, tasks: Tasks, *, steps: int =
             a seventh, then of two sevenths, then the whole.
         warmup: fraction of the steps over which the KL's weight rises from 0 to 1.
         clip: gradients longer than so many times their running mean are shortened.
+        average: the parameters' mean over so large a last fraction of the steps is what remains; it damps the noise of
+            directions that the data determine weakly. 0 for the last step's.
         held_out: tasks on which the ELBO is looked at ``every`` so many steps.
         patience: stop, and go back to the best state, after so many looks without improvement.
         loss: a Pyro ELBO; default ``TraceMeanField_ELBO()``.
@@ -134,8 +136,8 @@ def meta_train(model: nn.Module, guide: nn.Module, tasks: Tasks, *, steps: int =
     model.to(device), guide.to(device)
     _standardise(model, guide, tasks)
     svi = SVI(model, guide, _adam(model, guide, learning_rate, device), loss)
-    return _Loop(svi, tasks, steps, batch_size, learning_rate, seed, _plan(curriculum, tasks), warmup, clip, held_out,
-                 every, patience, max_skips, device, callback).run(progress)
+    return _Loop(svi, tasks, steps, batch_size, learning_rate, seed, _plan(curriculum, tasks), warmup, clip,
+                 average, held_out, every, patience, max_skips, device, callback).run(progress)
 
 
 def _adam(model: nn.Module, guide: nn.Module, learning_rate: float, device: torch.device) -> torch.optim.Adam:
@@ -175,6 +177,7 @@ class _Loop:
     plan: dict[float, Length]
     warmup: float
     clip: float
+    average: float
     held_out: Tasks | None
     every: int
     patience: int | None
@@ -186,10 +189,14 @@ class _Loop:
         self.svi.model.train()
         self.fit, self.norm, self.run_of_skips, self.cause = Fit(), 0.0, 0, ""
         self.good, self.best, self.since = self._state(), (math.inf, None), 0
+        self.mean: list[Tensor] = []
+        self.averaged = 0
         batches, start = self.tasks.batches(self.batch_size, self.seed), time.perf_counter()
         bar = tqdm(range(self.steps), desc="meta-training", unit="step", disable=not progress, dynamic_ncols=True)
         for step in bar:
             self._step(step, next(batches))
+            if step >= (1.0 - self.average) * self.steps:
+                self._average()
             if step % 20 == 0 or step == self.steps - 1:
                 bar.set_postfix_str(self._summary())
             if self.callback:
@@ -197,6 +204,9 @@ class _Loop:
             if self._look(step):
                 break
         bar.close()
+        if self.averaged and not self.fit.stopped_early and self.patience is None:
+            with torch.no_grad():
+                torch._foreach_copy_(self.svi.parameters(), self.mean)
         self.svi.model.eval()
         self.fit.seconds = time.perf_counter() - start
         return self.fit
@@ -224,6 +234,14 @@ class _Loop:
         log_likelihood = terms.log_likelihood / self.svi.elbo.elbo.num_particles
         self.fit.log_likelihood.append(log_likelihood / size)
         self.fit.kl.append((loss + log_likelihood) / size)  # and factors such as a penalty
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        parameters = self.svi.parameters()
+        self.averaged += 1
+        if self.averaged == 1:
+            self.mean = [p.clone() for p in parameters]
+        torch._foreach_lerp_(self.mean, parameters, 1.0 / self.averaged)
 
     def _clip(self) -> float:
         norm = float(nn.utils.clip_grad_norm_(self.svi.parameters(), self.clip * self.norm or math.inf))

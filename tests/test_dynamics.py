@@ -214,10 +214,11 @@ def test_slopes_that_know_nothing_of_the_batch_hold_for_all_of_it(method: str) -
 
 
 def test_float32_stays_float32() -> None:
+    times, y0 = torch.linspace(0.0, 1.0, 3), (torch.ones(1, 1), torch.zeros(1, 1))
     for method in METHODS:
-        states = solve(oscillator(1.0), (torch.ones(1, 1), torch.zeros(1, 1)), torch.linspace(0.0, 1.0, 3), method=method)
+        states = solve(oscillator(1.0), y0, times, method=method)
         assert states.dtype == torch.float32
-        assert_close(states[0, 0, :, 0], torch.linspace(0.0, 1.0, 3).cos(), rtol=0.0, atol=1e-3)
+        assert_close(states[0, 0, :, 0], times.cos(), rtol=0.0, atol=1e-3)
 
 
 # -------------------------------------------------------------------------------------------------------------- clocks
@@ -414,7 +415,7 @@ for method in ("dopri5", "dopri8"):
     stiff, fast = lambda t, y: (-1e6 * (y[0] - t.cos()),), lambda t, y: (1e6 * torch.cos(1e6 * t),)
     results[f"{method} tolerance out of reach"] = case(method=method, rtol=0.0, atol=1e-300)
     results[f"{method} more than max_steps = 30"] = case(stiff, method=method, max_steps=30)
-    results[f"{method} more than max_steps = 1000"] = case(fast, method=method, max_steps=1000)
+    results[f"{method} more than max_steps = 300"] = case(fast, method=method, max_steps=300)
 print(json.dumps(results))
 """
 

@@ -156,7 +156,7 @@ BAD = {
         torch.zeros(3, 4, STEPS, 3), ValueError,
         r"\(time, sensor\) = \(5, 2\); got \(5, 3\). Build the SetEncoder with the steps and sensors"),
     "another number of steps": (torch.zeros(3, 4, 7, 2), ValueError, r"\(time, sensor\) = \(5, 2\); got \(7, 2\)"),
-    "no shots": (torch.zeros(KIND)[:, :0], ValueError, "one shot or more; got an empty set. The support can't be empty"),
+    "no shots": (torch.zeros(KIND)[:, :0], ValueError, "one shot or more; got an empty set. The support can't"),
     "another dtype": (
         torch.zeros(KIND).double(), TypeError,
         r"torch.float32, as the encoder; got torch.float64. Convert the model with model.double\(\)"),

@@ -184,7 +184,7 @@ def test_from_nearby_it_finds_the_truth_and_its_spread() -> None:
 
 def test_a_step_is_no_longer_than_its_reach() -> None:
     problem = swing(torch.tensor([0.5, 3.0], dtype=torch.float64))
-    start = torch.full((2, 1), 0.2, dtype=torch.float64)
+    start = problem.mean
     for reach in (0.01, 0.1):
         moved = ph.Linearised(1, reach=reach)(problem, start).mean - start
         assert (moved.abs() <= reach * (1 + 1e-12)).all() and (moved.abs() > 0).any()

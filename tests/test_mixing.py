@@ -9,6 +9,7 @@ from torch.autograd import gradcheck
 from torch.testing import assert_close
 
 import pyro_hybrid as ph
+from pyro_hybrid.mixing import overlap
 
 EXACT = {"rtol": 0.0, "atol": 1e-12}
 INPUTS, LATENTS, SCALE = 2, 3, (0.5, 4.0)
@@ -169,6 +170,27 @@ def test_a_residual_called_otherwise_than_built_is_refused_with_words() -> None:
         term.given(normal(4, 1, 2))
     with pytest.raises(ValueError, match="2 inputs; got 1. Call the term as it was built"):
         term.given(normal(4, 1, LATENTS))(normal(4, 3))
+
+
+# ------------------------------------------------------------------------------------------------------------- overlap
+
+
+def test_overlap_is_the_documented_quotient_of_pairs_of_samples() -> None:
+    correction, tangents = normal(2, 4, 7, 3), [normal(2, 4, 7, 3), normal(4, 7, 3)]
+    expected = torch.zeros(2, 4, dtype=torch.float64)
+    for tangent in tangents:
+        products = (correction * tangent).sum(-1)
+        pairs = torch.stack([products[..., i] * products[..., j] for i in range(7) for j in range(7) if i != j])
+        expected += pairs.mean(0) / tangent.square().sum(-1).mean(-1)
+    assert_close(overlap(correction, tangents), expected, **EXACT)
+
+
+def test_overlap_of_what_the_physics_could_do_is_its_size_and_of_anything_else_zero() -> None:
+    tangent, other = normal(2000, 50, 1).sign(), normal(2000, 50, 1)
+    assert_close(overlap(3.0 * tangent, [tangent]), torch.full((2000,), 9.0, dtype=torch.float64), **EXACT)
+    unrelated = overlap(other, [tangent])
+    assert unrelated.mean().abs() < 5.0 * unrelated.std() / 2000**0.5  # no bias from the samples' spread
+    assert_close(overlap(other, []), torch.zeros(2000, dtype=torch.float64))
 
 
 # -------------------------------------------------------------------------------------------------------------- Mixing

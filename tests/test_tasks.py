@@ -505,6 +505,15 @@ def test_to_moves_everything() -> None:
         assert_same(part.to("cpu"), part)
 
 
+def test_double_is_the_same_in_float64() -> None:
+    for part in (whole_episode(masked=True), whole_episode(masked=True).cut(3)):
+        doubled, original = tensors(part.double()), tensors(part)
+        assert doubled.keys() == original.keys()
+        for name, value in original.items():
+            assert torch.equal(doubled[name], value.double() if value.is_floating_point() else value), name
+            assert doubled[name].dtype in (torch.float64, torch.bool), name
+
+
 def test_simulation_observes_nothing_and_keeps_support_and_starts() -> None:
     episode = whole_episode(masked=True)
     simulation = episode.simulation()
