@@ -2,7 +2,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint docs clean
+.PHONY: help venv demo test test-arviz1 lint docs clean
 
 BIN := .venv/bin
 PYTHON = $(shell for p in python3.11 python3 python; do \
@@ -10,7 +10,7 @@ PYTHON = $(shell for p in python3.11 python3 python; do \
 INSTALL = $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt --editable
 
 help: ## say what there is (the default)
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 venv: .venv/.installed ## set up .venv with the pinned versions
 
@@ -21,6 +21,9 @@ demo: .venv/.installed ## identify a double pendulum; figures and numbers go to 
 test: .venv/.installed ## run all tests (ARGS="-k guide" and the like are passed on)
 	@echo "test: pytest $(ARGS)"
 	@$(BIN)/python -m pytest $(ARGS)
+
+test-arviz1: .venv-arviz1/.installed .venv/.installed ## the ArviZ adapter under ArviZ 1.x, in an environment without torch
+	@$(BIN)/python -m pytest tests/test_arviz_adapter.py
 
 lint: .venv/.installed ## ruff and mypy
 	@echo "lint: ruff"
@@ -34,7 +37,7 @@ docs: .venv/.installed-docs ## build docs/_build/html, a warning being an error
 	@echo "docs: docs/_build/html/index.html"
 
 clean: ## remove .venv, caches and built docs (what is in out/ stays)
-	@rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis docs/_build build dist
+	@rm -rf .venv .venv-arviz1 .pytest_cache .ruff_cache .mypy_cache .hypothesis docs/_build build dist
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/.installed: pyproject.toml constraints.txt
@@ -50,4 +53,14 @@ clean: ## remove .venv, caches and built docs (what is in out/ stays)
 .venv/.installed-docs: .venv/.installed
 	@echo "venv: adding what the docs need"
 	@$(INSTALL) '.[test,docs]'
+	@touch $@
+
+PYTHON_ARVIZ1 = $(shell for p in python3.14 python3.13 python3.12 $(wildcard $(HOME)/.pyenv/versions/3.1[2-9].*/bin/python); do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && { echo $$p; break; }; done)
+ARVIZ1 := arviz==1.3.0 arviz-base==1.3.1 arviz-stats==1.3.3 arviz-plots==1.3.2 h5netcdf==1.8.2 h5py==3.16.0
+
+.venv-arviz1/.installed:
+	@[ -n "$(PYTHON_ARVIZ1)" ] || { echo "Python 3.12 or newer is needed: say make test-arviz1 PYTHON_ARVIZ1=/path/to/it" >&2; exit 1; }
+	@$(PYTHON_ARVIZ1) -m venv .venv-arviz1
+	@.venv-arviz1/bin/python -m pip install --quiet --disable-pip-version-check $(ARVIZ1) pytest
 	@touch $@

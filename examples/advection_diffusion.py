@@ -25,6 +25,7 @@ def main() -> None:
 
     model.to("cpu")
     model.prior.evidence, guide.evidence = ph.Linearised(2, segments=(7,)), ph.Linearised(1)
+    ph.calibrate(model, train)
     habits.export(choice, model, guide, held_out, habits.judge(model, guide, train, held_out), fit, started)
 
 

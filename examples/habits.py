@@ -27,8 +27,8 @@ PROB = 0.9
 BLUE, ORANGE, GREY = "#2a6fbb", "#d9702b", "#8a8a8a"
 
 
-def options(description: str, name: str, tasks: int, steps: int) -> argparse.Namespace:
-    """The options that every example understands."""
+def options(description: str, name: str, tasks: int, steps: int, **flags: str) -> argparse.Namespace:
+    """The options that every example understands, and further flags with their help."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--tasks", type=int, default=tasks, help="systems to train on")
     parser.add_argument("--held-out", type=int, default=300, help="systems to judge on")
@@ -38,6 +38,8 @@ def options(description: str, name: str, tasks: int, steps: int) -> argparse.Nam
     parser.add_argument("--device", default="cpu", help="where to train: cpu, cuda, ...")
     parser.add_argument("--out", type=Path, default=Path("out") / name, help="folder for figures and numbers")
     parser.add_argument("--fast", action="store_true", help="a tiny run that shows the way, not the result")
+    for flag, text in flags.items():
+        parser.add_argument(f"--{flag}", action="store_true", help=text)
     choice = parser.parse_args()
     if choice.fast:
         choice.tasks, choice.held_out, choice.steps, choice.shots = min(choice.tasks, 60), 40, min(choice.steps, 12), 4
@@ -76,13 +78,17 @@ class Recovered:
 
 
 @torch.no_grad()
-def recover(model: ph.models.MetaHybridVAE, tasks: ph.Tasks, samples: int = 400) -> Recovered:
-    """Run the prior on the tasks' support shots, a hundred tasks at a time."""
+def recover(model: ph.models.MetaHybridVAE, guide: ph.AmortizedGuide, tasks: ph.Tasks, samples: int = 400) -> Recovered:
+    """Read the tasks' support shots, a hundred tasks at a time: with the prior, or the guide where the prior can't."""
     assert tasks.truth is not None
     sites, pieces = list(model.system.physics) + ["unknown"], []
     for start in tqdm(range(0, len(tasks), 100), desc="reading supports", unit="batch", leave=False):
-        prior = model.prior(tasks[start : start + 100].episode().support)
-        pieces.append(torch.cat([prior[name].sample((samples,)) for name in sites], -1).cpu())
+        support = tasks[start : start + 100].episode().support
+        if isinstance(model.prior, ph.UnconditionalPrior):
+            found = ph.draws(model, guide, support, samples)
+        else:
+            found = {name: fn.sample((samples,)) for name, fn in model.prior(support).items()}
+        pieces.append(torch.cat([found[name] for name in sites], -1).cpu())
     draws = torch.cat(pieces, 1)
     names = [*model.system.physics, *model.system.unknown]
     truth = torch.cat([tasks.truth[name] for name in sites], -1)
@@ -104,13 +110,14 @@ def judge(model: ph.models.MetaHybridVAE, guide: ph.AmortizedGuide, train: ph.Ta
 
     The linear map and the unmixing come from training tasks; the held-out ones only get them applied.
     """
-    seen, new = recover(model, train[:500]), recover(model, held_out)
+    seen, new = recover(model, guide, train[:500]), recover(model, guide, held_out)
     plain = ph.mcc(new.mean, new.truth)
     unmixed = ph.disentangle(new.mean, fit=seen.mean)
     alone = ph.disentangle(new.mean[:, new.neural], fit=seen.mean[:, seen.neural])
     bound = model.system.cramer_rao(held_out.episode().support, held_out.truth).mean(0)
     after = torch.cat([new.mean[:, new.physics], alone], -1)
     disentangled = ph.mcc(after, new.truth)
+    neural = ph.mcc(alone, new.truth[:, new.known :])
     aligned = _aligned(seen, new)
     error = (new.mean[:, new.physics] - new.truth[:, new.physics]).square().mean(0)
     numbers: dict[str, object] = {
@@ -121,6 +128,7 @@ def judge(model: ph.models.MetaHybridVAE, guide: ph.AmortizedGuide, train: ph.Ta
         "strong_mcc": round(plain.strong, 4),
         "after_disentangle": disentangled.matched.round(4).tolist(),
         "strong_mcc_after_disentangle": round(disentangled.strong, 4),
+        "strong_mcc_neural_after_disentangle": round(neural.strong, 4),
         "strong_mcc_after_disentangling_all_together": round(ph.mcc(unmixed, new.truth).strong, 4),
         "weak_mcc": round(plain.weak, 4),
         "mse_physics": [float(f"{x:.4g}") for x in error],
@@ -180,7 +188,7 @@ def export(choice: argparse.Namespace, model: ph.models.MetaHybridVAE, guide: ph
            report: Report, fit: ph.Fit, started: float) -> None:
     """Write posterior.nc, the figures and metrics.json."""
     few = held_out[:20].episode()
-    data = ph.to_arviz(model, guide, few, 500)
+    data = ph.to_arviz(model, guide, few, 500, names={"x": model.system.names})
     ph.save_arviz(data, choice.out / "posterior.nc")
     _figures(choice.out, model, guide, held_out, report, fit)
     metrics = {
@@ -250,10 +258,10 @@ def trajectories_figure(model: ph.models.MetaHybridVAE, guide: ph.AmortizedGuide
             axis.fill_between(episode.times, low, high, color=ORANGE, alpha=0.3, lw=0, label="prediction, 90%")
             axis.plot(episode.times, rebuilt[:, column, :, s].mean(0), color=BLUE, lw=1.2, label="reconstruction")
             axis.plot(episode.times, episode.query[column, 0, :, s], ".", color="black", ms=2.5, label="observed")
-            axis.set_ylabel(f"sensor {s}" if column == 0 else "")
+            axis.set_ylabel(model.system.names[s] if column == 0 else "")
         axes[0, column].set_title(f"held-out task {column}")
         axes[-1, column].set_xlabel("time")
-    axes[0, 0].legend(fontsize=7)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
 
 

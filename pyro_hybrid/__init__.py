@@ -8,7 +8,7 @@ from .identifiability.mcc import disentangle, mcc
 from .linearise import Linearised
 from .mixing import Mixing, Residual, overlap
 from .module import HybridModel
-from .posterior import draws, load_arviz, pareto_k, predict, save_arviz, summary, to_arviz
+from .posterior import calibrate, draws, load_arviz, pareto_k, predict, save_arviz, summary, to_arviz
 from .prior import SupportPrior, UnconditionalPrior
 from .tasks import Episode, Tasks
 from .training import SVI, Fit, TrainingError, meta_train
@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "SVI", "AmortizedGuide", "Episode", "Fit", "HybridModel", "Linearised", "Mixing", "Residual", "SetEncoder",
-    "SolverError", "SupportPrior", "Tasks", "TrainingError", "UnconditionalPrior", "disentangle", "draws", "families", "load_arviz", "mcc",
-    "meta_train", "models", "pareto_k", "predict", "save_arviz", "solve", "summary", "systems", "to_arviz",
+    "SolverError", "SupportPrior", "Tasks", "TrainingError", "UnconditionalPrior", "calibrate", "disentangle", "draws",
+    "families", "load_arviz", "mcc", "meta_train", "models", "overlap", "pareto_k", "predict", "save_arviz", "solve",
+    "summary", "systems", "to_arviz",
 ]

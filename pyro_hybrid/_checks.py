@@ -23,10 +23,10 @@ def require(condition: bool, expected: str, came: object, remedy: str, error: ty
 
 def require_floating(name: str, value: object) -> None:
     """Only floating-point tensors: an integer trajectory would be truncated silently somewhere else."""
-    require(isinstance(value, Tensor), f"{name} to be a torch tensor", type(value).__name__,
-            f"Convert it: torch.as_tensor({name}, dtype=torch.float32).", TypeError)
-    dtype = value.dtype  # type: ignore[attr-defined]
-    require(dtype in (torch.float32, torch.float64), f"{name} in float32 or float64", dtype,
+    if not isinstance(value, Tensor):
+        fail(f"{name} to be a torch tensor", type(value).__name__,
+             f"Convert it: torch.as_tensor({name}, dtype=torch.float32).", TypeError)
+    require(value.dtype in (torch.float32, torch.float64), f"{name} in float32 or float64", value.dtype,
             f"Convert it: {name}.float() or {name}.double().", TypeError)
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 
 import torch
@@ -39,24 +39,23 @@ class SolverError(RuntimeError):
         register_exception_handler("pyro_hybrid", lambda e: isinstance(e, SolverError), warn_on_overwrite=False)
 
 
-@contextlib.contextmanager
-def failures_as_values() -> Iterator[None]:
+def failures_as_values() -> AbstractContextManager[None]:
     """Inside, a diverging trajectory comes back as NaN or Inf instead of raising; others are untouched."""
-    token = _raise_failures.set(False)
-    try:
-        yield
-    finally:
-        _raise_failures.reset(token)
+    return _inside(_raise_failures, False)
 
 
-@contextlib.contextmanager
-def standing_still() -> Iterator[None]:
+def standing_still() -> AbstractContextManager[None]:
     """Inside, solve integrates nothing: states keep their initial value. For learning what sites a program has."""
-    token = _still.set(True)
+    return _inside(_still, True)
+
+
+@contextmanager
+def _inside(setting: ContextVar[bool], value: bool) -> Iterator[None]:
+    token = setting.set(value)
     try:
         yield
     finally:
-        _still.reset(token)
+        setting.reset(token)
 
 
 def solve(field: Field, initial: State, times: Times, *, method: str = "rk4", substeps: int = 1,

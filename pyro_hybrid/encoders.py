@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ._checks import require
+from ._checks import fail, require
 
 if TYPE_CHECKING:
     from .tasks import Episode
@@ -53,9 +53,9 @@ class SetEncoder(nn.Module):
         """Features of each trajectory by itself, ``(task, shot, features)``."""
         whole = episode.whole or episode
         values = whole.query
-        require(values is not None, "an episode with observations", "query=None",
-                "An encoder reads trajectories; simulate from the prior instead.")
-        assert values is not None  # for the type checker; the line above raises
+        if values is None:
+            fail("an episode with observations", "query=None",
+                 "An encoder reads trajectories; simulate from the prior instead.")
         self._check(values)
         seen = torch.as_tensor(whole.seen, device=values.device).expand_as(values)
         standard = ((values - self.centre) / self.scale).where(seen, 0.0)

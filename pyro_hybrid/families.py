@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch import distributions as td
 from torch.distributions import transforms
-from torch.nn.functional import softplus
 
 from ._checks import fail, require
-from ._types import Latent, Natural
+from ._moments import inverse_circular, inverse_logit_moments, inverse_trigamma, log_dispersion
+from ._types import Latent, Natural, Stock
 
 __all__ = ["Beta", "Family", "FullNormal", "Gamma", "LogNormal", "Normal", "VonMises"]
 
@@ -27,8 +27,6 @@ _REACH = 60.0
 _MOST_COUPLED = 4.0
 # torch's VonMises has NaN gradients in float32 below κ = 7e-5: no angle here is flatter than this.
 _FLATTEST = 1e-4
-# Standard deviations of an angle, in radians, that from_gaussian aims at: at the second it is uniform.
-_ANGULAR = (1e-4, 4.0)
 
 
 @dataclass(frozen=True)
@@ -92,7 +90,7 @@ class Family(ABC):
     def gaussian(self, natural: Natural) -> tuple[Latent, Latent]:
         """Mean and standard deviation of u: (..., n, k) -> (..., n) twice."""
 
-    def distribution(self, natural: Natural) -> td.Distribution:
+    def distribution(self, natural: Natural) -> Stock:
         """The stock Pyro distribution with parameter λ: (..., n, k) -> batch shape (...), event shape (n,)."""
         self._require_shape(natural)
         try:
@@ -249,7 +247,7 @@ class Gamma(Family):
         return torch.stack([torch.digamma(shape) - rate.log(), shape / rate], -1)
 
     def from_gaussian(self, mean: Latent, scale: Latent) -> Natural:
-        shape = _inverse_trigamma(scale.double() ** 2)
+        shape = inverse_trigamma(scale.double() ** 2)
         rate = (torch.digamma(shape) - mean.double().clamp(-_REACH, _REACH)).exp()
         return self._from_parameters(shape, rate).to(mean.dtype)
 
@@ -293,7 +291,7 @@ class Beta(Family):
         return torch.digamma(natural + 1) - torch.digamma(natural.sum(-1, keepdim=True) + 2)
 
     def from_gaussian(self, mean: Latent, scale: Latent) -> Natural:
-        counts = _inverse_logit_moments(mean.double().clamp(-_REACH, _REACH), scale.double() ** 2)
+        counts = inverse_logit_moments(mean.double().clamp(-_REACH, _REACH), scale.double() ** 2)
         return self._from_parameters(*counts).to(mean.dtype)
 
     def gaussian(self, natural: Natural) -> tuple[Latent, Latent]:
@@ -340,11 +338,11 @@ class VonMises(Family):
         return natural * (resultant / concentration)[..., None]
 
     def from_gaussian(self, mean: Latent, scale: Latent) -> Natural:
-        return self._from_parameters(mean, _inverse_circular(scale.double()).to(mean.dtype))
+        return self._from_parameters(mean, inverse_circular(scale.double()).to(mean.dtype))
 
     def gaussian(self, natural: Natural) -> tuple[Latent, Latent]:
         mean, concentration = self._parameters(natural.double())
-        scale = (2 * torch.log1p(_log_dispersion(concentration).exp())).sqrt()
+        scale = (2 * torch.log1p(log_dispersion(concentration).exp())).sqrt()
         return mean.to(natural.dtype), scale.to(natural.dtype)
 
     def constrained(self, u: Tensor) -> Tensor:
@@ -444,57 +442,6 @@ def _bounded(x: Tensor, lowest: float, highest: float) -> Tensor:
     """Identity near 0, within (lowest, highest), twice differentiable; its slope outlives tanh's."""
     limit = torch.full_like(x, highest).masked_fill(x < 0, lowest)
     return x * (1 + (x / limit) ** 2).rsqrt()
-
-
-def _inverse_trigamma(variance: Tensor) -> Tensor:
-    """α with ψ₁(α) = variance: Newton in log α, where log ψ₁ is nearly straight; three steps reach 1e-14."""
-    log_shape = ((1 + (1 + 2 * variance).sqrt()) / (2 * variance)).log()
-    for _ in range(3):
-        shape = log_shape.exp()
-        trigamma = torch.polygamma(1, shape)
-        log_shape = log_shape - (trigamma / variance).log() * trigamma / (shape * torch.polygamma(2, shape))
-    return log_shape.exp()
-
-
-def _inverse_logit_moments(mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
-    r"""α, β with ψ(α) - ψ(β) = mean and ψ₁(α) + ψ₁(β) = variance, to 1e-6 in twelve steps.
-
-    .. math:: \alpha = 1 / \log(1 + e^{-p}), \quad \beta = 1 / \log(1 + e^{-q}), \qquad \psi(\alpha) \approx p
-
-    In p and q the first equation has slope 1, nearly, and so has the second read through ``_digamma_at``.
-    """
-    goal = _digamma_at(variance)
-    p, q = _digamma_at(variance * (-mean).sigmoid()), _digamma_at(variance * mean.sigmoid())
-    for _ in range(12):
-        a, b = 1 / softplus(-p), 1 / softplus(-q)
-        rise = (goal - _digamma_at(torch.polygamma(1, a) + torch.polygamma(1, b))) / 1.1
-        turn = (mean - torch.digamma(a) + torch.digamma(b)) / 2.2
-        p, q = p + rise + turn, q + rise - turn
-    return 1 / softplus(-p), 1 / softplus(-q)
-
-
-def _digamma_at(trigamma: Tensor) -> Tensor:
-    """About ψ(α) where ψ₁(α) is this; right at both ends."""
-    x = 2 * trigamma / (1 + (1 + 4 * trigamma).sqrt())
-    return -x - (-torch.expm1(-x)).log()
-
-
-def _inverse_circular(scale: Tensor) -> Tensor:
-    """κ with I₁(κ)/I₀(κ) = exp(-scale²/2): twelve steps in log κ, each leaving a fifth of the error."""
-    goal = torch.expm1(scale.clamp(*_ANGULAR) ** 2 / 2).log()
-    log_concentration = -goal
-    for _ in range(12):
-        # 1.28 is midway between the slopes, 1 and 1.56
-        log_concentration = log_concentration + (_log_dispersion(log_concentration.exp()) - goal) / 1.28
-    return log_concentration.exp()
-
-
-def _log_dispersion(concentration: Tensor) -> Tensor:
-    """log(1/A - 1) with A = I₁(κ)/I₀(κ), nearly -log κ; beyond κ = 100, where 1 - A cancels, by expansion."""
-    low, x = concentration.clamp(max=100.0), 1 / concentration.clamp(min=100.0)
-    i0, i1 = torch.special.i0e(low), torch.special.i1e(low)
-    gap = x / 2 + x**2 / 8 + x**3 / 8 + 25 * x**4 / 128 + 13 * x**5 / 32
-    return torch.where(concentration < 100.0, (i0 - i1).log() - i1.log(), gap.log() - torch.log1p(-gap))
 
 
 def _precision(natural: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ._checks import require
-from ._types import Natural
+from ._types import Natural, Stock
 from .dynamics import standing_still
 from .encoders import SetEncoder
 from .linearise import Belief, Linearised, Problem, observed
@@ -64,7 +64,7 @@ class AmortizedGuide(nn.Module):
         with plate:
             values = {name: pyro.sample(name, self.prior.sites[name].distribution(natural))
                       for name, natural in naturals.items()}
-        shots = None if computed else self._prior_shots(episode, values)
+        shots = {} if computed else self._prior_shots(episode, values)
         with plate:
             if computed:
                 return values | self._shots(values, *computed)
@@ -76,17 +76,16 @@ class AmortizedGuide(nn.Module):
         if isinstance(self.prior, SupportPrior):
             assert episode.support is not None
             features = torch.cat([features, self.prior.encoder(episode.support.canonical)], -1)
-        pieces = self.head(features).split([f.n * f.k for f in self.prior.sites.values()], -1)
         naturals = self.prior.natural(episode.support)
-        return {name: natural + self.prior.sites[name].evidence(piece.unflatten(-1, natural.shape[-2:]))
-                for (name, natural), piece in zip(naturals.items(), pieces, strict=True)}
+        return {name: naturals[name] + self.prior.sites[name].evidence(piece)
+                for name, piece in self.prior.pieces(self.head(features)).items()}
 
     @torch.no_grad()
     def _computed(self, episode: Episode) -> tuple[Problem, Belief]:
         assert self.evidence is not None
         mean, precision = self.prior.gaussian(episode.support)
         problem = Problem(self.prior.program, replace(episode, support=None), self.prior.sites, mean, precision)
-        return problem, self.evidence(problem, mean)
+        return problem, self.prior.tempered(self.evidence(problem, mean), precision)
 
     def _shots(self, values: dict[str, Tensor], problem: Problem, belief: Belief) -> dict[str, Tensor]:
         """Latents of shots, site by site, each given the task's and the sites before it."""
@@ -106,7 +105,7 @@ class AmortizedGuide(nn.Module):
                 mean = mean[..., size:] - shift.to(mean.dtype)
         return drawn
 
-    def _prior_shots(self, episode: Episode, values: dict[str, Tensor]) -> dict[str, dist.Distribution]:
+    def _prior_shots(self, episode: Episode, values: dict[str, Tensor]) -> dict[str, Stock]:
         """What the program itself says of its shots' latents."""
         program = getattr(self.prior, "_program", None)
         if program is None:

@@ -10,28 +10,32 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import pyro.distributions as dist
 import torch
 from pyro import poutine
 from torch import Tensor
+from torch.distributions import Distribution, Independent
 
 from ._checks import require
 from .dynamics import failures_as_values, standing_still
 from .families import Family
 from .tasks import Episode
 
-__all__ = ["Belief", "Linearised", "Problem", "Program", "bare", "is_random", "observed"]
+__all__ = ["Belief", "Linearised", "Problem", "Program", "Site", "bare", "is_random", "observed", "random_sites"]
 
 Program = Callable[[Episode], object]
+Site = Mapping[str, Any]
 
 
 class Belief(NamedTuple):
     """A Gaussian posterior in unconstrained coordinates: of a task's latents, and of each shot's given the task's.
 
-    ``mean`` (task, d) and ``precision`` (task, d, d) are the task's. ``shot_mean`` (task, shot, m) holds where the task's
-    latents are at their mean; ``shot_precision`` (task, shot, m, m) and ``coupling`` (task, shot, m, d) say how it moves.
+    ``mean`` (task, d) and ``precision`` (task, d, d) are the task's. ``shot_mean`` (task, shot, m) holds where the
+    task's latents are at their mean; ``shot_precision`` (task, shot, m, m) and ``coupling`` (task, shot, m, d) say how
+    it moves.
     """
 
     mean: Tensor
@@ -61,7 +65,8 @@ class Observed(NamedTuple):
     mask: Tensor
 
 
-def observed(program: Program, episode: Episode, values: Mapping[str, Tensor]) -> tuple[list[Observed], dict[str, Tensor]]:
+def observed(program: Program, episode: Episode, values: Mapping[str, Tensor],
+             ) -> tuple[list[Observed], dict[str, Tensor]]:
     """Run a program with latents set to ``values``: its observed sites, and all other latents as (mean, scale) stacked.
 
     Nothing of the run is seen by handlers outside, and a diverging trajectory comes back as NaN.
@@ -69,8 +74,8 @@ def observed(program: Program, episode: Episode, values: Mapping[str, Tensor]) -
     with poutine.block(), failures_as_values():
         trace = poutine.trace(poutine.condition(program, data=dict(values))).get_trace(episode)
     seen, free = [], {}
-    for name, site in trace.nodes.items():
-        if name in values or not is_random(site):
+    for name, site in random_sites(trace).items():
+        if name in values:
             continue
         fn, mask = bare(site["fn"], site["mask"])
         if not site["is_observed"]:
@@ -80,17 +85,22 @@ def observed(program: Program, episode: Episode, values: Mapping[str, Tensor]) -
     return seen, free
 
 
-def is_random(site: Mapping[str, Any]) -> bool:
+def random_sites(trace: poutine.Trace) -> dict[str, Site]:
+    """A trace's latents and observations, by name."""
+    return {name: site for name, site in trace.nodes.items() if is_random(site)}
+
+
+def is_random(site: Site) -> bool:
     """Whether a trace's site is a latent or an observation: not a parameter, a plate or a factor."""
     return site["type"] == "sample" and type(site["fn"]).__name__ not in ("_Subsample", "Unit")
 
 
-def bare(fn: object, mask: Tensor | bool | None) -> tuple[object, Tensor | bool]:
+def bare(fn: Distribution, mask: Tensor | bool | None) -> tuple[Distribution, Tensor | bool]:
     """The distribution without its Independent and Masked wrappers, and the product of the masks."""
     mask = True if mask is None else mask
-    while hasattr(fn, "base_dist") and type(fn).__name__ in ("Independent", "MaskedDistribution", "ExpandedDistribution"):
-        if type(fn).__name__ == "MaskedDistribution":
-            mask = fn._mask & mask  # type: ignore[attr-defined]
+    while isinstance(fn, Independent | dist.ExpandedDistribution | dist.MaskedDistribution):
+        if isinstance(fn, dist.MaskedDistribution):
+            mask = fn._mask & mask
         fn = fn.base_dist
     return fn, mask
 
@@ -139,7 +149,7 @@ class Problem:
         return sites
 
     def errors(self, task: Tensor, shot: Tensor) -> Tensor:
-        """Whitened errors ``(copy, task, shot, number)`` of latents ``(copy, task, d)`` and ``(copy, task, shot, m)``."""
+        """Whitened errors (copy, task, shot, number) of latents (copy, task, d) and (copy, task, shot, m)."""
         copies, shots = task.shape[0], self.episode.shape[1]
         rows = []
         for site in observed(self.program, self.episode, self.values(task, shot))[0]:
@@ -154,7 +164,7 @@ class Problem:
         return torch.cat(rows, -1)
 
     def jacobian(self, task: Tensor, shot: Tensor) -> tuple[Tensor, Tensor]:
-        """Errors (task, shot, number) and their derivatives (task, shot, d + m, number), by d + m + 1 solves at once."""
+        """Errors (task, shot, number) and their derivatives (task, shot, d + m, number): d + m + 1 solves at once."""
         h = 10.0 * math.sqrt(torch.finfo(task.dtype).eps)
         copies = 1 + self.d + self.m
         moved = h * torch.eye(copies, dtype=task.dtype, device=task.device)[:, 1:]
@@ -192,25 +202,37 @@ class Linearised:
     Arguments:
         iterations: number of Gauss-Newton steps tried on the trajectories as they are.
         segments: segment lengths of the iterations before those.
+        restarts: further starts, spread over the prior; by task the best end counts. For the final answer: each costs
+            as much as the first.
         damping: first Levenberg-Marquardt damping, relative to the precision's diagonal.
         reach: the longest step of a latent, in unconstrained coordinates.
     """
 
-    def __init__(self, iterations: int = 2, *, segments: Sequence[int] = (), damping: float = 1e-3,
-                 reach: float = 1.0) -> None:
+    def __init__(self, iterations: int = 2, *, segments: Sequence[int] = (), restarts: int = 0,
+                 damping: float = 1e-3, reach: float = 1.0) -> None:
         require(iterations >= 1, "iterations of 1 or more", iterations, "Leave evidence=None for the encoder alone.")
-        self.iterations, self.segments, self.damping, self.reach = iterations, tuple(segments), damping, reach
+        self.iterations, self.segments, self.restarts = iterations, tuple(segments), restarts
+        self.damping, self.reach = damping, reach
 
     @torch.no_grad()
     def __call__(self, problem: Problem, start: Tensor) -> Belief:
-        """The posterior of a problem's latents to second order, from a start ``(task, d)`` or the prior's mean if better."""
+        """The posterior of a problem's latents to second order.
+
+        It starts at ``start`` (task, d), or at the prior's mean where that explains the trajectories better.
+        """
         stages = [(problem.cut(length), len(list(group))) for length, group in itertools.groupby(self.segments)]
         stages = [(pieces, n) for pieces, n in stages if pieces is not problem] + [(problem, self.iterations)]
-        start = _better(stages[0][0], start)
-        for pieces, iterations in stages:
-            point = self._iterate(pieces, start, iterations)
+        best = self._from(stages, _better(stages[0][0], start))
+        for other in _spread(problem, self.restarts):
+            point = self._from(stages, other)
+            best = _Point(*(_where(point.cost < best.cost, a, b) for a, b in zip(point, best, strict=True)))
+        return _belief(problem, best)
+
+    def _from(self, stages: list[tuple[Problem, int]], start: Tensor) -> _Point:
+        for problem, iterations in stages:
+            point = self._iterate(problem, start, iterations)
             start = point.task
-        return _belief(problem, point)
+        return point
 
     def _iterate(self, problem: Problem, start: Tensor, iterations: int) -> _Point:
         point = _at(problem, start, problem.shot_mean)
@@ -248,6 +270,16 @@ def _at(problem: Problem, task: Tensor, shot: Tensor) -> _Point:
     slopes, error = (_where(finite, x, torch.zeros_like(x)) for x in (slopes, error))
     slopes = slopes.double()  # sensitivities of a chaotic system differ by more than float32 has digits
     return _Point(task, shot, slopes @ slopes.mT, _times(slopes, error.double()), cost.where(finite, torch.inf))
+
+
+def _spread(problem: Problem, number: int) -> Iterator[Tensor]:
+    """Starts that fill the prior evenly, the same ones every time."""
+    if number == 0:
+        return
+    even = torch.quasirandom.SobolEngine(problem.d).draw(number + 2)[2:].to(problem.mean)  # not 0, nor the mean
+    spread = torch.linalg.inv(problem.precision).diagonal(dim1=-2, dim2=-1).sqrt()
+    for point in torch.special.ndtri(even):
+        yield problem.mean + spread * point
 
 
 def _better(problem: Problem, start: Tensor) -> Tensor:

@@ -122,10 +122,12 @@ def overlap(correction: Tensor, tangents: Sequence[Tensor]) -> Tensor:
     Returns:
         One number for each task, to be weighed in a ``pyro.factor``.
     """
-    total = torch.zeros_like(correction[..., 0, 0])
+    shape = tuple(correction.shape)
+    require(len(shape) > 1 and shape[-2] > 1, "a correction (..., task, sample, component) at two samples or more", shape,
+            "Evaluate both terms at many states of each task.")
+    total, n = torch.zeros_like(correction[..., 0, 0]), shape[-2]
     for tangent in tangents:
         products = (correction * tangent).sum(-1)
-        n = products.shape[-1]
         square = (products.sum(-1).square() - products.square().sum(-1)) / (n * (n - 1))
         total = total + square / tangent.square().sum(-1).mean(-1).clamp(min=1e-12)
     return total

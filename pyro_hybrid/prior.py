@@ -6,12 +6,11 @@ from collections.abc import Mapping, Sequence
 
 import pyro
 import torch
-from pyro.distributions import Distribution
 from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor, nn
 
-from ._checks import require
-from ._types import Natural
+from ._checks import fail, require
+from ._types import Natural, Stock
 from .encoders import SetEncoder
 from .families import Family, FullNormal
 from .linearise import Belief, Linearised, Problem, Program
@@ -27,14 +26,18 @@ class Prior(nn.Module):
         sites: one exponential family for each Pyro site, by name.
     """
 
+    spread: Tensor
+
     def __init__(self, sites: Mapping[str, Family]) -> None:
         super().__init__()
-        require(bool(sites), "at least one site", "none", "Name one: SupportPrior(encoder, omega=ph.families.LogNormal(1)).")
+        require(bool(sites), "at least one site", "none",
+                "Name one: SupportPrior(encoder, omega=ph.families.LogNormal(1)).")
         for name, family in sites.items():
             require(isinstance(family, Family), f"a family from ph.families for {name!r}", type(family).__name__,
                     f"For example {name}=ph.families.Normal(2).", TypeError)
         self.sites = dict(sites)
         self.base = nn.Parameter(torch.zeros(sum(f.n * f.k for f in sites.values())))
+        self.register_buffer("spread", torch.ones(sum(f.n for f in sites.values())))
         self._program: Program | None = None
 
     def bind(self, program: Program) -> None:
@@ -44,30 +47,45 @@ class Prior(nn.Module):
     @property
     def program(self) -> Program:
         """The program that this prior belongs to."""
-        require(self._program is not None, "a prior that belongs to a program", "one that doesn't",
-                "Assign it in a HybridModel (self.prior = ...), or call prior.bind(program).")
-        return self._program  # type: ignore[return-value]
+        if self._program is None:
+            fail("a prior that belongs to a program", "one that doesn't",
+                 "Assign it in a HybridModel (self.prior = ...), or call prior.bind(program).")
+        return self._program
 
     def natural(self, support: Episode | None) -> dict[str, Natural]:
         """Natural parameters λ(S) of each site, ``(task, component, statistic)``; of the population where S is None."""
         return self._split(self.base)
 
-    def forward(self, support: Episode | None) -> dict[str, Distribution]:
+    def forward(self, support: Episode | None) -> dict[str, Stock]:
         """The prior's distributions, one for each site."""
         return {name: self.sites[name].distribution(natural) for name, natural in self.natural(support).items()}
 
     def gaussian(self, support: Episode | None) -> tuple[Tensor, Tensor]:
         """Mean (task, d) and precision (task, d, d) of all sites in unconstrained coordinates."""
-        parts = [self.sites[name].gaussian(natural) for name, natural in self.natural(support).items()]
-        mean, scale = (torch.cat(part, -1).detach() for part in zip(*parts, strict=True))
+        mean, scale = (x.detach() for x in self._coordinates(self.natural(support)))
         if support is not None and mean.dim() == 1:
             mean, scale = (x.expand(support.shape[0], -1) for x in (mean, scale))
         return mean, torch.diag_embed(scale.square().reciprocal())
 
-    def _split(self, raw: Tensor) -> dict[str, Natural]:
+    def tempered(self, belief: Belief, before: Tensor) -> Belief:
+        """A belief whose evidence, beyond the precision before it, counts as ``spread`` says: see ph.calibrate."""
+        weight = self.spread.double().reciprocal()
+        evidence = weight.unsqueeze(-1) * (belief.precision - before) * weight
+        return belief._replace(precision=before + evidence)
+
+    def pieces(self, raw: Tensor) -> dict[str, Tensor]:
+        """As many numbers as ``base`` has in the last axis, dealt out to the sites: ``(..., component, statistic)``."""
         pieces = raw.split([f.n * f.k for f in self.sites.values()], -1)
-        return {name: f.from_raw(piece.unflatten(-1, (f.n, f.k)))
+        return {name: piece.unflatten(-1, (f.n, f.k))
                 for (name, f), piece in zip(self.sites.items(), pieces, strict=True)}
+
+    def _split(self, raw: Tensor) -> dict[str, Natural]:
+        return {name: self.sites[name].from_raw(piece) for name, piece in self.pieces(raw).items()}
+
+    def _coordinates(self, naturals: Mapping[str, Natural]) -> tuple[Tensor, Tensor]:
+        parts = [self.sites[name].gaussian(natural) for name, natural in naturals.items()]
+        mean, scale = (torch.cat(part, -1) for part in zip(*parts, strict=True))
+        return mean, scale
 
 
 class UnconditionalPrior(Prior):
@@ -114,8 +132,8 @@ class SupportPrior(Prior):
             return self._split(self.propose(support))
         return handed_out(self.sites, self.belief(support))
 
-    def forward(self, support: Episode | None) -> dict[str, Distribution]:
-        if support is not None and am_i_wrapped():
+    def forward(self, support: Episode | None) -> dict[str, Stock]:
+        if support is not None and am_i_wrapped() and torch.is_grad_enabled():
             self._train_aside(support)
         return super().forward(support)
 
@@ -133,20 +151,15 @@ class SupportPrior(Prior):
     def belief(self, support: Episode) -> Belief:
         """The support's posterior by computed evidence, with its full precision; the last one is remembered."""
         assert self.evidence is not None
-        state = _state(list(getattr(self.program, "parameters", self.parameters)()))
+        state = id(self.evidence), *_state([*getattr(self.program, "parameters", self.parameters)(), self.spread])
         if self._last is None or self._last[0] is not support or self._last[1] != state:
             shots = support.canonical
             mean, precision = super().gaussian(None)
             tasks = support.shape[0]
             problem = Problem(self.program, shots, self.sites, mean.expand(tasks, -1), precision.expand(tasks, -1, -1))
             start = self._coordinates(self._split(self.propose(support)))[0]
-            self._last = support, state, self.evidence(problem, start)
+            self._last = support, state, self.tempered(self.evidence(problem, start), problem.precision)
         return self._last[2]
-
-    def _coordinates(self, naturals: Mapping[str, Natural]) -> tuple[Tensor, Tensor]:
-        parts = [self.sites[name].gaussian(natural) for name, natural in naturals.items()]
-        mean, scale = (torch.cat(part, -1) for part in zip(*parts, strict=True))
-        return mean, scale
 
     def _train_aside(self, support: Episode) -> None:
         """Train the population, and the encoder where it only proposes, towards what is believed of these tasks."""
@@ -158,7 +171,7 @@ class SupportPrior(Prior):
             belief = self.belief(support)
             mean, scale = belief.mean, belief.covariance.diagonal(dim1=-2, dim2=-1).sqrt().to(belief.mean.dtype)
             targets.append(proposed)
-        loss = sum(_divergence(mean, scale, *target) for target in targets)
+        loss = torch.stack([_divergence(mean, scale, *target) for target in targets]).sum()
         pyro.factor("proposals", loss.detach() - loss)
 
     def __getstate__(self) -> dict[str, object]:

@@ -59,6 +59,11 @@ class Episode:
         return first.shape[0], first.shape[1]
 
     @property
+    def measured(self) -> Tensor:
+        """The initial state as one tensor, ``(task, shot, component)``."""
+        return torch.stack(self.initial, -1) if isinstance(self.initial, tuple) else self.initial
+
+    @property
     def plate(self) -> pyro.plate:
         """Tasks are independent: ``with episode.plate: ...``."""
         return pyro.plate("task", self.shape[0], dim=-1)
@@ -129,9 +134,9 @@ class Episode:
         last = self.times.shape[-1] - 1
         if steps is None or steps >= last or self.query is None:
             return self
-        require(self.states is not None, "measured states at all times, to restart from", "initial states alone",
-                "Pass initial= with a time axis to Tasks, or meta_train(..., curriculum={0.0: None}).")
-        assert self.states is not None  # for the type checker; the line above raises
+        if self.states is None:
+            fail("measured states at all times, to restart from", "initial states alone",
+                 "Pass initial= with a time axis to Tasks, or meta_train(..., curriculum={0.0: None}).")
         starts = [min(s, last - steps) for s in range(0, last, steps)]
         index = torch.tensor([[s + k for k in range(steps + 1)] for s in starts], device=self.times.device)
         fresh = torch.ones(len(starts), steps + 1, dtype=torch.bool, device=self.times.device)

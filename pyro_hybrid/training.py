@@ -30,6 +30,7 @@ from .tasks import Episode, Tasks
 __all__ = ["SVI", "Fit", "TrainingError", "meta_train"]
 
 Length = int | None | tuple[int | None, int]
+Weights = list[dict[str, Any]]
 _log = logging.getLogger(__name__)
 
 
@@ -43,28 +44,23 @@ class SVI(PyroSVI):
     Underneath, the ELBO is an ``nn.Module`` over model and guide, stepped by one torch optimizer.
 
     Arguments:
-        model, guide: ``nn.Module``s, such as a HybridModel and an AmortizedGuide.
+        model, guide: each an ``nn.Module``, such as a HybridModel and an AmortizedGuide.
         optim: a torch optimizer over their parameters, or a ``pyro.optim`` one, whose class and options are taken.
         loss: a Pyro ELBO.
     """
 
     def __init__(self, model: nn.Module, guide: nn.Module, optim: torch.optim.Optimizer | PyroOptim,
-                 loss: Any = None) -> None:  # noqa: ANN401
+                 loss: Any = None) -> None:
         require_local(model=model, guide=guide)
         self.model, self.guide = model, guide
         self.elbo = (TraceMeanField_ELBO() if loss is None else loss)(model, guide)
-        if isinstance(optim, PyroOptim):
-            require(type(optim) is PyroOptim and isinstance(optim.pt_optim_args, dict) and not optim.pt_clip_args,
-                    "a pyro.optim optimizer with a dictionary of options only", type(optim).__name__ + " with more",
-                    "Pass a torch optimizer with a schedule of torch's beside it; meta_train clips and schedules itself.")
-            optim = optim.pt_optim_constructor(self.parameters(), **optim.pt_optim_args)
-        self.optim = optim
+        self.optim = _torchs(optim, self.parameters()) if isinstance(optim, PyroOptim) else optim
 
     def parameters(self) -> list[nn.Parameter]:
         """Every parameter of model and guide, once."""
         return [p for p in self.elbo.parameters() if p.requires_grad]
 
-    def backward(self, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401
+    def backward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The loss, with its gradients left on the parameters."""
         self.optim.zero_grad(set_to_none=True)
         with local_parameters():
@@ -73,17 +69,25 @@ class SVI(PyroSVI):
                 loss.backward()
         return loss.detach()
 
-    def step(self, *args: Any, **kwargs: Any) -> float:  # noqa: ANN401
+    def step(self, *args: Any, **kwargs: Any) -> float:
         """One gradient step; returns the loss."""
         loss = self.backward(*args, **kwargs)
         self.optim.step()
         return float(loss)
 
     @torch.no_grad()
-    def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:  # noqa: ANN401
+    def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
         """The loss, with no step taken."""
         with local_parameters():
             return float(self.elbo(*args, **kwargs))
+
+
+def _torchs(optim: Any, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """The torch optimizer that a ``pyro.optim`` one would make for each parameter, for all of them."""
+    require(type(optim) is PyroOptim and isinstance(optim.pt_optim_args, dict) and not optim.pt_clip_args,
+            "a pyro.optim optimizer with a dictionary of options only", type(optim).__name__ + " with more",
+            "Pass a torch optimizer with a schedule of torch's beside it; meta_train clips and schedules itself.")
+    return optim.pt_optim_constructor(parameters, **optim.pt_optim_args)
 
 
 @dataclass
@@ -101,8 +105,8 @@ class Fit:
 
 def meta_train(model: nn.Module, guide: nn.Module, tasks: Tasks, *, steps: int = 1000, batch_size: int = 32,
                learning_rate: float = 3e-3, seed: int = 0, curriculum: Mapping[float, Length] | None = None,
-               warmup: float = 0.0, clip: float = 4.0, average: float = 0.0, held_out: Tasks | None = None, every: int = 100,
-               patience: int | None = None, loss: Any = None, max_skips: int = 20,  # noqa: ANN401
+               warmup: float = 0.0, clip: float = 4.0, average: float = 0.0, held_out: Tasks | None = None,
+               every: int = 100, patience: int | None = None, loss: Any = None, max_skips: int = 20,
                device: torch.device | str | None = None, progress: bool = True,
                callback: Callable[[int, Fit], None] | None = None) -> Fit:
     """Train model and guide over many tasks; same seed, same result.
@@ -113,9 +117,9 @@ def meta_train(model: nn.Module, guide: nn.Module, tasks: Tasks, *, steps: int =
         steps, batch_size: number of gradient steps, and tasks in each.
         learning_rate: its peak; it rises over the first 5% of the steps and then follows a cosine down to a fiftieth.
         seed: of batches and samples. The global random state is left as it was.
-        curriculum: ``{fraction of the steps: length}``: from there on, trajectories are cut into segments of so many steps
-            (None: not cut); of ``(length, horizon)``, only their first ``horizon`` steps are used. Default: segments of
-            a seventh, then of two sevenths, then the whole.
+        curriculum: ``{fraction of the steps: length}``: from there on, trajectories are cut into segments of so many
+            steps (None: not cut); of ``(length, horizon)``, only their first ``horizon`` steps are used. Default:
+            segments of a seventh, then of two sevenths, then the whole.
         warmup: fraction of the steps over which the KL's weight rises from 0 to 1.
         clip: gradients longer than so many times their running mean are shortened.
         average: the parameters' mean over so large a last fraction of the steps is what remains; it damps the noise of
@@ -142,7 +146,8 @@ def meta_train(model: nn.Module, guide: nn.Module, tasks: Tasks, *, steps: int =
 
 def _adam(model: nn.Module, guide: nn.Module, learning_rate: float, device: torch.device) -> torch.optim.Adam:
     parameters = {id(p): p for p in (*model.parameters(), *guide.parameters())}
-    return torch.optim.Adam(parameters.values(), lr=learning_rate, betas=(0.9, 0.99), fused=device.type in ("cpu", "cuda"))
+    fused = device.type in ("cpu", "cuda")
+    return torch.optim.Adam(parameters.values(), lr=learning_rate, betas=(0.9, 0.99), fused=fused)
 
 
 def _standardise(model: nn.Module, guide: nn.Module, tasks: Tasks) -> None:
@@ -186,13 +191,27 @@ class _Loop:
     callback: Callable[[int, Fit], None] | None
 
     def run(self, progress: bool) -> Fit:
-        self.svi.model.train()
         self.fit, self.norm, self.run_of_skips, self.cause = Fit(), 0.0, 0, ""
-        self.good, self.best, self.since = self._state(), (math.inf, None), 0
+        self.good, self.since = self._state(), 0
+        self.best: tuple[float, Weights | None] = math.inf, None
         self.mean: list[Tensor] = []
-        self.averaged = 0
-        batches, start = self.tasks.batches(self.batch_size, self.seed), time.perf_counter()
+        self.averaged, start = 0, time.perf_counter()
         bar = tqdm(range(self.steps), desc="meta-training", unit="step", disable=not progress, dynamic_ncols=True)
+        self.svi.model.train()
+        try:
+            self._steps(bar)
+        finally:
+            self.svi.model.eval()
+            bar.close()
+        if self.averaged and not self.fit.stopped_early and self.patience is None:
+            with torch.no_grad():
+                for parameter, mean in zip(self.svi.parameters(), self.mean, strict=True):
+                    parameter.copy_(mean)
+        self.fit.seconds = time.perf_counter() - start
+        return self.fit
+
+    def _steps(self, bar: tqdm) -> None:
+        batches = self.tasks.batches(self.batch_size, self.seed)
         for step in bar:
             self._step(step, next(batches))
             if step >= (1.0 - self.average) * self.steps:
@@ -203,13 +222,6 @@ class _Loop:
                 self.callback(step, self.fit)
             if self._look(step):
                 break
-        bar.close()
-        if self.averaged and not self.fit.stopped_early and self.patience is None:
-            with torch.no_grad():
-                torch._foreach_copy_(self.svi.parameters(), self.mean)
-        self.svi.model.eval()
-        self.fit.seconds = time.perf_counter() - start
-        return self.fit
 
     def _step(self, step: int, episode: Episode) -> None:
         progress = step / self.steps
@@ -218,26 +230,35 @@ class _Loop:
         for group in self.svi.optim.param_groups:
             group["lr"] = self.learning_rate * rise * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
         weight = 1.0 if progress >= self.warmup else (progress + 1 / self.steps) / self.warmup
-        with _seeded(self.seed, step), pyro.validation_enabled(step == 0), _Terms(weight) as terms:
-            try:
-                loss = float(self.svi.backward(episode))
-            except SolverError as error:
-                loss, self.cause = math.nan, str(error).partition("\n")[0]
+        with _seeded(self.seed, step), _Terms(weight) as terms:
+            loss = self._loss(episode, checked=step == 0)
         norm = self._clip() if math.isfinite(loss) else math.nan
         if not math.isfinite(norm):
             return self._skip(step, loss)
         if step % 50 == 0:
             self.good = self._state()  # before the step: that of a finite loss
         self.svi.optim.step()
-        self.run_of_skips, size = 0, episode.shape[0]
+        self.run_of_skips, self.cause, size = 0, "", episode.shape[0]
         self.fit.loss.append(loss / size)
         log_likelihood = terms.log_likelihood / self.svi.elbo.elbo.num_particles
         self.fit.log_likelihood.append(log_likelihood / size)
         self.fit.kl.append((loss + log_likelihood) / size)  # and factors such as a penalty
 
+    def _loss(self, episode: Episode, *, checked: bool) -> float:
+        """The loss, its gradients left on the parameters; NaN where the numbers are wrong, and not the program."""
+        try:
+            with pyro.validation_enabled(checked):
+                return float(self.svi.backward(episode))
+        except (SolverError, ValueError) as error:
+            failure = error
+        if isinstance(failure, ValueError) and (not checked or math.isfinite(self._loss(episode, checked=False))):
+            raise failure
+        self.cause = str(failure).partition("\n")[0]
+        return math.nan
+
     @torch.no_grad()
     def _average(self) -> None:
-        parameters = self.svi.parameters()
+        parameters: list[Tensor] = [*self.svi.parameters()]
         self.averaged += 1
         if self.averaged == 1:
             self.mean = [p.clone() for p in parameters]
@@ -252,12 +273,13 @@ class _Loop:
     def _skip(self, step: int, loss: float) -> None:
         self.fit.skipped += 1
         self.run_of_skips += 1
-        self.fit.loss.append(math.nan), self.fit.log_likelihood.append(math.nan), self.fit.kl.append(math.nan)
+        for history in (self.fit.loss, self.fit.log_likelihood, self.fit.kl):
+            history.append(math.nan)
         if self.run_of_skips >= self.max_skips:
             self._restore(self.good)
             raise TrainingError(
-                f"{self.run_of_skips} steps in a row up to step {step} had no finite loss and gradient (the last loss was "
-                f"{loss}). {self.cause} The parameters are back at the last good state. Lower learning_rate, start "
+                f"{self.run_of_skips} steps in a row up to step {step} had no finite loss and gradient (the last loss "
+                f"was {loss}). {self.cause} The parameters are back at the last good state. Lower learning_rate, start "
                 "with shorter segments (curriculum={0.0: 5, ...}), or bound the neural term.")
 
     def _look(self, step: int) -> bool:
@@ -284,13 +306,14 @@ class _Loop:
             finite = [v for v in values[-20:] if math.isfinite(v)]
             return sum(finite) / max(len(finite), 1)
 
-        text = f"loss {recent(self.fit.loss):.4g}, log p {recent(self.fit.log_likelihood):.4g}, KL {recent(self.fit.kl):.3g}"
+        loss, likelihood, kl = (recent(x) for x in (self.fit.loss, self.fit.log_likelihood, self.fit.kl))
+        text = f"loss {loss:.4g}, log p {likelihood:.4g}, KL {kl:.3g}"
         return text + (f", {self.fit.skipped} skipped" if self.fit.skipped else "")
 
-    def _state(self) -> list[dict[str, Any]]:
+    def _state(self) -> Weights:
         return [copy.deepcopy(m.state_dict()) for m in (self.svi.model, self.svi.guide)]
 
-    def _restore(self, state: list[dict[str, Any]]) -> None:
+    def _restore(self, state: Weights) -> None:
         for module, values in zip((self.svi.model, self.svi.guide), state, strict=True):
             module.load_state_dict(values)
 
@@ -319,4 +342,4 @@ class _Terms(Messenger):
             with torch.no_grad():
                 value = msg["fn"].log_prob(msg["value"])
                 mask = True if msg["mask"] is None else msg["mask"]
-                self.log_likelihood += float(torch.where(torch.as_tensor(mask), value, 0.0).sum())
+                self.log_likelihood += float(torch.where(torch.as_tensor(mask, device=value.device), value, 0.0).sum())

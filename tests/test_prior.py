@@ -163,6 +163,13 @@ def test_proposals_have_value_zero_and_train_the_population_and_a_proposing_enco
     }
 
 
+@READINGS
+def test_where_nothing_can_be_trained_there_are_no_proposals(evidence: ph.Linearised | None) -> None:
+    with torch.no_grad():
+        trace = poutine.trace(line(evidence)).get_trace(in_float32(make_tasks(3, 4)).episode())
+    assert "proposals" not in trace.nodes
+
+
 def test_a_prior_used_by_itself_trains_nothing_and_says_nothing() -> None:
     model = line(ph.Linearised(2))
     assert set(model.prior(support(3))) == set(SEPARATE)  # a factor outside of inference would warn

@@ -223,6 +223,10 @@ MISUSES: dict[str, tuple[Callable[[], object], str]] = {
         lambda: ph.UnconditionalPrior(omega=torch.distributions.Normal(0.0, 1.0)),
         r"expected a family from ph\.families for 'omega'; got Normal\. For example omega=ph\.families\.Normal\(2\)",
     ),
+    "calibrate": (
+        lambda: ph.calibrate(ph.models.MetaHybridVAE(ph.systems.Pendulum()), tasks(torch.zeros(2, 3, 3, 1))),
+        r"expected a SupportPrior with computed evidence; got SupportPrior\. Set model\.prior\.evidence = ph\.Linearised",
+    ),
     "disentangle": (
         lambda: ph.disentangle([1.0, 2.0]),
         r"to be a torch tensor or a numpy array; got list\. Convert it",
@@ -241,6 +245,10 @@ MISUSES: dict[str, tuple[Callable[[], object], str]] = {
     "models": (
         lambda: ph.models.MetaHybridVAE(ph.systems.Pendulum())(episode(support=episode())),
         r"expected trajectories of \(time, sensor\) = \(50, 2\); got \(3, 1\)",
+    ),
+    "overlap": (
+        lambda: ph.overlap(torch.ones(4, 1, 2), [torch.ones(4, 1, 2)]),
+        r"expected a correction \(\.\.\., task, sample, component\) at two samples or more; got \(4, 1, 2\)\. Evaluate",
     ),
     "pareto_k": (lambda: ph.pareto_k(Empty(), Empty(), episode(), 0), "expected num_samples of 1 or more; got 0"),
     "predict": (lambda: ph.predict(Empty(), episode(), 0), "expected num_samples of 1 or more; got 0"),

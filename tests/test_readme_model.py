@@ -105,7 +105,7 @@ def test_particles_in_one_run_estimate_the_same_loss_as_one_by_one(kind: type[ph
 def test_it_simulates_under_predictive(kind: type[ph.HybridModel], parallel: bool) -> None:
     model, guide = pair(kind)
     samples = Predictive(model, num_samples=3, parallel=parallel)(TASKS.episode().simulation())
-    shapes = {name: tuple(value.shape) for name, value in samples.items() if name != "proposals"}
+    shapes = {name: tuple(value.shape) for name, value in samples.items()}
     assert shapes == {"omega": (3, 4, 1), "unknown": (3, 4, 3), "x": (3, 4, 2, POINTS, 2)}
     after = Predictive(model, guide=guide, num_samples=3, parallel=parallel)(TASKS.episode().simulation())
     assert after["x"].shape == (3, 4, 2, POINTS, 2) and (after["omega"] > 0).all()

@@ -342,6 +342,7 @@ def test_measured_states_of_all_times_give_the_initial_one(form: str) -> None:
     tasks = make(initial=states if form == "grid" else states.unbind(-1))
     first = tasks.episode().initial
     assert torch.equal(first if form == "grid" else torch.stack(first, -1), states[:, 2:, 0])
+    assert torch.equal(tasks.episode().measured, states[:, 2:, 0])
     assert not tasks.episode().mask[:, :, 0].any()
 
 

@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import SVI as StockSVI
@@ -311,6 +312,12 @@ class Fragile(Line):
             pyro.factor("nan", math.nan * self.noise_unconstrained)
         if self.failure == "gradient":
             pyro.factor("gradient", (self.noise_unconstrained - self.noise_unconstrained.detach()).abs().sqrt())
+        if self.failure == "noise":
+            pyro.sample("y", dist.Normal(torch.zeros(8), math.nan * self.noise).to_event(1), obs=torch.zeros(8))
+        if self.failure == "mistake":
+            raise ValueError("the program is wrong")
+        if self.failure == "plate":
+            pyro.sample("y", dist.Normal(torch.zeros(8), self.noise), obs=torch.zeros(8))
         return super().forward(episode)
 
 
@@ -355,6 +362,40 @@ def test_a_run_of_failures_restores_the_last_good_state_and_names_the_cause(fail
     model.failure = None
     good = ph.SVI(model, guide, torch.optim.SGD(model.parameters(), 0.0)).evaluate_loss(TASKS.episode())
     assert math.isfinite(good)
+
+
+@quiet
+def test_numbers_that_fail_the_checks_of_the_first_step_are_skipped_too() -> None:
+    model, guide = pair(model=Fragile)
+    model.failure = "noise"
+
+    def recover(step: int, fit: ph.Fit) -> None:
+        model.failure = None
+
+    fit = ph.meta_train(model, guide, TASKS, callback=recover, **SHORT)
+    assert fit.skipped == 1 and [math.isnan(value) for value in fit.loss] == [True, *[False] * 5]
+    model.failure = "noise"
+    with pytest.raises(ph.TrainingError, match=r"up to step 1 .* Expected parameter scale .* invalid values: The param"):
+        ph.meta_train(model, guide, TASKS, max_skips=2, **SHORT)
+
+
+@pytest.mark.parametrize("failure", ["mistake", "plate"])
+def test_mistakes_in_the_program_are_reported_in_their_own_words(failure: str) -> None:
+    model, guide = pair(model=Fragile)
+    model.failure = failure
+    with pytest.raises(ValueError, match="the program is wrong" if failure == "mistake" else "invalid log_prob shape"):
+        ph.meta_train(model, guide, TASKS, **SHORT)
+
+
+@quiet
+def test_whichever_way_it_ends_the_model_is_left_ready_to_predict() -> None:
+    model, guide = pair(model=Fragile)
+    ph.meta_train(model, guide, TASKS, **SHORT)
+    assert not model.training
+    model.failure = "solver"
+    with pytest.raises(ph.TrainingError):
+        ph.meta_train(model, guide, TASKS, max_skips=2, **SHORT)
+    assert not model.training
 
 
 @quiet

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pyro
 import pyro.distributions as dist
 import torch
@@ -16,12 +18,15 @@ from ..guide import AmortizedGuide
 from ..linearise import Linearised
 from ..mixing import Residual, overlap
 from ..module import HybridModel
-from ..prior import Prior, SupportPrior, UnconditionalPrior
+from ..prior import SupportPrior, UnconditionalPrior
 from ..systems import System
 from ..systems.system import Force
 from ..tasks import Episode
 
 __all__ = ["MetaHybridVAE"]
+
+
+SHUFFLES = 3  # how often each state is used to judge the neural force, every time with other partners
 
 
 class MetaHybridVAE(HybridModel):
@@ -32,8 +37,8 @@ class MetaHybridVAE(HybridModel):
         \dot y &= f_P(y; z_P) + f_N(y; z_N), \qquad x \sim \mathrm{Normal}(g(y), \sigma)
 
     Two preferences decide, while training, what the data leave open. ``correction``: the physics explains all it can
-    (:func:`~pyro_hybrid.mixing.overlap`). ``straightness``: halfway between two systems lies the average of their neural
-    forces, so that what stays ambiguous about the latents is as nearly linear as it can be.
+    (:func:`~pyro_hybrid.mixing.overlap`). ``straightness``: halfway between two systems lies the average of their
+    neural forces, so that what stays ambiguous about the latents is as nearly linear as it can be.
 
     References:
         Augmenting Physical Models with Deep Networks for Complex Dynamics Forecasting (Yin et al., 2021),
@@ -49,6 +54,9 @@ class MetaHybridVAE(HybridModel):
         conditional: False for a prior that doesn't look at the support (not identifiable).
     """
 
+    noise: Any  # set as a PyroParam, read as a Tensor
+    start_noise: Any
+
     def __init__(self, system: System, evidence: Linearised | None = None, *, latents: int | None = None,
                  linear: bool = True, correction: float = 0.0, straightness: float = 0.0, noise: float = 3.0,
                  width: int = 32, depth: int = 1, substeps: int = 1, conditional: bool = True) -> None:
@@ -56,7 +64,8 @@ class MetaHybridVAE(HybridModel):
         self.system, self.substeps = system, substeps
         self.correction, self.straightness = correction, straightness
         sites = {**system.physics, "unknown": Normal(latents or len(system.unknown))}
-        self.prior = SupportPrior(self.encoder(), evidence, **sites) if conditional else UnconditionalPrior(**sites)
+        self.prior = (SupportPrior(self.encoder(), evidence, **sites) if conditional else
+                      UnconditionalPrior(None, **sites))
         self.residual = Residual(len(system.inputs), sites["unknown"].n, system.outputs, linear, width=width,
                                  depth=depth, scale=system.inputs, periodic=system.periodic)
         self.noise = PyroParam(noise * torch.tensor(system.noise), constraints.positive)
@@ -72,11 +81,10 @@ class MetaHybridVAE(HybridModel):
 
     def forward(self, episode: Episode) -> Tensor:
         p = self.prior(episode.support)
-        measured = episode.initial if self.system.grid else torch.stack(episode.initial, -1)
         with episode.plate:
             physics = {name: pyro.sample(name, p[name])[..., None, 0] for name in self.system.physics}
             unknown = pyro.sample("unknown", p["unknown"])
-            start = pyro.sample("initial", dist.Normal(measured, self.start_noise).to_event(2))
+            start = pyro.sample("initial", dist.Normal(episode.measured, self.start_noise).to_event(2))
 
             force = self.force(unknown)
             states = solve(self.system.known(physics, force), start if self.system.grid else start.unbind(-1),
@@ -97,7 +105,9 @@ class MetaHybridVAE(HybridModel):
         true correction is correlated with the known terms (friction shrinks the angles that gravity acts on), and the
         least one would be biased.
         """
-        clock, flat = times.expand(states.shape[-3], -1).flatten(), states.flatten(-3, -2)
+        copies = 1 if self.system.grid else SHUFFLES
+        clock = times.expand(states.shape[-3], -1).flatten().repeat(copies)
+        flat = torch.cat([states.flatten(-3, -2)] * copies, -2)
         parts = flat if self.system.grid else tuple(_unrelated(x) for x in flat.unbind(-1))
         clock = clock.unsqueeze(-1) if self.system.grid else clock
 

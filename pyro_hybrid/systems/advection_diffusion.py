@@ -35,6 +35,7 @@ class AdvectionDiffusion(System):
     def __init__(self, size: int = 20) -> None:
         self.step, self.size = 0.02, size
         self.noise = (1e-3,) * size
+        self.names = tuple(f"point {i}" for i in range(size))
         self.start_noise = self.noise
 
     def known(self, physics: Mapping[str, Tensor], force: Force) -> Field:

@@ -15,6 +15,9 @@ from .system import Force, System
 __all__ = ["DoublePendulum"]
 
 
+NAMES = ("upper angle", "lower angle", "upper speed", "lower speed")
+
+
 class DoublePendulum(System):
     r"""Double pendulum of equal rods, in units of the upper mass and the rod's length.
 
@@ -41,6 +44,7 @@ class DoublePendulum(System):
     def __init__(self, angles_only: bool = False) -> None:
         self.step = 0.05
         self.noise = (0.01, 0.01) if angles_only else (0.01, 0.01, 0.05, 0.05)
+        self.names = NAMES[: len(self.noise)]
         self.start_noise = (0.01, 0.01, 4.0, 4.0) if angles_only else self.noise
 
     def known(self, physics: Mapping[str, Tensor], force: Force) -> Field:
@@ -65,9 +69,6 @@ class DoublePendulum(System):
 
     def initial(self, draw: Callable[[str], Tensor]) -> State:
         return draw("angle"), draw("angle"), draw("speed"), draw("speed")
-
-    def observe(self, states: Tensor) -> Tensor:
-        return states[..., : self.sensors]
 
     def measured(self, values: Tensor) -> State:
         angles = values[..., :2].unbind(-1)

@@ -15,6 +15,9 @@ from .system import Force, System
 __all__ = ["Pendulum"]
 
 
+NAMES = ("angle", "speed")
+
+
 class Pendulum(System):
     r"""Forced, damped pendulum.
 
@@ -38,6 +41,7 @@ class Pendulum(System):
     def __init__(self, angles_only: bool = False) -> None:
         self.step, self.angles_only = 0.1, angles_only
         self.noise = (0.01,) if angles_only else (0.01, 0.01)
+        self.names = NAMES[: len(self.noise)]
         self.start_noise = (0.01, 2.0) if angles_only else (0.01, 0.01)
 
     def known(self, physics: Mapping[str, Tensor], force: Force) -> Field:
@@ -55,9 +59,6 @@ class Pendulum(System):
 
     def initial(self, draw: Callable[[str], Tensor]) -> State:
         return draw("angle"), draw("speed")
-
-    def observe(self, states: Tensor) -> Tensor:
-        return states[..., : self.sensors]
 
     def measured(self, values: Tensor) -> State:
         return (values[..., 0], torch.zeros_like(values[..., 0])) if self.angles_only else values.unbind(-1)

@@ -43,6 +43,7 @@ class System(ABC):
     substeps: ClassVar[int] = 10
     step: float
     noise: tuple[float, ...]
+    names: tuple[str, ...]
     start_noise: tuple[float, ...]
     points: int = 50
 
@@ -72,8 +73,8 @@ class System(ABC):
         """Initial states from ``draw(name)``, uniform of shape (task, shot) in the range of that name."""
 
     def observe(self, states: Tensor) -> Tensor:
-        """States (..., time, component) to noise-free sensors (..., time, sensor)."""
-        return states
+        """States (..., time, component) to noise-free sensors (..., time, sensor): the first components."""
+        return states[..., : self.sensors]
 
     def measured(self, values: Tensor) -> State:
         """What sensors say about the state at every time: centres for the inference of initial and restart states."""
@@ -90,8 +91,7 @@ class System(ABC):
 
     def program(self, episode: Episode) -> Tensor:
         """The true system as a Pyro program, with flat priors: for reference posteriors and Cramér-Rao bounds."""
-        start = episode.initial
-        measured = torch.stack(start, -1) if isinstance(start, tuple) else start
+        measured = episode.measured
         spread = measured.new_tensor(self.start_noise)
 
         def flat(site: str, *names: str) -> Tensor:

@@ -1,0 +1,268 @@
+"""The examples as a stranger runs them, what they leave behind, and the README's table of their results."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import pytest
+
+import pyro_hybrid as ph
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES, RESULTS = ROOT / "examples", ROOT / "docs" / "results"
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+NOT_RUN = {"habits", "write_your_own"}  # what the others share; and what its own test below runs
+SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem not in NOT_RUN)
+RUNS = [*((script,) for script in SCRIPTS), ("pendulum", "--unconditional")]
+OPTIONS = ("--tasks", "--held-out", "--shots", "--steps", "--seed", "--device", "--out", "--fast")
+FIGURES = ("latents.png", "loss.png", "prior_posterior.png", "trajectories.png")
+GROUPS = {"posterior", "prior", "posterior_predictive", "log_likelihood", "observed_data", "constant_data"}
+SYSTEMS = ("double_pendulum", "pendulum", "advection_diffusion")
+SEEDS = (0, 1, 2)
+
+
+def documented_keys() -> set[str]:
+    """The keys of metrics.json that the quickstart's table names, in the first column, as code."""
+    text = (ROOT / "docs" / "quickstart.md").read_text(encoding="utf-8")
+    table = text.partition("| key of `metrics.json`")[2].partition("\n\n")[0]
+    return {key for line in table.splitlines()[2:] for key in re.findall(r"`(\w+)`", line.split("|")[1])}
+
+
+def numbers_in(value: Any) -> Iterator[float]:
+    """Every number, however deep."""
+    if isinstance(value, dict | list):
+        for inside in value.values() if isinstance(value, dict) else value:
+            yield from numbers_in(inside)
+    elif isinstance(value, int | float):
+        yield value
+
+
+def run(script: Path, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
+    return subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True, env=environment,
+                          cwd=cwd, timeout=400)
+
+
+def load(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class Run(NamedTuple):
+    """A script that was run with ``--fast``: which, what it said, and where it wrote."""
+
+    script: str
+    flags: tuple[str, ...]
+    done: subprocess.CompletedProcess[str]
+    folder: Path
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """What it measured."""
+        return json.loads((self.folder / "metrics.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module", params=RUNS, ids=" ".join)
+def fast(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Each script once, and each flag of its own, from a folder that isn't the repository's."""
+    script, *flags = request.param
+    cwd = tmp_path_factory.mktemp(script)
+    done = run(EXAMPLES / f"{script}.py", "--fast", *flags, "--out", "here/it goes", cwd=cwd)
+    return Run(script, tuple(flags), done, cwd / "here" / "it goes")
+
+
+def options(said: str) -> list[str]:
+    """The options that a help text names, but for ``--help`` itself."""
+    return [option for option in re.findall(r"^  (--[\w-]+)", said, re.MULTILINE) if option != "--help"]
+
+
+# ---- each script ---------------------------------------------------------------------------------------------------
+
+
+def test_there_is_an_example_for_every_system() -> None:
+    assert set(SCRIPTS) >= set(SYSTEMS)
+
+
+@pytest.mark.slow
+def test_a_fast_run_ends_well(fast: Run) -> None:
+    assert fast.done.returncode == 0, fast.done.stdout + fast.done.stderr
+    assert "Traceback" not in fast.done.stderr and "Warning" not in fast.done.stderr, fast.done.stderr
+    assert fast.done.stdout.startswith("latent") and "metrics.json" in fast.done.stdout.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_what_it_promises_is_there_and_nothing_else(fast: Run) -> None:
+    assert {path.name for path in fast.folder.iterdir()} == {"metrics.json", "posterior.nc", *FIGURES}
+    assert [path.name for path in fast.folder.parents[1].iterdir()] == ["here"]
+    for name in FIGURES:
+        content = (fast.folder / name).read_bytes()
+        assert content.startswith(b"\x89PNG") and len(content) > 5_000, name
+
+
+@pytest.mark.slow
+def test_metrics_are_the_documented_ones_and_finite(fast: Run) -> None:
+    metrics = fast.metrics
+    assert documented_keys() == set(metrics)
+    assert all(math.isfinite(value) for value in numbers_in(metrics))
+    latents, known = len(metrics["latents"]), len(metrics["mse_physics"])
+    assert {len(metrics[key]) for key in ("linear_r", "strong", "after_disentangle", "coverage_90", "cramer_rao")} == {latents}
+    assert 1 <= known < latents and len(metrics["mse_over_cramer_rao"]) == known
+    assert all(0.0 <= value <= 1.0 for key in ("linear_r", "strong", "coverage_90") for value in metrics[key])
+    settings = {option.lstrip("-").replace("-", "_") for option in OPTIONS}
+    assert set(metrics["settings"]) >= settings and metrics["settings"]["fast"] is True
+    assert all(metrics["settings"][flag.lstrip("-")] is True for flag in fast.flags)
+
+
+@pytest.mark.slow
+def test_the_table_on_the_screen_is_that_of_the_file(fast: Run) -> None:
+    metrics, lines = fast.metrics, fast.done.stdout.splitlines()
+    for i, name in enumerate(metrics["latents"]):
+        row = lines[1 + i].split()
+        assert row[0] == name and row[1] == ("physics" if i < len(metrics["mse_physics"]) else "neural")
+        expected = [metrics[key][i] for key in ("strong", "after_disentangle", "linear_r")]
+        assert [float(text) for text in row[2:5]] == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.slow
+def test_its_posterior_opens_in_arviz(fast: Run) -> None:
+    data = ph.load_arviz(fast.folder / "posterior.nc")
+    for group in GROUPS:
+        assert len(data[group].data_vars) > 0, group
+    sites = set(data["posterior"].data_vars)
+    assert {"unknown", "initial"} < sites and len(ph.summary(data, ["unknown"])) > 0
+    assert all(bool(value.notnull().all()) for value in data["posterior"].data_vars.values())
+
+
+@pytest.mark.slow
+def test_a_fast_double_pendulum_takes_less_than_a_minute(fast: Run) -> None:
+    assert fast.script != "double_pendulum" or fast.metrics["seconds"] < 60.0
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_names_every_option_and_its_default(script: str, tmp_path: Path) -> None:
+    path = EXAMPLES / f"{script}.py"
+    done = run(path, "--help", cwd=tmp_path)
+    assert done.returncode == 0 and done.stderr == "" and not list(tmp_path.iterdir())
+    said, summary = " ".join(done.stdout.split()), ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+    named = options(done.stdout)
+    assert set(named) == {*OPTIONS, *(flag for name, *flags in RUNS if name == script for flag in flags)}
+    assert said.count("(default: ") == len(named)
+    assert summary is not None and summary.splitlines()[0] in said and f"out/{script}" in said
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_an_option_it_does_not_know_is_refused(script: str, tmp_path: Path) -> None:
+    done = run(EXAMPLES / f"{script}.py", "--epochs", "3", cwd=tmp_path)
+    assert done.returncode == 2 and "unrecognized arguments: --epochs" in done.stderr and not list(tmp_path.iterdir())
+
+
+def test_a_system_written_from_nothing_trains(capsys: pytest.CaptureFixture[str]) -> None:
+    load(EXAMPLES / "write_your_own.py").main(steps=3)
+    said = capsys.readouterr().out
+    assert re.fullmatch(r"growth: linear R = [01]\.\d{3}\nappetite: linear R = [01]\.\d{3}\n", said), said
+
+
+# ---- what the pages print --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "page, smaller",
+    [
+        ("quickstart", {"tasks=1000": "tasks=20", "split(100)": "split(14)", "steps=900": "steps=2",
+                        "batch_size=16": "batch_size=4", "num_samples=100": "num_samples=5"}),
+        ("write_a_model", {}),
+    ],
+    ids=["quickstart", "write_a_model"],
+)
+def test_what_the_docs_print_runs(page: str, smaller: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
+    code = "\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
+    for large, small in smaller.items():
+        assert large in code, large
+        code = code.replace(large, small)
+    printed: dict[str, Any] = {"__name__": page}
+    exec(compile(code, f"{page}.md", "exec"), printed)
+    if page == "quickstart":
+        assert "gravity[0, 0]" in capsys.readouterr().out
+    else:
+        data = ph.systems.Pendulum().simulate(8, 4, seed=0)
+        fit = ph.meta_train(printed["model"], printed["guide"], data, steps=3, batch_size=4, curriculum={0.0: 7}, progress=False)
+        assert fit.skipped == 0 and all(math.isfinite(loss) for loss in fit.loss)
+        assert len(printed["tasks"]) == 30
+
+
+# ---- what the README says of them ----------------------------------------------------------------------------------
+
+
+def fake(folder: Path, system: str, seed: int, **changes: Any) -> None:
+    """A result as an example writes it, of one physics and one neural latent."""
+    metrics = {"latents": ["known", "hidden"], "linear_r": [0.98 + 0.005 * seed, 0.97 - 0.01 * seed], "linear_r_mean": 0.97,
+               "strong_mcc_after_disentangle": 0.9 + 0.03 * seed, "strong_mcc_neural_after_disentangle": 0.8,
+               "mse_over_cramer_rao": [1.0 + seed], "coverage_90": [0.9, 0.85 + 0.01 * seed], "seconds": 100.0 + seed,
+               "settings": {"seed": seed, "fast": False}, **changes}
+    (folder / f"{system}_{seed}.json").write_text(json.dumps(metrics), encoding="utf-8")
+
+
+def test_the_table_holds_the_worst_linear_r_and_means_over_seeds(tmp_path: Path) -> None:
+    for system in SYSTEMS:
+        for seed in SEEDS:
+            fake(tmp_path, system, seed)
+    done = run(RESULTS / "table.py", str(tmp_path), cwd=tmp_path)
+    header, line, *rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in done.stdout.splitlines()]
+    assert len(header) == len(line) == 8 and [row[0] for row in rows] == [name.replace("_", " ") for name in SYSTEMS]
+    expected = ["0, 1, 2", "known 0.980, hidden 0.950", "0.970", "0.930 / 0.800", "2.0", "0.90, 0.86", "101"]
+    assert all(row[1:] == expected for row in rows)
+
+
+def test_the_table_refuses_what_is_missing(tmp_path: Path) -> None:
+    fake(tmp_path, "double_pendulum", 0)
+    done = run(RESULTS / "table.py", str(tmp_path), cwd=tmp_path)
+    assert done.returncode == 1 and "expected pendulum_0.json" in done.stderr and done.stdout == ""
+
+
+@pytest.mark.parametrize("settings", [{"seed": 1, "fast": False}, {"seed": 0, "fast": True}], ids=["other seed", "tiny"])
+def test_the_table_refuses_results_that_are_not_what_their_name_says(tmp_path: Path, settings: dict[str, Any]) -> None:
+    fake(tmp_path, "double_pendulum", 0, settings=settings)
+    done = run(RESULTS / "table.py", str(tmp_path), cwd=tmp_path)
+    assert done.returncode == 1 and "expected a full run of seed 0" in done.stderr
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+@pytest.mark.parametrize("seed", SEEDS)
+def test_every_result_is_what_the_example_wrote_with_its_default_settings(system: str, seed: int, tmp_path: Path) -> None:
+    metrics = json.loads((RESULTS / f"{system}_{seed}.json").read_text(encoding="utf-8"))
+    assert set(metrics) == documented_keys() and all(math.isfinite(value) for value in numbers_in(metrics))
+    call = re.search(rf'"{system}", tasks=(\d+), steps=(\d+)[,)]', (EXAMPLES / f"{system}.py").read_text(encoding="utf-8"))
+    assert call is not None and (metrics["settings"]["tasks"], metrics["settings"]["steps"]) == (int(call[1]), int(call[2]))
+    assert metrics["settings"]["seed"] == seed
+    assert not any(value is True for value in metrics["settings"].values())  # --fast, or a comparison
+
+
+def test_the_readme_shows_the_table_of_the_results() -> None:
+    done = run(RESULTS / "table.py", cwd=RESULTS)
+    assert done.returncode == 0, done.stderr
+    shown = re.search(r"<!-- results -->\n(.*?)\n<!-- /results -->", README, re.DOTALL)
+    assert shown is not None, "README has no <!-- results --> ... <!-- /results -->"
+    assert shown[1].strip() == done.stdout.strip(), "write what docs/results/table.py prints between the markers"
+
+
+def test_the_readme_has_no_result_outside_of_that_table() -> None:
+    prose = re.sub(r"<!-- results -->.*?<!-- /results -->|```.*?```|`[^`]*`|\]\([^)]*\)", " ", README, flags=re.DOTALL)
+    numbers = set(re.findall(r"\d+\.\d+|\d+(?:\.\d+)?\s*%", prose))
+    # Python's version, the licence's, the seconds of a trajectory (49 steps of 0.05 s), and a nominal interval
+    assert numbers <= {"3.11", "2.0", "2.5", "90%"}, numbers
