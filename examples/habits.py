@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 import pyro_hybrid as ph
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 PROB = 0.9
 BLUE, ORANGE, GREY = "#2a6fbb", "#d9702b", "#8a8a8a"
@@ -179,8 +179,9 @@ def _table(numbers: dict[str, object], new: Recovered) -> list[str]:
                     f"{numbers['coverage_90'][i]:>10.2f}{ratio:>11}")  # type: ignore[index]
     rows.append(f"{'mean':<21}{numbers['strong_mcc']:>8.3f}{numbers['strong_mcc_after_disentangle']:>11.3f}"
                 f"{numbers['linear_r_mean']:>10.3f}")
-    rows.append(f"error of trajectories, in noise variances: reconstruction {numbers['reconstruction_error_in_noise_variances']}, "
-                f"prediction from the support alone {numbers['prediction_error_in_noise_variances']}")
+    rebuilt, ahead = (numbers[f"{name}_error_in_noise_variances"] for name in ("reconstruction", "prediction"))
+    rows.append(f"error of trajectories, in noise variances: reconstruction {rebuilt}, "
+                f"prediction from the support alone {ahead}")
     return rows
 
 
@@ -208,7 +209,8 @@ def export(choice: argparse.Namespace, model: ph.models.MetaHybridVAE, guide: ph
 
 def _figures(out: Path, model: ph.models.MetaHybridVAE, guide: ph.AmortizedGuide, held_out: ph.Tasks, report: Report,
              fit: ph.Fit) -> None:
-    style = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9, "figure.dpi": 130, "legend.frameon": False}
+    style = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9, "figure.dpi": 130,
+             "legend.frameon": False}
     with plt.rc_context(style):
         for name, figure in (("latents", latents_figure(report)), ("loss", loss_figure(fit)),
                              ("trajectories", trajectories_figure(model, guide, held_out)),
@@ -221,7 +223,8 @@ def latents_figure(report: Report) -> plt.Figure:
     """True against recovered latents, with 90% intervals, after the linear map that the theory leaves open."""
     new, draws = report.held_out, report.aligned
     low, mid, high = draws.quantile(0.05, 0), draws.mean(0), draws.quantile(0.95, 0)
-    figure, axes = plt.subplots(1, len(new.names), figsize=(2.7 * len(new.names), 2.8), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(1, len(new.names), figsize=(2.7 * len(new.names), 2.8), squeeze=False,
+                                layout="constrained")
     for i, (name, axis) in enumerate(zip(new.names, axes[0], strict=True)):
         x, y = new.truth[:, i], mid[:, i]
         bars = torch.stack([y - low[:, i], high[:, i] - y]).clamp(min=0)
@@ -251,7 +254,8 @@ def trajectories_figure(model: ph.models.MetaHybridVAE, guide: ph.AmortizedGuide
     rebuilt = ph.predict(pyro.poutine.condition(model, posterior), episode, 100)["x"][:, :, 0]
     ahead = ph.predict(model, episode, 100)["x"][:, :, 0]
     sensors = list(range(model.system.sensors)) if not model.system.grid else [5, 10, 15]
-    figure, axes = plt.subplots(len(sensors), 3, figsize=(9, 1.7 * len(sensors)), sharex=True, squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(len(sensors), 3, figsize=(9, 1.7 * len(sensors)), sharex=True, squeeze=False,
+                                layout="constrained")
     for column in range(3):
         for axis, s in zip(axes[:, column], sensors, strict=True):
             low, high = ahead[:, column, :, s].quantile(0.05, 0), ahead[:, column, :, s].quantile(0.95, 0)

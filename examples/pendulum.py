@@ -15,7 +15,7 @@ import pyro_hybrid as ph
 
 def main() -> None:
     started = time.perf_counter()
-    choice = habits.options(__doc__, "pendulum", tasks=1000, steps=2500,
+    choice = habits.options(__doc__, "pendulum", tasks=1000, steps=2000,
                             unconditional="compare: the encoder alone, with a prior that doesn't look at the support")
     system = ph.systems.Pendulum()
     train, held_out = system.simulate(choice.tasks + choice.held_out, choice.shots, choice.seed).split(choice.held_out)

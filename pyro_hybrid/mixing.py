@@ -123,8 +123,8 @@ def overlap(correction: Tensor, tangents: Sequence[Tensor]) -> Tensor:
         One number for each task, to be weighed in a ``pyro.factor``.
     """
     shape = tuple(correction.shape)
-    require(len(shape) > 1 and shape[-2] > 1, "a correction (..., task, sample, component) at two samples or more", shape,
-            "Evaluate both terms at many states of each task.")
+    require(len(shape) > 1 and shape[-2] > 1, "a correction (..., task, sample, component) of two samples or more",
+            shape, "Evaluate both terms at many states of each task.")
     total, n = torch.zeros_like(correction[..., 0, 0]), shape[-2]
     for tangent in tangents:
         products = (correction * tangent).sum(-1)

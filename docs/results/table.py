@@ -1,7 +1,7 @@
 """Print the README's table of results from the JSON files beside this script: ``python docs/results/table.py``.
 
-``double_pendulum_0.json`` is the ``metrics.json`` that ``python examples/double_pendulum.py --seed 0`` wrote, and so on.
-Between two markers of the README stands what this prints, and nothing else; the tests compare.
+``double_pendulum_0.json`` is the ``metrics.json`` that ``python examples/double_pendulum.py --seed 0`` wrote, and so
+on. Between two markers of the README stands what this prints, and nothing else; the tests compare.
 """
 
 from __future__ import annotations
