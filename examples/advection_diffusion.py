@@ -1,7 +1,7 @@
 """Heat on a rod: diffusion is known, and something else is going on.
 
-The state is a field on a grid, the neural term acts at every point, and one number says how strong it is: here, how fast
-the heat is carried along.
+The state is a field on a grid, the neural term acts at every point, and one number says how strong it is: here, how
+fast the heat is carried along.
 """
 
 import time

@@ -188,8 +188,8 @@ def _table(numbers: dict[str, object], new: Recovered) -> list[str]:
 def export(choice: argparse.Namespace, model: ph.models.MetaHybridVAE, guide: ph.AmortizedGuide, held_out: ph.Tasks,
            report: Report, fit: ph.Fit, started: float) -> None:
     """Write posterior.nc, the figures and metrics.json."""
-    few = held_out[:20].episode()
-    data = ph.to_arviz(model, guide, few, 500, names={"x": model.system.names})
+    few = held_out[:10].episode()
+    data = ph.to_arviz(model, guide, few, 50 if choice.fast else 300, names={"x": model.system.names})
     ph.save_arviz(data, choice.out / "posterior.nc")
     _figures(choice.out, model, guide, held_out, report, fit)
     metrics = {

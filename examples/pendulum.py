@@ -24,7 +24,7 @@ def main() -> None:
     model = ph.models.MetaHybridVAE(system, latents=4, linear=False, straightness=30.0, noise=10.0,
                                     conditional=not choice.unconditional)
     guide = model.guide()
-    fit = ph.meta_train(model, guide, train, steps=choice.steps, batch_size=64, learning_rate=3e-3, seed=choice.seed,
+    fit = ph.meta_train(model, guide, train, steps=choice.steps, batch_size=48, learning_rate=3e-3, seed=choice.seed,
                         curriculum={0.0: 1}, device=choice.device,
                         callback=habits.growing_correction(model, 30.0, choice.steps))
     if not choice.unconditional:

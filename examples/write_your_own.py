@@ -17,8 +17,7 @@ class PredatorsAndPrey(ph.HybridModel):
         self.prior = ph.SupportPrior(
             ph.SetEncoder(sensors=2, steps=steps, features=32),
             evidence=ph.Linearised(2, segments=(5, 5)),  # let the program itself read the support
-            growth=ph.families.LogNormal(1),  # what the physics has a name for
-            unknown=ph.families.Normal(1),  # what it hasn't: one number a system
+            growth=ph.families.LogNormal(1), unknown=ph.families.Normal(1),  # what has a name, and what hasn't
         )
         self.residual = ph.Residual(inputs=2, latents=1, outputs=2, linear=True)
         self.noise = PyroParam(torch.tensor(0.1), constraints.positive)
@@ -27,16 +26,14 @@ class PredatorsAndPrey(ph.HybridModel):
         p = self.prior(episode.support)
         with episode.plate:
             growth = pyro.sample("growth", p["growth"])[..., None, 0]
-            unknown = pyro.sample("unknown", p["unknown"])
-            encounters = self.residual.given(unknown[..., None, :])
+            encounters = self.residual.given(pyro.sample("unknown", p["unknown"])[..., None, :])
 
             def field(t, state):  # of the logarithms of both populations
                 eaten, fed = encounters(*state)
                 return growth - eaten, fed - 0.6
 
             states = ph.solve(field, episode.initial, episode.times)
-            x = dist.Normal(states, self.noise).mask(episode.mask)
-            return pyro.sample("x", x.to_event(3), obs=episode.query)
+            return pyro.sample("x", dist.Normal(states, self.noise).mask(episode.mask).to_event(3), obs=episode.query)
 
 
 def measurements(systems: int, shots: int, steps: int) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:

@@ -124,8 +124,8 @@ def meta_train(model: nn.Module, guide: nn.Module, tasks: Tasks, *, steps: int =
             segments of a seventh, then of two sevenths, then the whole.
         warmup: fraction of the steps over which the KL's weight rises from 0 to 1.
         clip: gradients longer than so many times their running mean are shortened.
-        trim: a task whose likelihood falls short of the batch's median by so many robust standard deviations is left out of
-            the step and counted: its latents weren't found, and it would teach nonsense. None to keep all.
+        trim: a task whose likelihood falls short of the batch's median by so many robust standard deviations is left
+            out of the step and counted: its latents weren't found, and it would teach nonsense. None to keep all.
         average: the parameters' mean over so large a last fraction of the steps is what remains; it damps the noise of
             directions that the data determine weakly. 0 for the last step's.
         held_out: tasks on which the ELBO is looked at ``every`` so many steps.
@@ -333,7 +333,7 @@ def _seeded(seed: int, step: int) -> Iterator[None]:
 
 
 class _Terms(Messenger):
-    """Weighs the KL (sites that aren't observed), leaves out what fits far worse than the rest, adds up log-likelihoods."""
+    """Weighs the KL (sites that aren't observed), leaves out misfits, and adds up log-likelihoods as a program runs."""
 
     def __init__(self, weight: float, trim: float | None) -> None:
         super().__init__()

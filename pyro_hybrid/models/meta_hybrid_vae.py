@@ -90,7 +90,8 @@ class MetaHybridVAE(HybridModel):
             states = solve(self.system.known(physics, force), start if self.system.grid else start.unbind(-1),
                            episode.times, substeps=self.substeps)
             if self.training and torch.is_grad_enabled() and (self.correction or self.straightness):
-                pyro.factor("preference", -self.objections(physics, unknown.detach(), episode.times, states.detach()))
+                latents = {name: value.detach() for name, value in physics.items()}, unknown.detach()
+                pyro.factor("preference", -self.objections(*latents, episode.times, states.detach()))
             x = dist.Normal(self.system.observe(states), self.noise).mask(episode.mask)
             return pyro.sample("x", x.to_event(3), obs=episode.query)
 
