@@ -194,7 +194,7 @@ def export(choice: argparse.Namespace, model: ph.models.MetaHybridVAE, guide: ph
     _figures(choice.out, model, guide, held_out, report, fit)
     metrics = {
         **report.numbers,
-        "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(choice).items()},
+        "settings": {k: v for k, v in vars(choice).items() if k != "out"},
         "training_seconds": round(fit.seconds, 1),
         "seconds": round(time.perf_counter() - started, 1),
         "skipped_steps": fit.skipped,

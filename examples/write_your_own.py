@@ -3,7 +3,6 @@
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.distributions import constraints
 from pyro.nn import PyroParam
 
 import pyro_hybrid as ph
@@ -17,10 +16,9 @@ class PredatorsAndPrey(ph.HybridModel):
         self.prior = ph.SupportPrior(
             ph.SetEncoder(sensors=2, steps=steps, features=32),
             evidence=ph.Linearised(2, segments=(5, 5)),  # let the program itself read the support
-            growth=ph.families.LogNormal(1), unknown=ph.families.Normal(1),  # what has a name, and what hasn't
-        )
+            growth=ph.families.LogNormal(1), unknown=ph.families.Normal(1))  # what has a name, and what hasn't
         self.residual = ph.Residual(inputs=2, latents=1, outputs=2, linear=True)
-        self.noise = PyroParam(torch.tensor(0.1), constraints.positive)
+        self.noise = PyroParam(torch.tensor(0.1), dist.constraints.positive)
 
     def forward(self, episode: ph.Episode) -> torch.Tensor:
         p = self.prior(episode.support)
@@ -37,7 +35,7 @@ class PredatorsAndPrey(ph.HybridModel):
 
 
 def measurements(systems: int, shots: int, steps: int) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """Stand-in for your own data: (task, shot, time, sensor), here with a truth to compare with."""
+    """Stand-in for your own data, with a truth to compare with."""
     growth, appetite = 0.5 + torch.rand(systems, 1), 0.4 + 0.6 * torch.rand(systems, 1)
     times = 0.2 * torch.arange(steps)
     start = (torch.rand(systems, shots) - 0.5, torch.rand(systems, shots) - 0.5)
@@ -53,7 +51,7 @@ def main(steps: int = 300) -> None:
     guide = ph.AmortizedGuide(model.prior, evidence=ph.Linearised(1))
     ph.meta_train(model, guide, train, steps=steps, batch_size=16, learning_rate=8e-3, curriculum={0.0: 5, 0.5: 15})
     found = ph.draws(model, guide, held_out.episode(), 100)
-    for name, site in (("growth", "growth"), ("appetite", "unknown")):
+    for name, site in {"growth": "growth", "appetite": "unknown"}.items():
         print(f"{name}: linear R = {ph.mcc(found[site].mean(0), held_out.truth[name]).linear_r[0]:.3f}")
 
 
