@@ -14,7 +14,7 @@ import pyro_hybrid as ph
 
 def main() -> None:
     started = time.perf_counter()
-    choice = habits.options(__doc__, "double_pendulum", tasks=1000, steps=2000)
+    choice = habits.options(__doc__, "double_pendulum", tasks=1000, steps=1400)
 
     # A thousand pendulums to learn from, three hundred to be judged on.
     system = ph.systems.DoublePendulum()
@@ -26,7 +26,7 @@ def main() -> None:
     guide = model.guide(ph.Linearised(1))
     fit = ph.meta_train(model, guide, train, steps=choice.steps, batch_size=16, learning_rate=8e-3, seed=choice.seed,
                         curriculum={0.0: 7, 0.4: 14}, average=0.4, device=choice.device,
-                        callback=habits.growing_correction(model, 3000.0, choice.steps))
+                        callback=habits.growing_correction(model, 500.0, choice.steps))
 
     # For the final answer, a few more iterations than training needed, and intervals that halves of a task agree on.
     model.to("cpu")

@@ -39,8 +39,8 @@ def consult_the_program(model: ph.models.MetaHybridVAE, train: ph.Tasks,
     model.prior.evidence, guide = ph.Linearised(1, segments=(2, 2)), model.guide(ph.Linearised(1))
     model.prior.encoder.requires_grad_(False), model.prior.head.requires_grad_(False)
     model.correction = 100.0
-    fit = ph.meta_train(model, guide, train, steps=max(choice.steps // 4, 1), batch_size=16, learning_rate=7e-4,
-                        seed=choice.seed, curriculum={0.0: 2, 0.5: 4}, average=0.4, device=choice.device)
+    fit = ph.meta_train(model, guide, train, steps=max(choice.steps // 10, 1), batch_size=16, learning_rate=5e-4,
+                        seed=choice.seed, curriculum={0.0: 2}, average=0.5, device=choice.device)
 
     # For the final answer, more iterations than training needed, from several starts, and calibrated intervals.
     model.prior.evidence, guide.evidence = ph.Linearised(3, segments=(2, 2, 2, 7), restarts=4), ph.Linearised(2)

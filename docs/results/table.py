@@ -69,6 +69,9 @@ def row(folder: Path, system: str) -> list[str]:
 def table(folder: Path) -> str:
     """The whole table, in Markdown."""
     rows = [list(COLUMNS), ["---"] * len(COLUMNS), *(row(folder, system) for system in SYSTEMS)]
+    deaf = folder / "unconditional"  # what the same example reaches with --unconditional
+    if deaf.is_dir():
+        rows.append(["pendulum, prior deaf to the support", *row(deaf, "pendulum")[1:]])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
 
 
