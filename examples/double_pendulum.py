@@ -14,7 +14,7 @@ import pyro_hybrid as ph
 
 def main() -> None:
     started = time.perf_counter()
-    choice = habits.options(__doc__, "double_pendulum", tasks=1000, steps=1400)
+    choice = habits.options(__doc__, "double_pendulum", tasks=1000, steps=900)
 
     # A thousand pendulums to learn from, three hundred to be judged on.
     system = ph.systems.DoublePendulum()
@@ -25,8 +25,8 @@ def main() -> None:
     model = ph.models.MetaHybridVAE(system, ph.Linearised(1, segments=(7, 7)))
     guide = model.guide(ph.Linearised(1))
     fit = ph.meta_train(model, guide, train, steps=choice.steps, batch_size=16, learning_rate=8e-3, seed=choice.seed,
-                        curriculum={0.0: 7, 0.4: 14}, average=0.4, device=choice.device,
-                        callback=habits.growing_correction(model, 500.0, choice.steps))
+                        curriculum={0.0: 7, 0.4: 14}, average=0.3, device=choice.device,
+                        callback=habits.growing_correction(model, 1000.0, choice.steps))
 
     # For the final answer, a few more iterations than training needed, and intervals that halves of a task agree on.
     model.to("cpu")

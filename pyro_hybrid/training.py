@@ -106,7 +106,7 @@ class Fit:
 
 def meta_train(model: nn.Module, guide: nn.Module, tasks: Tasks, *, steps: int = 1000, batch_size: int = 32,
                learning_rate: float = 3e-3, seed: int = 0, curriculum: Mapping[float, Length] | None = None,
-               warmup: float = 0.0, clip: float = 4.0, trim: float | None = 20.0,
+               warmup: float = 0.0, clip: float = 4.0, trim: float | None = None,
                average: float = 0.0, held_out: Tasks | None = None,
                every: int = 100, patience: int | None = None, loss: Any = None, max_skips: int = 20,
                device: torch.device | str | None = None, progress: bool = True,
@@ -125,7 +125,8 @@ def meta_train(model: nn.Module, guide: nn.Module, tasks: Tasks, *, steps: int =
         warmup: fraction of the steps over which the KL's weight rises from 0 to 1.
         clip: gradients longer than so many times their running mean are shortened.
         trim: a task whose likelihood falls short of the batch's median by so many robust standard deviations is left
-            out of the step and counted: its latents weren't found, and it would teach nonsense. None to keep all.
+            out of the step and counted, for data with tasks that no latents explain. None, the default, keeps all: a
+            task that is merely hard is also one to learn from.
         average: the parameters' mean over so large a last fraction of the steps is what remains; it damps the noise of
             directions that the data determine weakly. 0 for the last step's.
         held_out: tasks on which the ELBO is looked at ``every`` so many steps.
