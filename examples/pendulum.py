@@ -21,7 +21,7 @@ def main() -> None:
     train, held_out = system.simulate(choice.tasks + choice.held_out, choice.shots, choice.seed).split(choice.held_out)
 
     # The encoder alone. One neural latent more than one thinks are needed leaves it room to untangle them.
-    model = ph.models.MetaHybridVAE(system, latents=4, linear=False, straightness=30.0, noise=10.0,
+    model = ph.models.MetaHybridVAE(system, latents=4, linear=False, straightness=3.0, noise=10.0,
                                     conditional=not choice.unconditional)
     guide = model.guide()
     fit = ph.meta_train(model, guide, train, steps=choice.steps, batch_size=48, learning_rate=3e-3, seed=choice.seed,
