@@ -13,19 +13,19 @@ import pyro_hybrid as ph
 
 def main() -> None:
     started = time.perf_counter()
-    choice = habits.options(__doc__, "advection_diffusion", tasks=300, steps=150)
+    choice = habits.options(__doc__, "advection_diffusion", tasks=300, steps=400)
     system = ph.systems.AdvectionDiffusion()
     train, held_out = system.simulate(choice.tasks + choice.held_out, choice.shots, choice.seed).split(choice.held_out)
 
-    model = ph.models.MetaHybridVAE(system, ph.Linearised(1, segments=(7,)), noise=30.0)
+    model = ph.models.MetaHybridVAE(system, ph.Linearised(1, segments=(7,)), noise=5.0)
     guide = model.guide(ph.Linearised(1))
-    growing = habits.growing_correction(model, 100.0, choice.steps)
+    growing = habits.growing_correction(model, 1e5, choice.steps)
     fit = ph.meta_train(model, guide, train, steps=choice.steps, batch_size=4, learning_rate=5e-3, seed=choice.seed,
-                        curriculum={0.0: 7}, device=choice.device, callback=growing)
+                        curriculum={0.0: 7}, average=0.3, device=choice.device, callback=growing)
 
     model.to("cpu")
     model.prior.evidence, guide.evidence = ph.Linearised(2, segments=(7,)), ph.Linearised(1)
-    ph.calibrate(model, train)
+    ph.calibrate(model, train[:100])
     habits.export(choice, model, guide, held_out, habits.judge(model, guide, train, held_out), fit, started)
 
 
