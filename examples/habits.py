@@ -198,7 +198,6 @@ def export(choice: argparse.Namespace, model: ph.models.MetaHybridVAE, guide: ph
         "training_seconds": round(fit.seconds, 1),
         "seconds": round(time.perf_counter() - started, 1),
         "skipped_steps": fit.skipped,
-        "tasks_left_out": fit.left_out,
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "pyro": pyro.__version__,
                      "arviz": arviz.__version__, "pyro_hybrid": ph.__version__},

@@ -99,15 +99,13 @@ class Fit:
     kl: list[float] = field(default_factory=list)
     held_out: list[tuple[int, float]] = field(default_factory=list)
     skipped: int = 0
-    left_out: int = 0
     seconds: float = 0.0
     stopped_early: bool = False
 
 
 def meta_train(model: nn.Module, guide: nn.Module, tasks: Tasks, *, steps: int = 1000, batch_size: int = 32,
                learning_rate: float = 3e-3, seed: int = 0, curriculum: Mapping[float, Length] | None = None,
-               warmup: float = 0.0, clip: float = 4.0, trim: float | None = None,
-               average: float = 0.0, held_out: Tasks | None = None,
+               warmup: float = 0.0, clip: float = 4.0, average: float = 0.0, held_out: Tasks | None = None,
                every: int = 100, patience: int | None = None, loss: Any = None, max_skips: int = 20,
                device: torch.device | str | None = None, progress: bool = True,
                callback: Callable[[int, Fit], None] | None = None) -> Fit:
@@ -124,9 +122,6 @@ def meta_train(model: nn.Module, guide: nn.Module, tasks: Tasks, *, steps: int =
             segments of a seventh, then of two sevenths, then the whole.
         warmup: fraction of the steps over which the KL's weight rises from 0 to 1.
         clip: gradients longer than so many times their running mean are shortened.
-        trim: a task whose likelihood falls short of the batch's median by so many robust standard deviations is left
-            out of the step and counted, for data with tasks that no latents explain. None, the default, keeps all: a
-            task that is merely hard is also one to learn from.
         average: the parameters' mean over so large a last fraction of the steps is what remains; it damps the noise of
             directions that the data determine weakly. 0 for the last step's.
         held_out: tasks on which the ELBO is looked at ``every`` so many steps.
@@ -145,8 +140,8 @@ def meta_train(model: nn.Module, guide: nn.Module, tasks: Tasks, *, steps: int =
     model.to(device), guide.to(device)
     _standardise(model, guide, tasks)
     svi = SVI(model, guide, _adam(model, guide, learning_rate, device), loss)
-    return _Loop(svi, tasks, steps, batch_size, learning_rate, seed, _plan(curriculum, tasks), warmup, clip, trim,
-                 average, held_out, every, patience, max_skips, device, callback).run(progress)
+    return _Loop(svi, tasks, steps, batch_size, learning_rate, seed, _plan(curriculum, tasks), warmup, clip, average,
+                 held_out, every, patience, max_skips, device, callback).run(progress)
 
 
 def _adam(model: nn.Module, guide: nn.Module, learning_rate: float, device: torch.device) -> torch.optim.Adam:
@@ -187,7 +182,6 @@ class _Loop:
     plan: dict[float, Length]
     warmup: float
     clip: float
-    trim: float | None
     average: float
     held_out: Tasks | None
     every: int
@@ -236,7 +230,7 @@ class _Loop:
         for group in self.svi.optim.param_groups:
             group["lr"] = self.learning_rate * rise * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
         weight = 1.0 if progress >= self.warmup else (progress + 1 / self.steps) / self.warmup
-        with _seeded(self.seed, step), _Terms(weight, self.trim) as terms:
+        with _seeded(self.seed, step), _Terms(weight) as terms:
             loss = self._loss(episode, checked=step == 0)
         norm = self._clip() if math.isfinite(loss) else math.nan
         if not math.isfinite(norm):
@@ -245,7 +239,6 @@ class _Loop:
             self.good = self._state()  # before the step: that of a finite loss
         self.svi.optim.step()
         self.run_of_skips, self.cause, size = 0, "", episode.shape[0]
-        self.fit.left_out += terms.left_out
         self.fit.loss.append(loss / size)
         log_likelihood = terms.log_likelihood / self.svi.elbo.elbo.num_particles
         self.fit.log_likelihood.append(log_likelihood / size)
@@ -334,23 +327,15 @@ def _seeded(seed: int, step: int) -> Iterator[None]:
 
 
 class _Terms(Messenger):
-    """Weighs the KL (sites that aren't observed), leaves out misfits, and adds up log-likelihoods as a program runs."""
+    """Weighs the KL (sites that aren't observed) and adds up the log-likelihood as the program runs."""
 
-    def __init__(self, weight: float, trim: float | None) -> None:
+    def __init__(self, weight: float) -> None:
         super().__init__()
-        self.weight, self.trim, self.left_out, self.log_likelihood = weight, trim, 0, 0.0
+        self.weight, self.log_likelihood = weight, 0.0
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
-        if not msg["is_observed"]:
-            msg["scale"] = msg["scale"] if self.weight == 1.0 else msg["scale"] * self.weight
-        elif self.trim is not None and is_random(msg):
-            with torch.no_grad():
-                short = -msg["fn"].log_prob(msg["value"])
-                short = short - short.median()
-                keep = ~(short > self.trim * 1.48 * short.abs().median() + 1.0)  # NaN stays, to be seen
-            if not keep.all():
-                self.left_out += int((~keep).sum())
-                msg["mask"] = keep if msg["mask"] is None else msg["mask"] & keep
+        if not msg["is_observed"] and self.weight != 1.0:
+            msg["scale"] = msg["scale"] * self.weight
 
     def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
         if msg["is_observed"] and is_random(msg):

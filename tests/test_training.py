@@ -592,18 +592,3 @@ def test_what_a_pyro_optimizer_adds_to_torchs_is_refused_and_not_dropped_silentl
         ValueError, match="a pyro.optim optimizer with a dictionary of options only.*Pass a torch optimizer"
     ):
         ph.SVI(*pair(), optim)
-
-
-def test_a_task_that_fits_far_worse_than_the_rest_is_left_out_and_counted() -> None:
-    tasks = make_tasks(16, 3)
-    values = tasks.values.clone()
-    values[3, :, 1:] += 1e3
-    odd = ph.Tasks.from_trajectories(tasks.times, values, num_support=1)
-    model = Line(ph.Linearised(1)).double()
-    guide = ph.AmortizedGuide(model.prior, evidence=ph.Linearised(1))
-    fit = ph.meta_train(model, guide, odd, steps=4, batch_size=16, curriculum={0.0: None}, trim=20.0, progress=False)
-    assert fit.left_out >= 4
-    model = Line(ph.Linearised(1)).double()
-    guide = ph.AmortizedGuide(model.prior, evidence=ph.Linearised(1))
-    fit = ph.meta_train(model, guide, tasks, steps=4, batch_size=16, curriculum={0.0: None}, trim=20.0, progress=False)
-    assert fit.left_out == 0
