@@ -36,6 +36,7 @@ def options(description: str, name: str, tasks: int, steps: int, **flags: str) -
     parser.add_argument("--steps", type=int, default=steps, help="training steps")
     parser.add_argument("--seed", type=int, default=0, help="of data, initial weights and training")
     parser.add_argument("--device", default="cpu", help="where to train: cpu, cuda, ...")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--out", type=Path, default=Path("out") / name, help="folder for figures and numbers")
     parser.add_argument("--fast", action="store_true", help="a tiny run that shows the way, not the result")
     for flag, text in flags.items():
@@ -45,6 +46,7 @@ def options(description: str, name: str, tasks: int, steps: int, **flags: str) -
         choice.tasks, choice.held_out, choice.steps, choice.shots = min(choice.tasks, 60), 40, min(choice.steps, 12), 4
     choice.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(choice.seed)
+    torch.set_num_threads(choice.threads)
     return choice
 
 

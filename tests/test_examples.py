@@ -25,7 +25,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 NOT_RUN = {"habits", "write_your_own"}  # what the others share; and what its own test below runs
 SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem not in NOT_RUN)
 RUNS = [*((script,) for script in SCRIPTS), ("pendulum", "--unconditional")]
-OPTIONS = ("--tasks", "--held-out", "--shots", "--steps", "--seed", "--device", "--out", "--fast")
+OPTIONS = ("--tasks", "--held-out", "--shots", "--steps", "--seed", "--device", "--threads", "--out", "--fast")
 FIGURES = ("latents.png", "loss.png", "prior_posterior.png", "trajectories.png")
 GROUPS = {"posterior", "prior", "posterior_predictive", "log_likelihood", "observed_data", "constant_data"}
 SYSTEMS = ("double_pendulum", "pendulum", "advection_diffusion")
