@@ -112,7 +112,7 @@ def judge(model: ph.models.MetaHybridVAE, guide: ph.AmortizedGuide, train: ph.Ta
 
     The linear map and the unmixing come from training tasks; the held-out ones only get them applied.
     """
-    seen, new = recover(model, guide, train[:300]), recover(model, guide, held_out)
+    seen, new = recover(model, guide, train[:500]), recover(model, guide, held_out)
     plain = ph.mcc(new.mean, new.truth)
     unmixed = ph.disentangle(new.mean, fit=seen.mean)
     alone = ph.disentangle(new.mean[:, new.neural], fit=seen.mean[:, seen.neural])
