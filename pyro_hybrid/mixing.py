@@ -68,33 +68,44 @@ class Residual(nn.Module):
         """
         require(latents.shape[-1] == self.latents, f"{self.latents} latents in the last axis", tuple(latents.shape),
                 "Build the Residual with as many latents as its site has components.")
-        z = latents.movedim(-1, 0)
-        layers, unit = self._layers(), torch.sin if self.periodic else torch.sigmoid
+        z, (first, straight, last, hidden) = latents.movedim(-1, 0), self._matrices()
+        one, unit = latents.new_ones(()), torch.sin if self.periodic else torch.sigmoid
+        one_and_z = torch.cat([torch.ones_like(z[:1]), z])
 
         def term(*inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
             require(len(inputs) == self.inputs, f"{self.inputs} inputs", len(inputs), "Call the term as it was built.")
-            u = torch.stack(torch.broadcast_tensors(*inputs, z[0])[:-1])
-            shape, weights, u = u.shape[1:], _like(u, z), u / _like(u, self.get_buffer("scale"))
-            if not self.linear:
-                u = torch.cat([u, weights.expand(-1, *shape), (weights.unsqueeze(1) * u).flatten(0, 1)])
-            u = u.reshape(len(u), -1)
-            h = u
-            for weight, bias in layers[:-1]:
+            u = torch.stack(torch.broadcast_tensors(one, *inputs, z[0])[:-1])
+            shape, weights = u.shape[1:], _like(u, one_and_z).unsqueeze(1)
+            u = (u if self.linear else weights * u).reshape(first.shape[1], -1)
+            h = unit(first @ u)
+            for weight, bias in hidden:
                 h = unit(torch.addmm(bias, weight, h))
-            out = torch.addmm(torch.addmm(layers[-1][1], layers[-1][0], h), self.straight, u)
-            out = out.view(self.latents + 1, self.outputs, *shape)
-            out = out[0] + (out[1:] * weights.unsqueeze(1)).sum(0)
+            out = torch.addmm(straight @ u, last, h).view(self.latents + 1, self.outputs, *shape)
+            out = (weights * out).sum(0)
             return out[0] if self.outputs == 1 else out.unbind(0)
 
         return term
 
-    def _layers(self) -> list[tuple[Tensor, Tensor]]:
-        """Weights and biases; tanh(a) = 2 sigmoid(2a) - 1, whose twos and one go into the layers around it."""
-        layers = [(layer.weight, layer.bias.unsqueeze(1)) for layer in (self.first, *self.hidden, self.last)]
-        if self.periodic:
-            return layers
-        after = [(2.0 * w, b - w.sum(1, keepdim=True)) for w, b in layers[1:]]
-        return [(2.0 * w, 2.0 * b) for w, b in (layers[0], *after[:-1])] + after[-1:]
+    def _matrices(self) -> tuple[Tensor, Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
+        """First, straight and last matrix, and the layers between.
+
+        tanh(a) = 2 sigmoid(2a) - 1, whose twos and one go into the layers around it.
+        """
+        layers = [(layer.weight, layer.bias) for layer in (self.first, *self.hidden, self.last)]
+        if not self.periodic:
+            after = [(2.0 * w, b - w.sum(1)) for w, b in layers[1:]]
+            layers = [(2.0 * w, 2.0 * b) for w, b in (layers[0], *after[:-1])] + after[-1:]
+        hidden = [(weight, bias.unsqueeze(1)) for weight, bias in layers[1:-1]]
+        return self._columns(*layers[0]), self._columns(self.straight, layers[-1][1]), layers[-1][0], hidden
+
+    def _columns(self, weight: Tensor, bias: Tensor) -> Tensor:
+        """A matrix for the features (1, x), or (1, z) ⊗ (1, x): one product makes them all, bias and scale included."""
+        constant, scale = bias.unsqueeze(1), self.get_buffer("scale")
+        if self.linear:
+            return torch.cat([constant, weight / scale], 1)
+        x, z, zx = weight.split([self.inputs, self.latents, self.latents * self.inputs], 1)
+        rows = torch.cat([z.unsqueeze(2), zx.unflatten(1, (self.latents, self.inputs)) / scale], 2)
+        return torch.cat([constant, x / scale, rows.flatten(1)], 1)
 
 
 def _like(target: Tensor, values: Tensor) -> Tensor:
