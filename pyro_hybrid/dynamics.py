@@ -14,8 +14,9 @@ from pyro.ops.integrator import register_exception_handler
 from torch import Tensor
 
 from ._checks import fail, require, require_floating
+from ._settings import inside
 from ._types import State, Times
-from .stepping import Path, Slope, fixed_steps, grown, inside
+from .stepping import Path, Slope, fixed_steps, grown
 
 __all__ = ["Field", "SolverError", "failures_as_values", "solve", "standing_still"]
 

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from ._checks import fail, require
+from ._settings import inside
 
 if TYPE_CHECKING:
     from .tasks import Episode
 
-__all__ = ["SetEncoder"]
+__all__ = ["SetEncoder", "reading_once"]
+
+_read: ContextVar[dict[tuple[int, int, bool], tuple[object, Tensor]] | None] = ContextVar("read", default=None)
+
+
+def reading_once() -> AbstractContextManager[None]:
+    """Inside, no encoder reads an episode twice. For one evaluation of an ELBO, between two changes of parameters."""
+    return inside(_read, {})
 
 
 class SetEncoder(nn.Module):
@@ -63,6 +73,14 @@ class SetEncoder(nn.Module):
 
     def forward(self, episode: Episode) -> Tensor:
         """Features of the set, ``(task, features)``."""
+        read, key = _read.get(), (id(self), id(episode), torch.is_grad_enabled())
+        if read is None:
+            return self._features(episode)
+        if key not in read:
+            read[key] = episode, self._features(episode)  # with the episode, lest its id be given away
+        return read[key][1]
+
+    def _features(self, episode: Episode) -> Tensor:
         each = self.shots(episode)
         size = each.new_full((*each.shape[:-2], 1), each.shape[-2]).log()
         return self.joint(torch.cat([each.mean(-2), size], -1))

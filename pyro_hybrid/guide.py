@@ -111,11 +111,13 @@ class AmortizedGuide(nn.Module):
         if program is None:
             return {}
         episode, values = replace(episode, support=None), {name: value.detach() for name, value in values.items()}
-        one = {name: value.reshape(-1, *value.shape[-2:])[0] for name, value in values.items()}
         with torch.no_grad(), standing_still():
-            free, single = observed(program, episode, values)[1], observed(program, episode, one)[1]
-        # Without a query what would be observed is free too, but it has a time axis.
-        return {name: dist.Normal(*site).to_event(2) for name, site in free.items() if single[name].dim() == 4}
+            free = single = observed(program, episode, values)[1]
+            if episode.query is None:  # what would be observed is free too, but it has a time axis
+                one = {name: value.reshape(-1, *value.shape[-2:])[0] for name, value in values.items()}
+                single = observed(program, episode, one)[1]
+        return {name: dist.Normal(*site).to_event(2) for name, site in free.items()
+                if episode.query is not None or single[name].dim() == 4}
 
 
 def _root(covariance: Tensor) -> Tensor:

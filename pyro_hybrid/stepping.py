@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from types import CodeType, FunctionType
 from typing import Any, NamedTuple
@@ -16,25 +16,16 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ._checks import require
+from ._settings import inside
 from ._types import Times
 
-__all__ = ["Path", "Slope", "fixed_steps", "grown", "inside", "seconds_compiling", "steps_halved"]
+__all__ = ["Path", "Slope", "fixed_steps", "grown", "seconds_compiling", "steps_halved"]
 
 Slope = Callable[[Tensor, Tensor], Tensor]
 Step = Callable[[Slope, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 SEGMENT = 64  # with more steps than two such segments, what a segment's gradient needs is recomputed, not stored
 _finer: ContextVar[int] = ContextVar("finer", default=1)
-
-
-@contextmanager
-def inside(setting: ContextVar[Any], value: object) -> Iterator[None]:
-    """The setting has this value inside."""
-    token = setting.set(value)
-    try:
-        yield
-    finally:
-        setting.reset(token)
 
 
 def steps_halved() -> AbstractContextManager[None]:

@@ -158,6 +158,12 @@ class Episode:
             uncut=self,
         )
 
+    def some(self, shots: Tensor) -> Episode:
+        """Some of the shots, or segments, by index, the same ones for every task."""
+        clocks = self.times if self.times.dim() == 1 else self.times[shots]
+        few = self._changed(lambda value: value[:, shots], times=clocks)
+        return replace(few, uncut=None, whole=self.whole or self)
+
     def _changed(self, change: Callable[[Tensor], Tensor], nested: Callable[[Episode], Episode] | None = None,
                  times: Times | None = None) -> Episode:
         """``change`` done to everything that has axes (task, shot, ...), ``nested`` to the episodes inside."""

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from ._checks import require
 from .dynamics import SolverError
-from .encoders import SetEncoder
+from .encoders import SetEncoder, reading_once
 from .linearise import is_random
 from .module import local_parameters, require_local
 from .tasks import Episode, Tasks
@@ -63,7 +63,7 @@ class SVI(PyroSVI):
     def backward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The loss, with its gradients left on the parameters."""
         self.optim.zero_grad(set_to_none=True)
-        with local_parameters():
+        with local_parameters(), reading_once():
             loss = self.elbo(*args, **kwargs)
             if loss.requires_grad:
                 loss.backward()
@@ -78,7 +78,7 @@ class SVI(PyroSVI):
     @torch.no_grad()
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
         """The loss, with no step taken."""
-        with local_parameters():
+        with local_parameters(), reading_once():
             return float(self.elbo(*args, **kwargs))
 
 
@@ -105,9 +105,9 @@ class Fit:
 
 def meta_train(model: nn.Module, guide: nn.Module, tasks: Tasks, *, steps: int = 1000, batch_size: int = 32,
                learning_rate: float = 3e-3, seed: int = 0, curriculum: Mapping[float, Length] | None = None,
-               warmup: float = 0.0, clip: float = 4.0, average: float = 0.0, held_out: Tasks | None = None,
-               every: int = 100, patience: int | None = None, loss: Any = None, max_skips: int = 20,
-               device: torch.device | str | None = None, progress: bool = True,
+               segments: int | None = None, warmup: float = 0.0, clip: float = 4.0, average: float = 0.0,
+               held_out: Tasks | None = None, every: int = 100, patience: int | None = None, loss: Any = None,
+               max_skips: int = 20, device: torch.device | str | None = None, progress: bool = True,
                callback: Callable[[int, Fit], None] | None = None) -> Fit:
     """Train model and guide over many tasks; same seed, same result.
 
@@ -120,6 +120,9 @@ def meta_train(model: nn.Module, guide: nn.Module, tasks: Tasks, *, steps: int =
         curriculum: ``{fraction of the steps: length}``: from there on, trajectories are cut into segments of so many
             steps (None: not cut); of ``(length, horizon)``, only their first ``horizon`` steps are used. Default:
             segments of a seventh, then of two sevenths, then the whole.
+        segments: look at so many segments of each query shot at a step, drawn anew, instead of at all of them. Their
+            likelihood is scaled up, so that the loss stays right on average: steps that cost less and inform nearly as
+            well, since the segments of a shot share its task's latents. Not with computed evidence in the guide.
         warmup: fraction of the steps over which the KL's weight rises from 0 to 1.
         clip: gradients longer than so many times their running mean are shortened.
         average: the parameters' mean over so large a last fraction of the steps is what remains; it damps the noise of
@@ -136,12 +139,15 @@ def meta_train(model: nn.Module, guide: nn.Module, tasks: Tasks, *, steps: int =
             f"{steps}, {batch_size}, {len(tasks)}", "Check the arguments.")
     require(patience is None or held_out is not None, "held_out tasks for early stopping", "none",
             "Pass held_out=tasks, or patience=None.")
+    require(segments is None or segments >= 1 and getattr(guide, "evidence", None) is None,
+            "segments of 1 or more, and a guide that reads by its encoder", f"{segments} and {type(guide).__name__}",
+            "Leave segments=None: computed evidence needs all that was observed.")
     device = torch.device(device) if device is not None else tasks.values.device
     model.to(device), guide.to(device)
     _standardise(model, guide, tasks)
     svi = SVI(model, guide, _adam(model, guide, learning_rate, device), loss)
-    return _Loop(svi, tasks, steps, batch_size, learning_rate, seed, _plan(curriculum, tasks), warmup, clip, average,
-                 held_out, every, patience, max_skips, device, callback).run(progress)
+    return _Loop(svi, tasks, steps, batch_size, learning_rate, seed, _plan(curriculum, tasks), segments, warmup, clip,
+                 average, held_out, every, patience, max_skips, device, callback).run(progress)
 
 
 def _adam(model: nn.Module, guide: nn.Module, learning_rate: float, device: torch.device) -> torch.optim.Adam:
@@ -180,6 +186,7 @@ class _Loop:
     learning_rate: float
     seed: int
     plan: dict[float, Length]
+    segments: int | None
     warmup: float
     clip: float
     average: float
@@ -230,8 +237,10 @@ class _Loop:
         for group in self.svi.optim.param_groups:
             group["lr"] = self.learning_rate * rise * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
         weight = 1.0 if progress >= self.warmup else (progress + 1 / self.steps) / self.warmup
-        with _seeded(self.seed, step), _Terms(weight) as terms:
-            loss = self._loss(episode, checked=step == 0)
+        with _seeded(self.seed, step):
+            episode, share = self._sample(episode)
+            with _Terms(weight, 1.0 / share) as terms:
+                loss = self._loss(episode, checked=step == 0)
         norm = self._clip() if math.isfinite(loss) else math.nan
         if not math.isfinite(norm):
             return self._skip(step, loss)
@@ -243,6 +252,13 @@ class _Loop:
         log_likelihood = terms.log_likelihood / self.svi.elbo.elbo.num_particles
         self.fit.log_likelihood.append(log_likelihood / size)
         self.fit.kl.append((loss + log_likelihood) / size)  # and factors such as a penalty
+
+    def _sample(self, episode: Episode) -> tuple[Episode, float]:
+        """Some of its segments, and their share."""
+        number, shots = episode.shape[1], (episode.uncut or episode).shape[1]
+        if self.segments is None or self.segments * shots >= number:
+            return episode, 1.0
+        return episode.some(torch.randperm(number)[: self.segments * shots]), self.segments * shots / number
 
     def _loss(self, episode: Episode, *, checked: bool) -> float:
         """The loss, its gradients left on the parameters; NaN where the numbers are wrong, and not the program."""
@@ -327,19 +343,25 @@ def _seeded(seed: int, step: int) -> Iterator[None]:
 
 
 class _Terms(Messenger):
-    """Weighs the KL (sites that aren't observed) and adds up the log-likelihood as the program runs."""
+    """Weighs the KL (sites that aren't observed) and whatever belongs to shots; adds up the log-likelihood."""
 
-    def __init__(self, weight: float) -> None:
+    def __init__(self, weight: float, by_shot: float) -> None:
         super().__init__()
-        self.weight, self.log_likelihood = weight, 0.0
+        self.weight, self.by_shot, self.log_likelihood = weight, by_shot, 0.0
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
-        if not msg["is_observed"] and self.weight != 1.0:
-            msg["scale"] = msg["scale"] * self.weight
+        if not is_random(msg):
+            return
+        weight = 1.0 if msg["is_observed"] else self.weight
+        if msg["is_observed"] or msg["fn"].event_dim >= 2:  # a task's latents have their components alone
+            weight *= self.by_shot
+        if weight != 1.0:
+            msg["scale"] = msg["scale"] * weight
 
     def _pyro_post_sample(self, msg: dict[str, Any]) -> None:
         if msg["is_observed"] and is_random(msg):
             with torch.no_grad():
                 value = msg["fn"].log_prob(msg["value"])
                 mask = True if msg["mask"] is None else msg["mask"]
-                self.log_likelihood += float(torch.where(torch.as_tensor(mask, device=value.device), value, 0.0).sum())
+                value = torch.where(torch.as_tensor(mask, device=value.device), value, 0.0)
+                self.log_likelihood += self.by_shot * float(value.sum())
