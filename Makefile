@@ -2,7 +2,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-arviz1 lint docs clean
+.PHONY: help venv demo test test-arviz1 lint bench docs clean
 
 BIN := .venv/bin
 PYTHON = $(shell for p in python3.11 python3 python; do \
@@ -31,6 +31,10 @@ lint: .venv/.installed ## ruff and mypy
 	@echo "lint: mypy"
 	@$(BIN)/mypy
 
+bench: .venv/.installed-bench ## measure steps and times against plain Pyro and JAX (an hour; leave the machine alone meanwhile)
+	@for script in elbo_step grid_step scaling time_to_identify; do \
+		echo "bench: tests/benchmarks/$$script.py"; $(BIN)/python tests/benchmarks/$$script.py || exit 1; done
+
 docs: .venv/.installed-docs ## build docs/_build/html, a warning being an error
 	@echo "docs: sphinx"
 	@$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
@@ -53,6 +57,11 @@ clean: ## remove .venv, caches and built docs (what is in out/ stays)
 .venv/.installed-docs: .venv/.installed
 	@echo "venv: adding what the docs need"
 	@$(INSTALL) '.[test,docs]'
+	@touch $@
+
+.venv/.installed-bench: .venv/.installed
+	@echo "venv: adding what the benchmarks compare with"
+	@$(INSTALL) '.[test,bench]'
 	@touch $@
 
 PYTHON_ARVIZ1 = $(shell for p in python3.14 python3.13 python3.12 $(wildcard $(HOME)/.pyenv/versions/3.1[2-9].*/bin/python); do \

@@ -1,6 +1,7 @@
 """Identifiable hybrid models as Pyro programs: known equations, neural terms, support-conditioned priors."""
 
 from . import families, models, systems
+from .accuracy import step_error
 from .dynamics import SolverError, solve
 from .encoders import SetEncoder
 from .guide import AmortizedGuide
@@ -19,5 +20,5 @@ __all__ = [
     "SVI", "AmortizedGuide", "Episode", "Fit", "HybridModel", "Linearised", "Mixing", "Residual", "SetEncoder",
     "SolverError", "SupportPrior", "Tasks", "TrainingError", "UnconditionalPrior", "calibrate", "disentangle", "draws",
     "families", "load_arviz", "mcc", "meta_train", "models", "overlap", "pareto_k", "predict", "save_arviz", "solve",
-    "summary", "systems", "to_arviz",
+    "step_error", "summary", "systems", "to_arviz",
 ]

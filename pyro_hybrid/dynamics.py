@@ -71,8 +71,8 @@ def solve(field: Field, initial: State, times: Times, *, method: str = "rk4", su
         step: instead, the length of rk4's steps, or a little less, wherever the output times are; between its steps it
             interpolates (cubic Hermite). Fewer field evaluations where data are dense:
             :func:`~pyro_hybrid.step_error` says what they cost.
-        compile: compile rk4's step with ``torch.compile``: about ten seconds once for each field, two to three times
-            faster steps afterwards. Without a compiler, a warning, and eager steps.
+        compile: compile rk4's step with ``torch.compile``: some ten seconds for each field and kind of use (training,
+            whole or on segments; inference), then steps up to twice as fast. Without a compiler: a warning, and eager.
         rtol, atol: tolerances of the adaptive methods.
         max_steps: after so many steps an adaptive method gives up with a :class:`SolverError`.
 
@@ -89,7 +89,7 @@ def solve(field: Field, initial: State, times: Times, *, method: str = "rk4", su
         path: Tensor | list[Tensor] = [stacked] * times.shape[-1]
     elif method == "rk4":
         path, walked = fixed_steps(slope, stacked, times, substeps, step, axis, _code(field) if compile else None)
-        if _raise_failures.get() and not torch.isfinite(walked.states[-1]).all():
+        if _raise_failures.get() and not torch.isfinite(path if isinstance(path, Tensor) else path[-1]).all():
             _explain(walked, axis)
     else:
         path = _adaptive(slope, stacked, times, method, rtol, atol, max_steps, axis)
@@ -107,7 +107,7 @@ def _checked(field: Field, axis: int) -> Slope:
         if not isinstance(slopes, Tensor) or slopes.shape[-1:] != state.shape[-1:]:
             fail(f"the field to return a tensor (..., {state.shape[-1]})", _form(slopes),
                  "Return one slope for each component, in the last axis.", TypeError)
-        return slopes
+        return slopes.expand(torch.broadcast_shapes(slopes.shape, state.shape))
 
     def stacked(t: Tensor, state: Tensor) -> Tensor:
         parts = state.unbind(0)
@@ -136,11 +136,12 @@ def _explain(walked: Path, axis: int) -> None:
             knots = walked.knots
             clock = knots if knots.dim() == 1 else knots.expand(bad.shape[-1], -1)[index[-1]]
             raise SolverError("the state stopped being finite", index, float(clock[k]), k)
+    raise SolverError("the slope at the last time isn't finite", (), float(walked.knots.flatten()[-1]), k)
 
 
 def _code(field: Field) -> CodeType:
     """What a field's compiled steps are kept by."""
-    return getattr(field, "__code__", None) or getattr(type(field).__call__, "__code__", solve.__code__)
+    return getattr(field, "__code__", getattr(type(field).__call__, "__code__", solve.__code__))
 
 
 def _adaptive(slope: Slope, y: Tensor, times: Times, method: str, rtol: float, atol: float, max_steps: int,

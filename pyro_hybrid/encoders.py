@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,14 +16,26 @@ from ._settings import inside
 if TYPE_CHECKING:
     from .tasks import Episode
 
-__all__ = ["SetEncoder", "reading_once"]
+__all__ = ["SetEncoder", "once", "reading_once"]
 
-_read: ContextVar[dict[tuple[int, int, bool], tuple[object, Tensor]] | None] = ContextVar("read", default=None)
+_T = TypeVar("_T")
+_Read = dict[tuple[int, str, int, bool], tuple[object, Any]]
+_read: ContextVar[_Read | None] = ContextVar("read", default=None)
 
 
 def reading_once() -> AbstractContextManager[None]:
-    """Inside, no encoder reads an episode twice. For one evaluation of an ELBO, between two changes of parameters."""
+    """Inside, nothing is read off an episode twice. For one evaluation of an ELBO, between two steps."""
     return inside(_read, {})
+
+
+def once(reader: object, what: str, episode: object, read: Callable[[], _T]) -> _T:
+    """What a reader reads off an episode, remembered inside :func:`reading_once`."""
+    known, key = _read.get(), (id(reader), what, id(episode), torch.is_grad_enabled())
+    if known is None:
+        return read()
+    if key not in known:
+        known[key] = (reader, episode), read()  # with the two, lest their ids be given away
+    return known[key][1]
 
 
 class SetEncoder(nn.Module):
@@ -73,12 +86,7 @@ class SetEncoder(nn.Module):
 
     def forward(self, episode: Episode) -> Tensor:
         """Features of the set, ``(task, features)``."""
-        read, key = _read.get(), (id(self), id(episode), torch.is_grad_enabled())
-        if read is None:
-            return self._features(episode)
-        if key not in read:
-            read[key] = episode, self._features(episode)  # with the episode, lest its id be given away
-        return read[key][1]
+        return once(self, "features", episode, lambda: self._features(episode))
 
     def _features(self, episode: Episode) -> Tensor:
         each = self.shots(episode)

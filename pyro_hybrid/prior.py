@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ._checks import fail, require
 from ._types import Natural, Stock
-from .encoders import SetEncoder
+from .encoders import SetEncoder, once
 from .families import Family, FullNormal
 from .linearise import Belief, Linearised, Problem, Program
 from .tasks import Episode
@@ -129,7 +129,7 @@ class SupportPrior(Prior):
         if support is None:
             return super().natural(None)
         if self.evidence is None:
-            return self._split(self.propose(support))
+            return once(self, "natural", support, lambda: self._split(self.propose(support)))
         return handed_out(self.sites, self.belief(support))
 
     def forward(self, support: Episode | None) -> dict[str, Stock]:

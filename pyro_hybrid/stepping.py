@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from types import CodeType, FunctionType
@@ -15,14 +16,15 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ._checks import require
+from ._checks import fail, require
 from ._settings import inside
 from ._types import Times
 
 __all__ = ["Path", "Slope", "fixed_steps", "grown", "seconds_compiling", "steps_halved"]
 
 Slope = Callable[[Tensor, Tensor], Tensor]
-Step = Callable[[Slope, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+Step = Callable[[Slope, Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
+Walk = tuple[list[Tensor], list[Tensor]]
 
 SEGMENT = 64  # with more steps than two such segments, what a segment's gradient needs is recomputed, not stored
 _finer: ContextVar[int] = ContextVar("finer", default=1)
@@ -55,9 +57,11 @@ def fixed_steps(slope: Slope, y: Tensor, times: Times, substeps: int, step: floa
     knots = _knots(times, substeps, step)
     clock = knots if times.dim() == 1 or axis == 0 else knots.unsqueeze(-2)
     lengths = torch.diff(clock)
-    advance = _rk4_step if code is None else _compiled_step(code)
+    advance: Step = _rk4_step
     if code is not None:
         y = _as_later(slope, clock[..., 0], y, axis)
+        single = tuple(size == 1 for size in y.shape)  # torch.compile has versions of their own for sizes of one
+        advance = _compiled_step(code, (single, clock.dim(), y.dtype, y.requires_grad, torch.is_grad_enabled()))
     pieces = [*zip(clock.unbind(-1), lengths.unbind(-1), strict=False)]
     states, slopes = _walk(advance, slope, y, pieces, axis)
     path = Path([grown(y, states[0], axis), *states], knots)
@@ -77,24 +81,40 @@ def _knots(times: Times, substeps: int, step: float | None) -> Tensor:
     return first + (last - first) * torch.linspace(0.0, 1.0, number + 1, dtype=times.dtype, device=times.device)
 
 
-def _walk(advance: Step, slope: Slope, y: Tensor, pieces: list[tuple[Tensor, Tensor]], axis: int,
-          ) -> tuple[list[Tensor], list[Tensor]]:
+def _walk(advance: Step, slope: Slope, y: Tensor, pieces: list[tuple[Tensor, Tensor]], axis: int) -> Walk:
     """All steps; where they are many and have a gradient, segment by segment in memory of one."""
+    states: list[Tensor] = []
+    slopes: list[Tensor] = []
     if len(pieces) > 2 * SEGMENT and torch.is_grad_enabled():
-        states, slopes = [], []
         for start in range(0, len(pieces), SEGMENT):
-            more = checkpoint(_walk, advance, slope, y, pieces[start : start + SEGMENT], axis, use_reentrant=False,
-                              preserve_rng_state=False)
-            y = more[0][-1]
-            states += more[0]
-            slopes += more[1]
+            segment = _Segment(advance, slope, pieces[start : start + SEGMENT], axis)
+            more = checkpoint(segment, y, use_reentrant=False)
+            states, slopes, y = states + more[0], slopes + more[1], more[0][-1]
         return states, slopes
-    states, slopes = [], []
     for t, h in pieces:
         y, k = advance(slope, t, h, y, axis)
         states.append(y)
         slopes.append(k)
     return states, slopes
+
+
+class _Segment:
+    """Steps that are taken again for their gradient, and then must lead where they led before."""
+
+    def __init__(self, advance: Step, slope: Slope, pieces: list[tuple[Tensor, Tensor]], axis: int) -> None:
+        self.advance, self.slope, self.pieces, self.axis = advance, slope, pieces, axis
+        self.before: Tensor | None = None
+
+    def __call__(self, y: Tensor) -> Walk:
+        states, slopes = _walk(self.advance, self.slope, y, self.pieces[:-1], self.axis)
+        now = (states or [y])[-1]
+        if self.before is None:
+            self.before = now.detach()
+        elif not torch.allclose(now.detach(), self.before, rtol=1e-3, atol=1e-5, equal_nan=True):
+            fail("a field that gives the same slope when it is called again", "another one when its gradient was taken",
+                 "Draw random numbers, and read sampled attributes, before the field is defined.", RuntimeError)
+        last = _walk(self.advance, self.slope, now, self.pieces[-1:], self.axis)
+        return states + last[0], slopes + last[1]
 
 
 def _rk4_step(slope: Slope, t: Tensor, h: Tensor, y: Tensor, axis: int) -> tuple[Tensor, Tensor]:
@@ -132,7 +152,12 @@ def _between(path: Path, slopes: list[Tensor], times: Times) -> Tensor:
     weights[0, rows, index], weights[0, rows, index + 1] = (1 + 2 * x) * (1 - x) ** 2, x * x * (3 - 2 * x)
     weights[1, rows, index], weights[1, rows, index + 1] = h * x * (1 - x) ** 2, h * x * x * (x - 1)
     nodes = torch.stack([*path.states, *slopes])
-    return (torch.cat([weights[0], weights[1]], -1) @ nodes.flatten(1)).unflatten(1, nodes.shape[1:])
+    mixed, flat = torch.cat([weights[0], weights[1]], -1), nodes.flatten(1)
+    between = mixed @ flat
+    if not torch.isfinite(between).all():  # zero times NaN is NaN, which must not travel back in time
+        lost = (mixed != 0.0).to(flat.dtype) @ (~torch.isfinite(flat)).to(flat.dtype) > 0.0
+        between = (mixed @ flat.nan_to_num(0.0, 0.0, 0.0)).masked_fill(lost, torch.nan)
+    return between.unflatten(1, nodes.shape[1:])
 
 
 def _as_later(slope: Slope, t: Tensor, y: Tensor, axis: int) -> Tensor:
@@ -142,37 +167,48 @@ def _as_later(slope: Slope, t: Tensor, y: Tensor, axis: int) -> Tensor:
     return y.detach().requires_grad_() if k.requires_grad and not y.requires_grad else y
 
 
-_compiled: WeakKeyDictionary[CodeType, Step] = WeakKeyDictionary()
+_compiled: WeakKeyDictionary[CodeType, dict[Hashable, _Compiled]] = WeakKeyDictionary()
 
 
-def _compiled_step(code: CodeType) -> Step:
-    """One compiled step for each field that was written: torch.compile limits its recompilations by code."""
-    if code not in _compiled:
-        _compiled[code] = _Compiled(FunctionType(_rk4_step.__code__.replace(), globals(), "_rk4_step"))
-    return _compiled[code]
+def _compiled_step(code: CodeType, kind: Hashable) -> Step:
+    """A compiled step for each field that was written and each kind of use: torch.compile limits versions by code."""
+    steps = _compiled.setdefault(code, {})
+    if kind not in steps:
+        steps[kind] = _Compiled()
+    return steps[kind]
 
 
 class _Compiled:
-    """A step that is compiled at its first call, for all batch sizes; if it can't be, it warns and stays eager."""
+    """A step that is compiled at its first call, then for all batch sizes; if it can't be, it warns and stays eager."""
 
-    def __init__(self, step: Any) -> None:
-        from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException  # not on import: it takes seconds
-
-        self.failures, self.failed = (TorchDynamoException, FailOnRecompileLimitHit), False
-        self.cpu = torch.compile(step, fullgraph=True, dynamic=None, options={"cpp_wrapper": True})
-        self.other = torch.compile(step, fullgraph=True, dynamic=None)
+    def __init__(self) -> None:
+        step = inspect.unwrap(_rk4_step)
+        own: Any = FunctionType(step.__code__.replace(), step.__globals__, step.__name__, step.__defaults__,
+                                step.__closure__)
+        self.step: Step | None = own
+        self.compiled: dict[str, Step] = {}
 
     def __call__(self, slope: Slope, t: Tensor, h: Tensor, y: Tensor, axis: int) -> tuple[Tensor, Tensor]:
-        if not self.failed:
-            try:
-                return (self.cpu if y.device.type == "cpu" else self.other)(slope, t, h, y, axis)
-            except self.failures as error:
-                self.failed = True
-                reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-                warnings.warn(f"solve(..., compile=True) goes on without compiling: {reason.strip()} On a CPU a C++ "
-                              "compiler must be installed, and the field must consist of torch operations, without "
-                              "branches on values.", RuntimeWarning, stacklevel=2)
-        return _rk4_step(slope, t, h, y, axis)
+        if self.step is None:
+            return _rk4_step(slope, t, h, y, axis)
+        try:
+            return self._on(y.device.type)(slope, t, h, y, axis)
+        except Exception as error:
+            if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                raise
+            result, self.step = _rk4_step(slope, t, h, y, axis), None
+            reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            warnings.warn(f"solve(..., compile=True) goes on without compiling. torch.compile says: {reason!r}. A C++ "
+                          "compiler must be installed (on a CPU), and the field must consist of torch operations, "
+                          "without branches on values.", RuntimeWarning, stacklevel=2)
+            return result
+
+    def _on(self, device: str) -> Step:
+        if device not in self.compiled:
+            options: dict[str, Any] | None = {"cpp_wrapper": True} if device == "cpu" else None
+            compiled: Any = torch.compile(self.step, fullgraph=True, options=options)
+            self.compiled[device] = compiled
+        return self.compiled[device]
 
 
 def seconds_compiling() -> float:

@@ -74,6 +74,8 @@ class Episode:
         whole = self.whole or self
         if whole.query is None or whole.query.shape[1] == 1 or whole.times.dim() == 2:
             return self
+        if self.times.dim() == 2 and self.uncut is None:  # some segments: only what encoders read has an order
+            return replace(self, whole=whole.canonical)
         values = whole.query.double().flatten(2)
         # Unequal weights: of trajectories that conserve something, the plain sums are equal.
         key = (values * torch.arange(1, values.shape[-1] + 1, device=values.device).sqrt()).sum(-1).argsort(1)
@@ -159,9 +161,9 @@ class Episode:
         )
 
     def some(self, shots: Tensor) -> Episode:
-        """Some of the shots, or segments, by index, the same ones for every task."""
-        clocks = self.times if self.times.dim() == 1 else self.times[shots]
-        few = self._changed(lambda value: value[:, shots], times=clocks)
+        """Some of the segments that it was cut into, by index, the same ones for every task."""
+        require(self.times.dim() == 2, "an episode that was cut into segments", "whole trajectories", "Cut it first.")
+        few = self._changed(lambda value: value[:, shots], times=self.times[shots])
         return replace(few, uncut=None, whole=self.whole or self)
 
     def _changed(self, change: Callable[[Tensor], Tensor], nested: Callable[[Episode], Episode] | None = None,

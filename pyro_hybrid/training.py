@@ -21,10 +21,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ._checks import require
+from .accuracy import step_error
 from .dynamics import SolverError
 from .encoders import SetEncoder, reading_once
 from .linearise import is_random
 from .module import local_parameters, require_local
+from .stepping import seconds_compiling
 from .tasks import Episode, Tasks
 
 __all__ = ["SVI", "Fit", "TrainingError", "meta_train"]
@@ -92,7 +94,10 @@ def _torchs(optim: Any, parameters: list[nn.Parameter]) -> torch.optim.Optimizer
 
 @dataclass
 class Fit:
-    """What came out of a training: a history of every step, per task, and of every look at the held-out tasks."""
+    """What came out of a training: a history of every step, per task, and of every look at the held-out tasks.
+
+    ``step_error`` is the ``typical`` one of :func:`~pyro_hybrid.step_error` on the last batch; NaN where there is none.
+    """
 
     loss: list[float] = field(default_factory=list)
     log_likelihood: list[float] = field(default_factory=list)
@@ -100,6 +105,8 @@ class Fit:
     held_out: list[tuple[int, float]] = field(default_factory=list)
     skipped: int = 0
     seconds: float = 0.0
+    seconds_compiling: float = 0.0
+    step_error: float = 0.0
     stopped_early: bool = False
 
 
@@ -202,7 +209,7 @@ class _Loop:
         self.good, self.since = self._state(), 0
         self.best: tuple[float, Weights | None] = math.inf, None
         self.mean: list[Tensor] = []
-        self.averaged, start = 0, time.perf_counter()
+        self.averaged, start, compiled = 0, time.perf_counter(), seconds_compiling()
         bar = tqdm(range(self.steps), desc="meta-training", unit="step", disable=not progress, dynamic_ncols=True)
         self.svi.model.train()
         try:
@@ -214,7 +221,9 @@ class _Loop:
             with torch.no_grad():
                 for parameter, mean in zip(self.svi.parameters(), self.mean, strict=True):
                     parameter.copy_(mean)
+        self._measure_steps()
         self.fit.seconds = time.perf_counter() - start
+        self.fit.seconds_compiling = seconds_compiling() - compiled
         return self.fit
 
     def _steps(self, bar: tqdm) -> None:
@@ -238,9 +247,9 @@ class _Loop:
             group["lr"] = self.learning_rate * rise * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
         weight = 1.0 if progress >= self.warmup else (progress + 1 / self.steps) / self.warmup
         with _seeded(self.seed, step):
-            episode, share = self._sample(episode)
-            with _Terms(weight, 1.0 / share) as terms:
-                loss = self._loss(episode, checked=step == 0)
+            self.episode, share = self._sample(episode)
+            with _Terms(weight, 1.0 / share, self.episode.shape[1]) as terms:
+                loss = self._loss(self.episode, checked=step == 0)
         norm = self._clip() if math.isfinite(loss) else math.nan
         if not math.isfinite(norm):
             return self._skip(step, loss)
@@ -298,6 +307,18 @@ class _Loop:
                 f"was {loss}). {self.cause} The parameters are back at the last good state. Lower learning_rate, start "
                 "with shorter segments (curriculum={0.0: 5, ...}), or bound the neural term.")
 
+    def _measure_steps(self) -> None:
+        """Fixed steps are guarded: whoever chose them too long should know."""
+        with _seeded(self.seed, -2), pyro.validation_enabled(False):
+            try:
+                self.fit.step_error = step_error(self.svi.model, self.episode).typical
+            except (SolverError, NotImplementedError):  # it diverged, or observes what has no standard deviation
+                self.fit.step_error = math.nan
+        if self.fit.step_error > 0.1:
+            _log.warning("Fixed steps are too long: halving them moves predictions by %.2g standard deviations of the "
+                         "noise. Raise substeps, or shorten step, in solve(...); see pyro_hybrid.step_error.",
+                         self.fit.step_error)
+
     def _look(self, step: int) -> bool:
         if self.held_out is None or (step + 1) % self.every and step != self.steps - 1:
             return False
@@ -345,16 +366,19 @@ def _seeded(seed: int, step: int) -> Iterator[None]:
 class _Terms(Messenger):
     """Weighs the KL (sites that aren't observed) and whatever belongs to shots; adds up the log-likelihood."""
 
-    def __init__(self, weight: float, by_shot: float) -> None:
+    def __init__(self, weight: float, by_shot: float, shots: int) -> None:
         super().__init__()
-        self.weight, self.by_shot, self.log_likelihood = weight, by_shot, 0.0
+        self.weight, self.by_shot, self.shots, self.log_likelihood = weight, by_shot, shots, 0.0
+
+    def _scale(self, msg: dict[str, Any]) -> float:
+        """A shot's site has an axis of shots, among others unless it is observed; a task's has its components alone."""
+        event = msg["fn"].event_shape
+        return self.by_shot if event[:1] == (self.shots,) and (len(event) > 1 or msg["is_observed"]) else 1.0
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
         if not is_random(msg):
             return
-        weight = 1.0 if msg["is_observed"] else self.weight
-        if msg["is_observed"] or msg["fn"].event_dim >= 2:  # a task's latents have their components alone
-            weight *= self.by_shot
+        weight = self._scale(msg) * (1.0 if msg["is_observed"] else self.weight)
         if weight != 1.0:
             msg["scale"] = msg["scale"] * weight
 
@@ -364,4 +388,4 @@ class _Terms(Messenger):
                 value = msg["fn"].log_prob(msg["value"])
                 mask = True if msg["mask"] is None else msg["mask"]
                 value = torch.where(torch.as_tensor(mask, device=value.device), value, 0.0)
-                self.log_likelihood += self.by_shot * float(value.sum())
+                self.log_likelihood += self._scale(msg) * float(value.sum())

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import pyro_hybrid as ph
+from pyro_hybrid.encoders import reading_once
 
 SENSORS, STEPS, FEATURES = 2, 5, 6
 TIMES = torch.linspace(0.0, 1.0, STEPS)
@@ -148,6 +149,71 @@ def test_standardisation_is_saved_with_the_parameters() -> None:
     one.standardise(values, True)
     other.load_state_dict(one.state_dict())
     assert torch.equal(one(episode(values)), other(episode(values)))
+
+
+class Reader(ph.SetEncoder):
+    """Counts what it reads."""
+
+    def __init__(self) -> None:
+        super().__init__(SENSORS, STEPS, FEATURES, width=16)
+        self.read = 0
+
+    def shots(self, episode: ph.Episode) -> Tensor:
+        self.read += 1
+        return super().shots(episode)
+
+
+def test_inside_reading_once_an_episode_is_read_once() -> None:
+    net, one, two = Reader(), episode(trajectories(3, 4)), episode(trajectories(3, 4))
+    expected = [net(one), net(two)]
+    with reading_once():
+        first = [net(one), net(two), net(one.canonical)]
+        again = [net(one), net(two), net(one.canonical)]
+    assert net.read == 2 + 3 and all(a is b for a, b in zip(first, again, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(first, expected, strict=False))
+
+
+def test_encoders_do_not_read_for_each_other() -> None:
+    one, other, values = encoder(), encoder(), episode(trajectories(3, 4))
+    with reading_once():
+        assert not torch.equal(one(values), other(values))
+
+
+@pytest.mark.parametrize("grad_first", [True, False])
+def test_what_was_read_without_gradients_is_not_taken_for_what_was_read_with_them(grad_first: bool) -> None:
+    net, values = Reader(), episode(trajectories(3, 4))
+    with reading_once():
+        for grad in (grad_first, not grad_first, grad_first):
+            with torch.set_grad_enabled(grad):
+                assert net(values).requires_grad == grad
+    assert net.read == 2
+    with torch.no_grad(), reading_once():
+        assert not net(values).requires_grad
+
+
+def test_outside_of_reading_once_nothing_is_remembered() -> None:
+    net, values = Reader(), episode(trajectories(3, 4))
+    with reading_once():
+        before = net(values)
+    with torch.no_grad():
+        net.joint[-1].bias.add_(1.0)
+    assert_close(net(values), before + 1.0)
+    with reading_once():
+        assert_close(net(values), before + 1.0)
+    with pytest.raises(KeyError), reading_once():
+        net(values)
+        raise KeyError
+    read = net.read
+    net(values), net(values)
+    assert net.read == read + 2
+
+
+def test_episodes_that_come_and_go_are_not_taken_for_each_other() -> None:
+    net = encoder()
+    with reading_once():
+        for _ in range(20):  # one after the other, at the same place in memory
+            values = trajectories(1, 1)
+            assert torch.equal(net(episode(values)), net._features(episode(values)))
 
 
 KIND = (3, 4, STEPS, SENSORS)

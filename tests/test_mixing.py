@@ -123,6 +123,28 @@ def test_gradients_reach_latents_inputs_and_every_parameter(linear: bool) -> Non
     assert gradcheck(pushed, (z, x, y, *term.parameters()))
 
 
+@both_forms
+@pytest.mark.parametrize("periodic", [False, True])
+@pytest.mark.parametrize("particles", [(), (3,)])
+def test_gradients_in_float32_are_those_of_the_documented_formula(
+    linear: bool, periodic: bool, particles: tuple[int, ...]
+) -> None:
+    exact = residual(linear, outputs=2, depth=3, periodic=periodic)
+    term = ph.Residual(INPUTS, LATENTS, 2, linear, width=5, depth=3, scale=SCALE, periodic=periodic)
+    with torch.no_grad():
+        for parameter in exact.parameters():
+            parameter.copy_(parameter.float())
+    term.load_state_dict(exact.state_dict())
+    z, x, y = (v.float().requires_grad_() for v in (normal(*particles, 4, 1, LATENTS), normal(4, 3), normal(4, 3)))
+    pushed = torch.stack(term.given(z)(x, y), -1)
+    truth = naively(exact, *(v.double() for v in (z, x, y)))
+    weights = normal(*truth.shape).float()
+    found = torch.autograd.grad((weights * pushed).sum(), [z, x, y, *term.parameters()])
+    expected = torch.autograd.grad((weights.double() * truth).sum(), [z, x, y, *exact.parameters()])
+    for a, b in zip(found, expected, strict=True):
+        assert (a - b).abs().max() <= 1e-5 * b.abs().max()
+
+
 class Given(torch.nn.Module):
     """given and its call as one, for ``functional_call``."""
 

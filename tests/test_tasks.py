@@ -642,6 +642,56 @@ def test_for_any_length_every_observation_counts_once(points: int, steps: int) -
     assert part.times.shape[-1] == min(steps + 1, points)
 
 
+# ----------------------------------------------------------------------------------------------------------------- some
+
+
+@pytest.mark.parametrize("change", ["whole", "cut"])
+@pytest.mark.parametrize("order", [[0], [2, 0], [1, 2, 0]])
+def test_some_takes_the_same_shots_or_segments_of_every_task(order: list[int], change: str) -> None:
+    whole, shots = whole_episode(masked=True), torch.tensor(order)
+    episode = whole if change == "whole" else whole.cut(4)
+    few = episode.some(shots)
+    assert few.shape == (T, len(order)) and few.support is episode.support
+    assert torch.equal(few.times, episode.times if change == "whole" else episode.times[shots])
+    for name, value in tensors(episode).items():
+        if name.partition(".")[0] not in ("times", "support", "whole", "uncut"):
+            assert torch.equal(tensors(few)[name], value[:, shots]), name
+
+
+@pytest.mark.parametrize("change", ["whole", "cut", "until", "until and cut"])
+def test_of_some_segments_encoders_go_on_reading_the_whole_trajectories(change: str) -> None:
+    whole = whole_episode(masked=True)
+    begun = whole.until(6) if "until" in change else whole
+    few = (begun.cut(3) if "cut" in change else begun).some(torch.tensor([1, 0]))
+    assert few.whole is whole and few.uncut is None
+    encoder = ph.SetEncoder(SENSORS, POINTS, 3)
+    assert torch.equal(encoder(few), encoder(whole))
+
+
+def test_all_segments_in_their_order_are_the_episode() -> None:
+    segments = whole_episode(masked=True).cut(4)
+    everything = segments.some(torch.arange(segments.shape[1]))
+    for name, value in tensors(everything).items():
+        assert torch.equal(value, tensors(segments)[name]), name
+
+
+def test_some_segments_count_what_they_counted_among_all() -> None:
+    segments = whole_episode(masked=True).cut(4)
+    parts = [segments.some(torch.arange(k, segments.shape[1], 2)) for k in (0, 1)]
+    assert sum(int(part.mask.sum()) for part in parts) == int(segments.mask.sum())
+
+
+@pytest.mark.parametrize("shots", [[0], [7, 0, 3], [4, 3, 5, 0, 1, 2, 8, 7, 6]])
+def test_the_canonical_order_of_some_segments_keeps_them_and_their_clocks(shots: list[int]) -> None:
+    few = make(torch.randn(T, SHOTS, POINTS, SENSORS)).episode().cut(4).some(torch.tensor(shots))
+    ordered = few.canonical
+    assert ordered.shape == few.shape
+    for shot in range(few.shape[1]):
+        for task in range(T):
+            same = [k for k in range(few.shape[1]) if torch.equal(few.query[task, k], ordered.query[task, shot])]
+            assert any(torch.equal(ordered.times[shot], few.times[k]) for k in same)
+
+
 # ------------------------------------------------------------------------------------------------------ canonical order
 
 

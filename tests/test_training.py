@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import itertools
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pyro
@@ -16,6 +19,7 @@ from torch import Tensor, nn
 from toys import POINTS, SEPARATE, Line, in_float32, make_tasks
 
 import pyro_hybrid as ph
+from pyro_hybrid import training
 
 TASKS = in_float32(make_tasks(20, 4, num_support=2))
 SHORT = {"steps": 6, "batch_size": 8, "progress": False, "curriculum": {0.0: None}}
@@ -229,7 +233,7 @@ def lengths(points: int, **options: Any) -> list[tuple[int, int]]:
     times = torch.linspace(0, 1, points)
     tasks = ph.Tasks.from_trajectories(times, torch.randn(6, 4, points, 1), num_support=2)
     ph.meta_train(*both, tasks, **{**SHORT, "steps": 8, **options})
-    return both[0].lengths
+    return both[0].lengths[:8]  # after the last step, the program runs to see what its solver's steps cost
 
 
 def test_a_curriculum_cuts_trajectories_as_it_says() -> None:
@@ -295,6 +299,152 @@ def test_the_learning_rate_rises_and_then_follows_a_cosine_to_a_fiftieth() -> No
     assert rates[0] == pytest.approx(0.5 * rates[1], rel=0.02) and max(rates) == pytest.approx(0.01, rel=0.02)
     assert rates[-1] == pytest.approx(0.01 / 50, rel=0.15)
     assert rates[1:] == sorted(rates[1:], reverse=True)
+
+
+# ---- some segments of each shot ------------------------------------------------------------------------------------
+
+EMPTY = torch.Size()
+# Of six times: cut into segments of two steps, three of each of the two query shots.
+SOME = {**SHORT, "curriculum": {0.0: 2}}
+
+
+def looked_at(segments: int | None, **options: Any) -> list[tuple[int, ...]]:
+    """Which segments the program saw, by the beginnings of their clocks."""
+    seen = []
+
+    class Watching(Line):
+        def forward(self, episode: ph.Episode) -> Tensor:
+            if episode.support is not None and torch.is_grad_enabled():
+                starts = episode.times[..., :1].flatten() / float(TASKS.times[1])
+                seen.append(tuple(starts.round().int().tolist()))
+            return super().forward(episode)
+
+    ph.meta_train(*pair(model=Watching), TASKS, **{**SOME, **options}, segments=segments)
+    return seen
+
+
+@pytest.mark.parametrize(("segments", "number"), [(1, 2), (2, 4), (3, 6), (99, 6), (None, 6)])
+def test_so_many_segments_of_each_shot_are_looked_at_drawn_anew_at_every_step(segments: int, number: int) -> None:
+    seen = looked_at(segments)
+    assert [len(starts) for starts in seen] == [number] * SHORT["steps"]
+    assert (len({*seen}) > 1) == (number < 6)  # all of them come in their order
+    assert looked_at(segments) == seen
+
+
+def test_whole_trajectories_are_all_looked_at() -> None:
+    assert {len(starts) for starts in looked_at(1, curriculum={0.0: None})} == {1}  # one clock for all
+    some = [len(starts) for starts in looked_at(1, curriculum={0.0: 1, 0.5: None}, steps=4)]
+    assert some == [2, 2, 1, 1]
+
+
+@pytest.mark.parametrize("segments", [3, 99])
+def test_as_many_segments_as_there_are_change_nothing(segments: int) -> None:
+    some, everything = pair(), pair()
+    fits = [ph.meta_train(*some, TASKS, segments=segments, **SOME), ph.meta_train(*everything, TASKS, **SOME)]
+    assert fits[0].loss == fits[1].loss and same(state(*some), state(*everything))
+
+
+@pytest.mark.parametrize("inferred", [False, True], ids=["starts known", "starts inferred"])
+def test_over_all_choices_of_segments_loss_and_gradient_are_those_of_all_of_them(
+    inferred: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, guide = pair(inferred=inferred)
+    svi, segments = ph.SVI(model, guide, pyro.optim.SGD({"lr": 0.0})), TASKS.episode().cut(2)
+
+    def looked_at(by_segment: Tensor, episode: ph.Episode, share: float) -> Tensor:
+        """Loss, log-likelihood and gradients; the latents are the same whatever segments are chosen."""
+        torch.manual_seed(0)
+        if inferred:
+            monkeypatch.setattr(dist.Normal, "rsample", lambda fn, shape=EMPTY: drawn(fn, shape, by_segment))
+        with training._Terms(1.0, 1.0 / share) as terms:
+            loss = svi.backward(episode)
+        gradients = [model.noise_unconstrained.grad, *(p.grad.flatten() for p in guide.head.parameters())]
+        return torch.cat([torch.stack([loss, torch.tensor(terms.log_likelihood)]), *(g.view(-1) for g in gradients)])
+
+    plain, noise = dist.Normal.rsample, torch.randn(20, segments.shape[1], 1)
+
+    def drawn(fn: Any, shape: torch.Size, by_segment: Tensor) -> Tensor:
+        return fn.loc + fn.scale * noise[:, by_segment] if fn.loc.dim() == 3 else plain(fn, shape)
+
+    full = looked_at(torch.arange(6), segments, 1.0)
+    choices, total = [*itertools.combinations(range(6), 2)], torch.zeros_like(full)
+    for choice in choices:
+        monkeypatch.setattr(torch, "randperm", lambda n, choice=choice: torch.tensor(choice))
+        episode, share = training._Loop._sample(SimpleNamespace(segments=1), segments)
+        assert share == pytest.approx(1 / 3) and episode.shape == (20, 2)
+        total += looked_at(torch.tensor(choice), episode, share) / len(choices)
+    torch.testing.assert_close(total, full, rtol=1e-4, atol=1e-4 * float(full[2:].abs().max()))
+
+
+class Weighed(Line):
+    """Each task has been weighed, besides."""
+
+    def forward(self, episode: ph.Episode) -> Tensor:
+        zero = torch.zeros(episode.shape[0])
+        with pyro.plate("scales", len(zero), dim=-1):
+            pyro.sample("weight", dist.Normal(zero, 1.0), obs=zero)
+        return super().forward(episode)
+
+
+SCALES = {"x": 4.0, "start": 2.0, "slope": 0.5, "bend": 0.5, "proposals": 1.0, "weight": 1.0}
+
+
+@pytest.mark.parametrize(("site", "scale"), SCALES.items())
+def test_what_belongs_to_shots_is_scaled_up_and_what_belongs_to_tasks_is_not(site: str, scale: float) -> None:
+    model, _ = pair(model=Weighed, inferred=True)
+    with training._Terms(0.5, 4.0):  # a KL of half the weight, a quarter of the segments
+        trace = pyro.poutine.trace(model).get_trace(TASKS.episode())
+    assert trace.nodes[site]["scale"] == scale
+
+
+@pytest.mark.parametrize(("segments", "evidence", "got"), [(0, None, "0 and"), (2, ph.Linearised(1), "2 and Amor")])
+def test_segments_of_nothing_or_with_computed_evidence_are_refused(segments: int, evidence: Any, got: str) -> None:
+    with pytest.raises(ValueError, match=f"segments of 1 or more, and a guide that reads by its encoder; got {got}"):
+        ph.meta_train(*pair(evidence), TASKS, segments=segments, **SOME)
+
+
+# ---- one reading a step --------------------------------------------------------------------------------------------
+
+
+@READINGS
+def test_a_step_reads_every_episode_once_and_the_next_step_reads_again(
+    evidence: ph.Linearised | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both, readings, plain = pair(evidence), [], ph.SetEncoder._features
+    svi, episode = ph.SVI(*both, pyro.optim.SGD({"lr": 1e-4})), TASKS.episode()
+
+    def features(self: ph.SetEncoder, episode: ph.Episode) -> Tensor:
+        readings.append((self, episode, torch.is_grad_enabled()))
+        return plain(self, episode)
+
+    monkeypatch.setattr(ph.SetEncoder, "_features", features)
+    expected = 2  # the support by the prior's encoder, with gradients; the query by the guide's, or what is proposed
+    for _ in range(2):
+        readings.clear()
+        svi.step(episode)
+        assert len(readings) == len({*readings}) == expected
+    readings.clear()
+    svi.evaluate_loss(episode)
+    assert len(readings) == len({*readings}) <= expected
+    readings.clear()
+    both[0].prior(episode.support), both[0].prior(episode.support)
+    assert len(readings) == (0 if evidence else 2)  # outside, computed evidence alone is remembered, by itself
+
+
+@READINGS
+@pytest.mark.parametrize("particles", [1, 3])
+def test_reading_once_changes_no_loss_and_no_gradient(
+    evidence: ph.Linearised | None, particles: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = []
+    for reading in (training.reading_once, contextlib.nullcontext):
+        monkeypatch.setattr(training, "reading_once", reading)
+        both = pair(evidence)
+        svi = ph.SVI(*both, pyro.optim.SGD({"lr": 0.0}), TraceMeanField_ELBO(num_particles=particles))
+        torch.manual_seed(1)
+        loss = svi.backward(TASKS.episode())
+        results.append([loss, *(p.grad for p in svi.parameters()), torch.tensor(svi.evaluate_loss(TASKS.episode()))])
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
 
 
 # ---- failures ------------------------------------------------------------------------------------------------------

@@ -51,6 +51,7 @@ class MetaHybridVAE(HybridModel):
         linear: whether the force is linear in its latents.
         correction, straightness: weights of the two preferences.
         noise: where the learned noise starts, in units of the system's. A high one is slow and safe: it anneals.
+        substeps, step, compile: how :func:`~pyro_hybrid.solve` takes its steps.
         conditional: False for a prior that doesn't look at the support (not identifiable).
     """
 
@@ -59,9 +60,11 @@ class MetaHybridVAE(HybridModel):
 
     def __init__(self, system: System, evidence: Linearised | None = None, *, latents: int | None = None,
                  linear: bool = True, correction: float = 0.0, straightness: float = 0.0, noise: float = 3.0,
-                 width: int = 32, depth: int = 1, substeps: int = 1, conditional: bool = True) -> None:
+                 width: int = 32, depth: int = 1, substeps: int = 1, step: float | None = None, compile: bool = False,
+                 conditional: bool = True) -> None:
         super().__init__()
-        self.system, self.substeps = system, substeps
+        self.system = system
+        self.steps: dict[str, Any] = {"substeps": substeps, "step": step, "compile": compile}
         self.correction, self.straightness = correction, straightness
         sites = {**system.physics, "unknown": Normal(latents or len(system.unknown))}
         self.prior = (SupportPrior(self.encoder(), evidence, **sites) if conditional else
@@ -88,7 +91,7 @@ class MetaHybridVAE(HybridModel):
 
             force = self.force(unknown)
             states = solve(self.system.known(physics, force), start if self.system.grid else start.unbind(-1),
-                           episode.times, substeps=self.substeps)
+                           episode.times, **self.steps)
             if self.training and torch.is_grad_enabled() and (self.correction or self.straightness):
                 latents = {name: value.detach() for name, value in physics.items()}, unknown.detach()
                 pyro.factor("preference", -self.objections(*latents, episode.times, states.detach()))

@@ -11,11 +11,12 @@ errors. The rows of JAX need the extra ``bench``; without it they are left out.
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import importlib.util
 import json
+import math
 import os
 import platform
-import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -36,7 +37,8 @@ from pyro_hybrid.stepping import seconds_compiling
 
 Step = Callable[[], float]
 LEARNING_RATE = 1e-9  # an optimiser that works, and leaves the weights as they are
-OBSERVATIONS = 2  # a step of the rows with longer steps: every second observation
+NAIVE = "Pyro SVI, torchdiffeq dopri5 1e-5 (naive)"
+LONGER = 1 / 6  # step of the rows with longer steps, in the time of 1.7 observations
 
 
 class Problem:
@@ -55,7 +57,7 @@ class Problem:
 
     def _train(self, steps: int) -> None:
         episode = _queries(rivals.data(64 * 16))
-        svi = ours(self.residual, self.encoder, rate=3e-3, step=OBSERVATIONS * rivals.STEP)
+        svi = ours(self.residual, self.encoder, rate=3e-3, step=LONGER)
         for i in tqdm(range(steps), desc="warming up", leave=False):
             with pyro.validation_enabled(False):
                 svi.step(_part(episode, torch.randint(0, 1024, (64,), generator=torch.Generator().manual_seed(i))))
@@ -110,6 +112,11 @@ def library(problem: Problem, **options: object) -> Step:
     return step
 
 
+def _steps() -> int:
+    """Number of the longer steps."""
+    return math.ceil((rivals.POINTS - 1) * rivals.STEP / LONGER)
+
+
 def jax_rows(problem: Problem) -> dict[str, Callable[[], Step]]:
     """The rows of numpyro, where it is installed."""
     if problem.device != "cpu" or any(importlib.util.find_spec(name) is None for name in ("numpyro", "diffrax")):
@@ -120,21 +127,20 @@ def jax_rows(problem: Problem) -> dict[str, Callable[[], Step]]:
     batch = episode.times.numpy(), torch.cat(episode.initial, -1).numpy(), episode.query[:, 0].numpy()
     start = rivals_jax.weights(*problem.fresh())
     ways = {"numpyro, scan rk4": rivals_jax.scan_rk4, "numpyro, diffrax dopri5 1e-5": rivals_jax.adaptive,
-            "numpyro, scan rk4, longer steps": rivals_jax.scan_every(OBSERVATIONS)}
+            "numpyro, scan rk4, longer steps": rivals_jax.scan_longer(_steps())}
     return {name: lambda way=way: rivals_jax.stepper(start, way, LEARNING_RATE, batch) for name, way in ways.items()}
 
 
 def rows(problem: Problem) -> dict[str, Callable[[], Step]]:
     """Name to a function that sets the row up."""
-    step = OBSERVATIONS * rivals.STEP
     return {
-        "Pyro SVI, torchdiffeq dopri5 1e-5 (naive)": lambda: stock(problem, rivals.dopri5),
+        NAIVE: lambda: stock(problem, rivals.dopri5),
         "Pyro SVI, torchdiffeq rk4": lambda: stock(problem, rivals.rk4),
         "Pyro SVI, own rk4 loop": lambda: stock(problem, rivals.plain_rk4),
         "pyro_hybrid": lambda: library(problem),
         "pyro_hybrid, compiled": lambda: library(problem, compile=True),
-        "pyro_hybrid, longer steps": lambda: library(problem, step=step),
-        "pyro_hybrid, longer steps, compiled": lambda: library(problem, step=step, compile=True),
+        "pyro_hybrid, longer steps": lambda: library(problem, step=LONGER),
+        "pyro_hybrid, longer steps, compiled": lambda: library(problem, step=LONGER, compile=True),
         **jax_rows(problem),
     }
 
@@ -193,7 +199,7 @@ def errors(problem: Problem) -> dict[str, float]:
             return field(t, torch.cat(state, -1)).split(1, -1)
 
         parts = tuple(y.split(1, -1))
-        return ph.solve(split, parts, times, step=OBSERVATIONS * rivals.STEP)[:, 0].transpose(0, 1)
+        return ph.solve(split, parts, times, step=LONGER)[:, 0].transpose(0, 1)
 
     def reference(field: Callable[..., Tensor], y: Tensor, times: Tensor) -> Tensor:
         return torchdiffeq.odeint(field, y, times, method="dopri8", rtol=1e-9, atol=1e-9)
@@ -208,7 +214,7 @@ def evidence(problem: Problem, compile: bool) -> Step:
     from pyro_hybrid.linearise import Problem as LeastSquares
 
     residual, encoder = problem.fresh()
-    model = rivals.Ours(residual, step=OBSERVATIONS * rivals.STEP, compile=compile)
+    model = rivals.Ours(residual, step=LONGER, compile=compile)
     families = {"log_omega": ph.families.Normal(1), "unknown": ph.families.Normal(rivals.LATENTS)}
     with torch.no_grad():
         mean = encoder(problem.episode.query)[0]
@@ -216,7 +222,8 @@ def evidence(problem: Problem, compile: bool) -> Step:
 
     def step() -> float:
         with pyro.validation_enabled(False):
-            return float(ph.Linearised(1)(LeastSquares(model, problem.episode, families, mean, precision), mean).mean.sum())
+            squares = LeastSquares(model, problem.episode, families, mean, precision)
+            return float(ph.Linearised(1)(squares, mean).mean.sum())
 
     return step
 
@@ -225,7 +232,8 @@ def measure(batch: int, options: argparse.Namespace) -> dict[str, object]:
     """One column of the table."""
     problem = Problem(batch, options.warmup, options.device)
     steps, losses, first, compiling = {}, {}, {}, {}
-    for name, build in tqdm(rows(problem).items(), desc=f"setting up B = {batch}", leave=False):
+    chosen = {name: build for name, build in rows(problem).items() if options.only in name}
+    for name, build in tqdm(chosen.items(), desc=f"setting up B = {batch}", leave=False):
         before, start = seconds_compiling(), time.perf_counter()
         steps[name] = build()
         losses[name] = steps[name]() / batch
@@ -236,8 +244,8 @@ def measure(batch: int, options: argparse.Namespace) -> dict[str, object]:
         step(), step()
     times = interleaved(steps | extra, options.rounds, options.device)
     medians = {name: statistics.median(t) for name, t in times.items()}
-    naive = next(iter(medians.values()))
-    evaluations = {"rk4": 4 * (rivals.POINTS - 1), "rk4, longer steps": 4 * -(-(rivals.POINTS - 1) // OBSERVATIONS) + 1}
+    naive = medians.get(NAIVE, math.nan)
+    evaluations = {"rk4": 4 * (rivals.POINTS - 1), "rk4, longer steps": 4 * _steps() + 1}
     return {
         "batch": batch,
         "median_ms": {name: round(t, 2) for name, t in medians.items()},
@@ -251,20 +259,20 @@ def measure(batch: int, options: argparse.Namespace) -> dict[str, object]:
     }
 
 
-def settings(options: argparse.Namespace) -> dict[str, object]:
-    """What was measured, on what."""
-    device = torch.cuda.get_device_name() if options.device != "cpu" else platform.processor() or platform.machine()
-    return {"rounds": options.rounds, "warmup_steps": options.warmup, "threads": torch.get_num_threads(),
-            "device": device, "points": rivals.POINTS, "width": rivals.WIDTH, "latents": 1 + rivals.LATENTS,
-            "versions": {"python": platform.python_version(), "torch": torch.__version__, "pyro": pyro.__version__},
-            "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024}
+def machine(device: str = "cpu") -> dict[str, object]:
+    """On what it was measured."""
+    name = torch.cuda.get_device_name() if device != "cpu" else platform.processor() or platform.machine()
+    versions = {"python": platform.python_version()} | {
+        name: importlib.metadata.version(name) for name in ("torch", "pyro-ppl", "jax", "numpyro", "diffrax")
+        if importlib.util.find_spec(name.removesuffix("-ppl"))}
+    return {"device": name, "threads": torch.get_num_threads(), "versions": versions}
 
 
-def one_thread() -> None:
-    """One thread of one core, for torch and JAX alike."""
-    torch.set_num_threads(1)
+def one_thread(threads: int = 1) -> None:
+    """One thread on one core, for torch and JAX alike; or a few."""
+    torch.set_num_threads(threads)
     if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
 
 
 def table(column: dict[str, dict[str, float]]) -> str:
@@ -282,16 +290,20 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[64, 256, 1024])
     parser.add_argument("--rounds", type=int, default=15, help="how often each row takes its turn")
     parser.add_argument("--warmup", type=int, default=300, help="training steps before anything is measured")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--only", default="", help="leave out rows without this text in their name")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=Path("out/benchmarks/elbo_step.json"))
     options = parser.parse_args()
-    one_thread()
+    one_thread(options.threads)
     columns = []
     for batch in options.batches:
         columns.append(measure(batch, options))
         print(table(columns[-1]), flush=True)
+    settings = machine(options.device) | {"rounds": options.rounds, "warmup_steps": options.warmup, "step": LONGER,
+                                          "points": rivals.POINTS, "width": rivals.WIDTH}
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps({"settings": settings(options), "columns": columns}, indent=2) + "\n")
+    options.out.write_text(json.dumps({"settings": settings, "columns": columns}, indent=2) + "\n")
     print(f"written to {options.out}")
 
 

@@ -237,7 +237,7 @@ def agreement(tasks: int = 8, shots: int = 8, periodic: bool = True) -> dict[str
     library = loss_and_gradients(model, guide, episode, noise)
     found = {"jax": _apart(_loss_and_gradients(start, batch(episode), numbers), library),
              "naive": _apart(naive(1e-5), library)}
-    model.substeps = 8
+    model.steps["substeps"] = 8
     return found | {"naive refined": _apart(naive(1e-9), loss_and_gradients(model, guide, episode, noise))}
 
 

@@ -58,6 +58,13 @@ class Guide(PyroModule):
             pyro.sample("unknown", dist.Normal(mean[:, 1:], scale[:, 1:]).to_event(1))
 
 
+def latents(episode: ph.Episode) -> tuple[Tensor, Tensor]:
+    """The prior's two sites."""
+    ones = episode.times.new_ones(1 + LATENTS)
+    return (pyro.sample("log_omega", dist.Normal(0.6 * ones[:1], 0.4).to_event(1)),
+            pyro.sample("unknown", dist.Normal(0.0 * ones[1:], 1.0).to_event(1)))
+
+
 class PlainTerm(nn.Module):
     """The formula of ph.Residual as one would write it: batch first, nn.Linear, torch.tanh, latents concatenated."""
 
@@ -111,8 +118,7 @@ class Plain(PyroModule):
 
     def forward(self, episode: ph.Episode) -> None:
         with episode.plate:
-            log_omega = pyro.sample("log_omega", dist.Normal(torch.full((1,), 0.6), 0.4).to_event(1))
-            z = pyro.sample("unknown", dist.Normal(torch.zeros(LATENTS), 1.0).to_event(1))
+            log_omega, z = latents(episode)
             rate = (2.0 * log_omega).exp()
 
             def field(t: Tensor, y: Tensor) -> Tensor:
@@ -133,8 +139,7 @@ class Ours(ph.HybridModel):
 
     def forward(self, episode: ph.Episode) -> None:
         with episode.plate:
-            log_omega = pyro.sample("log_omega", dist.Normal(torch.full((1,), 0.6), 0.4).to_event(1))
-            z = pyro.sample("unknown", dist.Normal(torch.zeros(LATENTS), 1.0).to_event(1))
+            log_omega, z = latents(episode)
             rate, push = (2.0 * log_omega).exp(), self.residual.given(z[..., None, :])
 
             def field(t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -50,10 +50,9 @@ def scan_rk4(field: Field, y: Array, times: Array) -> Array:
     return _scan(field, y, times)[0]
 
 
-def scan_every(other: int) -> Callable[[Field, Array, Array], Array]:
-    """Steps over so many observations, and cubic Hermite interpolation: ``ph.solve(..., step=...)`` in JAX."""
+def scan_longer(number: int) -> Callable[[Field, Array, Array], Array]:
+    """So many steps, and cubic Hermite interpolation: ``ph.solve(..., step=...)`` in JAX."""
     def integrate(field: Field, y: Array, times: Array) -> Array:
-        number = -(-(len(times) - 1) // other)
         knots = jnp.linspace(times[0], times[-1], number + 1)
         path, slopes = _scan(field, y, knots)
         slopes = jnp.concatenate([slopes, field(knots[-1], path[-1])[None]])
