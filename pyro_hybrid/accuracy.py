@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import pyro
 import torch
 from pyro import poutine
 from torch import Tensor
 
+from ._checks import require
 from .dynamics import failures_as_values
 from .linearise import Program, observed, random_sites
 from .stepping import steps_halved
@@ -25,6 +27,7 @@ class StepError(NamedTuple):
 
 
 @torch.no_grad()
+@pyro.validation_enabled(False)  # what diverges is for the caller to see, not to stumble over
 def step_error(program: Program, episode: Episode) -> StepError:
     """How far a program's predictions move when every fixed step of :func:`~pyro_hybrid.solve` is halved.
 
@@ -53,6 +56,8 @@ def step_error(program: Program, episode: Episode) -> StepError:
     now = observed(program, episode, latents)[0]
     with steps_halved():
         finer = observed(program, episode, latents)[0]
+    require(bool(now), "a program that observes something", "no observed sample site with data",
+            "Pass an episode with a query, and obs=episode.query in the program.")
     errors = [((a.mean - b.mean) / b.scale).where(b.mask, 0.0).nan_to_num(torch.inf).flatten(1)
               for a, b in zip(now, finer, strict=True)]
     counts = [b.mask.expand(b.mean.shape).flatten(1) for b in finer]

@@ -257,6 +257,10 @@ MISUSES: dict[str, tuple[Callable[[], object], str]] = {
         lambda: ph.solve(lambda t, y: y, (torch.ones(2, 2),), torch.tensor([0.0, 2.0, 1.0])),
         r"expected two or more strictly increasing times; got \[0\.0, 2\.0, 1\.0\]\. Sort the times",
     ),
+    "step_error": (
+        lambda: ph.step_error(lambda episode: None, episode()),
+        "expected a program that observes something; got no observed sample site",
+    ),
     "summary": (
         lambda: ph.summary(arviz_data(), prob=90.0),
         r"expected prob between 0 and 1; got 90\.0\. For a 90% interval pass prob=0\.9",

@@ -645,24 +645,27 @@ def test_for_any_length_every_observation_counts_once(points: int, steps: int) -
 # ----------------------------------------------------------------------------------------------------------------- some
 
 
-@pytest.mark.parametrize("change", ["whole", "cut"])
 @pytest.mark.parametrize("order", [[0], [2, 0], [1, 2, 0]])
-def test_some_takes_the_same_shots_or_segments_of_every_task(order: list[int], change: str) -> None:
-    whole, shots = whole_episode(masked=True), torch.tensor(order)
-    episode = whole if change == "whole" else whole.cut(4)
+def test_some_takes_the_same_segments_of_every_task(order: list[int]) -> None:
+    episode, shots = whole_episode(masked=True).cut(4), torch.tensor(order)
     few = episode.some(shots)
     assert few.shape == (T, len(order)) and few.support is episode.support
-    assert torch.equal(few.times, episode.times if change == "whole" else episode.times[shots])
+    assert torch.equal(few.times, episode.times[shots])
     for name, value in tensors(episode).items():
         if name.partition(".")[0] not in ("times", "support", "whole", "uncut"):
             assert torch.equal(tensors(few)[name], value[:, shots]), name
 
 
-@pytest.mark.parametrize("change", ["whole", "cut", "until", "until and cut"])
+def test_some_of_what_was_not_cut_is_refused() -> None:
+    with pytest.raises(ValueError, match="an episode that was cut into segments; got whole trajectories. Cut it first"):
+        whole_episode().some(torch.tensor([0]))
+
+
+@pytest.mark.parametrize("change", ["cut", "until and cut"])
 def test_of_some_segments_encoders_go_on_reading_the_whole_trajectories(change: str) -> None:
     whole = whole_episode(masked=True)
     begun = whole.until(6) if "until" in change else whole
-    few = (begun.cut(3) if "cut" in change else begun).some(torch.tensor([1, 0]))
+    few = begun.cut(3).some(torch.tensor([1, 0]))
     assert few.whole is whole and few.uncut is None
     encoder = ph.SetEncoder(SENSORS, POINTS, 3)
     assert torch.equal(encoder(few), encoder(whole))

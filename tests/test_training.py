@@ -356,7 +356,7 @@ def test_over_all_choices_of_segments_loss_and_gradient_are_those_of_all_of_them
         torch.manual_seed(0)
         if inferred:
             monkeypatch.setattr(dist.Normal, "rsample", lambda fn, shape=EMPTY: drawn(fn, shape, by_segment))
-        with training._Terms(1.0, 1.0 / share) as terms:
+        with training._Terms(1.0, 1.0 / share, episode.shape[1]) as terms:
             loss = svi.backward(episode)
         gradients = [model.noise_unconstrained.grad, *(p.grad.flatten() for p in guide.head.parameters())]
         return torch.cat([torch.stack([loss, torch.tensor(terms.log_likelihood)]), *(g.view(-1) for g in gradients)])
@@ -392,7 +392,7 @@ SCALES = {"x": 4.0, "start": 2.0, "slope": 0.5, "bend": 0.5, "proposals": 1.0, "
 @pytest.mark.parametrize(("site", "scale"), SCALES.items())
 def test_what_belongs_to_shots_is_scaled_up_and_what_belongs_to_tasks_is_not(site: str, scale: float) -> None:
     model, _ = pair(model=Weighed, inferred=True)
-    with training._Terms(0.5, 4.0):  # a KL of half the weight, a quarter of the segments
+    with training._Terms(0.5, 4.0, TASKS.episode().shape[1]):  # a KL of half the weight, a quarter of the segments
         trace = pyro.poutine.trace(model).get_trace(TASKS.episode())
     assert trace.nodes[site]["scale"] == scale
 

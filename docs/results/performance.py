@@ -1,6 +1,6 @@
 """Print the tables of docs/performance.md: ``python docs/results/performance.py``; ``--write`` puts them there.
 
-They come from the JSON files in ``performance/``, which the scripts in ``tests/benchmarks`` wrote. Between two markers of
+They come from the JSON files in ``performance/``, which the scripts in ``tests/benchmarks`` wrote. Between markers of
 the page stands what this prints, and nothing else; the tests compare.
 """
 
@@ -101,8 +101,8 @@ def scaling() -> Table:
     rows = [["what grows", "from", "to", "ms", "MiB"]]
     for name, points in read("scaling")["sweeps"].items():
         first, last = points[0], points[-1]
-        rows.append([name, str(first["size"]), str(last["size"]), f"{first['ms']:.0f} → {last['ms']:.0f}",
-                     f"{first['mib']:.0f} → {last['mib']:.0f}"])
+        rows.append([name, str(first["size"]), str(last["size"]), f"{first['median_ms']:.0f} → {last['median_ms']:.0f}",
+                     f"{first['peak_mib']:.0f} → {last['peak_mib']:.0f}"])
     return rows
 
 

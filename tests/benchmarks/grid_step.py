@@ -52,7 +52,7 @@ def trained(steps: int) -> tuple[ph.Residual, rivals.Encoder]:
     with torch.no_grad():  # next to no posterior noise, so that all rows have the same loss
         last = encoder.net[-1]
         last.weight[len(last.weight) // 2 :] = 0.0
-        last.bias[len(last.weight) // 2 :] = -9.0
+        last.bias[len(last.weight) // 2 :] = -12.0
     return residual, encoder
 
 
