@@ -244,13 +244,13 @@ def measure(batch: int, options: argparse.Namespace) -> dict[str, object]:
         step(), step()
     times = interleaved(steps | extra, options.rounds, options.device)
     medians = {name: statistics.median(t) for name, t in times.items()}
-    naive = medians.get(NAIVE, math.nan)
+    naive = medians.get(NAIVE)
     evaluations = {"rk4": 4 * (rivals.POINTS - 1), "rk4, longer steps": 4 * _steps() + 1}
     return {
         "batch": batch,
         "median_ms": {name: round(t, 2) for name, t in medians.items()},
         "quartiles_ms": {name: [round(q, 2) for q in np.quantile(t, (0.25, 0.75))] for name, t in times.items()},
-        "times_faster_than_naive": {name: round(naive / medians[name], 2) for name in steps},
+        "times_faster_than_naive": {name: round(naive / medians[name], 2) for name in steps} if naive else {},
         "loss_per_task": {name: round(loss, 4) for name, loss in losses.items()},
         "seconds_before_the_second_step": {name: round(s, 1) for name, s in first.items()},
         "seconds_compiling": {name: round(s, 1) for name, s in compiling.items() if s},
