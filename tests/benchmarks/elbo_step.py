@@ -28,6 +28,7 @@ import rivals
 import torch
 import torchdiffeq
 from pyro.infer import SVI, TraceMeanField_ELBO
+from pyro.nn import PyroModule
 from torch import Tensor
 from tqdm import tqdm
 
@@ -86,28 +87,30 @@ def ours(residual: ph.Residual, encoder: rivals.Encoder, rate: float = LEARNING_
     return ph.SVI(model, guide, torch.optim.Adam([*model.parameters(), *guide.parameters()], lr=rate, fused=True))
 
 
-def stock(problem: Problem, integrate: Callable[..., Tensor]) -> Step:
-    """Pyro's own SVI around somebody's integrator."""
+def plain(problem: Problem, integrate: Callable[..., Tensor]) -> tuple[rivals.Plain, rivals.Guide]:
+    """Somebody's program around somebody's integrator."""
     residual, encoder = problem.fresh()
-    model, guide = rivals.Plain(rivals.PlainTerm(residual).to(problem.device), integrate), rivals.Guide(encoder)
+    return rivals.Plain(rivals.PlainTerm(residual).to(problem.device), integrate), rivals.Guide(encoder)
+
+
+def stock(model: PyroModule, guide: PyroModule, episode: ph.Episode) -> Step:
+    """A step of Pyro's own SVI."""
     svi = SVI(model, guide, pyro.optim.Adam({"lr": LEARNING_RATE}), TraceMeanField_ELBO())
     store = pyro.get_param_store()
     state = store.get_state()
 
     def step() -> float:
         store.set_state(state)
-        return svi.step(problem.episode)
+        return svi.step(episode)
 
     return step
 
 
-def library(problem: Problem, **options: object) -> Step:
+def library(svi: ph.SVI, episode: ph.Episode) -> Step:
     """This library's step, as meta_train takes it: validation was for the first one."""
-    svi = ours(*problem.fresh(), **options)
-
     def step() -> float:
         with pyro.validation_enabled(False):
-            return svi.step(problem.episode)
+            return svi.step(episode)
 
     return step
 
@@ -133,14 +136,17 @@ def jax_rows(problem: Problem) -> dict[str, Callable[[], Step]]:
 
 def rows(problem: Problem) -> dict[str, Callable[[], Step]]:
     """Name to a function that sets the row up."""
+    def mine(**options: object) -> Step:
+        return library(ours(*problem.fresh(), **options), problem.episode)
+
     return {
-        NAIVE: lambda: stock(problem, rivals.dopri5),
-        "Pyro SVI, torchdiffeq rk4": lambda: stock(problem, rivals.rk4),
-        "Pyro SVI, own rk4 loop": lambda: stock(problem, rivals.plain_rk4),
-        "pyro_hybrid": lambda: library(problem),
-        "pyro_hybrid, compiled": lambda: library(problem, compile=True),
-        "pyro_hybrid, longer steps": lambda: library(problem, step=LONGER),
-        "pyro_hybrid, longer steps, compiled": lambda: library(problem, step=LONGER, compile=True),
+        NAIVE: lambda: stock(*plain(problem, rivals.dopri5), problem.episode),
+        "Pyro SVI, torchdiffeq rk4": lambda: stock(*plain(problem, rivals.rk4), problem.episode),
+        "Pyro SVI, own rk4 loop": lambda: stock(*plain(problem, rivals.plain_rk4), problem.episode),
+        "pyro_hybrid": lambda: mine(),
+        "pyro_hybrid, compiled": lambda: mine(compile=True),
+        "pyro_hybrid, longer steps": lambda: mine(step=LONGER),
+        "pyro_hybrid, longer steps, compiled": lambda: mine(step=LONGER, compile=True),
         **jax_rows(problem),
     }
 

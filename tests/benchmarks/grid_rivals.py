@@ -83,25 +83,15 @@ class Ours(ph.HybridModel):
 
 
 class PlainTerm(nn.Module):
-    """The formula of ph.Residual as one would write it: batch first, nn.Sequential with tanh, latents concatenated."""
+    """The neural term, of temperature and slope (task, point)."""
 
     def __init__(self, like: ph.Residual) -> None:
         super().__init__()
-        features = like.first.in_features
-        self.net = nn.Sequential(nn.Linear(features, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH), nn.Tanh(),
-                                 nn.Linear(WIDTH, like.last.out_features))
-        self.straight = nn.Linear(features, like.last.out_features, bias=False)
-        for mine, its in zip((self.net[0], self.net[2], self.net[4]), (like.first, *like.hidden, like.last),
-                             strict=True):
-            mine.load_state_dict(its.state_dict())
-        self.straight.weight.data.copy_(like.straight.data)
+        self.network = rivals.Network(like)
 
     def forward(self, temperature: Tensor, slope: Tensor, z: Tensor) -> Tensor:
-        """Temperature and slope (task, point), latents (task, latent)."""
-        x, z = torch.stack([temperature, slope], -1), z.unsqueeze(-2).expand(-1, temperature.shape[-1], -1)
-        u = torch.cat([x, z, (z.unsqueeze(-1) * x.unsqueeze(-2)).flatten(-2)], -1)
-        out = self.net(u) + self.straight(u)
-        return out[..., 0] + (out[..., 1:] * z).sum(-1)
+        z = z.unsqueeze(-2).expand(-1, temperature.shape[-1], -1)
+        return self.network(torch.stack([temperature, slope], -1), z).squeeze(-1)
 
 
 def plain_field(term: nn.Module, diffusion: Tensor, z: Tensor) -> Field:
@@ -135,33 +125,24 @@ class Plain(PyroModule):
 def numpyro_stepper(start: dict[str, np.ndarray], integrate: Callable[..., Any], learning_rate: float,
                     episode: ph.Episode) -> Callable[[], float]:
     """One compiled SVI step of the same program in numpyro at every call. Needs the extra ``bench``."""
-    import jax
     import jax.numpy as jnp
     import numpyro
     import numpyro.distributions as ndist
-    from numpyro.infer import SVI, TraceMeanField_ELBO
+    from rivals_jax import network, parameters, posterior, stepping
 
     width = ph.systems.AdvectionDiffusion.width
     batch = episode.times.numpy(), episode.initial[:, 0].numpy(), episode.query[:, 0].numpy()
-
-    def parameters(encoder: bool) -> dict[str, Any]:
-        return {k: numpyro.param(k, jnp.asarray(v)) for k, v in start.items() if (k[0] == "e") == encoder}
 
     def sites(log_diffusion: Any, z: Any) -> tuple[Any, Any]:
         return (numpyro.sample("log_diffusion", ndist.Normal(*log_diffusion).to_event(1)),
                 numpyro.sample("unknown", ndist.Normal(*z).to_event(1)))
 
     def term(w: dict[str, Any], here: Any, slope: Any, z: Any) -> Any:
-        x = jnp.stack([here, slope], -1)
         z = jnp.broadcast_to(z[:, None], (*here.shape, LATENTS))
-        u = jnp.concatenate([x, z, (z[..., None] * x[..., None, :]).reshape(*here.shape, -1)], -1)
-        h = jnp.tanh(u @ w["w1"].T + w["b1"])
-        h = jnp.tanh(h @ w["w2"].T + w["b2"])
-        out = h @ w["w3"].T + w["b3"] + u @ w["straight"].T
-        return out[..., 0] + (out[..., 1:] * z).sum(-1)
+        return network(w, jnp.stack([here, slope], -1), z)[..., 0]
 
     def model(times: Any, initial: Any, query: Any) -> None:
-        w = parameters(encoder=False)
+        w = parameters(start, encoder=False)
         with numpyro.plate("task", len(query)):
             log_diffusion, z = sites((jnp.full(1, LOC), SPREAD), (jnp.zeros(LATENTS), 1.0))
             diffusion = jnp.exp(log_diffusion)
@@ -175,21 +156,8 @@ def numpyro_stepper(start: dict[str, np.ndarray], integrate: Callable[..., Any],
             numpyro.sample("x", ndist.Normal(states, NOISE).to_event(2), obs=query)
 
     def guide(times: Any, initial: Any, query: Any) -> None:
-        e, h = parameters(encoder=True), query.reshape(len(query), -1)
-        for i in (0, 1):
-            h = jax.nn.silu(h @ e[f"ew{i}"].T + e[f"eb{i}"])
-        mean, raw = jnp.split(h @ e["ew2"].T + e["eb2"], 2, -1)
-        scale = jnp.exp(raw - 3.0)
+        log_diffusion, z = posterior(parameters(start, encoder=True), query)
         with numpyro.plate("task", len(query)):
-            sites((mean[:, :1], scale[:, :1]), (mean[:, 1:], scale[:, 1:]))
+            sites(log_diffusion, z)
 
-    svi = SVI(model, guide, numpyro.optim.Adam(learning_rate), TraceMeanField_ELBO())
-    update = jax.jit(lambda state: svi.update(state, *batch), donate_argnums=0)
-    state = svi.init(jax.random.PRNGKey(0), *batch)
-
-    def step() -> float:
-        nonlocal state
-        state, loss = update(state)
-        return float(loss)
-
-    return step
+    return stepping(model, guide, learning_rate, batch)

@@ -25,8 +25,7 @@ import pyro
 import rivals
 import torch
 import torchdiffeq
-from elbo_step import LEARNING_RATE, Step, interleaved, machine, one_thread, table
-from pyro.infer import SVI, TraceMeanField_ELBO
+from elbo_step import LEARNING_RATE, Step, interleaved, library, machine, one_thread, stock, table
 from torch import Tensor
 from tqdm import tqdm
 
@@ -81,31 +80,10 @@ def ours(residual: ph.Residual, encoder: rivals.Encoder, rate: float = LEARNING_
     return ph.SVI(model, guide, torch.optim.Adam([*model.parameters(), *guide.parameters()], lr=rate, fused=True))
 
 
-def stock(problem: Problem, integrate: Callable[..., Tensor]) -> Step:
-    """Pyro's own SVI around somebody's integrator."""
+def plain(problem: Problem, integrate: Callable[..., Tensor]) -> tuple[grid_rivals.Plain, grid_rivals.Guide]:
+    """Somebody's program around somebody's integrator."""
     residual, encoder = problem.fresh()
-    term = grid_rivals.PlainTerm(residual).to(problem.device)
-    model, guide = grid_rivals.Plain(term, integrate), grid_rivals.Guide(encoder)
-    svi = SVI(model, guide, pyro.optim.Adam({"lr": LEARNING_RATE}), TraceMeanField_ELBO())
-    store = pyro.get_param_store()
-    state = store.get_state()
-
-    def step() -> float:
-        store.set_state(state)
-        return svi.step(problem.episode)
-
-    return step
-
-
-def library(problem: Problem, **options: object) -> Step:
-    """This library's step, as meta_train takes it: validation was for the first one."""
-    svi = ours(*problem.fresh(), **options)
-
-    def step() -> float:
-        with pyro.validation_enabled(False):
-            return svi.step(problem.episode)
-
-    return step
+    return grid_rivals.Plain(grid_rivals.PlainTerm(residual).to(problem.device), integrate), grid_rivals.Guide(encoder)
 
 
 def jax_rows(problem: Problem) -> dict[str, Callable[[], Step]]:
@@ -124,13 +102,16 @@ def jax_rows(problem: Problem) -> dict[str, Callable[[], Step]]:
 
 def rows(problem: Problem) -> dict[str, Callable[[], Step]]:
     """Name to a function that sets the row up."""
+    def mine(**options: object) -> Step:
+        return library(ours(*problem.fresh(), **options), problem.episode)
+
     return {
-        "Pyro SVI, torchdiffeq dopri5 1e-5 (naive)": lambda: stock(problem, rivals.dopri5),
-        "Pyro SVI, torchdiffeq rk4": lambda: stock(problem, rivals.rk4),
-        "pyro_hybrid": lambda: library(problem),
-        "pyro_hybrid, compiled": lambda: library(problem, compile=True),
-        "pyro_hybrid, longer steps": lambda: library(problem, step=LONGER),
-        "pyro_hybrid, longer steps, compiled": lambda: library(problem, step=LONGER, compile=True),
+        "Pyro SVI, torchdiffeq dopri5 1e-5 (naive)": lambda: stock(*plain(problem, rivals.dopri5), problem.episode),
+        "Pyro SVI, torchdiffeq rk4": lambda: stock(*plain(problem, rivals.rk4), problem.episode),
+        "pyro_hybrid": lambda: mine(),
+        "pyro_hybrid, compiled": lambda: mine(compile=True),
+        "pyro_hybrid, longer steps": lambda: mine(step=LONGER),
+        "pyro_hybrid, longer steps, compiled": lambda: mine(step=LONGER, compile=True),
         **jax_rows(problem),
     }
 

@@ -25,6 +25,7 @@ from jax.lax import stop_gradient
 from meta_rivals import Naive, loss_and_gradients, named, standardise
 from numpyro.infer import SVI, TraceMeanField_ELBO
 from numpyro.primitives import Messenger
+from rivals_jax import scan_rk4
 
 import pyro_hybrid as ph
 
@@ -121,21 +122,6 @@ def term(w: Weights, t: Array, y: Array, z: Array) -> Array:
     return out[..., :1] + (out[..., 1:] * z).sum(-1, keepdims=True)
 
 
-def scan_rk4(field: Callable[[Array, Array], Array], y: Array, times: Array) -> Array:
-    """States after the first, (time, ...)."""
-    @jax.checkpoint
-    def step(y: Array, clock: tuple[Array, Array]) -> tuple[Array, Array]:
-        t, h = clock
-        k1 = field(t, y)
-        k2 = field(t + h / 2, y + h / 2 * k1)
-        k3 = field(t + h / 2, y + h / 2 * k2)
-        k4 = field(t + h, y + h * k3)
-        y = y + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
-        return y, y
-
-    return jax.lax.scan(step, y, (times[:-1], jnp.diff(times)))[1]
-
-
 def program(start: Weights) -> tuple[Callable[..., None], Callable[..., None]]:
     """Model and guide, starting from these weights; both are called with the four fields of a Batch."""
     def read() -> Weights:
@@ -153,7 +139,7 @@ def program(start: Weights) -> tuple[Callable[..., None], Callable[..., None]]:
         def field(t: Array, y: Array) -> Array:
             return jnp.concatenate([y[..., 1:], term(w, t, y, z) - rate * jnp.sin(y[..., :1])], -1)
 
-        states = jnp.moveaxis(scan_rk4(field, y, times), 0, -2)
+        states = jnp.moveaxis(scan_rk4(field, y, times)[1:], 0, -2)
         with numpyro.plate("task", len(query)):  # the first observation has become the initial state
             x = dist.Normal(states, jnp.exp(w["noise_unconstrained"])).to_event(3)
             numpyro.sample("x", x, obs=query[:, :, 1:])

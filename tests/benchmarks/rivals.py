@@ -65,8 +65,8 @@ def latents(episode: ph.Episode) -> tuple[Tensor, Tensor]:
             pyro.sample("unknown", dist.Normal(0.0 * ones[1:], 1.0).to_event(1)))
 
 
-class PlainTerm(nn.Module):
-    """The formula of ph.Residual as one would write it: batch first, nn.Linear, torch.tanh, latents concatenated."""
+class Network(nn.Module):
+    """The network of ph.Residual as one would write it: batch first, nn.Linear, torch.tanh."""
 
     def __init__(self, like: ph.Residual) -> None:
         super().__init__()
@@ -78,13 +78,24 @@ class PlainTerm(nn.Module):
                              strict=True):
             mine.load_state_dict(its.state_dict())
         self.straight.weight.data.copy_(like.straight.data)
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        """Inputs (..., input) and latents (..., latent), concatenated with their products."""
+        u = torch.cat([x, z, (z.unsqueeze(-1) * x.unsqueeze(-2)).flatten(-2)], -1)
+        out = self.net(u) + self.straight(u)
+        return out[..., :1] + (out[..., 1:] * z).sum(-1, keepdim=True)
+
+
+class PlainTerm(nn.Module):
+    """The neural term, of time and state (task, component)."""
+
+    def __init__(self, like: ph.Residual) -> None:
+        super().__init__()
+        self.network = Network(like)
         self.register_buffer("scale", torch.tensor(SCALE))
 
     def forward(self, t: Tensor, state: Tensor, z: Tensor) -> Tensor:
-        x = torch.cat([t.expand(len(state), 1), state], -1) / self.scale
-        u = torch.cat([x, z, (z.unsqueeze(-1) * x.unsqueeze(-2)).flatten(-2)], -1)
-        out = self.net(u) + self.straight(u)
-        return out[:, :1] + (out[:, 1:] * z).sum(-1, keepdim=True)
+        return self.network(torch.cat([t.expand(len(state), 1), state], -1) / self.scale, z)
 
 
 def plain_rk4(field: Callable[[Tensor, Tensor], Tensor], y: Tensor, times: Tensor) -> Tensor:

@@ -20,14 +20,29 @@ Array = Any
 Field = Callable[[Array, Array], Array]
 
 
-def term(w: dict[str, Array], t: Array, y: Array, z: Array) -> Array:
-    """The neural term, batch first."""
-    x = jnp.concatenate([jnp.full((len(y), 1), t), y], -1) / jnp.array(SCALE)
-    u = jnp.concatenate([x, z, (z[:, :, None] * x[:, None, :]).reshape(len(x), -1)], -1)
+def network(w: dict[str, Array], x: Array, z: Array) -> Array:
+    """The formula of ph.Residual, batch first."""
+    u = jnp.concatenate([x, z, (z[..., :, None] * x[..., None, :]).reshape(*x.shape[:-1], -1)], -1)
     h = jnp.tanh(u @ w["w1"].T + w["b1"])
     h = jnp.tanh(h @ w["w2"].T + w["b2"])
     out = h @ w["w3"].T + w["b3"] + u @ w["straight"].T
-    return out[:, :1] + (out[:, 1:] * z).sum(-1, keepdims=True)
+    return out[..., :1] + (out[..., 1:] * z).sum(-1, keepdims=True)
+
+
+def posterior(e: dict[str, Array], query: Array) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+    """Mean and scale of the known equation's latent, and of the others, read by the encoder."""
+    h = query.reshape(len(query), -1)
+    for i in (0, 1):
+        h = jax.nn.silu(h @ e[f"ew{i}"].T + e[f"eb{i}"])
+    mean, raw = jnp.split(h @ e["ew2"].T + e["eb2"], 2, -1)
+    scale = jnp.exp(raw - 3.0)
+    return (mean[:, :1], scale[:, :1]), (mean[:, 1:], scale[:, 1:])
+
+
+def parameters(start: dict[str, np.ndarray], encoder: bool) -> dict[str, Array]:
+    """The encoder's parameters, or the program's."""
+    return {name: numpyro.param(name, jnp.asarray(value)) for name, value in start.items()
+            if (name[0] == "e") == encoder}
 
 
 def _scan(field: Field, y: Array, knots: Array) -> tuple[Array, Array]:
@@ -83,42 +98,38 @@ def weights(residual: ph.Residual, encoder: Any) -> dict[str, np.ndarray]:
     return {name: tensor.detach().numpy() for name, tensor in tensors.items()}
 
 
-def program(start: dict[str, np.ndarray], integrate: Callable[..., Array]) -> tuple[Callable, Callable]:
-    """Model and guide, starting from these weights."""
-    def parameters(encoder: bool) -> dict[str, Array]:
-        return {name: numpyro.param(name, jnp.asarray(value)) for name, value in start.items()
-                if (name[0] == "e") == encoder}
+def stepper(start: dict[str, np.ndarray], integrate: Callable[..., Array], learning_rate: float,
+            batch: tuple[np.ndarray, ...]) -> Callable[[], float]:
+    """A step of the pendulum's program, from these weights, at every call."""
+    def sites(log_omega: tuple[Array, Array], z: tuple[Array, Array]) -> tuple[Array, Array]:
+        return (numpyro.sample("log_omega", dist.Normal(*log_omega).to_event(1)),
+                numpyro.sample("unknown", dist.Normal(*z).to_event(1)))
 
     def model(times: Array, initial: Array, query: Array) -> None:
-        w = parameters(encoder=False)
+        w = parameters(start, encoder=False)
         with numpyro.plate("task", len(query)):
-            log_omega = numpyro.sample("log_omega", dist.Normal(jnp.full(1, 0.6), 0.4).to_event(1))
-            z = numpyro.sample("unknown", dist.Normal(jnp.zeros(LATENTS), 1.0).to_event(1))
+            log_omega, z = sites((jnp.full(1, 0.6), 0.4), (jnp.zeros(LATENTS), 1.0))
             rate = jnp.exp(2.0 * log_omega)
 
             def field(t: Array, y: Array) -> Array:
-                return jnp.concatenate([y[:, 1:], -rate * jnp.sin(y[:, :1]) + term(w, t, y, z)], -1)
+                x = jnp.concatenate([jnp.full((len(y), 1), t), y], -1) / jnp.array(SCALE)
+                return jnp.concatenate([y[:, 1:], -rate * jnp.sin(y[:, :1]) + network(w, x, z)], -1)
 
             states = jnp.swapaxes(integrate(field, initial, times), 0, 1)
             numpyro.sample("x", dist.Normal(states, NOISE).to_event(2), obs=query)
 
     def guide(times: Array, initial: Array, query: Array) -> None:
-        e, h = parameters(encoder=True), query.reshape(len(query), -1)
-        for i in (0, 1):
-            h = jax.nn.silu(h @ e[f"ew{i}"].T + e[f"eb{i}"])
-        mean, raw = jnp.split(h @ e["ew2"].T + e["eb2"], 2, -1)
-        scale = jnp.exp(raw - 3.0)
+        log_omega, z = posterior(parameters(start, encoder=True), query)
         with numpyro.plate("task", len(query)):
-            numpyro.sample("log_omega", dist.Normal(mean[:, :1], scale[:, :1]).to_event(1))
-            numpyro.sample("unknown", dist.Normal(mean[:, 1:], scale[:, 1:]).to_event(1))
+            sites(log_omega, z)
 
-    return model, guide
+    return stepping(model, guide, learning_rate, batch)
 
 
-def stepper(start: dict[str, np.ndarray], integrate: Callable[..., Array], learning_rate: float,
-            batch: tuple[np.ndarray, ...]) -> Callable[[], float]:
+def stepping(model: Callable[..., None], guide: Callable[..., None], learning_rate: float,
+             batch: tuple[np.ndarray, ...]) -> Callable[[], float]:
     """One compiled SVI step on this batch at every call."""
-    svi = SVI(*program(start, integrate), numpyro.optim.Adam(learning_rate), TraceMeanField_ELBO())
+    svi = SVI(model, guide, numpyro.optim.Adam(learning_rate), TraceMeanField_ELBO())
     update = jax.jit(lambda state: svi.update(state, *batch), donate_argnums=0)
     state = svi.init(jax.random.PRNGKey(0), *batch)
 
