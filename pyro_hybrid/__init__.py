@@ -5,7 +5,10 @@ from .accuracy import step_error
 from .dynamics import SolverError, solve
 from .encoders import SetEncoder
 from .guide import AmortizedGuide
-from .identifiability.mcc import disentangle, mcc
+from .identifiability.certificate import Certificate
+from .identifiability.certify import certify
+from .identifiability.mcc import mcc
+from .identifiability.separability import disentangle
 from .linearise import Linearised
 from .mixing import Mixing, Residual, overlap
 from .module import HybridModel
@@ -17,8 +20,8 @@ from .training import SVI, Fit, TrainingError, meta_train
 __version__ = "0.1.0"
 
 __all__ = [
-    "SVI", "AmortizedGuide", "Episode", "Fit", "HybridModel", "Linearised", "Mixing", "Residual", "SetEncoder",
-    "SolverError", "SupportPrior", "Tasks", "TrainingError", "UnconditionalPrior", "calibrate", "disentangle", "draws",
+    "SVI", "AmortizedGuide", "Certificate", "Episode", "Fit", "HybridModel", "Linearised", "Mixing", "Residual", "SetEncoder",
+    "SolverError", "SupportPrior", "Tasks", "TrainingError", "UnconditionalPrior", "calibrate", "certify", "disentangle", "draws",
     "families", "load_arviz", "mcc", "meta_train", "models", "overlap", "pareto_k", "predict", "save_arviz", "solve",
     "step_error", "summary", "systems", "to_arviz",
 ]

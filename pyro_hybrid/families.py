@@ -48,6 +48,8 @@ class Family(ABC):
     scale: float | int = field(default=1.0, kw_only=True)
 
     event_dim: ClassVar[int] = 1
+    factorised: ClassVar[bool] = True
+    _terms: ClassVar[tuple[str, ...]] = ()
     _stock: ClassVar[type[Any]]
     _names: ClassVar[tuple[str, str]]
     _condition: ClassVar[str]
@@ -65,6 +67,11 @@ class Family(ABC):
     def k(self) -> int:
         """Statistics per component."""
         return 2
+
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """What each statistic is, in words."""
+        return self._terms or tuple(f"T{j + 1}" for j in range(self.k))
 
     @abstractmethod
     def statistics(self, z: Latent) -> Natural:
@@ -198,6 +205,7 @@ class Normal(_Gaussian, Family):
     """
 
     _stock = dist.Normal
+    _terms = ("z", "z²")
 
     def statistics(self, z: Latent) -> Natural:
         return torch.stack([z, z**2], -1)
@@ -212,6 +220,7 @@ class LogNormal(_Gaussian, Family):
     """
 
     _stock = dist.LogNormal
+    _terms = ("log z", "log² z")
     _coordinates = transforms.ExpTransform()
 
     def statistics(self, z: Latent) -> Natural:
@@ -232,6 +241,7 @@ class Gamma(Family):
     """
 
     _stock, _names = dist.Gamma, ("concentration", "rate")
+    _terms = ("log z", "z")
     _condition = "λ[..., 0] > -1 and λ[..., 1] < 0"
     _coordinates = transforms.ExpTransform()
 
@@ -278,6 +288,7 @@ class Beta(Family):
     """
 
     _stock, _names = dist.Beta, ("concentration1", "concentration0")
+    _terms = ("log z", "log(1 - z)")
     _condition = "λ > -1"
     _coordinates = transforms.SigmoidTransform()
 
@@ -322,6 +333,7 @@ class VonMises(Family):
     """
 
     _stock, _names = dist.VonMises, ("loc", "concentration")
+    _terms = ("cos z", "sin z")
     _condition = "λ finite"
     _log_base = -math.log(2 * math.pi)
 
@@ -372,12 +384,17 @@ class FullNormal(Family):
     """
 
     _stock, _names = dist.MultivariateNormal, ("loc", "precision_matrix")
+    factorised = False
     _condition = "-2 λ[..., 1:] positive definite"
 
     @property
     def k(self) -> int:
         """Statistics per component: itself, and its products with all n."""
         return 1 + self.n
+
+    @property
+    def terms(self) -> tuple[str, ...]:
+        return ("z", *(f"z z[{j}]" for j in range(self.n)))
 
     def statistics(self, z: Latent) -> Natural:
         return torch.cat([z[..., None], z[..., None] * z[..., None, :]], -1)

@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
@@ -24,7 +25,8 @@ from .dynamics import failures_as_values, standing_still
 from .families import Family
 from .tasks import Episode
 
-__all__ = ["Belief", "Linearised", "Problem", "Program", "Site", "bare", "is_random", "observed", "random_sites"]
+__all__ = ["Belief", "Linearised", "Point", "Problem", "Program", "Site", "bare", "information", "is_random",
+           "observed", "random_sites"]
 
 Program = Callable[[Episode], object]
 Site = Mapping[str, Any]
@@ -71,7 +73,7 @@ def observed(program: Program, episode: Episode, values: Mapping[str, Tensor],
 
     Nothing of the run is seen by handlers outside, and a diverging trajectory comes back as NaN.
     """
-    with poutine.block(), failures_as_values():
+    with poutine.block(), failures_as_values(), pyro.validation_enabled(False):
         trace = poutine.trace(poutine.condition(program, data=dict(values))).get_trace(episode)
     seen, free = [], {}
     for name, site in random_sites(trace).items():
@@ -172,7 +174,16 @@ class Problem:
         return errors[0], ((errors[1:] - errors[0]) / h).permute(1, 2, 0, 3)
 
 
-class _Point(NamedTuple):
+@torch.no_grad()
+def information(problem: Problem, task: Tensor, shot: Tensor | None = None) -> Tensor:
+    """Fisher information of the task's latents at a point, in unconstrained coordinates, (task, d, d).
+
+    What is unknown about the shots' latents is taken off.
+    """
+    return _belief(problem, _at(problem, task, problem.shot_mean if shot is None else shot)).precision - problem.precision
+
+
+class Point(NamedTuple):
     """Where the iteration stands, by task: latents, Gram matrix and gradient of the errors by shot, and the cost."""
 
     task: Tensor
@@ -225,17 +236,19 @@ class Linearised:
         best = self._from(stages, _better(stages[0][0], start))
         for other in _spread(problem, self.restarts):
             point = self._from(stages, other)
-            best = _Point(*(_where(point.cost < best.cost, a, b) for a, b in zip(point, best, strict=True)))
+            best = Point(*(_where(point.cost < best.cost, a, b) for a, b in zip(point, best, strict=True)))
         return _belief(problem, best)
 
-    def _from(self, stages: list[tuple[Problem, int]], start: Tensor) -> _Point:
+    def _from(self, stages: list[tuple[Problem, int]], start: Tensor) -> Point:
         for problem, iterations in stages:
-            point = self._iterate(problem, start, iterations)
+            point = self.descend(problem, start, iterations)
             start = point.task
         return point
 
-    def _iterate(self, problem: Problem, start: Tensor, iterations: int) -> _Point:
-        point = _at(problem, start, problem.shot_mean)
+    @torch.no_grad()
+    def descend(self, problem: Problem, start: Tensor, iterations: int, shot: Tensor | None = None) -> Point:
+        """So many steps from one start, each accepted by task where it helps."""
+        point = _at(problem, start, problem.shot_mean if shot is None else shot)
         damping = torch.full_like(point.cost, self.damping)
         for i in range(iterations):
             task, shot = self._step(problem, point, damping)
@@ -244,10 +257,10 @@ class Linearised:
                 task=task, shot=shot, cost=_cost(problem, problem.errors(task[None], shot[None])[0], task, shot))
             better = new.cost < point.cost
             damping = torch.where(better, 0.1 * damping, 30.0 * damping.clamp(min=1e-3))
-            point = _Point(*(_where(better, a, b) for a, b in zip(new, point, strict=True)))
+            point = Point(*(_where(better, a, b) for a, b in zip(new, point, strict=True)))
         return point
 
-    def _step(self, problem: Problem, point: _Point, damping: Tensor) -> tuple[Tensor, Tensor]:
+    def _step(self, problem: Problem, point: Point, damping: Tensor) -> tuple[Tensor, Tensor]:
         normal = _normal(problem, point, damping)
         pull = point.slope[..., : problem.d].sum(1) + _times(problem.precision, point.task - problem.mean)
         move, shift = -pull, torch.zeros_like(point.shot)
@@ -263,13 +276,13 @@ class Linearised:
         return point.task + move.to(point.task.dtype), point.shot + shift.to(point.shot.dtype)
 
 
-def _at(problem: Problem, task: Tensor, shot: Tensor) -> _Point:
+def _at(problem: Problem, task: Tensor, shot: Tensor) -> Point:
     error, slopes = problem.jacobian(task, shot)
     cost = _cost(problem, error, task, shot)
     finite = torch.isfinite(slopes).flatten(1).all(1) & torch.isfinite(cost)
     slopes, error = (_where(finite, x, torch.zeros_like(x)) for x in (slopes, error))
     slopes = slopes.double()  # sensitivities of a chaotic system differ by more than float32 has digits
-    return _Point(task, shot, slopes @ slopes.mT, _times(slopes, error.double()), cost.where(finite, torch.inf))
+    return Point(task, shot, slopes @ slopes.mT, _times(slopes, error.double()), cost.where(finite, torch.inf))
 
 
 def _spread(problem: Problem, number: int) -> Iterator[Tensor]:
@@ -302,7 +315,7 @@ def _where(rows: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return torch.where(rows.view(-1, *[1] * (b.dim() - 1)), a, b)
 
 
-def _normal(problem: Problem, point: _Point, damping: Tensor | None = None) -> _Normal:
+def _normal(problem: Problem, point: Point, damping: Tensor | None = None) -> _Normal:
     d = problem.d
     task = point.gram[..., :d, :d].sum(1) + problem.precision
     shot = point.gram[..., d:, d:] + torch.diag_embed(problem.shot_weight) if problem.m else point.gram[..., d:, d:]
@@ -312,7 +325,7 @@ def _normal(problem: Problem, point: _Point, damping: Tensor | None = None) -> _
     return _Normal(task, shot, point.gram[..., d:, :d])
 
 
-def _belief(problem: Problem, point: _Point) -> Belief:
+def _belief(problem: Problem, point: Point) -> Belief:
     normal = _normal(problem, point)
     precision = normal.task
     if problem.m:

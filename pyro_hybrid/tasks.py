@@ -248,7 +248,7 @@ class Tasks:
         size = self.num_support if num_support is None else num_support
         require(1 <= size < self.values.shape[1], f"num_support from 1 to {self.values.shape[1] - 1}", size,
                 "Leave at least one shot to each side.")
-        return replace(self._shots(slice(size, None)), support=self._shots(slice(0, size)))
+        return replace(self.shots(slice(size, None)), support=self.shots(slice(0, size)))
 
     def batches(self, size: int, seed: int) -> Iterator[Episode]:
         """Batches without end: tasks in random order, and every time a fresh draw of who is support and who query."""
@@ -264,11 +264,13 @@ class Tasks:
                     yield some._drawn(roles.to(self.values.device))
 
     def _drawn(self, roles: Tensor) -> Episode:
-        everything = self._shots(slice(None))
+        everything = self.shots(slice(None))
         return replace(everything.pick(roles[:, self.num_support:]),
                        support=everything.pick(roles[:, : self.num_support]))
 
-    def _shots(self, which: slice) -> Episode:
+    def shots(self, which: slice) -> Episode:
+        """Some shots of every task, with no support."""
+
         def take(value: _T) -> _T:
             return value[:, which] if isinstance(value, Tensor) else value  # type: ignore[return-value]
 

@@ -1,26 +1,14 @@
-"""Scores against closed forms: what is recovered scores 1, what is mixed says so, noise scores near 0."""
+"""Scores against closed forms: what is recovered scores 1, what is mixed says so, noise and controls near 0."""
 
 from __future__ import annotations
-
-import importlib
-from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from pyro_hybrid.identifiability import disentangle, mcc
+from pyro_hybrid.identifiability import mcc
 from pyro_hybrid.identifiability.mcc import _matrix
-
-module = importlib.import_module("pyro_hybrid.identifiability.mcc")
-
-SOURCES = {
-    "uniform": lambda rng, shape: rng.uniform(-1, 1, shape),
-    "laplace": lambda rng, shape: rng.laplace(size=shape),
-    "lognormal": lambda rng, shape: np.exp(0.5 * rng.normal(size=shape)),
-    "bimodal": lambda rng, shape: rng.choice([-1.0, 1.0], shape) + 0.3 * rng.normal(size=shape),
-}
 
 
 def uniform(tasks: int, components: int, seed: int = 0) -> Tensor:
@@ -30,12 +18,6 @@ def uniform(tasks: int, components: int, seed: int = 0) -> Tensor:
 def rotation(angle: float) -> Tensor:
     c, s = np.cos(angle), np.sin(angle)
     return torch.tensor([[c, -s], [s, c]])
-
-
-def mixed(kind: str, tasks: int, components: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    rng = np.random.default_rng(seed)
-    sources = SOURCES[kind](rng, (tasks, components))
-    return sources @ rng.normal(size=(components, components)) + rng.normal(size=components), sources
 
 
 def test_permuted_scaled_and_shifted_truth_scores_one_everywhere() -> None:
@@ -106,85 +88,128 @@ def test_a_duplicated_estimate_changes_neither_weak_nor_linear_score() -> None:
     np.testing.assert_allclose(score.linear_r, 1.0)
 
 
-def test_tensors_and_arrays_score_alike_and_repeatedly() -> None:
+# ---- both correlations ---------------------------------------------------------------------------------------------
+
+
+def test_both_correlations_are_there_and_method_chooses_strong_alone() -> None:
+    truth = uniform(300, 3)
+    warped = torch.exp(8 * truth)[:, [1, 2, 0]]
+    pearson, spearman = mcc(warped, truth), mcc(warped, truth, method="spearman")
+    assert pearson.score.spearman == pytest.approx(1.0) and pearson.score.pearson < 0.9
+    assert pearson.strong == pytest.approx(pearson.score.pearson)
+    assert spearman.strong == pytest.approx(spearman.score.spearman)
+    np.testing.assert_array_equal(np.hstack(pearson.score), np.hstack(spearman.score))
+
+
+# ---- intervals -----------------------------------------------------------------------------------------------------
+
+
+def test_intervals_cover_what_all_tasks_would_give_nineteen_times_in_twenty() -> None:
+    expected, covered = 1 / np.sqrt(1 + 0.5), []
+    for seed in range(100):
+        signal, noise = (np.random.default_rng(2 * seed + i).normal(size=(200, 2)) for i in (0, 1))
+        score = mcc(signal, signal + np.sqrt(0.5) * noise, seed=seed)
+        covered.append((np.hstack(score.low) <= expected) & (expected <= np.hstack(score.high)))
+    pearson, spearman, weak, *linear = np.mean(covered, 0)
+    assert min(pearson, weak, *linear) >= 0.88
+    assert spearman < pearson  # of normals it is smaller: 6/pi arcsin(r/2)
+
+
+def test_intervals_narrow_with_the_root_of_the_number_of_tasks() -> None:
+    def widths(tasks: int) -> np.ndarray:
+        signal, noise = uniform(tasks, 2, seed=3), uniform(tasks, 2, seed=4)
+        score = mcc(signal, signal + noise)
+        return np.hstack(score.high) - np.hstack(score.low)
+
+    np.testing.assert_allclose(widths(250) / widths(4000), 4.0, rtol=0.5)  # a width from 200 resamples is off by 10%
+
+
+def test_a_task_drawn_twice_does_not_leak_from_the_fit_into_the_score() -> None:
+    score = mcc(uniform(100, 40, seed=1), uniform(100, 2, seed=2))
+    assert score.high.weak < 0.4 and score.high.linear_r.max() < 0.3
+
+
+def test_intervals_of_noise_lie_around_its_score_and_not_above() -> None:
+    score = mcc(uniform(300, 5, seed=1), uniform(300, 5, seed=2))
+    assert score.low.pearson < score.score.pearson < score.high.pearson
+    middle = (score.low.pearson + score.high.pearson) / 2
+    assert middle == pytest.approx(score.score.pearson, abs=0.01)
+
+
+# ---- controls ------------------------------------------------------------------------------------------------------
+
+
+def test_the_random_control_is_what_noise_scores_whatever_the_estimate() -> None:
+    truth = uniform(300, 3)
+    score = mcc(truth, truth)
+    assert score.strong == pytest.approx(1.0) and score.random.pearson < 0.12
+    assert score.random.weak < 0.1 and score.random.linear_r.max() < 0.1
+    drawn = [mcc(uniform(300, 3, seed=seed), truth).strong for seed in range(1, 9)]
+    assert score.random.pearson == pytest.approx(np.mean(drawn), abs=0.03)
+
+
+def test_the_random_control_shows_how_far_chance_gets_with_few_tasks_and_many_estimates() -> None:
+    score = mcc(uniform(85, 40, seed=1), uniform(85, 2, seed=2))
+    assert score.random.pearson > 0.2  # the best of forty
+    assert abs(score.strong - score.random.pearson) < 0.1
+
+
+def test_principal_components_of_data_that_contain_the_truth_find_it() -> None:
+    truth = uniform(300, 2)
+    scales = torch.tensor([3.0, 1.0], dtype=torch.float64)
+    turned = (truth - 0.5) * scales @ torch.linalg.qr(uniform(10, 10, seed=1))[0][:2]
+    control = mcc(uniform(300, 2, seed=3), truth, data=turned).pca
+    assert control is not None and control.pearson > 0.99 and control.linear_r.min() > 0.999
+
+
+def test_principal_components_of_mixed_data_are_linear_in_the_truth_only() -> None:
+    truth = uniform(1000, 2)
+    control = mcc(truth, truth, data=(truth @ rotation(np.pi / 4).double()) * torch.tensor([2.0, 1.0])).pca
+    assert control is not None and control.linear_r.min() > 0.999
+    assert control.pearson == pytest.approx(np.cos(np.pi / 4), abs=0.03)
+
+
+def test_principal_components_of_unrelated_data_know_nothing() -> None:
+    control = mcc(uniform(500, 2), uniform(500, 2), data=uniform(500, 6, seed=9)).pca
+    assert control is not None and control.weak < 0.15 and control.linear_r.max() < 0.1
+
+
+def test_data_may_have_any_axes_after_the_task_and_fewer_numbers_than_estimates() -> None:
+    truth, data = uniform(60, 3), uniform(60, 12, seed=1)
+    flat, shaped = mcc(truth, truth, data=data).pca, mcc(truth, truth, data=data.view(60, 2, 3, 2).numpy()).pca
+    assert flat is not None and shaped is not None
+    np.testing.assert_array_equal(np.hstack(flat), np.hstack(shaped))
+    single = mcc(truth, truth, data=truth[:, 0]).pca
+    assert single is not None and single.linear_r[0] == pytest.approx(1.0) and single.linear_r[1] < 0.3
+    assert single.pearson < 0.5  # one principal component partners one latent of three
+
+
+# ---- the table, and what is asked of every function ----------------------------------------------------------------
+
+
+def test_the_score_prints_as_a_table_with_a_column_for_each_control() -> None:
+    truth = uniform(100, 2)
+    lines = str(mcc(truth, truth, data=truth)).splitlines()
+    assert lines[0].split() == ["score", "95%", "interval", "random", "PCA"]
+    assert [line[:18].strip() for line in lines[1:]] == [
+        "strong (Pearson)", "strong (Spearman)", "weak", "linear R 0", "linear R 1"
+    ]  # fmt: skip
+    assert lines[1].split()[2:6] == ["1.000", "1.000", "to", "1.000"] and len({len(line) for line in lines}) == 1
+    assert "PCA" not in str(mcc(truth, truth)) and "random" in str(mcc(truth, truth))
+
+
+def test_numbers_repeat_for_tensors_and_arrays_and_leave_the_global_random_state_alone() -> None:
     estimate, truth = uniform(100, 3, seed=6).requires_grad_(), uniform(100, 2, seed=7)
-    first, second = mcc(estimate, truth, seed=3), mcc(estimate.detach().numpy(), truth.numpy(), seed=3)
-    for left, right in zip(first, second, strict=True):
-        np.testing.assert_array_equal(left, right)
-
-
-@pytest.mark.parametrize("components", range(2, 9))
-def test_disentangle_recovers_linearly_mixed_uniform_sources(components: int) -> None:
-    for seed in range(5):
-        z, sources = mixed("uniform", 500, components, seed)
-        assert mcc(disentangle(z, seed=seed), sources).strong > 0.98
-
-
-@pytest.mark.parametrize("kind", sorted(SOURCES))
-@pytest.mark.parametrize("components", [2, 5])
-def test_disentangle_recovers_light_heavy_skewed_and_bimodal_sources(kind: str, components: int) -> None:
-    z, sources = mixed(kind, 1000, components, seed=0)
-    assert mcc(disentangle(z), sources).strong > 0.98
-
-
-def test_disentangle_finds_light_and_heavy_tails_in_one_mixture() -> None:
-    light, heavy = mixed("uniform", 500, 2, seed=1)[1], mixed("laplace", 500, 2, seed=2)[1]
-    sources = np.column_stack([light, heavy])
-    assert mcc(disentangle(sources @ np.random.default_rng(3).normal(size=(4, 4))), sources).strong > 0.98
-
-
-def test_disentangle_leaves_the_order_and_sign_of_what_is_independent_already() -> None:
-    sources = uniform(1000, 5)
-    independent = disentangle(sources)
-    correlation = np.corrcoef(independent.T, sources.T)[:5, 5:]
-    assert np.diag(correlation).min() > 0.98
-    np.testing.assert_allclose(independent.std(0, unbiased=False), 1.0)
-
-
-def test_disentangle_applies_the_unmixing_of_other_tasks() -> None:
-    z, sources = mixed("uniform", 600, 3, seed=4)
-    together = disentangle(z[:500])
-    np.testing.assert_allclose(disentangle(z[:7], fit=z[:500]), together[:7])
-    assert mcc(disentangle(z[500:], fit=z[:500]), sources[500:]).strong > 0.98
-
-
-def test_disentangle_returns_the_type_precision_and_shape_it_was_given() -> None:
-    z = uniform(200, 3).float().requires_grad_()
-    tensor, array = disentangle(z), disentangle(z.detach().numpy())
-    assert isinstance(tensor, Tensor) and tensor.dtype == torch.float32 and not tensor.requires_grad
-    assert isinstance(array, np.ndarray) and array.dtype == np.float32 and array.shape == (200, 3)
-    np.testing.assert_array_equal(tensor.numpy(), array)
-    assert disentangle(z.detach()[:, :1]).shape == (200, 1)
-
-
-def test_scores_and_components_repeat_and_leave_the_global_random_state_alone() -> None:
-    z, sources = mixed("uniform", 200, 4, seed=5)
     before, before_torch = str(np.random.get_state()), torch.get_rng_state()
-    np.testing.assert_array_equal(disentangle(z, seed=9), disentangle(z, seed=9))
-    assert mcc(z, sources, seed=9).weak == mcc(z, sources, seed=9).weak
-    assert str(np.random.get_state()) == before
-    assert torch.equal(torch.get_rng_state(), before_torch)
+    first, second = mcc(estimate, truth, seed=3), mcc(estimate.detach().numpy(), truth.numpy(), seed=3)
+    assert first.assignment.tolist() == second.assignment.tolist() and str(first) == str(second)
+    for name in ("score", "low", "high", "random"):
+        np.testing.assert_array_equal(np.hstack(getattr(first, name)), np.hstack(getattr(second, name)))
+    assert mcc(estimate, truth, seed=4).weak != first.weak
+    assert str(np.random.get_state()) == before and torch.equal(torch.get_rng_state(), before_torch)
 
 
-def test_disentangle_warns_in_its_own_words_when_no_run_converges(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "ITERATIONS", 1)
-    with pytest.warns(RuntimeWarning, match="expected ICA to converge; got 10 runs"):
-        disentangle(uniform(200, 4))
-
-
-def test_disentangle_refuses_redundant_components() -> None:
-    z = uniform(200, 2)
-    with pytest.raises(ValueError, match="expected 3 linearly independent components; got rank 2"):
-        disentangle(torch.cat([z, z.sum(1, keepdim=True)], dim=1))
-
-
-def test_disentangle_refuses_a_fit_of_other_width() -> None:
-    with pytest.raises(ValueError, match="fit with as many components as latents; got 2 and 3"):
-        disentangle(uniform(50, 3), fit=uniform(50, 2))
-
-
-@pytest.mark.parametrize("score", [lambda z: mcc(z, uniform(len(z), 2)), disentangle], ids=["mcc", "disentangle"])
-def test_unusable_latents_are_named(score: Callable[[Tensor], object]) -> None:
+def test_unusable_latents_are_named() -> None:
     z = uniform(50, 3)
     constant, broken, rounding = z.clone(), z.clone(), z.float()
     constant[:, 1], broken[4, 2], rounding[:, 0] = 0.5, torch.nan, 1.0
@@ -197,7 +222,20 @@ def test_unusable_latents_are_named(score: Callable[[Tensor], object]) -> None:
         (z[:, 0], r"of shape \(tasks, components\); got shape \(50,\)"),
     ):
         with pytest.raises(ValueError, match=message):
-            score(unusable)
+            mcc(unusable, uniform(len(unusable), 2))
+
+
+def test_data_of_other_tasks_or_without_variation_are_refused() -> None:
+    z = uniform(50, 2)
+    broken = uniform(50, 4)
+    broken[3, 1] = torch.inf
+    for data, message in (
+        (uniform(49, 4), r"expected data of 50 tasks, those of the estimate; got shape \(49, 4\)"),
+        (torch.ones(50, 4), "expected data that vary over tasks; got the same for all"),
+        (broken, "expected finite data; got inf in task 3, component 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            mcc(z, z, data=data)
 
 
 def test_rows_that_are_not_the_same_tasks_are_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from pyro_hybrid.identifiability.mcc import MCC, disentangle, mcc
+from pyro_hybrid.identifiability.mcc import MCC, mcc
+from pyro_hybrid.identifiability.separability import disentangle
 
 __all__ = ["MCC", "disentangle", "mcc"]

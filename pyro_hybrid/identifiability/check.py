@@ -12,23 +12,21 @@ Interval = tuple[float, float]
 
 
 class Threshold(NamedTuple):
-    """Where a value is good enough, and where it is bad enough; between the two nothing follows.
-
-    Larger values are the better ones where ``holds`` is above ``fails``, smaller ones where it is below.
-    """
+    """Where a value is good enough, and where it is bad enough; ``larger`` says which way is better."""
 
     holds: float
     fails: float
+    larger: bool = True
 
     def __str__(self) -> str:
-        return f"{'>' if self.holds >= self.fails else '<'} {self.holds:.3g}"
+        return f"{'>' if self.larger else '<'} {self.holds:.3g}"
 
     def judge(self, interval: Interval) -> Status:
         """``holds`` or ``fails`` where the whole interval is on that side, ``undecided`` otherwise."""
         low, high = interval
         if math.isnan(low) or math.isnan(high):
             return "undecided"
-        if self.holds < self.fails:
+        if not self.larger:
             return "holds" if high < self.holds else "fails" if low > self.fails else "undecided"
         return "holds" if low > self.holds else "fails" if high < self.fails else "undecided"
 

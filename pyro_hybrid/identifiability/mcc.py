@@ -1,8 +1,8 @@
-"""Are recovered latents the true ones? Correlations without and with a linear alignment, and ICA."""
+"""Are recovered latents the true ones? Correlations as they stand and after a linear map, intervals and controls."""
 
 from __future__ import annotations
 
-import warnings
+from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
@@ -10,26 +10,39 @@ import torch
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 from scipy.stats import rankdata
-from sklearn.decomposition import FastICA
-from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 from pyro_hybrid._checks import fail, require
 
-__all__ = ["MCC", "disentangle", "mcc"]
+__all__ = ["MCC", "Scores", "mcc"]
 
 Array = NDArray[np.float64]
 Latents = TypeVar("Latents", Tensor, NDArray[Any])
 
 FOLDS = 5
 RIDGE = 1e-6
-RESTARTS = 5
-CONTRASTS = ("cube", "logcosh")  # light tails (uniform), heavy tails; which one fits is measured, not assumed
-ITERATIONS = 1000
+RESAMPLES = 200
+NOISES = 5
+
+
+class Scores(NamedTuple):
+    """One column of the table that an :class:`MCC` prints.
+
+    Attributes:
+        pearson: Strong score by Pearson's correlation.
+        spearman: Strong score by Spearman's, which also forgives a monotone map of each component.
+        weak: Mean held-out canonical correlation.
+        linear_r: Cross-validated :math:`R` of each true component on all estimates, of shape :math:`(D,)`.
+    """
+
+    pearson: float
+    spearman: float
+    weak: float
+    linear_r: Array
 
 
 class MCC(NamedTuple):
-    r"""What :func:`mcc` found.
+    r"""What :func:`mcc` found; prints as a table.
 
     Attributes:
         strong: Mean of ``matched``: are the estimates the truth up to order, sign and scale?
@@ -37,6 +50,11 @@ class MCC(NamedTuple):
         assignment: The estimate's column that partners each true component, -1 for none, of shape :math:`(D,)`.
         weak: Mean held-out canonical correlation: are they the truth up to an invertible linear map?
         linear_r: :math:`\sqrt{R^2}` of each true component on all estimates, cross-validated, of shape :math:`(D,)`.
+        score: All scores of the estimate, with both kinds of correlation.
+        low: Where their 95% intervals over tasks begin.
+        high: Where they end.
+        random: What noise of the estimate's shape scores, the mean of some draws.
+        pca: What principal components of the data score, as many as there are estimates; None without data.
     """
 
     strong: float
@@ -44,6 +62,21 @@ class MCC(NamedTuple):
     assignment: NDArray[np.int64]
     weak: float
     linear_r: Array
+    score: Scores
+    low: Scores
+    high: Scores
+    random: Scores
+    pca: Scores | None
+
+    def __str__(self) -> str:
+        names = ["strong (Pearson)", "strong (Spearman)", "weak", *(f"linear R {i}" for i in range(len(self.linear_r)))]
+        controls = [self.random] if self.pca is None else [self.random, self.pca]
+        columns = [np.hstack(scores) for scores in (self.score, self.low, self.high, *controls)]
+        lines = [f"{'':<18}{'score':>6}{'95% interval':>16}{'random':>8}" + ("" if self.pca is None else f"{'PCA':>7}")]
+        for name, score, low, high, *others in zip(names, *columns, strict=True):
+            control = "".join(f"{other:>{width}.3f}" for other, width in zip(others, (8, 7), strict=False))
+            lines.append(f"{name:<18}{score:>6.3f}{f'{low:.3f} to {high:.3f}':>16}{control}")
+        return "\n".join(lines)
 
 
 def mcc(
@@ -51,6 +84,7 @@ def mcc(
     truth: Tensor | NDArray[Any],
     *,
     method: Literal["pearson", "spearman"] = "pearson",
+    data: Tensor | NDArray[Any] | None = None,
     seed: int = 0,
 ) -> MCC:
     r"""Mean correlation coefficients between estimated and true latents, pooled over held-out tasks.
@@ -65,6 +99,10 @@ def mcc(
     what a theorem with :math:`\hat z = A z + c` promises. The matching maximises over permutations: within one task
     its chance level is 0.7 to 0.8, so pool the tasks. A true component without a partner (:math:`D' < D`) counts as 0.
 
+    Intervals resample the tasks that are scored; matching, alignment and coefficients stay, so that no task is on both
+    sides. Two controls go with each score: noise in place of the estimate, and principal components of the data, which
+    say how much of the truth lies open.
+
     References:
         | Variational Autoencoders and Nonlinear ICA: A Unifying Framework (Khemakhem et al., 2020)
         | https://arxiv.org/abs/1907.04809
@@ -75,66 +113,87 @@ def mcc(
         estimate: Estimated latents, of shape :math:`(T, D')`, one row a task; :math:`D'` may differ from :math:`D`.
         truth: True latents, of shape :math:`(T, D)`.
         method: Correlation behind ``strong``; Spearman's also forgives a monotone map of each component.
-        seed: Splits the tasks into halves and folds; the global random state is neither read nor changed.
+        data: What the latents were recovered from, for the control, of shape :math:`(T, \dots)`: say, each task's mean
+            support trajectory.
+        seed: Splits the tasks into halves and folds, and resamples; the global random state is neither read nor
+            changed.
 
     Example:
         >>> truth = torch.rand(200, 3, generator=torch.Generator().manual_seed(0))
         >>> mixed = truth @ torch.tensor([[1.0, 1.0, 0.0], [0.0, 1.0, 1.0], [1.0, 0.0, 1.0]])
-        >>> score = mcc(mixed, truth)
-        >>> f"{score.strong:.2f} {score.weak:.2f} {score.linear_r.mean():.2f}"
-        '0.72 1.00 1.00'
+        >>> print(mcc(mixed, truth))
+                           score    95% interval  random
+        strong (Pearson)   0.716  0.686 to 0.746   0.080
+        strong (Spearman)  0.708  0.677 to 0.740   0.081
+        weak               1.000  1.000 to 1.000   0.017
+        linear R 0         1.000  1.000 to 1.000   0.000
+        linear R 1         1.000  1.000 to 1.000   0.000
+        linear R 2         1.000  1.000 to 1.000   0.000
     """
     require(method in ("pearson", "spearman"), "method 'pearson' or 'spearman'", repr(method), "Choose one of the two.")
-    z_hat, z = _pooled("estimate", estimate), _pooled("truth", truth)
-    require(len(z_hat) == len(z), "one row a task in both estimate and truth",
-            f"{len(z_hat)} and {len(z)} rows", "Pass both for the same tasks, in the same order.")
-    _require_tasks("estimate and truth", len(z), max(z_hat.shape[1], z.shape[1]))
+    z_hat, z = _same_tasks("estimate", estimate, "truth", truth)
+    observed = None if data is None else _flattened(data, len(z))
     matched, assignment = _match(*(rankdata(v, axis=0) if method == "spearman" else v for v in (z_hat, z)))
-    order = np.random.default_rng(seed).permutation(len(z))
-    z_hat, z = _standardise(z_hat)[order], _standardise(z)[order]
-    return MCC(float(matched.mean()), matched, assignment, _held_out_cca(z_hat, z), _cross_validated_r(z_hat, z))
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(z))
+    z_hat, z = z_hat[order], z[order]
+    score = _score(z_hat, z)
+    low, high = (_scores(end) for end in zip(*map(_interval, _kinds(z_hat, z, _weights(rng, len(z)))), strict=True))
+    noises = zip(*(_score(rng.normal(size=z_hat.shape), z) for _ in range(NOISES)), strict=True)
+    random = _scores(np.mean(draws, axis=0) for draws in noises)
+    pca = None if observed is None else _score(_principal(observed, z_hat.shape[1])[order], z)
+    return MCC(float(matched.mean()), matched, assignment, score.weak, score.linear_r, score, low, high, random, pca)
 
 
-def disentangle(latents: Latents, *, seed: int = 0, fit: Latents | None = None) -> Latents:
-    r"""Independent components of latents over tasks (ICA): undoes a linear mixing up to order, sign and scale.
+def _kinds(estimate: Array, truth: Array, weights: Array) -> tuple[Array, Array, Array, Array]:
+    """Every kind of :class:`Scores` under each row of weights of the tasks, stacked along the first axis."""
+    x, y = _standardise(estimate), _standardise(truth)
+    ranks = rankdata(x, axis=0), rankdata(y, axis=0)
+    return (_strong(x, y, weights).mean(1), _strong(*ranks, weights).mean(1), _held_out_cca(x, y, weights),
+            _cross_validated_r(x, y, weights))
 
-    .. math::
-        \hat s = W (z - \bar z), \qquad W = \arg\min_{\operatorname{cov}(\hat s) = I} \sum_i H(\hat s_i)
 
-    Conditional priors identify latents up to :math:`z = A s + c`. If the true :math:`s` are independent across tasks
-    and at most one is Gaussian, :math:`A` is resolved too; two Gaussians stay rotated, and the output doesn't show it.
-    FastICA proposes, from several starts with a contrast for light tails and one for heavy tails; kept is the
-    proposal with the lowest total entropy, which of the whitened mixtures has the least mutual information.
-    Component i is the one that resembles column i of the input most, with its sign; variances over ``fit`` are 1.
+def _scores(kinds: Iterable[Any]) -> Scores:
+    pearson, spearman, weak, linear_r = kinds
+    return Scores(float(pearson), float(spearman), float(weak), linear_r)
 
-    References:
-        | Fast and Robust Fixed-Point Algorithms for Independent Component Analysis (Hyvärinen, 1999)
-        | https://doi.org/10.1109/72.761722
-        | ICA Using Spacings Estimates of Entropy (Learned-Miller & Fisher, 2003)
-        | https://www.jmlr.org/papers/v4/learned-miller03a.html
 
-    Arguments:
-        latents: Mixed latents :math:`z`, of shape :math:`(T, D)`, one row a task; several hundred tasks are wanted.
-        seed: Starting points; the global random state is neither read nor changed.
-        fit: Other latents, of shape :math:`(T', D)`, to estimate :math:`W` on, say of the training tasks.
+def _score(estimate: Array, truth: Array) -> Scores:
+    return _scores(kind[0] for kind in _kinds(estimate, truth, np.ones((1, len(truth)))))
 
-    Returns:
-        The components :math:`\hat s`, of shape :math:`(T, D)`; tensor in, tensor out, without gradient.
 
-    Example:
-        >>> sources = torch.rand(500, 3, generator=torch.Generator().manual_seed(0))
-        >>> mixed = sources @ torch.tensor([[1.0, 1.0, 0.0], [0.0, 1.0, 1.0], [1.0, 0.0, 1.0]])
-        >>> f"{mcc(mixed, sources).strong:.2f} -> {mcc(disentangle(mixed), sources).strong:.2f}"
-        '0.71 -> 1.00'
-    """
-    z = _matrix("latents", latents)
-    name, reference = ("latents", _pooled("latents", latents)) if fit is None else ("fit", _pooled("fit", fit))
-    require(z.shape[1] == reference.shape[1], "fit with as many components as latents",
-            f"{reference.shape[1]} and {z.shape[1]}", "Pass the same latents of other tasks.")
-    _require_tasks(name, *reference.shape)
-    mean, scale = reference.mean(0), reference.std(0)
-    unmixing = _unmixing((reference - mean) / scale, seed)
-    return _like(latents, (z - mean) / scale @ unmixing.T)
+def _weights(rng: np.random.Generator, tasks: int) -> Array:
+    """How often each task is in each resample, of shape (resample, task)."""
+    return rng.multinomial(tasks, np.full(tasks, 1 / tasks), size=RESAMPLES).astype(np.float64)
+
+
+def _interval(resampled: Array) -> Array:
+    """Both ends of the middle 95% along the first axis, in its place."""
+    return np.quantile(resampled, [0.025, 0.975], axis=0)
+
+
+def _same_tasks(name: str, value: Any, other_name: str, other: Any) -> tuple[Array, Array]:
+    """Both as matrices of the same, sufficiently many tasks."""
+    x, y = _pooled(name, value), _pooled(other_name, other)
+    require(len(x) == len(y), f"one row a task in both {name} and {other_name}", f"{len(x)} and {len(y)} rows",
+            "Pass both for the same tasks, in the same order.")
+    _require_tasks(f"{name} and {other_name}", len(y), max(x.shape[1], y.shape[1]))
+    return x, y
+
+
+def _flattened(data: Tensor | NDArray[Any], tasks: int) -> Array:
+    """One row of observations a task."""
+    require(data.ndim > 0 and len(data) == tasks, f"data of {tasks} tasks, those of the estimate",
+            f"shape {tuple(data.shape)}", "Pass what each task's latents were recovered from, one entry a task.")
+    return _matrix("data", data.reshape(tasks, -1))
+
+
+def _principal(data: Array, components: int) -> Array:
+    """The first principal components, as many as vary."""
+    left, singular, _ = np.linalg.svd(data - data.mean(0), full_matrices=False)
+    varying = singular > 1e-10 * np.abs(data).max() * np.sqrt(data.size)
+    require(bool(varying.any()), "data that vary over tasks", "the same for all", "Pass each task's own observations.")
+    return (left * singular)[:, varying][:, :components]
 
 
 def _matrix(name: str, value: object) -> Array:
@@ -188,23 +247,42 @@ def _match(estimate: Array, truth: Array) -> tuple[Array, NDArray[np.int64]]:
     return matched, assignment
 
 
+def _weighted_correlation(x: Array, y: Array, weights: Array) -> Array:
+    """Pearson correlation of each column of ``x`` with that of ``y`` under each row of weights, 0 for a constant."""
+    share = weights / np.maximum(weights.sum(1, keepdims=True), 1.0)
+    mean_x, mean_y = share @ x, share @ y
+    variances = (share @ x**2 - mean_x**2) * (share @ y**2 - mean_y**2)
+    covariance = share @ (x * y) - mean_x * mean_y
+    return np.clip(covariance / np.sqrt(np.maximum(variances, np.finfo(np.float64).tiny)), -1.0, 1.0)
+
+
+def _strong(estimate: Array, truth: Array, weights: Array) -> Array:
+    """Each true component's correlation with its partner under each row of weights; partner and sign are those of all
+    tasks, so that resamples of noise scatter about its score and not above it."""
+    _, assignment = _match(estimate, truth)
+    partners = estimate[:, assignment]
+    sign = np.where(assignment < 0, 0.0, np.sign(np.diag(_correlation(partners, truth))))
+    return sign * _weighted_correlation(partners, truth, weights)
+
+
 def _whitener(x: Array) -> Array:
     """Weights that make the columns of a centred ``x`` uncorrelated with unit variance, up to a small ridge."""
     _, singular, directions = np.linalg.svd(x / np.sqrt(len(x)), full_matrices=False)
     return directions.T / np.sqrt(singular**2 + RIDGE)
 
 
-def _held_out_cca(x: Array, y: Array) -> float:
+def _held_out_cca(x: Array, y: Array, weights: Array) -> Array:
     """Mean correlation, on the second half, of the canonical variates of the first; a missing pair counts as 0."""
     half = len(x) // 2
     x, y = x - x[:half].mean(0), y - y[:half].mean(0)
     weights_x, weights_y = _whitener(x[:half]), _whitener(y[:half])
     left, _, right = np.linalg.svd(weights_x.T @ (x[:half].T @ y[:half]) @ weights_y, full_matrices=False)
     variates_x, variates_y = x[half:] @ weights_x @ left, y[half:] @ weights_y @ right.T
-    return max(float(np.diag(_correlation(variates_x, variates_y)).sum()) / y.shape[1], 0.0)
+    correlation = _weighted_correlation(variates_x, variates_y, weights[:, half:])
+    return np.maximum(correlation.sum(1) / y.shape[1], 0.0)
 
 
-def _cross_validated_r(x: Array, y: Array) -> Array:
+def _cross_validated_r(x: Array, y: Array, weights: Array) -> Array:
     """Root of the out-of-sample R² of each column of ``y`` regressed on all of ``x``, 0 where the mean does better."""
     design = np.column_stack([np.ones(len(x)), x])
     fold = np.arange(len(x)) % FOLDS
@@ -212,42 +290,14 @@ def _cross_validated_r(x: Array, y: Array) -> Array:
     for k in range(FOLDS):
         coefficients = np.linalg.lstsq(design[fold != k], y[fold != k], rcond=None)[0]
         residual[fold == k] = y[fold == k] - design[fold == k] @ coefficients
-    return np.sqrt(np.maximum(1.0 - (residual**2).mean(0), 0.0))
+    return _explained_r(residual, y, weights)
 
 
-def _unmixing(x: Array, seed: int) -> Array:
-    """The FastICA solution with the least total entropy, its rows ordered and signed as the columns of ``x``."""
-    rank = int(np.linalg.matrix_rank(x, tol=1e-6 * np.sqrt(len(x))))
-    require(rank == x.shape[1], f"{x.shape[1]} linearly independent components", f"rank {rank}",
-            "Drop the redundant columns before disentangling.")
-    starts = np.random.default_rng(seed).integers(2**31, size=RESTARTS).tolist()
-    found = [_fast_ica(x, contrast, start) for contrast in CONTRASTS for start in starts]
-    converged = [rows for rows, done in found if done]
-    if not converged:
-        warnings.warn(f"expected ICA to converge; got {len(found)} runs of {ITERATIONS} iterations that didn't. The "
-                      "best is returned, don't rely on it: pass more tasks, check that the latents are not Gaussian.",
-                      RuntimeWarning, stacklevel=3)
-    rows = min(converged or [rows for rows, _ in found], key=lambda rows: _total_entropy(x @ rows.T))
-    _, order = _match(x @ rows.T, x)
-    flipped = np.diag(_correlation(x @ rows[order].T, x)) < 0
-    return np.where(flipped, -1.0, 1.0)[:, None] * rows[order]
-
-
-def _fast_ica(x: Array, contrast: str, start: int) -> tuple[Array, bool]:
-    """One run of FastICA: its unmixing rows, and whether it converged."""
-    ica = FastICA(fun=contrast, whiten="unit-variance", max_iter=ITERATIONS, random_state=start)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        ica.fit(x)
-    return ica.components_, ica.n_iter_ < ITERATIONS
-
-
-def _total_entropy(sources: Array) -> float:
-    """Sum over columns of the m-spacing estimate of entropy, up to a constant; ties count as tiny gaps."""
-    spacing = round(len(sources) ** 0.5)
-    ordered = np.sort(sources, axis=0)
-    gaps = ordered[spacing:] - ordered[:-spacing]
-    return float(np.log(np.maximum(gaps, 1e-6)).mean(0).sum())
+def _explained_r(residual: Array, y: Array, weights: Array) -> Array:
+    """Root of the R² that residuals leave, under each row of weights, 0 where the mean does better."""
+    share = weights / weights.sum(1, keepdims=True)
+    variance = np.maximum(share @ y**2 - (share @ y) ** 2, np.finfo(np.float64).tiny)
+    return np.sqrt(np.maximum(1.0 - share @ residual**2 / variance, 0.0))
 
 
 def _like(template: Latents, values: Array) -> Latents:

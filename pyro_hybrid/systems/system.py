@@ -16,7 +16,7 @@ from .._checks import require
 from .._types import State
 from ..dynamics import Field, solve
 from ..families import Family, Normal
-from ..linearise import Linearised, Problem
+from ..linearise import Problem, information
 from ..tasks import Episode, Tasks
 
 __all__ = ["Force", "System"]
@@ -115,7 +115,7 @@ class System(ABC):
         latents = torch.cat(list(truth.values()), -1).double()
         flat = latents.new_zeros(*latents.shape, latents.shape[-1])
         problem = Problem(self.program, replace(support, support=None).double(), families, latents, flat)
-        return Linearised(1)(problem, latents).covariance.diagonal(dim1=-2, dim2=-1)
+        return torch.linalg.inv(information(problem, latents)).diagonal(dim1=-2, dim2=-1)
 
     def simulate(self, tasks: int, shots: int, seed: int, *, num_support: int | None = None) -> Tasks:
         """Tasks with known truth, noise included; half of the shots are support unless ``num_support`` is given."""

@@ -1,0 +1,101 @@
+"""Certificate: every condition with what was measured, and what follows for the whole."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from pyro_hybrid.identifiability.check import Check, Status
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["Certificate"]
+
+WIDTH = 118
+SAYS = {
+    "holds": "identified up to an invertible linear map, as far as conditions can tell",
+    "fails": "NOT identified: other latents fit as well",
+    "undecided": "undecided: neither can be shown",
+}
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """Whether a program's latents are identified: the theorem's conditions one by one, and what is left to know.
+
+    Attributes:
+        conditions: the theorem's conditions and its premise, in order.
+        further: what doesn't decide: the ambiguity that remains, whether ICA resolves it, efficiency.
+        numbers: what each check was judged by, for pictures and for a closer look.
+        systems, shots: number of tasks, and of shots in their supports.
+        seconds: how long it took.
+    """
+
+    conditions: Sequence[Check]
+    further: Sequence[Check] = ()
+    numbers: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    systems: int = 0
+    shots: int = 0
+    seconds: float = 0.0
+
+    @property
+    def verdict(self) -> Status:
+        """``holds`` if every condition does, ``fails`` if one of them does, ``undecided`` otherwise."""
+        found = {check.status for check in self.conditions}
+        return "fails" if "fails" in found else "holds" if found == {"holds"} else "undecided"
+
+    def __getitem__(self, condition: str) -> Check:
+        """One check by the beginning of its name."""
+        for check in (*self.conditions, *self.further):
+            if check.condition.startswith(condition):
+                return check
+        raise KeyError(f"{condition!r} isn't among {[c.condition for c in (*self.conditions, *self.further)]}")
+
+    def __str__(self) -> str:
+        name = max(len(check.condition) for check in (*self.conditions, *self.further))
+        blocks = [f"{SAYS[self.verdict]}  ({self.systems} systems, supports of {self.shots}, {self.seconds:.0f} s)",
+                  _row("condition", "verdict", "value [95%]", "wanted", ["why, and what to do"], name)]
+        blocks += [_lines(check, name) for check in self.conditions]
+        if self.further:
+            blocks += ["", "beyond the theorem"] + [_lines(check, name) for check in self.further]
+        return "\n".join(blocks)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything that was judged, as JSON can hold it."""
+        return {"verdict": self.verdict, "systems": self.systems, "shots": self.shots, "seconds": round(self.seconds, 1),
+                "conditions": [check.to_dict() for check in self.conditions],
+                "further": [check.to_dict() for check in self.further]}
+
+    def plot(self) -> Figure:
+        """A picture of every number that was judged, with its threshold."""
+        from pyro_hybrid.identifiability.plots import certificate
+
+        return certificate(self)
+
+
+def _lines(check: Check, name: int) -> str:
+    space = WIDTH - name - 53
+    why = textwrap.wrap(check.why, space)
+    if check.remedy:
+        why += textwrap.wrap(check.remedy, space, initial_indent="-> ", subsequent_indent="   ")
+    status = check.status.upper() if check.status == "fails" else check.status
+    value = "" if math.isnan(check.value) else f"{_short(check.value)} {_span(check.interval)}"
+    return _row(check.condition, status, value, str(check.threshold or ""), why or [""], name)
+
+
+def _row(condition: str, status: str, value: str, wanted: str, why: list[str], name: int) -> str:
+    first = f"{condition:<{name}}  {status:<11}  {value:<27}  {wanted:<7}  {why[0]}"
+    return "\n".join([first.rstrip(), *(" " * (name + 53) + line for line in why[1:])])
+
+
+def _span(interval: tuple[float, float]) -> str:
+    low, high = interval
+    return "" if low == high or math.isnan(low) else f"[{_short(low)}, {_short(high)}]"
+
+
+def _short(x: float) -> str:
+    return "inf" if math.isinf(x) else f"{x:.0f}" if 100 <= abs(x) < 1e6 else f"{x:.3g}"

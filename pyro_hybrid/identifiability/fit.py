@@ -1,0 +1,73 @@
+"""The theorem's premise: the ELBO is at its maximum, so that at the least the program explains its trajectories."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pyro
+import torch
+from torch import Tensor, nn
+
+from pyro_hybrid.identifiability.check import Check, Threshold, judged
+from pyro_hybrid.linearise import observed
+from pyro_hybrid.module import local_parameters
+from pyro_hybrid.posterior import draws
+from pyro_hybrid.tasks import Episode
+
+__all__ = ["Fit", "judge_fit", "misfit"]
+
+FACTOR = Threshold(holds=2.0, fails=2.0, larger=False)
+RESAMPLES = 200
+
+
+class Fit(NamedTuple):
+    """Mean squared errors of reconstructed trajectories, in variances of the program's own noise, by task."""
+
+    error: Tensor
+
+
+@torch.no_grad()
+@pyro.validation_enabled(False)
+def misfit(model: nn.Module, guide: nn.Module, episode: Episode, *, num_samples: int = 4) -> Fit:
+    r"""How far observations are from what the program says at draws from its posterior.
+
+    .. math:: \tfrac{1}{N} \sum_{i=1}^{N} (x_i - \mu_i(z))^2 / \sigma_i^2, \qquad z \sim q(z \mid S, x)
+
+    At a maximum of the ELBO it is near 1 where the noise was learned: a noise that doesn't match the errors could be
+    improved, whatever the rest.
+
+    Arguments:
+        model, guide: the program and its guide.
+        episode: trajectories of some tasks, with their support.
+        num_samples: draws from the posterior.
+    """
+    with local_parameters():
+        sites = observed(model, episode, draws(model, guide, episode, num_samples))[0]
+    total = torch.zeros(episode.shape[0], dtype=torch.float64)
+    count = torch.zeros(episode.shape[0], dtype=torch.float64)
+    for site in sites:
+        error = ((site.value - site.mean) / site.scale).square().double()
+        counts = site.mask.expand_as(error)
+        error = error.where(counts, 0.0).nan_to_num(torch.inf)
+        total += error.mean(0).flatten(1).sum(1).cpu()
+        count += counts[0].double().flatten(1).sum(1).cpu()
+    return Fit(total / count.clamp(min=1.0))
+
+
+def judge_fit(found: Fit, *, seed: int = 0) -> Check:
+    """By what factor the typical task's errors are larger or smaller than the noise that the program claims."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randint(len(found.error), (RESAMPLES, len(found.error)), generator=generator)
+    resampled = _factor(found.error[rows].median(1).values)
+    middle = float(found.error.median().sqrt())
+    why = (f"errors are typically {middle:.2g} times the noise that the program claims, "
+           f"{float(found.error.max().sqrt()):.2g} times in the worst of {len(found.error)} systems")
+    return judged("fit", float(_factor(found.error.median())),
+                  (float(resampled.quantile(0.025)), float(resampled.quantile(0.975))), FACTOR, why,
+                  "Learn the noise." if middle < 1.0 else "Train longer, or let the neural term express what is missing: "
+                  "the theorem speaks of a maximum of the ELBO.")
+
+
+def _factor(error: Tensor) -> Tensor:
+    error = error.sqrt().clamp(1e-12, 1e12)
+    return torch.maximum(error, error.reciprocal())

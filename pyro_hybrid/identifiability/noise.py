@@ -1,0 +1,83 @@
+"""Condition (i): the noise's characteristic function vanishes on a null set at most."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from torch import distributions as td
+
+from pyro_hybrid.dynamics import failures_as_values
+from pyro_hybrid.identifiability.check import Check, unchecked
+from pyro_hybrid.linearise import Program, bare, random_sites
+from pyro_hybrid.module import local_parameters
+from pyro_hybrid.tasks import Episode
+
+__all__ = ["CHARACTERISTIC", "Noise", "judge_noise", "noise"]
+
+CHARACTERISTIC: dict[type, str] = {
+    td.Normal: "exp(-σ²t²/2) is nowhere zero",
+    td.MultivariateNormal: "exp(-tᵀΣt/2) is nowhere zero",
+    td.LowRankMultivariateNormal: "exp(-tᵀΣt/2) is nowhere zero",
+    td.Laplace: "1/(1 + b²t²) is nowhere zero",
+    dist.AsymmetricLaplace: "a product of 1/(1 ± iat), nowhere zero",
+    dist.SoftLaplace: "a product of Gamma functions, nowhere zero",
+    dist.Logistic: "πst/sinh(πst) is nowhere zero",
+    td.Gumbel: "Γ(1 - ist) is nowhere zero",
+    td.Cauchy: "exp(-γ|t|) is nowhere zero",
+    td.StudentT: "|t|^(ν/2) K(|t|) with a Bessel function K that is nowhere zero",
+    dist.Stable: "exp(-|ct|^α ...) is nowhere zero",
+    td.Uniform: "sin(t)/t is zero at isolated points, a null set",
+}
+"""Additive noise whose characteristic function is known, and what is known of its zeros."""
+
+
+class Noise(NamedTuple):
+    """The distributions of a program's observations by site, and whether their spread moves with the latents."""
+
+    kinds: dict[str, type]
+    moving: dict[str, bool]
+
+
+@torch.no_grad()
+@pyro.validation_enabled(False)
+def noise(program: Program, episode: Episode) -> Noise:
+    """Run a program twice, and look at how it observes: whatever the latents, the noise should be the same.
+
+    Arguments:
+        program: the model.
+        episode: trajectories of some tasks, with their support.
+    """
+    first, second = (_observed(program, episode) for _ in range(2))
+    kinds = {name: next((kind for kind in CHARACTERISTIC if isinstance(fn, kind)), type(fn))
+             for name, fn in first.items()}
+    moving = {name: not torch.equal(_spread(fn), _spread(second[name])) for name, fn in first.items()}
+    return Noise(kinds, moving)
+
+
+def _observed(program: Program, episode: Episode) -> dict[str, td.Distribution]:
+    with local_parameters(), failures_as_values(), poutine.block():
+        trace = poutine.trace(program).get_trace(episode)
+    return {name: bare(site["fn"], None)[0] for name, site in random_sites(trace).items() if site["is_observed"]}
+
+
+def _spread(fn: td.Distribution) -> torch.Tensor:
+    return torch.as_tensor(fn.scale if hasattr(fn, "scale") else fn.stddev)
+
+
+def judge_noise(found: Noise) -> Check:
+    """Looked up in a table; what isn't in it, or isn't additive, isn't covered by the theorem as it stands."""
+    name, remedy = "noise (i)", "Observe with additive noise, such as dist.Normal(prediction, noise)."
+    if not found.kinds:
+        return unchecked(name, "the program observes nothing of this episode", "Pass obs=episode.query.")
+    for site, kind in found.kinds.items():
+        if kind not in CHARACTERISTIC:
+            return unchecked(name, f"{kind.__name__} at {site!r} isn't additive noise that the table knows", remedy)
+        if found.moving[site]:
+            return unchecked(name, f"the noise of {site!r} depends on the latents, so x = F(z) + noise doesn't hold",
+                             remedy)
+    why = "; ".join(f"{site}: {kind.__name__}, {CHARACTERISTIC[kind]}" for site, kind in found.kinds.items())
+    return Check(name, "holds", why=why)

@@ -1,0 +1,244 @@
+"""Condition (iv): the support moves the prior in every direction of its natural parameters, beyond its own noise."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_hybrid.families import Family
+from pyro_hybrid.identifiability.check import Check, Interval, Threshold, judged
+from pyro_hybrid.identifiability.reading import Reading
+
+__all__ = ["Variability", "culprits", "judge_variability", "too_few", "variability"]
+
+LOCATIONS = Threshold(holds=1.0, fails=0.25)  # variance between systems, in variances between supports of one system
+NATS, FAINT = 3.0, 1e-3  # twenty to one against a prior that leaves a direction out; too little to wait for
+NAMES = ("variability of means (iv)", "variability (iv)")
+RESAMPLES, ROUNDS, FEW = 100, 30, 8
+ROUNDING = 1e-12  # variance, in population units, that float32 alone makes
+
+
+class Variability(NamedTuple):
+    """How the natural parameters of tasks vary.
+
+    Attributes:
+        latents, terms: names of the latents, and of their natural parameters.
+        tasks: number of tasks that stand behind it, those not looked at included.
+        shots: size of the supports.
+        locations: signal-to-noise ratios of the latents' means, in their principal directions, rising.
+        location_interval: of the smallest, 95%.
+        location_weights: what the direction of the smallest consists of, by latent, as shares.
+        nats: evidence of one task for each direction of λ, rising.
+        nats_interval: of the smallest, 95%.
+        nats_weights: what the direction of the smallest consists of, by natural parameter, as shares.
+    """
+
+    latents: list[str]
+    terms: list[str]
+    tasks: int
+    shots: int
+    locations: Tensor
+    location_interval: Interval
+    location_weights: Tensor
+    nats: Tensor
+    nats_interval: Interval
+    nats_weights: Tensor
+
+
+@torch.no_grad()
+def variability(reading: Reading, *, tasks: int | None = None, seed: int = 0) -> Variability:
+    r"""Spread of λ over tasks, in two units: noise for the latents' means, nats for all of λ.
+
+    The means, in unconstrained coordinates, are known from disjoint supports of each task. How these differ within a
+    task is the noise floor W; the variance between tasks, B, is what remains of the means' variance without it. The
+    first numbers are the eigenvalues of :math:`W^{-1} B`: zero for one task repeated, however often.
+
+    Then the means are shrunk to their variance B, each keeping the precision that its support gave it. The second
+    numbers are what a prior confined to a hyperplane would lose, per task:
+
+    .. math::
+        \rho = \min_{v, c} \; \tfrac12 \operatorname{E}_S
+               \frac{(v^\top \lambda(S) - c)^2}{v^\top G(\lambda(S))^{-1} v}, \qquad G = \nabla^2 A,
+
+    which is the divergence from :math:`p(z \mid S)` to its nearest neighbour in the hyperplane, to second order. It is
+    zero where L of the theorem is singular for every choice of supports, as when only means or only variances vary.
+
+    Arguments:
+        reading: natural parameters of many tasks from several supports each.
+        tasks: number of tasks in the training set, if the reading is a sample of them.
+        seed: of the resampling; the global random state is left alone.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    spread = reading.spread()[1].clamp(min=1e-300)
+    mean, scale = reading.coordinates()
+    mean, everyone = mean / spread, torch.ones(mean.shape[1], dtype=mean.dtype)
+    between, within = _covariances(mean, everyone)
+    ratios, directions = _generalised(between, within)
+    natural, inverse = _noiseless(reading, _shrunk(mean, between, within) * spread, scale)
+    nats, direction = _nats(natural, inverse, everyone)
+    resampled = [_counts(mean.shape[1], generator) for _ in range(RESAMPLES)]
+    low = torch.stack([_generalised(*_covariances(mean, counts))[0][0] for counts in resampled]).quantile(0.025)
+    high = torch.stack([_elsewhere(mean, generator) for _ in resampled]).quantile(0.975)
+    again = torch.stack([_nats(natural, inverse, counts, direction)[0][0] for counts in resampled])
+    return Variability(
+        reading.names, reading.terms, tasks or mean.shape[1], reading.shots,
+        ratios, (min(float(low), float(ratios[0])), max(float(high), float(ratios[0]))), _shares(directions[:, 0]),
+        nats, (float(again.quantile(0.025)), float(again.quantile(0.975))),
+        _shares(direction * natural.flatten(0, 1).std(0)),
+    )
+
+
+def _counts(tasks: int, generator: torch.Generator) -> Tensor:
+    """How often each task is drawn when as many are drawn with replacement."""
+    drawn = torch.randint(tasks, (tasks,), generator=generator)
+    return torch.bincount(drawn, minlength=tasks).double()
+
+
+def _covariances(mean: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Between and within tasks, of means (support, task, latent) in population units, each task counted so often."""
+    supports, total = mean.shape[0], counts.sum()
+    centre = mean.mean(0)
+    inner = (mean - centre) * counts.sqrt().unsqueeze(-1)
+    within = torch.einsum("rti,rtj->ij", inner, inner) / (total * (supports - 1))
+    outer = (centre - (counts @ centre) / total) * counts.sqrt().unsqueeze(-1)
+    between = outer.mT @ outer / (total - 1.0) - within / supports
+    return between, within + ROUNDING * torch.eye(len(within), dtype=within.dtype)
+
+
+def _generalised(matrix: Tensor, metric: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues of matrix x = e metric x, rising, and eigenvectors as columns, with x metric x = 1."""
+    root = torch.linalg.cholesky(metric)
+    white = torch.linalg.solve_triangular(root, matrix, upper=False)
+    white = torch.linalg.solve_triangular(root, white.mT, upper=False)
+    values, vectors = torch.linalg.eigh(0.5 * (white + white.mT))
+    return values, torch.linalg.solve_triangular(root.mT, vectors, upper=True)
+
+
+def _elsewhere(mean: Tensor, generator: torch.Generator) -> Tensor:
+    """The ratio on some tasks of the direction that is the weakest on the others: no better than the weakest there."""
+    if mean.shape[1] < FEW:
+        return mean.new_tensor(math.inf)
+    order = torch.randperm(mean.shape[1], generator=generator)
+    here, there = mean[:, order[::2]], mean[:, order[1::2]]
+    direction = _generalised(*_covariances(here, torch.ones(here.shape[1], dtype=mean.dtype)))[1][:, :1]
+    counts = _counts(there.shape[1], generator)
+    return _generalised(*_covariances(there @ direction, counts))[0][0]
+
+
+def _shrunk(mean: Tensor, between: Tensor, within: Tensor) -> Tensor:
+    """Each task's mean, drawn in so that their covariance is what it would be without the noise of supports."""
+    ratios, directions = _generalised(between, within)
+    ratios = ratios.clamp(min=0.0)
+    kept = (ratios / (ratios + 1.0 / mean.shape[0])).sqrt()
+    centre = mean.mean(0)
+    average = centre.mean(0)
+    return average + (centre - average) @ directions * kept @ torch.linalg.inv(directions)
+
+
+def _noiseless(reading: Reading, mean: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """λ (support, task, number) of these means and each support's scales, and the inverse metric there.
+
+    In a basis of statistics that are uncorrelated on average: the result doesn't depend on it, its digits do.
+    """
+    naturals, inverses, at = [], [], 0
+    for site, family in reading.families.items():
+        part = slice(at, at + family.n)
+        natural = family.from_gaussian(mean[:, part].expand_as(scale[..., part]).contiguous(), scale[..., part])
+        metric = _metric(family, natural)
+        basis = torch.linalg.cholesky(metric.mean((0, 1)))
+        inner = torch.linalg.solve_triangular(torch.linalg.cholesky(metric), basis.expand_as(metric), upper=False)
+        naturals.append((basis.mT @ natural.unsqueeze(-1)).flatten(-3))
+        inverses.extend((inner.mT @ inner).unbind(-3))
+        at += family.n
+    return torch.cat(naturals, -1), _block_diagonal(inverses)
+
+
+def _metric(family: Family, natural: Tensor) -> Tensor:
+    """Covariance of the statistics, the derivative of their mean: (..., component, statistic, statistic)."""
+    with torch.enable_grad():
+        natural = natural.detach().requires_grad_()
+        means = family.mean_statistics(natural).sum((*range(natural.dim() - 2), -2))
+        rows = [torch.autograd.grad(one, natural, retain_graph=True)[0] for one in means]
+    metric = torch.stack(rows, -2)
+    return 0.5 * (metric + metric.mT)
+
+
+def _block_diagonal(blocks: list[Tensor]) -> Tensor:
+    size = sum(block.shape[-1] for block in blocks)
+    whole, at = blocks[0].new_zeros(*blocks[0].shape[:-2], size, size), 0
+    for block in blocks:
+        end = at + block.shape[-1]
+        whole[..., at:end, at:end], at = block, end
+    return whole
+
+
+def _nats(natural: Tensor, inverse: Tensor, counts: Tensor, start: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The least loss over hyperplanes, with those of the directions orthogonal to its own, and that direction."""
+    weight = (counts / counts.sum() / len(natural)).expand(natural.shape[:2])
+    begun = [start] if start is not None else [None, *torch.eye(natural.shape[-1], dtype=natural.dtype)]
+    return min((_descend(natural, inverse, weight, direction) for direction in begun), key=lambda found: found[0][0])
+
+
+def _descend(natural: Tensor, inverse: Tensor, weight: Tensor, direction: Tensor | None) -> tuple[Tensor, Tensor]:
+    """An eigenproblem with weights that depend on its solution, solved until they no longer move."""
+    values, vectors, last = natural, natural, None
+    for _ in range(ROUNDS):
+        share = weight if direction is None else weight / ((inverse @ direction) @ direction)
+        away = natural - torch.einsum("rt,rti->i", share, natural) / share.sum()
+        values, vectors = _generalised(torch.einsum("rt,rti,rtj->ij", share, away, away),
+                                       torch.einsum("rt,rtij->ij", share, inverse))
+        direction = vectors[:, 0]
+        if last is not None and abs(values[0] - last) <= 1e-6 * abs(last):
+            break
+        last = values[0]
+    return 0.5 * values, vectors[:, 0]
+
+
+def _shares(direction: Tensor) -> Tensor:
+    return direction.square() / direction.square().sum()
+
+
+def judge_variability(found: Variability) -> list[Check]:
+    """Two checks: of the latents' means, against noise; of all natural parameters, in nats of the whole training set."""
+    return [_judge_means(found), _judge_all(found)]
+
+
+def too_few(terms: int, tasks: int) -> list[Check]:
+    """What there is to say without looking, where there are fewer systems than the theorem counts."""
+    threshold = Threshold(terms + 0.5, terms + 0.5)
+    return [Check(name, "fails", tasks, (tasks, tasks), threshold, f"n·k + 1 = {terms + 1} different systems are needed",
+                  "Record more systems.") for name in NAMES]
+
+
+def _judge_means(found: Variability) -> Check:
+    ratio, who = float(found.locations[0]), culprits(found.latents, found.location_weights)
+    if float(found.nats[-1]) == 0.0:
+        why, remedy = "the prior doesn't look at the support", "Use a SupportPrior: it is what the theorem rests on."
+    else:
+        why = f"weakest direction: {who}, against what {found.shots} other shots of the same system change"
+        shots = math.ceil(found.shots * LOCATIONS.holds / max(ratio, 1e-12))
+        remedy = f"Record systems that differ more in {who}" + (
+            f", or {shots} shots for each support." if shots <= 16 * found.shots else ".")
+    return judged(NAMES[0], ratio, found.location_interval, LOCATIONS, why, remedy)
+
+
+def _judge_all(found: Variability) -> Check:
+    low, high = found.nats_interval
+    moving = int((found.tasks * found.nats > 1.0).sum())
+    why = (f"nats in {found.tasks} systems for the weakest of {len(found.terms)} directions, "
+           f"{culprits(found.terms, found.nats_weights)}; {moving} directions have more than one")
+    remedy = (f"{math.ceil(NATS / low)} systems like these would do." if low > FAINT else
+              "Let supports differ in how much they say (initial states, lengths), or let the family have only the "
+              "statistics that vary.")
+    threshold = Threshold(NATS, min(1.0, FAINT * found.tasks))
+    return judged(NAMES[1], found.tasks * float(found.nats[0]), (found.tasks * low, found.tasks * high), threshold, why,
+                  remedy)
+
+
+def culprits(names: list[str], weights: Tensor, least: float = 0.15) -> str:
+    """The names that make up most of a direction, with their shares where there are several."""
+    order = [int(i) for i in weights.argsort(descending=True) if weights[i] >= least] or [int(weights.argmax())]
+    return ", ".join(names[i] if weights[i] > 0.9 else f"{names[i]} ({weights[i]:.0%})" for i in order)
