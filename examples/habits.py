@@ -104,6 +104,7 @@ class Report:
     numbers: dict[str, object]
     held_out: Recovered
     aligned: Tensor  # draws after the linear map, (draw, task, latent)
+    certificate: ph.Certificate
     lines: list[str] = field(default_factory=list)
 
 
@@ -140,7 +141,8 @@ def judge(model: ph.models.MetaHybridVAE, guide: ph.AmortizedGuide, train: ph.Ta
         "coverage_90_physics_as_is": _coverage(new.draws[..., new.physics], new.truth[:, new.physics]),
         **trajectory_errors(model, guide, held_out),
     }
-    return Report(numbers, new, aligned, _table(numbers, new))
+    certificate = ph.certify(model, guide, train if len(train) > 100 else train[:20])  # few in a tiny run
+    return Report(numbers, new, aligned, certificate, _table(numbers, new))
 
 
 def _aligned(seen: Recovered, new: Recovered) -> Tensor:
@@ -191,7 +193,8 @@ def export(choice: argparse.Namespace, model: ph.models.MetaHybridVAE, guide: ph
            report: Report, fit: ph.Fit, started: float) -> None:
     """Write posterior.nc, the figures and metrics.json."""
     few = held_out[:10].episode()
-    data = ph.to_arviz(model, guide, few, 50 if choice.fast else 300, names={"x": model.system.names})
+    data = ph.to_arviz(model, guide, few, 50 if choice.fast else 300, names={"x": model.system.names},
+                       certificate=report.certificate)
     ph.save_arviz(data, choice.out / "posterior.nc")
     _figures(choice.out, model, guide, held_out, report, fit)
     metrics = {
@@ -205,8 +208,12 @@ def export(choice: argparse.Namespace, model: ph.models.MetaHybridVAE, guide: ph
                      "arviz": arviz.__version__, "pyro_hybrid": ph.__version__},
     }
     (choice.out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    (choice.out / "certificate.json").write_text(json.dumps(report.certificate.to_dict(), indent=2) + "\n")
+    report.certificate.plot().savefig(choice.out / "certificate.png", dpi=110)
     print("\n".join(report.lines))
-    print(f"{metrics['seconds']:.0f} s in all; figures, posterior.nc and metrics.json are in {choice.out}/")
+    print(f"\n{report.certificate}\n")
+    print(f"{metrics['seconds']:.0f} s in all; figures, posterior.nc, certificate.json and metrics.json are in "
+          f"{choice.out}/")
 
 
 def _figures(out: Path, model: ph.models.MetaHybridVAE, guide: ph.AmortizedGuide, held_out: ph.Tasks, report: Report,

@@ -20,8 +20,8 @@ from .training import SVI, Fit, TrainingError, meta_train
 __version__ = "0.1.0"
 
 __all__ = [
-    "SVI", "AmortizedGuide", "Certificate", "Episode", "Fit", "HybridModel", "Linearised", "Mixing", "Residual", "SetEncoder",
-    "SolverError", "SupportPrior", "Tasks", "TrainingError", "UnconditionalPrior", "calibrate", "certify", "disentangle", "draws",
-    "families", "load_arviz", "mcc", "meta_train", "models", "overlap", "pareto_k", "predict", "save_arviz", "solve",
-    "step_error", "summary", "systems", "to_arviz",
+    "SVI", "AmortizedGuide", "Certificate", "Episode", "Fit", "HybridModel", "Linearised", "Mixing", "Residual",
+    "SetEncoder", "SolverError", "SupportPrior", "Tasks", "TrainingError", "UnconditionalPrior", "calibrate", "certify",
+    "disentangle", "draws", "families", "load_arviz", "mcc", "meta_train", "models", "overlap", "pareto_k", "predict",
+    "save_arviz", "solve", "step_error", "summary", "systems", "to_arviz",
 ]

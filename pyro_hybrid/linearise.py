@@ -180,7 +180,8 @@ def information(problem: Problem, task: Tensor, shot: Tensor | None = None) -> T
 
     What is unknown about the shots' latents is taken off.
     """
-    return _belief(problem, _at(problem, task, problem.shot_mean if shot is None else shot)).precision - problem.precision
+    point = _at(problem, task, problem.shot_mean if shot is None else shot)
+    return _belief(problem, point).precision - problem.precision
 
 
 class Point(NamedTuple):

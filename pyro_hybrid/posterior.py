@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import pyro
@@ -22,10 +24,21 @@ from .tasks import Episode, Tasks
 
 __all__ = ["calibrate", "draws", "load_arviz", "pareto_k", "predict", "save_arviz", "summary", "to_arviz"]
 
+
+@runtime_checkable
+class Judged(Protocol):
+    """What a certificate is to those who only pass it on."""
+
+    @property
+    def verdict(self) -> str: ...
+
+    def to_dict(self) -> dict[str, Any]: ...
+
+
 summary, save_arviz, load_arviz = _arviz.summary, _arviz.save, _arviz.load
 
 
-def draws(model: nn.Module, guide: nn.Module, episode: Episode, num_samples: int) -> dict[str, Tensor]:
+def draws(model: Program, guide: Program, episode: Episode, num_samples: int) -> dict[str, Tensor]:
     """Posterior draws of every latent site, ``(draw, task, ...)``."""
     return _latent(_sites(guide, episode, num_samples))
 
@@ -72,7 +85,7 @@ def pareto_k(model: nn.Module, guide: nn.Module, episode: Episode, num_samples: 
 
 
 def to_arviz(model: nn.Module, guide: nn.Module, episode: Episode, num_samples: int = 500, *,
-             names: Mapping[str, Sequence[str]] | None = None) -> _arviz.Grouped:
+             names: Mapping[str, Sequence[str]] | None = None, certificate: Judged | None = None) -> _arviz.Grouped:
     """Posterior, prior, predictions and likelihoods as ArviZ data: InferenceData on ArviZ 0.x, DataTree on 1.x.
 
     Groups: ``posterior`` (from support and query), ``prior`` (from the support alone), ``posterior_predictive``,
@@ -81,6 +94,8 @@ def to_arviz(model: nn.Module, guide: nn.Module, episode: Episode, num_samples: 
 
     Arguments:
         names: names of the components of a site, ``{"unknown": ["damping", "amplitude"], "x": ["angle", "speed"]}``.
+        certificate: what :func:`~pyro_hybrid.certify` said of the program: its verdict becomes the attribute
+            ``identified``, and all of it, as JSON, ``certificate``.
     """
     require(episode.query is not None, "an episode with a query", "query=None", "There is no posterior without data.")
     posterior = draws(model, guide, episode, num_samples)
@@ -99,7 +114,10 @@ def to_arviz(model: nn.Module, guide: nn.Module, episode: Episode, num_samples: 
     dims, coords = _labels(groups, names or {})
     coords["time"] = _numpy(episode.times)
     num_support = episode.support.shape[1] if episode.support else 0
-    return _arviz.to_inference_data(groups, dims, coords, {"num_support": num_support})
+    attrs: dict[str, str | int | float] = {"num_support": num_support}
+    if certificate is not None:
+        attrs |= {"identified": certificate.verdict, "certificate": json.dumps(certificate.to_dict(), allow_nan=False)}
+    return _arviz.to_inference_data(groups, dims, coords, attrs)
 
 
 def _sites(program: Program, episode: Episode, num_samples: int) -> dict[str, Site]:

@@ -54,6 +54,13 @@ def test_another_order_sign_scale_or_offset_is_a_permutation_both_ways(change) -
         assert check.status == "holds" and "up to order, sign, scale and offset (correlation 1.00" in check.why
 
 
+def test_identity_is_the_same_from_either_side_and_measured_by_what_varies_less() -> None:
+    z = uniform(200, 2)
+    wide = 1.3 * z
+    assert ambiguity(wide, z).identity == pytest.approx(ambiguity(z, wide).identity)
+    assert ambiguity(z, wide).identity == pytest.approx(math.sqrt(1 - 0.3**2), abs=0.01)
+
+
 @pytest.mark.parametrize("degrees", [30, 45])
 def test_a_rotation_is_linear_its_strong_score_is_the_cosine_and_its_matrix_the_rotation(degrees: float) -> None:
     z = uniform(4000, 2)

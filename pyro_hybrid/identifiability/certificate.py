@@ -17,9 +17,9 @@ __all__ = ["Certificate"]
 
 WIDTH = 118
 SAYS = {
-    "holds": "identified up to an invertible linear map, as far as conditions can tell",
-    "fails": "NOT identified: other latents fit as well",
-    "undecided": "undecided: neither can be shown",
+    "holds": "certified: every condition holds under which latents are identified up to a linear map",
+    "fails": "REFUSED: a condition fails under which latents are identified",
+    "undecided": "undecided: a condition could neither be shown to hold nor to fail",
 }
 
 
@@ -66,8 +66,8 @@ class Certificate:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything that was judged, as JSON can hold it."""
-        return {"verdict": self.verdict, "systems": self.systems, "shots": self.shots, "seconds": round(self.seconds, 1),
-                "conditions": [check.to_dict() for check in self.conditions],
+        return {"verdict": self.verdict, "systems": self.systems, "shots": self.shots,
+                "seconds": round(self.seconds, 1), "conditions": [check.to_dict() for check in self.conditions],
                 "further": [check.to_dict() for check in self.further]}
 
     def plot(self) -> Figure:
@@ -94,8 +94,8 @@ def _row(condition: str, status: str, value: str, wanted: str, why: list[str], n
 
 def _span(interval: tuple[float, float]) -> str:
     low, high = interval
-    return "" if low == high or math.isnan(low) else f"[{_short(low)}, {_short(high)}]"
+    return "" if low == high or math.isnan(low) else f"[{_short(low, 2)}, {_short(high, 2)}]"
 
 
-def _short(x: float) -> str:
-    return "inf" if math.isinf(x) else f"{x:.0f}" if 100 <= abs(x) < 1e6 else f"{x:.3g}"
+def _short(x: float, digits: int = 3) -> str:
+    return "inf" if math.isinf(x) else f"{x:.0f}" if 100 <= abs(x) < 1e5 else f"{x:.{digits}g}"

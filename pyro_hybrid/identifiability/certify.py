@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
 from pyro_hybrid._checks import require
@@ -69,7 +69,8 @@ def _certify(model: Program, guide: Program, tasks: Tasks, restarts: Sequence[Pr
     model, guide, *restarts = _at_rest(model, guide, *restarts)
     some = _some(tasks, READ)
     episode = _some(tasks, LINEARISED).episode()
-    bar = tqdm(total=9, desc="certify", unit="check", leave=False, disable=not progress)
+    looks = 9 + len(restarts) + (tasks.truth is not None)
+    bar = tqdm(total=looks, desc="certify", unit="check", leave=False, disable=not progress)
 
     def look(name: str, measure: Callable[[], Any]) -> Any:
         bar.set_postfix_str(name)

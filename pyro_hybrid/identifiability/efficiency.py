@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_hybrid.identifiability.check import Check, Interval, Threshold, judged
+from pyro_hybrid.identifiability.check import Check, Interval, Threshold, judged, unchecked
 from pyro_hybrid.identifiability.fisher import posed
 from pyro_hybrid.identifiability.reading import Reading, names_of
 from pyro_hybrid.linearise import Program, information
@@ -19,6 +19,7 @@ __all__ = ["Efficiency", "efficiency", "judge_efficiency"]
 
 RATIO = Threshold(holds=4.0, fails=10.0, larger=False)
 RESAMPLES, FOLDS = 200, 5
+BLIND = 1e-2  # a direction that moves observations by less, in noises, has no bound worth the name
 
 
 class Efficiency(NamedTuple):
@@ -59,14 +60,14 @@ def efficiency(program: Program, tasks: Tasks, reading: Reading, *, truth: Mappi
     mean = reading.coordinates()[0]
     support = tasks.shots(slice(0, reading.shots))
     problem = posed(program, replace(support, support=support), reading, mean[0])
-    fisher = information(problem, mean[0])
+    fisher, spread = information(problem, mean[0]), reading.spread()[1]
     inverse = torch.linalg.pinv(fisher, hermitian=True)
-    blind = torch.linalg.eigvalsh(fisher)[:, 0] <= 0.0
+    blind = torch.linalg.eigvalsh(fisher * spread * spread.unsqueeze(-1))[:, 0] < BLIND**2
     if truth is None:
         names, error, bound = reading.names, 0.5 * (mean[0] - mean[1]).square(), inverse.diagonal(dim1=-2, dim2=-1)
     else:
         names = names_of({name: value.shape[-1] for name, value in truth.items()})
-        step = 1e-5 * reading.spread()[1]
+        step = 1e-5 * spread
         slope = (reading.constrained(mean[0] + step) - reading.constrained(mean[0] - step)) / (2.0 * step)
         error, map_ = _linear(reading.constrained(mean[0]), torch.cat([value.double() for value in truth.values()], -1))
         inverse = slope.unsqueeze(-1) * inverse * slope.unsqueeze(-2)
@@ -91,6 +92,8 @@ def _linear(z: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
 
 def judge_efficiency(found: Efficiency) -> Check:
     """The latent whose error is the largest multiple of its bound."""
+    if not torch.isfinite(found.bound).all():
+        return unchecked("efficiency", "in some systems a direction of the latents isn't seen at all", "See (ii).")
     ratio = found.error / found.bound
     worst = int(ratio.argmax())
     low, high = found.ratios[:, worst].quantile(torch.tensor([0.025, 0.975], dtype=ratio.dtype)).tolist()

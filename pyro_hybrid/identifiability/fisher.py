@@ -53,7 +53,7 @@ def posed(program: Program, episode: Episode, reading: Reading, points: Tensor) 
 
 
 @torch.no_grad()
-def fisher(model: nn.Module, guide: nn.Module, episode: Episode, reading: Reading) -> Fisher:
+def fisher(model: Program, guide: Program, episode: Episode, reading: Reading) -> Fisher:
     r"""Fisher information :math:`J^\top W J` of a program's latents, from the linearisation that computes evidence.
 
     .. math:: J = \partial \mu / \partial u \cdot \operatorname{diag}(s), \qquad W = \operatorname{diag}(\sigma^{-2})

@@ -115,8 +115,9 @@ def read(program: Program, tasks: Tasks, *, shots: int | None = None, progress: 
     natural = {name: torch.cat(parts, 1) for name, parts in pieces.items()}
     for name, value in natural.items():
         lost = ~torch.isfinite(value).flatten(2).all(2).all(0)
-        require(not bool(lost.any()), f"finite natural parameters of {name!r}", f"NaN or Inf in {int(lost.sum())} tasks, "
-                f"the first being task {int(lost.float().argmax())}", "Find out why the prior fails on them, or drop them.")
+        require(not bool(lost.any()), f"finite natural parameters of {name!r}",
+                f"NaN or Inf in {int(lost.sum())} tasks, the first being task {int(lost.float().argmax())}",
+                "Find out why the prior fails on them, or drop them.")
     return Reading(families, natural, shots)
 
 

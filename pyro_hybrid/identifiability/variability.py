@@ -144,7 +144,7 @@ def _noiseless(reading: Reading, mean: Tensor, scale: Tensor) -> tuple[Tensor, T
     In a basis of statistics that are uncorrelated on average: the result doesn't depend on it, its digits do.
     """
     naturals, inverses, at = [], [], 0
-    for site, family in reading.families.items():
+    for family in reading.families.values():
         part = slice(at, at + family.n)
         natural = family.from_gaussian(mean[:, part].expand_as(scale[..., part]).contiguous(), scale[..., part])
         metric = _metric(family, natural)
@@ -202,15 +202,14 @@ def _shares(direction: Tensor) -> Tensor:
 
 
 def judge_variability(found: Variability) -> list[Check]:
-    """Two checks: of the latents' means, against noise; of all natural parameters, in nats of the whole training set."""
+    """Two checks: the latents' means, against noise; all natural parameters, in nats of the whole training set."""
     return [_judge_means(found), _judge_all(found)]
 
 
 def too_few(terms: int, tasks: int) -> list[Check]:
     """What there is to say without looking, where there are fewer systems than the theorem counts."""
-    threshold = Threshold(terms + 0.5, terms + 0.5)
-    return [Check(name, "fails", tasks, (tasks, tasks), threshold, f"n·k + 1 = {terms + 1} different systems are needed",
-                  "Record more systems.") for name in NAMES]
+    threshold, why = Threshold(terms, terms), f"n·k + 1 = {terms + 1} different systems are needed"
+    return [Check(name, "fails", tasks, (tasks, tasks), threshold, why, "Record more systems.") for name in NAMES]
 
 
 def _judge_means(found: Variability) -> Check:

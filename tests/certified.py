@@ -1,0 +1,503 @@
+"""Models and data of which it is known whether they are identifiable, drawn at random over structure and sizes."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, Literal, NamedTuple
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+import pyro_hybrid as ph
+from pyro_hybrid.families import Beta, Family, Gamma, LogNormal, Normal
+from pyro_hybrid.linearise import Program
+from pyro_hybrid.prior import Prior
+
+EVIDENCE = ph.Linearised(6, restarts=2)
+Values = Mapping[str, Tensor]
+Kind = Literal["real", "positive", "fraction"]
+
+
+# ---- what systems do -----------------------------------------------------------------------------------------------
+
+
+class Slot(NamedTuple):
+    """A number that an equation needs: what it may be, and its population in unconstrained coordinates."""
+
+    kind: Kind
+    loc: float
+    scale: float
+
+    def value(self, u: Tensor | float) -> Any:
+        """The number at u."""
+        u = torch.as_tensor(u)
+        return {"real": u, "positive": u.exp(), "fraction": u.sigmoid()}[self.kind]
+
+
+class Equation(NamedTuple):
+    """A kind of system: its slots, where its states start, which of them can be observed, and how they move."""
+
+    slots: dict[str, Slot]
+    start: tuple[tuple[float, float], ...]
+    horizon: float
+    sensors: tuple[tuple[int, ...], ...]
+    run: Callable[[SimpleNamespace, tuple[Tensor, ...], Tensor], Tensor]
+
+
+def ode(slopes: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Tensor]:
+    """States of ``slopes(slots, t, *state)``, (..., task, shot, time, component)."""
+
+    def run(p: SimpleNamespace, start: tuple[Tensor, ...], times: Tensor) -> Tensor:
+        return ph.solve(lambda t, state: slopes(p, t, *state), start, times)
+
+    return run
+
+
+def formula(states: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """One state in closed form, ``states(slots, times, *start)``."""
+
+    def run(p: SimpleNamespace, start: tuple[Tensor, ...], times: Tensor) -> Tensor:
+        p = SimpleNamespace(**{name: value.unsqueeze(-1) for name, value in vars(p).items()})
+        return states(p, times, *(part.unsqueeze(-1) for part in start)).unsqueeze(-1)
+
+    return run
+
+
+def pos(centre: float, scale: float = 0.35) -> Slot:
+    return Slot("positive", math.log(centre), scale)
+
+
+def real(centre: float, scale: float) -> Slot:
+    return Slot("real", centre, scale)
+
+
+EQUATIONS = {
+    "decay": Equation(
+        {"k": pos(0.8), "source": real(0.5, 0.3)}, ((0.5, 3.0),), 3.0, ((0,),), ode(lambda p, t, x: (p.source - p.k * x,))
+    ),
+    "decay chain": Equation(
+        {"k1": pos(1.2), "k2": pos(0.7), "branch": Slot("fraction", 0.5, 0.7)},
+        ((1.0, 3.0), (0.0, 1.5)),
+        3.0,
+        ((0, 1),),
+        ode(lambda p, t, x, y: (-p.k1 * x, p.branch * p.k1 * x - p.k2 * y)),
+    ),
+    "oscillator": Equation(
+        {"omega": pos(1.8, 0.25), "damping": pos(0.3), "push": real(0.3, 0.5)},
+        ((0.8, 2.0), (-1.0, 1.0)),
+        3.0,
+        ((0,), (0, 1)),
+        ode(lambda p, t, x, v: (v, p.push - p.omega**2 * x - p.damping * v)),
+    ),
+    "duffing": Equation(
+        {"linear": pos(1.0), "cubic": pos(0.6), "damping": pos(0.3), "drive": real(0.8, 0.4), "push": real(0.0, 0.4)},
+        ((1.0, 2.2), (-1.0, 1.0)),
+        3.0,
+        ((0, 1),),
+        ode(
+            lambda p, t, x, v: (
+                v,
+                p.push + p.drive * torch.cos(2.0 * t) - p.damping * v - p.linear * x - p.cubic * x**3,
+            )
+        ),
+    ),
+    "predator and prey": Equation(
+        {"birth": pos(1.0, 0.25), "eaten": pos(0.8, 0.25), "death": pos(0.9, 0.25), "gain": pos(0.6, 0.25)},
+        ((0.6, 2.0), (0.6, 2.0)),
+        4.0,
+        ((0, 1),),
+        ode(lambda p, t, x, y: (x * (p.birth - p.eaten * y), y * (p.gain * x - p.death))),
+    ),
+    "logistic": Equation(
+        {"rate": pos(1.5, 0.3), "capacity": pos(2.0, 0.3), "season": Slot("fraction", -0.5, 0.7)},
+        ((0.2, 1.2),),
+        4.0,
+        ((0,),),
+        ode(lambda p, t, x: (p.rate * (1.0 + p.season * torch.cos(3.0 * t)) * x * (1.0 - x / p.capacity),)),
+    ),
+    "van der pol": Equation(
+        {"mu": pos(0.6, 0.3), "omega": pos(1.3, 0.25)},
+        ((0.5, 2.0), (-1.5, 1.5)),
+        3.0,
+        ((0,), (0, 1)),
+        ode(lambda p, t, x, v: (v, p.mu * (1.0 - x**2) * v - p.omega**2 * x)),
+    ),
+    "epidemic": Equation(
+        {"contact": pos(2.5, 0.25), "recovery": pos(0.7, 0.3), "waning": pos(0.4)},
+        ((0.6, 0.9), (0.05, 0.3)),
+        4.0,
+        ((0, 1),),
+        ode(
+            lambda p, t, s, i: (
+                p.waning * (1.0 - s - i) - p.contact * s * i,
+                p.contact * s * i - p.recovery * i,
+            )
+        ),
+    ),
+    "enzyme": Equation(
+        {"speed": pos(1.5, 0.3), "half": pos(0.8, 0.5), "supply": real(0.3, 0.15)},
+        ((0.3, 4.0),),
+        4.0,
+        ((0,),),
+        ode(lambda p, t, x: (p.supply - p.speed * x / (p.half + x.clamp(min=0.0)),)),
+    ),
+    "polynomial": Equation(
+        {"c0": real(0.4, 0.5), "c2": real(0.3, 0.4), "c3": pos(0.5)},
+        ((-2.0, 2.0),),
+        2.5,
+        ((0,),),
+        ode(lambda p, t, x: (p.c0 - 0.3 * x + p.c2 * x**2 - p.c3 * x**3,)),
+    ),
+    "bump": Equation(
+        {"height": real(2.0, 0.4), "centre": real(1.5, 0.3), "width": pos(0.5, 0.3)},
+        ((0.5, 2.0),),
+        3.0,
+        ((0,),),
+        formula(lambda p, t, dose: dose * p.height * torch.exp(-0.5 * ((t - p.centre) / p.width) ** 2)),
+    ),
+    "response": Equation(
+        {"top": real(2.0, 0.4), "half": pos(1.0, 0.3), "slope": pos(2.5, 0.25)},
+        ((0.5, 2.0),),
+        4.0,
+        ((0,),),
+        formula(
+            lambda p, t, dose: dose * p.top * torch.sigmoid(p.slope * ((t + 0.05).log() - p.half.log()))
+        ),
+    ),
+    "ringing": Equation(
+        {"cosine": real(1.5, 0.4), "sine": real(0.0, 1.0), "omega": pos(2.0, 0.25), "damping": pos(0.4)},
+        ((0.5, 2.0),),
+        3.0,
+        ((0,),),
+        formula(
+            lambda p, t, dose: dose
+            * (p.cosine * torch.cos(p.omega * t) + p.sine * torch.sin(p.omega * t))
+            * torch.exp(-p.damping * t)
+        ),
+    ),
+}
+FLAT = {  # linear, and the same for every shot: what a support says of its mean never varies
+    "slope": lambda t: t / 2.0,
+    "wave": lambda t: torch.sin(2.5 * t),
+    "curve": lambda t: (t / 2.0) ** 2 - t / 2.0,
+    "ring": lambda t: torch.cos(4.0 * t),
+}
+
+
+# ---- a system as a program, with its data --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """A program, the sizes of its data, and what a certificate should say of them.
+
+    ``slots`` are functions of latents by label (``omega``, ``unknown[1]``), each (..., task, 1).
+    """
+
+    equation: Equation
+    sites: dict[str, Family]
+    slots: dict[str, Callable[[Values], Tensor]]
+    name: str = ""
+    sensors: tuple[int, ...] = (0,)
+    noise: float = 0.03
+    start_noise: float = 0.0
+    points: int = 14
+    tasks: int = 300
+    support: int = 2
+    shots: int = 4
+    uneven: Literal["", "lengths", "gaps"] = ""  # a task is recorded for a third to all of the time; with up to 80% missing
+    plain: bool = False
+    conditional: bool = True
+    gain: str | None = None  # a latent that only a further sensor sees, and that one is never observed
+    repeated: Literal["", "shots", "trajectories"] = ""  # one system: with fresh shots for every task, or the very same
+    expected: str = "holds"
+    condition: str = ""
+    culprits: tuple[str, ...] = ()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """A plain function follows the precision of its data, so that its prior must be in float64."""
+        return torch.float64 if self.plain else torch.float32
+
+    def states(self, latents: Values, start: Tensor, times: Tensor) -> Tensor:
+        """Noise-free sensors (..., task, shot, time, sensor) of latents by site and initial states by component."""
+        single = {
+            label: value[..., i, None]
+            for site, value in latents.items()
+            for i, label in enumerate(labels(site, self.sites[site].n))
+        }
+        p = SimpleNamespace(**{name: slot(single) for name, slot in self.slots.items()})
+        states = self.equation.run(p, start.unbind(-1), times)
+        seen = states[..., list(self.sensors)]
+        if self.gain is None:
+            return seen
+        return torch.cat([seen, single[self.gain][..., None, None] * states[..., :1]], -1)
+
+    def program(self, prior: Prior, episode: ph.Episode) -> Tensor:
+        """The true system as a Pyro program."""
+        p = prior(episode.support)
+        with episode.plate:
+            latents = {name: pyro.sample(name, p[name]) for name in self.sites}
+            start = episode.measured
+            if self.start_noise:
+                start = pyro.sample("initial", dist.Normal(start, self.start_noise).to_event(2))
+            x = dist.Normal(self.states(latents, start, episode.times), self.noise).mask(episode.mask)
+            return pyro.sample("x", x.to_event(3), obs=episode.query)
+
+    def build(self, seed: int = 0) -> tuple[Program, ph.AmortizedGuide]:
+        """The program and its guide, both by computed evidence, so that nothing needs training."""
+        torch.manual_seed(seed)
+        sensors = len(self.sensors) + (self.gain is not None)
+        encoder = ph.SetEncoder(sensors, self.points, 8, width=16)
+        prior = ph.SupportPrior(encoder, EVIDENCE, **self.sites) if self.conditional else ph.UnconditionalPrior(**self.sites)
+        if self.plain:
+            prior = prior.double()
+
+            def program(episode: ph.Episode) -> Tensor:
+                return self.program(prior, episode)
+
+            prior.bind(program)
+            return program, ph.AmortizedGuide(prior, evidence=EVIDENCE if not self.conditional else ph.Linearised(2))
+        model = Model(self, prior)
+        return model, ph.AmortizedGuide(prior, evidence=EVIDENCE if not self.conditional else ph.Linearised(2))
+
+    def data(self, seed: int = 0) -> ph.Tasks:
+        """Tasks from the population that the prior starts from."""
+        generator = torch.Generator().manual_seed(seed)
+
+        def uniform(*shape: int) -> Tensor:
+            return torch.rand(*shape, generator=generator, dtype=torch.float64)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+        systems = 1 if self.repeated else self.tasks
+        recorded = 1 if self.repeated == "trajectories" else self.tasks
+        truth = {
+            name: family.constrained(family.loc + family.scale * torch.special.ndtri(0.02 + 0.96 * uniform(systems, family.n)))
+            .expand(self.tasks, -1)
+            .clone()
+            for name, family in self.sites.items()
+        }
+        low, high = torch.tensor(self.equation.start, dtype=torch.float64).T
+        start = low + (high - low) * uniform(recorded, self.shots, len(low))
+        times = torch.linspace(0.0, self.equation.horizon, self.points, dtype=torch.float64)
+        clean = self.states({name: value[:recorded] for name, value in truth.items()}, start, times)
+        values = (clean + self.noise * normal(*clean.shape)).expand(self.tasks, -1, -1, -1)
+        start = (start + self.start_noise * normal(*start.shape)).expand(self.tasks, -1, -1)
+        if self.repeated == "trajectories":
+            values = values + 1e-4 * normal(*values.shape)
+        mask = self._seen(uniform).expand_as(values).clone()
+        if self.gain is not None:
+            mask[..., -1] = False
+        return ph.Tasks.from_trajectories(
+            times.to(self.dtype),
+            values.to(self.dtype),
+            num_support=self.support,
+            initial=start.to(self.dtype).unbind(-1),
+            mask=None if mask.all() else mask,
+            truth={name: value.to(self.dtype) for name, value in truth.items()},
+        )
+
+    def _seen(self, uniform: Callable[..., Tensor]) -> Tensor:
+        """What was recorded, (task, shot, time, 1)."""
+        if self.uneven == "lengths":
+            return torch.linspace(0.0, 1.0, self.points)[:, None] <= 0.35 + 0.65 * uniform(self.tasks, 1, 1, 1)
+        rates = 0.8 * uniform(self.tasks, 1, 1, 1) if self.uneven else 0.0
+        return uniform(self.tasks, self.shots, self.points, 1) >= rates
+
+    def certify(self, **how: Any) -> ph.Certificate:
+        """Its certificate."""
+        return ph.certify(*self.build(), self.data(), progress=False, **how)
+
+
+class Model(ph.HybridModel):
+    """A case as a module."""
+
+    def __init__(self, case: Case, prior: Prior) -> None:
+        super().__init__()
+        self.case, self.prior = case, prior
+
+    def forward(self, episode: ph.Episode) -> Tensor:
+        return self.case.program(self.prior, episode)
+
+
+def labels(site: str, n: int) -> list[str]:
+    """Latents' names as the certificate has them."""
+    return [site] if n == 1 else [f"{site}[{i}]" for i in range(n)]
+
+
+# ---- random structure ----------------------------------------------------------------------------------------------
+
+
+class Plan(NamedTuple):
+    """Latents by name, and the slots as functions of them."""
+
+    latents: dict[str, Slot]
+    slots: dict[str, Callable[[Values], Tensor]]
+
+    def positive(self) -> list[str]:
+        """Slots that are a positive latent."""
+        return [name for name, slot in self.latents.items() if slot.kind == "positive"]
+
+    def scalable(self) -> list[str]:
+        """Slots that are a positive or a real latent."""
+        return [name for name, slot in self.latents.items() if slot.kind != "fraction"]
+
+
+def planned(random: random.Random, equation: Equation, count: int) -> Plan:
+    """So many of an equation's slots are latents, the others known."""
+    chosen = random.sample(sorted(equation.slots), count)
+    latents = {name: slot for name, slot in equation.slots.items() if name in chosen}
+    slots = {
+        name: (lambda z, name=name: z[name])
+        if name in chosen
+        else (lambda z, slot=slot: slot.value(slot.loc))
+        for name, slot in equation.slots.items()
+    }
+    return Plan(latents, slots)
+
+
+def product(random: random.Random, plan: Plan) -> tuple[str, ...]:
+    """A positive slot becomes the product of two latents."""
+    name = random.choice(plan.positive())
+    slot, pair = plan.latents.pop(name), (f"{name}_a", f"{name}_b")
+    plan.latents.update({one: Slot("positive", slot.loc / 2, slot.scale / math.sqrt(2)) for one in pair})
+    plan.slots[name] = lambda z: z[pair[0]] * z[pair[1]]
+    return pair
+
+
+def total(random: random.Random, plan: Plan) -> tuple[str, ...]:
+    """A slot becomes the sum of two latents."""
+    name = random.choice(plan.scalable())
+    slot, pair = plan.latents.pop(name), (f"{name}_a", f"{name}_b")
+    half = (
+        Slot("real", slot.loc / 2, slot.scale / math.sqrt(2))
+        if slot.kind == "real"
+        else Slot("positive", slot.loc - math.log(2), slot.scale * math.sqrt(2))
+    )
+    plan.latents.update(dict.fromkeys(pair, half))
+    plan.slots[name] = lambda z: z[pair[0]] + z[pair[1]]
+    return pair
+
+
+def ignored(random: random.Random, plan: Plan) -> tuple[str, ...]:
+    """A latent more, which nothing uses."""
+    plan.latents["idle"] = Slot(random.choice(["real", "positive", "fraction"]), 0.0, 0.5)
+    return ("idle",)
+
+
+def mirrored(random: random.Random, plan: Plan) -> tuple[str, ...]:
+    """A latent of either sign enters as its square or its size."""
+    name = random.choice(plan.scalable())
+    slot, size = plan.latents[name], random.choice([torch.abs, torch.square])
+    plan.latents[name] = Slot("real", 0.0, 1.0)
+    if slot.kind == "real":
+        plan.slots[name] = lambda z: slot.loc + slot.scale * (size(z[name]) - 1.0)
+    else:
+        plan.slots[name] = lambda z: math.exp(slot.loc) * (0.3 + size(z[name]))
+    return (name,)
+
+
+def exchangeable(random: random.Random, plan: Plan) -> tuple[str, ...]:
+    """Two latents enter through their sum and their product alone."""
+    first, second = random.sample(plan.positive(), 2)
+    sizes = [math.exp(plan.latents.pop(name).loc) for name in (first, second)]
+    plan.latents.update({name: Slot("positive", 0.0, 0.4) for name in ("one", "other")})
+    plan.slots[first] = lambda z: sizes[0] * 0.5 * (z["one"] + z["other"])
+    plan.slots[second] = lambda z: sizes[1] * z["one"] * z["other"]
+    return "one", "other"
+
+
+def unseen(random: random.Random, plan: Plan) -> tuple[str, ...]:
+    """A latent more, which only a sensor that is always masked sees."""
+    plan.latents["gain"] = Slot("positive", 0.0, 0.4)
+    return ("gain",)
+
+
+LOCAL, GLOBAL = "injectivity, local", "injectivity, global"
+MEANS, ALL = "variability of means", "variability (iv)"
+FLAWS: dict[str, tuple[Callable[[random.Random, Plan], tuple[str, ...]] | None, str, dict[str, Any]]] = {
+    "product": (product, LOCAL, {}),
+    "sum": (total, LOCAL, {}),
+    "ignored latent": (ignored, LOCAL, {}),
+    "sign symmetry": (mirrored, GLOBAL, {}),
+    "exchangeable latents": (exchangeable, GLOBAL, {}),
+    "masked sensor": (unseen, LOCAL, {}),
+    "unconditional prior": (None, MEANS, {"conditional": False}),
+    "one system repeated": (None, MEANS, {"repeated": "shots"}),
+    "only means vary": (None, ALL, {}),
+    "two tasks": (None, MEANS, {"tasks": 2}),
+}
+
+
+def housed(random: random.Random, latents: Mapping[str, Slot]) -> tuple[dict[str, Family], dict[str, Any], dict[str, str]]:
+    """Families by site; how each latent is read from the sites' values; and its label there.
+
+    A latent has a site of its own, in a family that fits it, or is a component of ``unknown``, a standard Normal.
+    """
+    sites: dict[str, Family] = {}
+    together = [name for name in latents if random.random() < 0.25]
+    read, label = {}, dict(zip(together, labels("unknown", len(together)), strict=True))
+    for name, slot in latents.items():
+        if name in together:
+            read[name] = lambda z, at=label[name], slot=slot: slot.value(slot.loc + slot.scale * z[at])
+            sites["unknown"] = Normal(len(together))
+            continue
+        kind = {"real": [Normal], "positive": [LogNormal, Gamma], "fraction": [Beta]}[slot.kind]
+        sites[name] = random.choice(kind)(1, loc=slot.loc, scale=slot.scale)
+        label[name] = name
+        read[name] = lambda z, name=name: z[name]
+    return sites, read, label
+
+
+def flat(random: random.Random) -> Equation:
+    """Two to four unknown weights of fixed functions of time."""
+    chosen = random.sample(sorted(FLAT), random.randint(2, 4))
+
+    def states(p: SimpleNamespace, t: Tensor, start: Tensor) -> Tensor:
+        return start + sum(getattr(p, name) * FLAT[name](t) for name in chosen)
+
+    return Equation({name: real(0.0, 1.0) for name in chosen}, ((-1.0, 1.0),), 3.0, ((0,),), formula(states))
+
+
+def case(seed: int, equation: str, flaw: str | None = None) -> Case:
+    """A random program around an equation, and random sizes; with a flaw, not identifiable because of that."""
+    rng = random.Random(seed)
+    spoil, condition, sizes = FLAWS[flaw] if flaw else (None, "", {})
+    system = flat(rng) if flaw == "only means vary" else EQUATIONS[equation]
+    least = 2 if flaw == "exchangeable latents" else 1
+    most = min(len(system.slots), 5 if spoil is None else 4)
+    count = len(system.slots) if flaw == "only means vary" else rng.randint(least, most)
+    while True:
+        plan = planned(rng, system, count)
+        needed = {"product": (1, plan.positive()), "sum": (1, plan.scalable()), "sign symmetry": (1, plan.scalable()),
+                  "exchangeable latents": (2, plan.positive())}.get(flaw or "", (0, []))
+        if len(needed[1]) >= needed[0]:
+            break
+        count = min(count + 1, most)
+    names = spoil(rng, plan) if spoil else ()
+    sites, read, label = housed(rng, plan.latents)
+    slots = {
+        name: (lambda z, rule=rule: rule({one: get(z) for one, get in read.items()})) for name, rule in plan.slots.items()
+    }
+    support = rng.randint(1, 2)
+    free = {
+        "noise": 10 ** rng.uniform(-2.0, -1.5),
+        "start_noise": 0.02 if rng.random() < 0.3 else 0.0,
+        "points": rng.randint(12, 16),
+        "tasks": rng.randint(200, 1000),
+        "support": support,
+        "shots": 2 * support + rng.randint(0, 2),
+        "uneven": rng.choice(["", "lengths", "gaps"]),
+        "plain": rng.random() < 0.25,
+        "gain": label["gain"] if flaw == "masked sensor" else None,
+    }
+    return Case(system, sites, slots, f"{'flat' if system.run is not EQUATIONS.get(equation, system).run else equation}", rng.choice(system.sensors), **(free | sizes),
+                expected="fails" if flaw else "holds", condition=condition, culprits=tuple(label[name] for name in names))
