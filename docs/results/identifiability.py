@@ -1,6 +1,7 @@
 """The figures of docs/identifiability.md, and identifiability.json with the numbers behind them.
 
-    python docs/results/identifiability.py [--fast]
+    python docs/results/identifiability.py           # twenty minutes
+    python docs/results/identifiability.py --table   # certificates.md alone, from the certificate.json of the examples
 
 Two programs for the same springs (examples/unidentifiable.py) are trained and certified; each check is drawn for both.
 """
@@ -26,7 +27,7 @@ import unidentifiable as example  # noqa: E402
 SEED, SIZES = 0, (5, 10, 20, 50, 100, 300, 1000)
 
 
-def pair(name: str, certificates: tuple[ph.Certificate, ph.Certificate], out: Path) -> None:
+def pair(name: str, certificates: list[ph.Certificate], out: Path) -> None:
     """One check of both programs, side by side."""
     condition, key, draw = next(panel for panel in plots.PANELS if panel[0] == name)
     figure = Figure(figsize=(9, 2.9), layout="constrained")
@@ -47,8 +48,9 @@ def curves(tasks: ph.Tasks, held_out: ph.Tasks, model: ph.HybridModel, sizes: tu
     for axis, found in zip(figure.subplots(1, 2), (by_tasks, by_shots), strict=True):
         plots.curve(axis, found)
     figure.savefig(out / "identify_samples.png", dpi=100)
-    return {f"{found.of}_curve": {"sizes": found.sizes, "names": found.names, "threshold": found.threshold,
-                                  "linear_r": found.linear_r.round(4).tolist(), "enough_for_0.99": how_many(found, 0.99)}
+    return {f"{found.of}_curve": {
+        "sizes": found.sizes, "names": found.names, "threshold": found.threshold,
+        "linear_r": found.linear_r.round(4).tolist(), "enough_for_0.99": how_many(found, 0.99)}
             for found in (by_tasks, by_shots)}
 
 
@@ -71,11 +73,38 @@ def rotations(out: Path) -> dict[str, object]:
     return numbers
 
 
+def table(folder: Path) -> str:
+    """The certificates of the examples' runs, a line each."""
+    head = ["system", "seed", "verdict", "fit", "local (ii)", "global (ii)", "means (iv)", "nats (iv)",
+            "against the truth", "separability", "efficiency"]
+    rows = [head, ["---"] * len(head)]
+    for path in sorted(folder.glob("*.json")):
+        system, _, seed = path.stem.rpartition("_")
+        found = json.loads(path.read_text())
+        checks = {check["condition"]: check for check in found["conditions"] + found["further"]}
+        cells = [_cell(checks[name]) for name in (
+            "fit", "injectivity, local (ii)", "injectivity, global (ii)", "variability of means (iv)",
+            "variability (iv)", "ambiguity against the truth", "separability", "efficiency")]
+        rows.append([system.replace("_", " "), seed, found["verdict"], *cells])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows) + "\n"
+
+
+def _cell(check: dict[str, object]) -> str:
+    if check["value"] is None:
+        return str(check["status"])
+    low, high = (f"{x:.2g}" for x in check["interval"])
+    return f"{check['value']:.3g} ({low} to {high})" + ("" if check["status"] == "holds" else f", {check['status']}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fast", action="store_true", help="tiny trainings, for a test of the way")
     parser.add_argument("--out", type=Path, default=ROOT / "docs", help="writes images/ and results/ there")
+    parser.add_argument("--table", action="store_true", help="write certificates.md from certificates/*.json, no more")
     choice = parser.parse_args()
+    if choice.table:
+        (choice.out / "results" / "certificates.md").write_text(table(choice.out / "results" / "certificates"))
+        return
     images, results = choice.out / "images", choice.out / "results"
     images.mkdir(parents=True, exist_ok=True), results.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
@@ -83,7 +112,7 @@ def main() -> None:
     systems, steps, sizes = (40, 6, (10, 30)) if choice.fast else (1000, 2000, SIZES)
     tasks, held_out = example.springs(systems + 100).split(100)
     trained = {redundant: example.train(redundant, tasks, steps, SEED) for redundant in (False, True)}
-    made = tuple(ph.certify(*trained[redundant], example.asked_for(tasks, redundant)) for redundant in (False, True))
+    made = [ph.certify(*trained[redundant], example.asked_for(tasks, redundant)) for redundant in (False, True)]
     for name, _, _ in plots.PANELS:
         pair(name, made, images)
     numbers = {"ratio": made[0].to_dict(), "mass_and_stiffness": made[1].to_dict(),
@@ -92,6 +121,8 @@ def main() -> None:
                "separability": rotations(images)}
     ratio, unseen = (example.asked_for(some, False) for some in (tasks, held_out))
     numbers |= curves(ratio, unseen, trained[False][0], sizes, steps, images)
+    for made_of, name in zip(made, ("certified", "refused"), strict=True):
+        (results / f"{name}.txt").write_text(f"{made_of}\n")
     (results / "identifiability.json").write_text(json.dumps(_plain(numbers), indent=2) + "\n")
 
 

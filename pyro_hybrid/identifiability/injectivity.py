@@ -29,25 +29,19 @@ class Twins(NamedTuple):
 
     Attributes:
         names: the latents.
-        centre, spread: of the systems, in unconstrained coordinates.
-        first: where the hunt was for a twin of, ``(task, latent)``.
+        first: what the hunt was for a twin of, ``(task, latent)``.
         second: what was found; NaN where nothing far enough was.
+        apart: how far from each other, in spreads of the systems, in unconstrained coordinates.
         distance: between their trajectories, in standard deviations of the noise; infinite where nothing was found.
         hunts: descents that were tried for each task.
     """
 
     names: list[str]
-    centre: Tensor
-    spread: Tensor
     first: Tensor
     second: Tensor
+    apart: Tensor
     distance: Tensor
     hunts: int
-
-    @property
-    def apart(self) -> Tensor:
-        """How far each pair is apart, in spreads, by latent."""
-        return (self.second - self.first) / self.spread
 
 
 class _Against(Problem):
@@ -89,7 +83,8 @@ def twins(program: Program, episode: Episode, reading: Reading, found: Fisher, *
         better = far & near & (end.cost.sqrt() < distance)
         best = torch.where(better.unsqueeze(-1), end.task, best)
         distance = torch.where(better, end.cost.sqrt(), distance)
-    return Twins(reading.names, centre, spread, point, best, distance, len(starts))
+    return Twins(reading.names, reading.constrained(point), reading.constrained(best), (best - point) / spread,
+                 distance, len(starts))
 
 
 def _descend(problem: Problem, start: Tensor) -> Point:
