@@ -21,6 +21,7 @@ from pyro_hybrid.prior import Prior
 
 EVIDENCE = ph.Linearised(6, restarts=2)
 Values = Mapping[str, Tensor]
+Rule = Callable[[Values], Tensor]
 Kind = Literal["real", "positive", "fraction"]
 
 
@@ -115,8 +116,8 @@ EQUATIONS = {
         ode(lambda p, t, x, y: (x * (p.birth - p.eaten * y), y * (p.gain * x - p.death))),
     ),
     "logistic": Equation(
-        {"rate": pos(1.5, 0.3), "capacity": pos(2.0, 0.3), "season": Slot("fraction", -0.5, 0.7)},
-        ((0.2, 1.2),),
+        {"rate": pos(1.5, 0.3), "capacity": pos(4.0, 0.3), "season": Slot("fraction", -0.5, 0.7)},
+        ((0.3, 1.5),),
         4.0,
         ((0,),),
         ode(lambda p, t, x: (p.rate * (1.0 + p.season * torch.cos(3.0 * t)) * x * (1.0 - x / p.capacity),)),
@@ -155,9 +156,9 @@ EQUATIONS = {
         ode(lambda p, t, x: (p.c0 - 0.3 * x + p.c2 * x**2 - p.c3 * x**3,)),
     ),
     "bump": Equation(
-        {"height": real(2.0, 0.4), "centre": real(1.5, 0.3), "width": pos(0.5, 0.3)},
+        {"height": real(2.0, 0.4), "centre": real(1.2, 0.2), "width": pos(0.5, 0.3)},
         ((0.5, 2.0),),
-        3.0,
+        2.2,
         ((0,),),
         formula(lambda p, t, dose: dose * p.height * torch.exp(-0.5 * ((t - p.centre) / p.width) ** 2)),
     ),
@@ -202,7 +203,7 @@ class Case:
 
     equation: Equation
     sites: dict[str, Family]
-    slots: dict[str, Callable[[Values], Tensor]]
+    slots: dict[str, Rule]
     name: str = ""
     sensors: tuple[int, ...] = (0,)
     noise: float = 0.03
@@ -211,12 +212,13 @@ class Case:
     tasks: int = 300
     support: int = 2
     shots: int = 4
-    uneven: Literal["", "lengths", "gaps"] = ""  # a task is recorded for a third to all of the time; with up to 80% missing
+    uneven: Literal["", "lengths", "gaps"] = ""  # tasks are recorded for half to all of the time; with up to 70% missing
     plain: bool = False
     conditional: bool = True
     gain: str | None = None  # a latent that only a further sensor sees, and that one is never observed
     repeated: Literal["", "shots", "trajectories"] = ""  # one system: with fresh shots for every task, or the very same
     expected: str = "holds"
+    flaw: str = ""
     condition: str = ""
     culprits: tuple[str, ...] = ()
 
@@ -308,8 +310,8 @@ class Case:
     def _seen(self, uniform: Callable[..., Tensor]) -> Tensor:
         """What was recorded, (task, shot, time, 1)."""
         if self.uneven == "lengths":
-            return torch.linspace(0.0, 1.0, self.points)[:, None] <= 0.35 + 0.65 * uniform(self.tasks, 1, 1, 1)
-        rates = 0.8 * uniform(self.tasks, 1, 1, 1) if self.uneven else 0.0
+            return torch.linspace(0.0, 1.0, self.points)[:, None] <= 0.5 + 0.5 * uniform(self.tasks, 1, 1, 1)
+        rates = 0.7 * uniform(self.tasks, 1, 1, 1) if self.uneven else 0.0
         return uniform(self.tasks, self.shots, self.points, 1) >= rates
 
     def certify(self, **how: Any) -> ph.Certificate:
@@ -340,7 +342,7 @@ class Plan(NamedTuple):
     """Latents by name, and the slots as functions of them."""
 
     latents: dict[str, Slot]
-    slots: dict[str, Callable[[Values], Tensor]]
+    slots: dict[str, Rule]
 
     def positive(self) -> list[str]:
         """Slots that are a positive latent."""
@@ -351,31 +353,39 @@ class Plan(NamedTuple):
         return [name for name, slot in self.latents.items() if slot.kind != "fraction"]
 
 
-def planned(random: random.Random, equation: Equation, count: int) -> Plan:
-    """So many of an equation's slots are latents, the others known."""
-    chosen = random.sample(sorted(equation.slots), count)
+def planned(rng: random.Random, equation: Equation, needed: int) -> Plan:
+    """Some of an equation's slots are latents, so many positive ones among them; the others are known."""
+    positive = sorted(name for name, slot in equation.slots.items() if slot.kind == "positive")
+    chosen = rng.sample(positive, needed)
+    rest = sorted(set(equation.slots) - set(chosen))
+    chosen += rng.sample(rest, rng.randint(0 if chosen else 1, min(len(rest), 4 - needed if needed else 5)))
     latents = {name: slot for name, slot in equation.slots.items() if name in chosen}
-    slots = {
-        name: (lambda z, name=name: z[name])
-        if name in chosen
-        else (lambda z, slot=slot: slot.value(slot.loc))
-        for name, slot in equation.slots.items()
-    }
+    slots: dict[str, Rule] = {}
+    for name, slot in equation.slots.items():
+        slots[name] = _own(name) if name in chosen else _known(slot.value(slot.loc))
     return Plan(latents, slots)
 
 
-def product(random: random.Random, plan: Plan) -> tuple[str, ...]:
+def _own(name: str) -> Rule:
+    return lambda z: z[name]
+
+
+def _known(value: Tensor) -> Rule:
+    return lambda z: value
+
+
+def product(rng: random.Random, plan: Plan) -> tuple[str, ...]:
     """A positive slot becomes the product of two latents."""
-    name = random.choice(plan.positive())
+    name = rng.choice(plan.positive())
     slot, pair = plan.latents.pop(name), (f"{name}_a", f"{name}_b")
     plan.latents.update({one: Slot("positive", slot.loc / 2, slot.scale / math.sqrt(2)) for one in pair})
     plan.slots[name] = lambda z: z[pair[0]] * z[pair[1]]
     return pair
 
 
-def total(random: random.Random, plan: Plan) -> tuple[str, ...]:
+def total(rng: random.Random, plan: Plan) -> tuple[str, ...]:
     """A slot becomes the sum of two latents."""
-    name = random.choice(plan.scalable())
+    name = rng.choice(plan.scalable())
     slot, pair = plan.latents.pop(name), (f"{name}_a", f"{name}_b")
     half = (
         Slot("real", slot.loc / 2, slot.scale / math.sqrt(2))
@@ -387,35 +397,35 @@ def total(random: random.Random, plan: Plan) -> tuple[str, ...]:
     return pair
 
 
-def ignored(random: random.Random, plan: Plan) -> tuple[str, ...]:
+def ignored(rng: random.Random, plan: Plan) -> tuple[str, ...]:
     """A latent more, which nothing uses."""
-    plan.latents["idle"] = Slot(random.choice(["real", "positive", "fraction"]), 0.0, 0.5)
+    plan.latents["idle"] = Slot(rng.choice(["real", "positive", "fraction"]), 0.0, 0.5)
     return ("idle",)
 
 
-def mirrored(random: random.Random, plan: Plan) -> tuple[str, ...]:
+def mirrored(rng: random.Random, plan: Plan) -> tuple[str, ...]:
     """A latent of either sign enters as its square or its size."""
-    name = random.choice(plan.scalable())
-    slot, size = plan.latents[name], random.choice([torch.abs, torch.square])
+    name = rng.choice(plan.scalable())
+    slot, size = plan.latents[name], rng.choice([torch.abs, torch.square])
     plan.latents[name] = Slot("real", 0.0, 1.0)
     if slot.kind == "real":
         plan.slots[name] = lambda z: slot.loc + slot.scale * (size(z[name]) - 1.0)
     else:
-        plan.slots[name] = lambda z: math.exp(slot.loc) * (0.3 + size(z[name]))
+        plan.slots[name] = lambda z: math.exp(slot.loc) * (0.4 + 0.5 * size(z[name]))
     return (name,)
 
 
-def exchangeable(random: random.Random, plan: Plan) -> tuple[str, ...]:
+def exchangeable(rng: random.Random, plan: Plan) -> tuple[str, ...]:
     """Two latents enter through their sum and their product alone."""
-    first, second = random.sample(plan.positive(), 2)
+    first, second = rng.sample(plan.positive(), 2)
     sizes = [math.exp(plan.latents.pop(name).loc) for name in (first, second)]
-    plan.latents.update({name: Slot("positive", 0.0, 0.4) for name in ("one", "other")})
+    plan.latents.update({name: Slot("positive", 0.0, 0.35) for name in ("one", "other")})
     plan.slots[first] = lambda z: sizes[0] * 0.5 * (z["one"] + z["other"])
     plan.slots[second] = lambda z: sizes[1] * z["one"] * z["other"]
     return "one", "other"
 
 
-def unseen(random: random.Random, plan: Plan) -> tuple[str, ...]:
+def unseen(rng: random.Random, plan: Plan) -> tuple[str, ...]:
     """A latent more, which only a sensor that is always masked sees."""
     plan.latents["gain"] = Slot("positive", 0.0, 0.4)
     return ("gain",)
@@ -423,43 +433,60 @@ def unseen(random: random.Random, plan: Plan) -> tuple[str, ...]:
 
 LOCAL, GLOBAL = "injectivity, local", "injectivity, global"
 MEANS, ALL = "variability of means", "variability (iv)"
-FLAWS: dict[str, tuple[Callable[[random.Random, Plan], tuple[str, ...]] | None, str, dict[str, Any]]] = {
-    "product": (product, LOCAL, {}),
-    "sum": (total, LOCAL, {}),
-    "ignored latent": (ignored, LOCAL, {}),
-    "sign symmetry": (mirrored, GLOBAL, {}),
-    "exchangeable latents": (exchangeable, GLOBAL, {}),
-    "masked sensor": (unseen, LOCAL, {}),
-    "unconditional prior": (None, MEANS, {"conditional": False}),
-    "one system repeated": (None, MEANS, {"repeated": "shots"}),
-    "only means vary": (None, ALL, {}),
-    "two tasks": (None, MEANS, {"tasks": 2}),
+
+
+class Flaw(NamedTuple):
+    """Why a program isn't identifiable: what is done to it, the condition that says so, and what it needs."""
+
+    condition: str
+    spoil: Callable[[random.Random, Plan], tuple[str, ...]] = lambda rng, plan: ()
+    needed: int = 1
+    sizes: dict[str, Any] = {}
+
+
+FLAWS = {
+    "product": Flaw(LOCAL, product),
+    "sum": Flaw(LOCAL, total),
+    "ignored latent": Flaw(LOCAL, ignored),
+    "sign symmetry": Flaw(GLOBAL, mirrored),
+    "exchangeable latents": Flaw(GLOBAL, exchangeable, needed=2),
+    "masked sensor": Flaw(LOCAL, unseen),
+    "unconditional prior": Flaw(MEANS, sizes={"conditional": False}),
+    "one system repeated": Flaw(MEANS, sizes={"repeated": "shots"}),
+    "only means vary": Flaw(ALL, needed=0, sizes={"uneven": ""}),
+    "two tasks": Flaw(MEANS, sizes={"tasks": 2}),
 }
 
 
-def housed(random: random.Random, latents: Mapping[str, Slot]) -> tuple[dict[str, Family], dict[str, Any], dict[str, str]]:
-    """Families by site; how each latent is read from the sites' values; and its label there.
+def housed(rng: random.Random, latents: Mapping[str, Slot]) -> tuple[dict[str, Family], dict[str, Rule], dict[str, str]]:
+    """Families by site; how each latent is read from what the sites say; and its label there.
 
-    A latent has a site of its own, in a family that fits it, or is a component of ``unknown``, a standard Normal.
+    A latent has a site of its own, in a family that fits it, or is a component of ``unknown``, standard Normal.
     """
+    together = [name for name in latents if rng.random() < 0.25]
+    label = {name: name for name in latents} | dict(zip(together, labels("unknown", len(together)), strict=True))
     sites: dict[str, Family] = {}
-    together = [name for name in latents if random.random() < 0.25]
-    read, label = {}, dict(zip(together, labels("unknown", len(together)), strict=True))
     for name, slot in latents.items():
-        if name in together:
-            read[name] = lambda z, at=label[name], slot=slot: slot.value(slot.loc + slot.scale * z[at])
-            sites["unknown"] = Normal(len(together))
-            continue
-        kind = {"real": [Normal], "positive": [LogNormal, Gamma], "fraction": [Beta]}[slot.kind]
-        sites[name] = random.choice(kind)(1, loc=slot.loc, scale=slot.scale)
-        label[name] = name
-        read[name] = lambda z, name=name: z[name]
+        fitting = {"real": [Normal], "positive": [LogNormal, Gamma], "fraction": [Beta]}[slot.kind]
+        if name not in together:
+            sites[name] = rng.choice(fitting)(1, loc=slot.loc, scale=slot.scale)
+    if together:
+        sites["unknown"] = Normal(len(together))
+    read = {name: _scaled(slot, label[name]) if name in together else _own(name) for name, slot in latents.items()}
     return sites, read, label
 
 
-def flat(random: random.Random) -> Equation:
+def _scaled(slot: Slot, label: str) -> Rule:
+    return lambda z: slot.value(slot.loc + slot.scale * z[label])
+
+
+def _through(rule: Rule, read: Mapping[str, Rule]) -> Rule:
+    return lambda z: rule({name: get(z) for name, get in read.items()})
+
+
+def flat(rng: random.Random) -> Equation:
     """Two to four unknown weights of fixed functions of time."""
-    chosen = random.sample(sorted(FLAT), random.randint(2, 4))
+    chosen = rng.sample(sorted(FLAT), rng.randint(2, 4))
 
     def states(p: SimpleNamespace, t: Tensor, start: Tensor) -> Tensor:
         return start + sum(getattr(p, name) * FLAT[name](t) for name in chosen)
@@ -467,37 +494,40 @@ def flat(random: random.Random) -> Equation:
     return Equation({name: real(0.0, 1.0) for name in chosen}, ((-1.0, 1.0),), 3.0, ((0,),), formula(states))
 
 
-def case(seed: int, equation: str, flaw: str | None = None) -> Case:
-    """A random program around an equation, and random sizes; with a flaw, not identifiable because of that."""
+def drawn(seed: int, equation: str | None = None, flaw: str | None = None) -> Case:
+    """A random program and random sizes; with a flaw, not identifiable because of that."""
     rng = random.Random(seed)
-    spoil, condition, sizes = FLAWS[flaw] if flaw else (None, "", {})
-    system = flat(rng) if flaw == "only means vary" else EQUATIONS[equation]
-    least = 2 if flaw == "exchangeable latents" else 1
-    most = min(len(system.slots), 5 if spoil is None else 4)
-    count = len(system.slots) if flaw == "only means vary" else rng.randint(least, most)
-    while True:
-        plan = planned(rng, system, count)
-        needed = {"product": (1, plan.positive()), "sum": (1, plan.scalable()), "sign symmetry": (1, plan.scalable()),
-                  "exchangeable latents": (2, plan.positive())}.get(flaw or "", (0, []))
-        if len(needed[1]) >= needed[0]:
-            break
-        count = min(count + 1, most)
-    names = spoil(rng, plan) if spoil else ()
+    wrong = FLAWS[flaw] if flaw else Flaw("", needed=0)
+    names = [name for name, system in EQUATIONS.items()
+             if sum(slot.kind == "positive" for slot in system.slots.values()) >= wrong.needed]
+    name = "weights" if flaw == "only means vary" else equation or rng.choice(names)
+    system = flat(rng) if name == "weights" else EQUATIONS[name]
+    plan = planned(rng, system, wrong.needed)
+    culprits = wrong.spoil(rng, plan)
     sites, read, label = housed(rng, plan.latents)
-    slots = {
-        name: (lambda z, rule=rule: rule({one: get(z) for one, get in read.items()})) for name, rule in plan.slots.items()
-    }
-    support = rng.randint(1, 2)
-    free = {
-        "noise": 10 ** rng.uniform(-2.0, -1.5),
+    support, count = rng.randint(1, 2), len(plan.latents)
+    sizes = {
+        "noise": 10 ** rng.uniform(-2.4, -1.8),
         "start_noise": 0.02 if rng.random() < 0.3 else 0.0,
         "points": rng.randint(12, 16),
-        "tasks": rng.randint(200, 1000),
+        "tasks": rng.randint(50 + 150 * count, 1000),
         "support": support,
-        "shots": 2 * support + rng.randint(0, 2),
-        "uneven": rng.choice(["", "lengths", "gaps"]),
+        "shots": 2 * support + rng.randint(1, 2),
+        "uneven": rng.choice(["lengths", "gaps"]),  # or precisions hardly vary, and 1000 systems may be too few
         "plain": rng.random() < 0.25,
-        "gain": label["gain"] if flaw == "masked sensor" else None,
+        "gain": label.get("gain"),
     }
-    return Case(system, sites, slots, f"{'flat' if system.run is not EQUATIONS.get(equation, system).run else equation}", rng.choice(system.sensors), **(free | sizes),
-                expected="fails" if flaw else "holds", condition=condition, culprits=tuple(label[name] for name in names))
+    return Case(
+        system, sites, {one: _through(rule, read) for one, rule in plan.slots.items()},
+        name=name, sensors=rng.choice(system.sensors), **(sizes | wrong.sizes),
+        expected="fails" if flaw else "holds", flaw=flaw or "", condition=wrong.condition,
+        culprits=tuple(label[one] for one in culprits),
+    )
+
+
+def forty(seed: int = 0) -> list[Case]:
+    """Twenty programs that are identifiable, and two of each flaw."""
+    rng = random.Random(seed)
+    names = rng.sample(sorted(EQUATIONS), len(EQUATIONS)) + rng.sample(sorted(EQUATIONS), len(EQUATIONS))
+    good = [drawn(rng.getrandbits(32), name) for name in names[:20]]
+    return good + [drawn(rng.getrandbits(32), flaw=flaw) for flaw in FLAWS for _ in range(2)]

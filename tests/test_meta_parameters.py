@@ -20,12 +20,11 @@ import pyro_hybrid as ph
 from pyro_hybrid.identifiability.meta_parameters import (
     LARGEST,
     MetaParameters,
-    Weights,
     agreement,
     judge_meta_parameters,
     meta_parameters,
-    weights_of,
 )
+from pyro_hybrid.identifiability.weights import Weights, weights_of
 
 Losses = Callable[[Tensor], Tensor]
 CENTRE = torch.tensor([1.0, -2.0, 3.0, 0.5], dtype=torch.float64)

@@ -7,29 +7,20 @@ tasks decides that.
 
 from __future__ import annotations
 
-import copy
-import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-import pyro
 import torch
-from pyro.infer import TraceMeanField_ELBO
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Tensor
 from tqdm.auto import tqdm
 
-from .._checks import require, require_finite, require_floating
-from ..guide import AmortizedGuide
-from ..module import local_parameters, require_local
-from ..prior import SupportPrior
-from ..tasks import Episode
-from .check import Check, Interval, Threshold, judged
+from pyro_hybrid._checks import require, require_finite, require_floating
+from pyro_hybrid.identifiability.check import Check, Interval, Threshold, judged
 
-__all__ = ["Agreement", "MetaParameters", "Weights", "agreement", "judge_meta_parameters", "meta_parameters",
-           "weights_of"]
+__all__ = ["Agreement", "Losses", "MetaParameters", "Shapes", "agreement", "judge_meta_parameters", "meta_parameters",
+           "require_few"]
 
 Losses = Callable[[Tensor], Tensor]
 Shapes = Mapping[str, Sequence[int]]
@@ -192,86 +183,8 @@ def agreement(points: Sequence[Tensor], hessian: Tensor) -> Agreement:
     return Agreement(float(gaps.abs().max()), float((moves.norm(dim=-1) / longer).max()))
 
 
-class Weights(NamedTuple):
-    """A program's parameters as :func:`meta_parameters` takes them: ``meta_parameters(**weights._asdict())``."""
-
-    losses: Losses
-    at: Tensor
-    names: Shapes
-    given: str
-
-
-def weights_of(model: nn.Module, guide: nn.Module, episode: Episode, parameters: Sequence[str] | None = None, *,
-               particles: int = 10, seed: int = 0) -> Weights:
-    r"""Each task's negative ELBO as a function of some of a program's parameters, always with the same random numbers.
-
-    .. math:: L_t(\varphi) = \frac1K \sum_k \log q(z_k \mid S_t, x_t) - \log p_\varphi(x_t, z_k \mid S_t)
-
-    All other parameters are held fixed, the guide's too unless they are named (``"guide.head"``), and computed evidence
-    stays what it was: what could be undone by changing both is not seen.
-
-    Arguments:
-        model, guide: a Pyro program and its guide, which own their parameters; they are copied.
-        episode: the tasks.
-        parameters: names of parameters or of modules; by default all that the model trains, but for what in its prior
-            reads the support.
-        particles: number K of draws from the guide.
-        seed: of these draws.
-    """
-    require_local(model=model, guide=guide)
-    require(particles >= 1, "particles of 1 or more", particles, "Ten are a start; noise bends the loss.")
-    elbo = TraceMeanField_ELBO(num_particles=particles, vectorize_particles=particles > 1, max_plate_nesting=1)
-    module = copy.deepcopy(elbo(model, guide)).double()
-    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    chosen = _chosen(module, trained, parameters)
-    shapes, sizes = {_short(name): tuple(p.shape) for name, p in chosen.items()}, [p.numel() for p in chosen.values()]
-    _require_few(sum(sizes), shapes)
-    module.requires_grad_(False)
-    _freeze(module)
-    tasks = [episode.double().only(i) for i in range(episode.shape[0])]
-
-    def losses(flat: Tensor) -> Tensor:
-        values = {name: piece.view_as(p) for (name, p), piece in zip(chosen.items(), flat.split(sizes), strict=True)}
-        devices = range(torch.cuda.device_count())
-        with local_parameters(), pyro.validation_enabled(False), torch.random.fork_rng(devices):
-            torch.manual_seed(seed)
-            return torch.stack([functional_call(module, values, (task,)) for task in tasks])
-
-    at, others = torch.cat([p.detach().flatten() for p in chosen.values()]), len(trained) - len(chosen)
-    with torch.no_grad():
-        losses(at)  # computed evidence is that of this point from now on
-    return Weights(losses, at, shapes, f"{others} other parameter tensors of model and guide" if others else "")
-
-
-def _chosen(module: nn.Module, trained: Mapping[str, nn.Parameter], parameters: Sequence[str] | None,
-            ) -> dict[str, nn.Parameter]:
-    if parameters is None:
-        readers = {id(p) for prior in module.modules() if isinstance(prior, SupportPrior)
-                   for p in (*prior.encoder.parameters(), *prior.head.parameters())}
-        chosen = {name: p for name, p in trained.items() if name.startswith("model.") and id(p) not in readers}
-    else:
-        meant = {name: [full for full in trained if f"{_short(full)}.".startswith(f"{name}.")] for name in parameters}
-        strangers = [name for name, found in meant.items() if not found]
-        require(not strangers, f"parameters among {sorted(map(_short, trained))}", strangers, "Correct the names.")
-        chosen = {name: p for name, p in trained.items() if any(name in found for found in meant.values())}
-    require(bool(chosen), "a parameter or more to judge", "none", "Name some that are trained: parameters=[...].")
-    return chosen
-
-
-def _freeze(module: nn.Module) -> None:
-    """Computed evidence stays as of its first use: no gradient flows through it, so its values mustn't move either."""
-    for part in module.modules():
-        if isinstance(part, SupportPrior) and part.evidence is not None:
-            part.__dict__["belief"] = functools.cache(part.belief)
-        if isinstance(part, AmortizedGuide) and part.evidence is not None:
-            part.__dict__["_computed"] = functools.cache(part._computed)
-
-
-def _short(name: str) -> str:
-    return name.removeprefix("model.").removesuffix("_unconstrained")
-
-
-def _require_few(size: int, shapes: Shapes) -> None:
+def require_few(size: int, shapes: Shapes) -> None:
+    """A Hessian of each task must fit."""
     require(size <= LARGEST, f"at most {LARGEST} parameters, for each task's Hessian", f"{size}, of {dict(shapes)}",
             "Judge fewer at a time: name some of them.")
 
@@ -285,7 +198,7 @@ def _checked(losses: Losses, at: Tensor, names: Shapes | None) -> tuple[Tensor, 
     labels = [f"{name}{list(i) or ''}" for name, n in shapes.items() for i in itertools.product(*map(range, n))]
     require(len(labels) == len(at), f"names of {len(at)} parameters", f"{len(labels)} by {dict(shapes)}",
             "Give each name its shape, in the order in which the point was flattened.")
-    _require_few(len(at), shapes)
+    require_few(len(at), shapes)
     at = at.detach().double()
     with torch.no_grad():
         first, second = losses(at), losses(at)

@@ -37,7 +37,7 @@ def _skewness(u: Array) -> tuple[Array, Array]:
 
 RESTARTS = 5
 CONTRASTS = ("cube", "logcosh", _skewness)  # light tails, heavy tails, skew; which one fits is measured, not assumed
-ITERATIONS, PATIENCE = 200, 1000
+ITERATIONS, PATIENCE = 200, 1000  # the latter where nothing has converged in the former
 SMALLEST = 1e-6  # singular values below are rounding: so ill-conditioned a mixing can't be undone in float32
 
 RESAMPLES, RESAMPLED_ITERATIONS = 50, 40
@@ -120,9 +120,9 @@ def disentangle(latents: Latents, *, seed: int = 0, fit: Latents | None = None) 
     mean, scale = reference.mean(0), reference.std(0)
     rows, converged = _unmixing((reference - mean) / scale, np.random.default_rng(seed))
     if not converged:
-        warnings.warn(f"expected ICA to converge; got {RESTARTS * len(CONTRASTS)} runs of {ITERATIONS} iterations that "
-                      f"didn't, nor {PATIENCE} from where the best ended. It is returned, don't rely on it: pass more "
-                      "tasks, and ask separable(latents) whether they are too Gaussian.", RuntimeWarning, stacklevel=2)
+        warnings.warn(f"expected ICA to converge; got {RESTARTS * len(CONTRASTS)} runs of {PATIENCE} iterations that "
+                      "didn't. The best is returned, don't rely on it: pass more tasks, and ask separable(latents) "
+                      "whether they are too Gaussian.", RuntimeWarning, stacklevel=2)
     return _like(latents, (z - mean) / scale @ rows.T)
 
 
@@ -243,7 +243,7 @@ def _unmixing(x: Array, rng: np.random.Generator) -> tuple[Array, bool]:
     starts = [rng.normal(size=(rank, rank)) for _ in range(RESTARTS)]
     rows, converged = _least_entropy(x, starts, ITERATIONS)
     if not converged:
-        rows, converged = _least_entropy(x, [rows], PATIENCE)
+        rows, converged = _least_entropy(x, starts, PATIENCE)
     _, order = _match(x @ rows.T, x)
     flipped = np.diag(_correlation(x @ rows[order].T, x)) < 0
     return np.where(flipped, -1.0, 1.0)[:, None] * rows[order], converged

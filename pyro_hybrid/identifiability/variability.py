@@ -81,8 +81,9 @@ def variability(reading: Reading, *, tasks: int | None = None, seed: int = 0) ->
     nats, direction = _nats(natural, inverse, everyone)
     resampled = [_counts(mean.shape[1], generator) for _ in range(RESAMPLES)]
     low = torch.stack([_generalised(*_covariances(mean, counts))[0][0] for counts in resampled]).quantile(0.025)
-    high = torch.stack([_elsewhere(mean, generator) for _ in resampled]).quantile(0.975)
+    high = torch.stack([_elsewhere(mean, generator) for _ in resampled]).quantile(0.975, interpolation="higher")
     again = torch.stack([_nats(natural, inverse, counts, direction)[0][0] for counts in resampled])
+    again = again + (nats[0] - again.mean()).clamp(min=0.0)  # a minimum over directions is too low in every sample
     return Variability(
         reading.names, reading.terms, tasks or mean.shape[1], reading.shots,
         ratios, (min(float(low), float(ratios[0])), max(float(high), float(ratios[0]))), _shares(directions[:, 0]),
@@ -209,7 +210,8 @@ def judge_variability(found: Variability) -> list[Check]:
 def too_few(terms: int, tasks: int) -> list[Check]:
     """What there is to say without looking, where there are fewer systems than the theorem counts."""
     threshold, why = Threshold(terms, terms), f"n·k + 1 = {terms + 1} different systems are needed"
-    return [Check(name, "fails", tasks, (tasks, tasks), threshold, why, "Record more systems.") for name in NAMES]
+    return [Check(name, "fails", float(tasks), (float(tasks), float(tasks)), threshold, why, "Record more systems.")
+            for name in NAMES]
 
 
 def _judge_means(found: Variability) -> Check:
