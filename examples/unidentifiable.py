@@ -58,9 +58,10 @@ def encoder() -> ph.SetEncoder:
 
 
 def springs(systems: int) -> ph.Tasks:
-    """Springs with a friction that is not linear in the speed; 8 shots of each."""
+    """Springs with a friction that is not linear in the speed; 8 shots of each, of some wide, of some narrow."""
     mass, stiffness, drag = 0.5 + torch.rand(systems, 1), 2.0 + 6.0 * torch.rand(systems, 1), torch.rand(systems, 1)
-    start = (2.0 * torch.rand(systems, 8) - 1.0, 2.0 * torch.rand(systems, 8) - 1.0)
+    wide = 10.0 ** -torch.rand(systems, 1)
+    start = (wide * (2.0 * torch.rand(systems, 8) - 1.0), wide * (2.0 * torch.rand(systems, 8) - 1.0))
     times = 0.1 * torch.arange(POINTS)
     states = ph.solve(lambda t, s: (s[1], -stiffness / mass * s[0] - drag * s[1] * (0.3 + s[1].abs())), start, times)
     values = states + NOISE * torch.randn_like(states)

@@ -146,7 +146,7 @@ class Problem:
         """Unconstrained latents to the values of their sites."""
         pieces = task.split([family.n for family in self.families.values()], -1)
         sites = {name: family.constrained(u) for (name, family), u in zip(self.families.items(), pieces, strict=True)}
-        if shot is not None and self.m:
+        if shot is not None and shot.shape[-1]:
             sites |= dict(zip(self.sizes, shot.split(list(self.sizes.values()), -1), strict=True))
         return sites
 

@@ -404,6 +404,49 @@ def test_full_normal_update_is_the_kalman_update() -> None:
     torch.testing.assert_close(scale, ((torch.eye(2) - gain @ design) @ covariance).diagonal().sqrt())
 
 
+# ------------------------------------------------------------------------------------------------------ names of terms
+
+
+BY_NAME: dict[str, Callable[[Tensor], Tensor]] = {
+    "z": lambda z: z, "z²": lambda z: z**2, "log z": lambda z: z.log(), "log² z": lambda z: z.log() ** 2,
+    "log(1 - z)": lambda z: (1 - z).log(), "cos z": lambda z: z.cos(), "sin z": lambda z: z.sin(),
+}
+
+
+@independent_families
+def test_every_statistic_is_what_its_term_says(name: str) -> None:
+    family = FAMILIES[name](N)
+    z = family.distribution(member(family)).sample((20,))
+    assert len(family.terms) == family.k
+    said = torch.stack([BY_NAME[term](z) for term in family.terms], -1)
+    torch.testing.assert_close(family.statistics(z), said)
+
+
+def test_terms_of_a_full_normal_name_its_products() -> None:
+    family, z = FullNormal(2), torch.randn(20, 2)
+    assert family.terms == ("z", "z z[0]", "z z[1]")
+    assert torch.equal(family.statistics(z)[..., 2], z * z[:, 1:])
+
+
+def test_a_family_of_one_s_own_numbers_its_terms() -> None:
+    class Three(Normal):
+        _terms = ()
+        k = 3  # type: ignore[assignment]
+
+    assert Three(1).terms == ("T1", "T2", "T3")
+
+
+@every_family
+def test_a_family_is_factorised_where_its_density_is_a_product(name: str) -> None:
+    """Of a product, changing one component changes the log-density by as much wherever the others are."""
+    family = FAMILIES[name](2)
+    stock = family.distribution(member(family))
+    (a, b), (c, d) = stock.sample((2,))
+    mixed = stock.log_prob(torch.stack([a, b])) + stock.log_prob(torch.stack([c, d]))
+    mixed = mixed - stock.log_prob(torch.stack([a, d])) - stock.log_prob(torch.stack([c, b]))
+    assert family.factorised == (abs(mixed.item()) < 1e-6)
+
+
 # -------------------------------------------------------------------------------------------------------------- errors
 
 

@@ -16,7 +16,7 @@ from torch.testing import assert_close
 from toys import NOISE, SEPARATE, START_NOISE, TIMES, Line, exact, features, make_tasks
 
 import pyro_hybrid as ph
-from pyro_hybrid.linearise import Belief, Problem, observed
+from pyro_hybrid.linearise import Belief, Point, Problem, information, observed
 
 # Forward differences in float64 leave about 1e-8 of relative error.
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
@@ -224,6 +224,119 @@ def test_a_step_into_divergence_is_taken_back() -> None:
     start = torch.full((3, 1), 0.99, dtype=torch.float64)  # just short of the pole
     belief = ph.Linearised(12)(problem, start)
     assert torch.isfinite(belief.mean).all() and (belief.mean <= 0.99).all()
+
+
+# ---- Fisher information --------------------------------------------------------------------------------------------
+
+
+def line_problem(episode: ph.Episode, *, inferred: bool = False, precision: float = 1.0) -> Problem:
+    model, tasks = line(inferred=inferred), episode.shape[0]
+    weak = precision * torch.eye(3, dtype=torch.float64).expand(tasks, 3, 3)
+    return Problem(model, episode, model.prior.sites, torch.zeros(tasks, 3, dtype=torch.float64), weak)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("inferred", [False, True])
+def test_information_is_that_of_least_squares_with_the_starts_eliminated_by_hand(inferred: bool, masked: bool) -> None:
+    mask = torch.rand(4, 4, 6, 1, generator=torch.Generator().manual_seed(1)) < (0.6 if masked else 2.0)
+    mask[:, :, 0] = True
+    episode = make_tasks(4, 4, num_support=3, inferred=inferred, mask=mask).episode().support
+    weight = torch.diag_embed(episode.mask.squeeze(-1).double()) / NOISE**2  # (task, shot, time, time)
+    if inferred:  # the Schur complement of each shot's start
+        pull = weight.sum(-1, keepdim=True)
+        weight = weight - pull @ pull.mT / (weight.sum((-2, -1), keepdim=True) + START_NOISE**-2)
+    design = features(TIMES)
+    expected = torch.einsum("ni,tsnm,mj->tij", design, weight, design)
+    at = torch.randn(4, 3, dtype=torch.float64)
+    assert_close(information(line_problem(episode, inferred=inferred), at), expected, atol=1e-6, rtol=1e-6)
+
+
+def test_information_knows_nothing_of_the_prior_nor_of_the_values_observed() -> None:
+    episode = make_tasks(3, 4, num_support=3).episode().support
+    at = torch.zeros(3, 3, dtype=torch.float64)
+    faint, strong = (information(line_problem(episode, precision=p), at) for p in (1e-9, 1e3))
+    assert_close(faint, strong, **CLOSE)
+    other = replace(episode, query=episode.query + 3.0)
+    assert_close(information(line_problem(other), at), faint, **CLOSE)
+
+
+def test_information_of_a_nonlinear_program_is_that_of_its_derivative_at_the_point() -> None:
+    rate = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64).view(-1, 1)
+    problem = swing(torch.ones(3, dtype=torch.float64))
+    derivative = rate * 5.0 * FIVE * torch.cos(rate * 5.0 * FIVE)  # by u = log rate
+    expected = 2 * derivative.square().sum(1) / 0.05**2
+    assert_close(information(problem, rate.log()).flatten(), expected, rtol=1e-5, atol=0.0)
+
+
+def test_latents_of_shots_are_eliminated_at_the_point_that_is_asked_for() -> None:
+    def program(episode: ph.Episode) -> None:
+        with episode.plate:
+            z = pyro.sample("z", dist.Normal(torch.zeros(2, 1, dtype=torch.float64), 1.0).to_event(1))
+            gain = pyro.sample("gain", dist.Normal(torch.ones(2, 3, 1, dtype=torch.float64), 1e-6).to_event(2))
+            mean = gain.unsqueeze(-1) * z[..., None, None, :] * episode.times.unsqueeze(-1)
+            pyro.sample("x", dist.Normal(mean, 0.1).to_event(3), obs=episode.query)
+
+    episode = ph.Episode(FIVE, torch.zeros(2, 3, 5, 1).double(), (torch.zeros(2, 3).double(),))
+    one = torch.ones(2, 1, dtype=torch.float64)
+    problem = Problem(program, episode, {"z": ph.families.Normal(1)}, one, one.unsqueeze(-1))
+    expected = 3.0 * float(FIVE.square().sum()) / 0.01
+    usual, doubled = information(problem, one), information(problem, one, torch.full((2, 3, 1), 2.0).double())
+    assert_close(usual.flatten(), torch.full((2,), expected).double(), rtol=1e-5, atol=0.0)
+    assert_close(doubled.flatten(), torch.full((2,), 4.0 * expected).double(), rtol=1e-5, atol=0.0)
+
+
+def test_where_a_program_diverges_there_is_no_information() -> None:
+    problem = escape([9.0, 0.2, 0.2])
+    found = information(problem, problem.mean)
+    assert found[0] == 0.0 and (found[1:] > 0.0).all()
+
+
+# ---- one descent ---------------------------------------------------------------------------------------------------
+
+
+def cost_without_prior(problem: Problem, end: Point) -> Tensor:
+    errors = problem.errors(end.task[None], end.shot[None])[0].square().sum((1, 2))
+    return errors + ((end.shot - problem.shot_mean).square() * problem.shot_weight).sum((1, 2))
+
+
+@pytest.mark.parametrize("inferred", [False, True])
+def test_a_descent_ends_at_the_optimum_with_its_cost(inferred: bool) -> None:
+    episode = make_tasks(4, 4, num_support=3, inferred=inferred).episode().support
+    problem = line_problem(episode, inferred=inferred, precision=1e-9)
+    start = torch.ones(4, 3, dtype=torch.float64)
+    end = ph.Linearised(reach=100.0).descend(problem, start, 8)
+    flat = exact(episode, inferred=inferred, scale=(1e4,) * 3)
+    assert_close(end.task, flat.mean[:, :3], **CLOSE)
+    assert_close(end.cost, cost_without_prior(problem, end), rtol=1e-9, atol=1e-9)
+    if inferred:
+        assert_close(end.shot.squeeze(-1), flat.mean[:, 3:], **CLOSE)
+
+
+def test_a_descent_goes_on_where_it_is_told_to_latents_of_shots_included() -> None:
+    episode = make_tasks(4, 4, num_support=3, inferred=True).episode().support
+    problem, hunter = line_problem(episode, inferred=True), ph.Linearised(reach=100.0)
+    end = hunter.descend(problem, problem.mean, 8)
+    again = hunter.descend(problem, end.task, 1, end.shot)
+    forgetful = hunter.descend(problem, end.task, 1)
+    assert (again.cost <= end.cost).all() and (forgetful.cost >= again.cost).all()
+    assert_close(again.shot, end.shot, **CLOSE)
+
+
+def test_a_descent_judges_its_last_step_and_takes_it_back_where_it_fails() -> None:
+    problem = swing(torch.tensor([1.0, 1.0], dtype=torch.float64))
+    start = torch.tensor([[0.05], [0.9]], dtype=torch.float64)
+    for iterations in (1, 2, 3, 4):
+        end = ph.Linearised(damping=0.0).descend(problem, start, iterations)
+        assert (end.cost <= cost(problem, start) + 1e-12).all()
+        assert_close(end.cost, cost(problem, end.task), rtol=1e-9, atol=1e-9)
+
+
+def test_tasks_descend_each_for_itself() -> None:
+    rate = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
+    start = rate.log().unsqueeze(-1) + 0.3
+    together = ph.Linearised().descend(swing(rate), start, 5)
+    alone = [ph.Linearised().descend(swing(rate[i : i + 1]), start[i : i + 1], 5).task for i in range(3)]
+    assert_close(together.task, torch.cat(alone), rtol=1e-12, atol=1e-12)
 
 
 # ---- what it refuses -----------------------------------------------------------------------------------------------

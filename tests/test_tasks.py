@@ -412,6 +412,31 @@ def test_the_first_shots_are_the_support_and_the_others_the_query(size: int | No
     assert episode.support.support is None
 
 
+@pytest.mark.parametrize("which", [slice(0, 2), slice(2, 4), slice(1, None, 2), ALL])
+def test_shots_are_those_shots_of_everything_with_no_support(which: slice) -> None:
+    mask = torch.rand(T, SHOTS, POINTS, SENSORS) < 0.8
+    tasks = make(mask=mask)
+    shots, everything = tasks.shots(which), tensors(tasks.shots(ALL))
+    assert shots.support is None and shots.whole is None and shots.uncut is None
+    assert {name: value.shape for name, value in tensors(shots).items()}.keys() == everything.keys()
+    for name, value in tensors(shots).items():
+        assert torch.equal(value, everything[name] if name == "times" else everything[name][:, which]), name
+
+
+def test_support_and_query_are_shots() -> None:
+    tasks = make(mask=torch.rand(T, SHOTS, POINTS, SENSORS) < 0.8)
+    episode = tasks.episode(3)
+    assert_same(episode.support, tasks.shots(slice(0, 3)))
+    query, rest = tensors(episode), tensors(tasks.shots(slice(3, None)))
+    assert all(torch.equal(query[name], rest[name]) for name in rest)
+
+
+def test_shots_of_tasks_with_given_starts_have_those() -> None:
+    start = torch.rand(T, SHOTS, 7)
+    shots = make(initial=start).shots(slice(1, 3))
+    assert torch.equal(shots.initial, start[:, 1:3]) and shots.states is None
+
+
 def test_the_plate_is_of_tasks() -> None:
     def program(episode: Episode) -> None:
         with episode.plate:

@@ -47,6 +47,7 @@ def misfit(model: Program, guide: Program, episode: Episode, *, num_samples: int
     count = torch.zeros(episode.shape[0], dtype=torch.float64)
     for site in sites:
         error = ((site.value - site.mean) / site.scale).square().double()
+        error = error.expand(num_samples, *error.shape[-site.value.dim():])
         counts = site.mask.expand_as(error)
         error = error.where(counts, 0.0).nan_to_num(torch.inf)
         total += error.mean(0).flatten(1).sum(1).cpu()

@@ -46,7 +46,7 @@ def panel(axis: Axes, check: Check | None, numbers: Any, draw: Callable[[Axes, A
     axis.spines[["top", "right"]].set_visible(False)
     if check is not None:
         axis.set_title(f"{check.condition}: {check.status}", color=COLOURS[check.status], fontsize=10)
-    if numbers is None:
+    if numbers is None or check is not None and check.status == "not checked":
         axis.set_axis_off()
         axis.text(0.5, 0.5, "" if check is None else check.why, ha="center", va="center", wrap=True, color=GREY,
                   transform=axis.transAxes)
@@ -100,7 +100,8 @@ def twin(axis: Axes, numbers: Twins) -> None:
     apart = numbers.apart[found].norm(dim=-1).numpy()
     axis.scatter(apart, numbers.distance[found].clamp(min=1e-3).numpy(), s=12, color=COLOURS["holds"])
     axis.set(yscale="log", xlabel="latents apart, in spreads", ylabel="trajectories apart, in noises",
-             xlim=(APART, max(3.0, apart.max(initial=0.0) * 1.05)), ylim=(1e-3, None))
+             xlim=(APART, max(3.0, apart.max(initial=0.0) * 1.05)),
+             ylim=(7e-4, 3.0 * max(10.0, float(numbers.distance[found].max()) if bool(found.any()) else 0.0)))
     _limit(axis, ALIKE, "alike below")
     missing = int((~found).sum())
     axis.text(0.98, 0.97, f"{missing} of {len(found)} systems: none found", transform=axis.transAxes, ha="right",
@@ -164,7 +165,7 @@ def curve(axis: Axes, numbers: Curve) -> None:
     axis.set_xticks(numbers.sizes, [str(size) for size in numbers.sizes])
     axis.minorticks_off()
     if numbers.threshold is not None:
-        _limit(axis, numbers.threshold, f"n·k + 1 = {numbers.threshold}", across=False)
+        _limit(axis, float(numbers.threshold), f"n·k + 1 = {numbers.threshold}", across=False)
     axis.legend(frameon=False, fontsize=8)
 
 

@@ -72,6 +72,8 @@ def shots_curve(model: Program, held_out: Tasks, sizes: Sequence[int] | None = N
     """
     most = held_out.values.shape[1]
     sizes = [2**i for i in range(int(math.log2(most)) + 1)] if sizes is None else list(sizes)
+    require(bool(sizes) and sizes == sorted(set(sizes)) and 1 <= sizes[0] and sizes[-1] <= most,
+            f"rising sizes from 1 to {most}", sizes, "Record more shots, or ask for fewer.")
     bar = tqdm(sizes, desc="reading from more and more shots", unit="reading", leave=False, disable=not progress)
     scores = [_score(model, held_out, size)[0] for size in bar]
     return _curve("shots", held_out, sizes, scores, None)

@@ -1,0 +1,206 @@
+"""Errors against the Cramér-Rao bound: least squares reach it, noisy readings don't, and a blind program has none."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+from toys import NOISE, SEPARATE, TIMES, Line, features, make_tasks
+
+import pyro_hybrid as ph
+from pyro_hybrid.families import LogNormal, Normal
+from pyro_hybrid.identifiability.efficiency import Efficiency, efficiency, judge_efficiency
+from pyro_hybrid.identifiability.reading import Reading
+
+TASKS, SHOTS = 150, 8
+DESIGN = features(TIMES) - features(TIMES[:1])
+MODEL = Line().double()
+
+
+def least_squares(tasks: ph.Tasks, noise: float = NOISE,
+                  spoil: tuple[float, float, float] = (0.0, 0.0, 0.0)) -> Reading:
+    """What two halves of the shots say with a flat prior; spoilt by noise of so many standard deviations."""
+    halves = tasks.shots(slice(0, SHOTS // 2)), tasks.shots(slice(SHOTS // 2, None))
+    parts: list[tuple[Tensor, Tensor]] = []
+    for half in halves:
+        grown = (half.query - half.initial[0][..., None, None]).squeeze(-1)
+        weight = torch.as_tensor(half.mask).expand_as(half.query).squeeze(-1).double() / noise**2
+        precision = torch.einsum("tsn,ni,nj->tij", weight, DESIGN, DESIGN)
+        mean = torch.linalg.solve(precision, torch.einsum("tsn,ni,tsn->ti", weight, DESIGN, grown))
+        scale = torch.linalg.inv(precision).diagonal(dim1=-2, dim2=-1).sqrt()
+        parts.append((mean + torch.tensor(spoil) * scale * torch.randn_like(mean), scale))
+    mean, scale = (torch.stack(part) for part in zip(*parts, strict=True))
+    natural = {"slope": Normal(1).from_gaussian(mean[..., :1], scale[..., :1]),
+               "bend": Normal(2).from_gaussian(mean[..., 1:], scale[..., 1:])}
+    return Reading(SEPARATE, natural, shots=SHOTS // 2)
+
+
+def data(noise: float = NOISE, mask: Tensor | None = None, tasks: int = TASKS) -> ph.Tasks:
+    return make_tasks(tasks, SHOTS, num_support=SHOTS // 2, noise=noise, mask=mask)
+
+
+def interval(found: Efficiency) -> tuple[Tensor, Tensor]:
+    return found.ratios.quantile(0.025, 0), found.ratios.quantile(0.975, 0)
+
+
+# ---- what reaches the bound ----------------------------------------------------------------------------------------
+
+
+def test_the_bound_is_that_of_least_squares() -> None:
+    tasks = data()
+    found = efficiency(MODEL, tasks, least_squares(tasks))
+    expected = torch.linalg.inv(4 * DESIGN.mT @ DESIGN / NOISE**2).diagonal()
+    assert_close(found.bound, expected, rtol=1e-5, atol=0.0)
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_least_squares_reach_it(known: bool) -> None:
+    noise = 0.02  # small beside the differences of systems, so that a regression on estimates has their slope
+    tasks, model = data(noise), Line(noise=noise).double()
+    found = efficiency(model, tasks, least_squares(tasks, noise), truth=tasks.truth if known else None)
+    low, high = interval(found)
+    assert found.against == ("truth" if known else "halves")
+    assert found.names == ["slope", "bend[0]", "bend[1]"]
+    assert (low < 1.0).all() and (high > 1.0).all() and (high - low < 0.8).all()
+    check = judge_efficiency(found)
+    assert check.status == "holds" and check.value == pytest.approx(1.0, abs=0.35) and not check.remedy
+
+
+def test_the_error_is_half_the_squared_difference_of_halves() -> None:
+    tasks = data()
+    reading = least_squares(tasks)
+    one, other = reading.coordinates()[0]
+    assert_close(efficiency(MODEL, tasks, reading).error, (0.5 * (one - other) ** 2).mean(0))
+
+
+def test_masked_observations_are_missing_from_the_bound_too() -> None:
+    mask = torch.ones(TASKS, SHOTS, 6, 1, dtype=torch.bool)
+    mask[:, [1, 2, 3, 4, 6, 7], 1:] = False  # of each half a quarter is left
+    whole, gaps = (efficiency(MODEL, x, least_squares(x)) for x in (data(), data(mask=mask)))
+    assert_close(gaps.bound, 4.0 * whole.bound, rtol=1e-5, atol=0.0)
+    low, high = interval(gaps)
+    assert (low < 1.0).all() and (high > 1.0).all() and (high - low < 0.8).all()
+
+
+def test_the_truth_may_come_in_other_units_and_mixed() -> None:
+    noise, turn = 0.02, torch.tensor([[300.0, 1.0, 0.0], [0.0, 0.01, 1.0], [100.0, 0.0, 2.0]]).double()
+    tasks, model = data(noise), Line(noise=noise).double()
+    mixed = torch.cat(list((tasks.truth or {}).values()), -1) @ turn + 7.0
+    found = efficiency(model, tasks, least_squares(tasks, noise), truth={"other": mixed})
+    low, high = interval(found)
+    assert found.names == ["other[0]", "other[1]", "other[2]"]
+    assert (low < 1.0).all() and (high > 1.0).all()
+    covariance = torch.linalg.inv(4 * DESIGN.mT @ DESIGN / noise**2)
+    assert_close(found.bound, (turn.mT @ covariance @ turn).diagonal(), rtol=0.1, atol=0.0)
+
+
+def test_of_a_positive_latent_the_bound_is_mapped_to_its_own_units() -> None:
+    """x = z t with log z known to ±1%: the bound of z is z² times that of log z."""
+    random, noise, clock = torch.Generator().manual_seed(0), 0.01, torch.linspace(0.5, 1.0, 6, dtype=torch.float64)
+    z = torch.exp(0.5 * torch.randn(TASKS, 1, generator=random, dtype=torch.float64))
+    clean = z.view(-1, 1, 1, 1) * clock.view(-1, 1)
+    values = clean + noise * torch.randn(TASKS, 2, 6, 1, generator=random, dtype=torch.float64)
+    start = torch.zeros(TASKS, 2, dtype=torch.float64)
+    tasks = ph.Tasks.from_trajectories(clock, values, num_support=1, initial=(start,))
+
+    def program(episode: ph.Episode) -> None:
+        with episode.plate:
+            prior = dist.LogNormal(torch.zeros(TASKS, 1).double(), 1.0).to_event(1)
+            rate = pyro.sample("z", prior)[..., None, None, :]
+            mean = rate * episode.times.unsqueeze(-1) + torch.zeros(TASKS, episode.shape[1], 6, 1)
+            pyro.sample("x", dist.Normal(mean, noise).to_event(3), obs=episode.query)
+
+    weight = clock / clock.square().sum()
+    estimate = torch.einsum("tsno,n->st", values, weight).unsqueeze(-1)
+    natural = {"z": LogNormal(1).from_gaussian(estimate.log(), torch.full_like(estimate, 0.01))}
+    found = efficiency(program, tasks, Reading({"z": LogNormal(1)}, natural, shots=1), truth={"z": z})
+    assert float(found.bound) == pytest.approx(noise**2 / float(clock.square().sum()), rel=0.02)
+    low, high = interval(found)
+    assert low < 1.0 < high and high - low < 0.8
+
+
+# ---- what doesn't --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_a_noisy_reading_is_called_inefficient_and_the_latent_named(known: bool) -> None:
+    noise = 0.02
+    tasks, model = data(noise), Line(noise=noise).double()
+    reading = least_squares(tasks, noise, spoil=(0.0, 5.0, 0.0))
+    found = efficiency(model, tasks, reading, truth=tasks.truth if known else None)
+    check = judge_efficiency(found)
+    assert check.status == "fails" and check.value == pytest.approx(26.0, rel=0.35)
+    assert int((found.error / found.bound).argmax()) == 1
+    assert f"bend[0] {check.value:.3g}" in check.why and check.remedy.startswith("Read supports with evidence=")
+    assert check.why.endswith("(after a linear map to the truth)" if known else "(between halves of a task)")
+
+
+def test_a_moderately_noisy_reading_of_some_systems_is_left_open() -> None:
+    tasks = data()
+    check = judge_efficiency(efficiency(MODEL, tasks, least_squares(tasks, spoil=(2.3, 0.0, 0.0))))
+    assert check.status == "undecided" and 4.0 < check.value < 10.0
+
+
+def test_what_both_halves_have_in_common_is_seen_against_the_truth_alone() -> None:
+    noise = 0.02
+    tasks, model = data(noise), Line(noise=noise).double()
+    reading = least_squares(tasks, noise)
+    shift = 0.2 * torch.randn(TASKS, 1, 1, dtype=torch.float64)  # wrong by as much in every support of a task
+    mean, scale = reading.coordinates()
+    reading = reading._replace(natural=reading.natural | {
+        "slope": Normal(1).from_gaussian(mean[..., :1] + shift[:, 0], scale[..., :1].contiguous())})
+    assert judge_efficiency(efficiency(model, tasks, reading)).status == "holds"
+    assert judge_efficiency(efficiency(model, tasks, reading, truth=tasks.truth)).status == "fails"
+
+
+def test_a_reading_of_nothing_but_noise_is_not_saved_by_the_regression() -> None:
+    noise = 0.02
+    tasks, model = data(noise), Line(noise=noise).double()
+    reading = least_squares(tasks, noise)
+    order = torch.randperm(TASKS, generator=torch.Generator().manual_seed(1))
+    shuffled = {name: value[order] for name, value in (tasks.truth or {}).items()}
+    assert judge_efficiency(efficiency(model, tasks, reading, truth=shuffled)).status == "fails"
+
+
+# ---- what can't be known -------------------------------------------------------------------------------------------
+
+
+def program(states: Callable[[Tensor, Tensor], Tensor]) -> Callable[[ph.Episode], None]:
+    def model(episode: ph.Episode) -> None:
+        tasks, shots = episode.shape
+        with episode.plate:
+            z = pyro.sample("z", dist.Normal(torch.zeros(tasks, 2).double(), 1.0).to_event(1))[..., None, None, :]
+            mean = states(z, episode.times.unsqueeze(-1)) + torch.zeros(tasks, shots, len(episode.times), 1)
+            pyro.sample("x", dist.Normal(mean, 0.1).to_event(3), obs=episode.query)
+
+    return model
+
+
+@pytest.mark.parametrize("states", [
+    lambda z, t: z[..., :1] * t,
+    lambda z, t: z.sum(-1, keepdim=True) * t,
+    lambda z, t: 0.0 * z[..., :1] * t,
+])
+@pytest.mark.parametrize("known", [False, True])
+def test_where_a_direction_is_not_seen_there_is_no_bound_to_compare_with(states: Callable[[Tensor, Tensor], Tensor],
+                                                                         known: bool) -> None:
+    tasks = data(tasks=20)
+    mean = torch.randn(2, 20, 2, dtype=torch.float64)
+    reading = Reading({"z": Normal(2)}, {"z": Normal(2).from_gaussian(mean, torch.ones_like(mean))}, shots=4)
+    truth = {"z": mean[0]} if known else None
+    check = judge_efficiency(efficiency(program(states), tasks, reading, truth=truth))
+    assert check.status == "not checked" and math.isnan(check.value) and "isn't seen at all" in check.why
+
+
+def test_global_random_numbers_are_left_alone_and_the_seed_decides() -> None:
+    tasks = data(tasks=20)
+    reading, before = least_squares(tasks), torch.get_rng_state()
+    one, again, other = (efficiency(MODEL, tasks, reading, seed=seed).ratios for seed in (0, 0, 1))
+    assert torch.equal(one, again) and not torch.equal(one, other)
+    assert torch.equal(before, torch.get_rng_state())

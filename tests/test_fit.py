@@ -1,0 +1,182 @@
+"""The theorem's premise: errors of the exact posterior in closed form, and claims of too little noise and too much."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+from toys import NOISE, TIMES, TOGETHER, Line, features, make_tasks
+
+import pyro_hybrid as ph
+from pyro_hybrid.identifiability.check import Check
+from pyro_hybrid.identifiability.fit import Fit, judge_fit, misfit
+
+DESIGN = features(TIMES) - features(TIMES[:1])
+MODEL = Line(sites=TOGETHER).double()
+EPISODE = make_tasks(30, 8, num_support=4).episode()
+
+
+class Exact(NamedTuple):
+    """The posterior of all latents, by task."""
+
+    mean: Tensor
+    covariance: Tensor
+
+
+def posterior(episode: ph.Episode, noise: float = NOISE) -> Exact:
+    """From support and query together, by the normal equations."""
+    assert episode.support is not None
+    sides = episode.support, episode
+    grown = torch.cat([side.query - side.initial[0][..., None, None] for side in sides], 1).squeeze(-1)
+    weight = torch.cat([side.mask for side in sides], 1).squeeze(-1).double() / noise**2
+    precision = torch.eye(3).double() + torch.einsum("tsn,ni,nj->tij", weight, DESIGN, DESIGN)
+    pull = torch.einsum("tsn,ni,tsn->ti", weight, DESIGN, grown)
+    return Exact(torch.linalg.solve(precision, pull), torch.linalg.inv(precision))
+
+
+def drawing(found: Exact) -> Callable[[ph.Episode], None]:
+    """A guide that is that posterior, correlations included."""
+    guide = dist.MultivariateNormal(found.mean, found.covariance)
+
+    def program(episode: ph.Episode) -> None:
+        with episode.plate:
+            pyro.sample("both", guide)
+
+    return program
+
+
+def judged(claimed: float, episode: ph.Episode = EPISODE) -> Check:
+    """Of a program that claims this noise, and its exact posterior."""
+    model = Line(sites=TOGETHER, noise=claimed).double()
+    return judge_fit(misfit(model, drawing(posterior(episode, claimed)), episode))
+
+
+def test_errors_at_draws_from_the_exact_posterior_are_as_in_closed_form() -> None:
+    found = posterior(EPISODE)
+    values = (EPISODE.query - EPISODE.initial[0][..., None, None])[:, :, 1:, 0]
+    away = values - (found.mean @ DESIGN[1:].mT).unsqueeze(1)
+    blur = torch.einsum("ni,tij,nj->t", DESIGN[1:], found.covariance, DESIGN[1:])
+    expected = (away.square().sum((1, 2)) + 4 * blur) / (4 * 5) / NOISE**2
+    measured = misfit(MODEL, drawing(found), EPISODE, num_samples=4000).error
+    assert_close(measured, expected, rtol=0.02, atol=0.0)
+    assert measured.dtype == torch.float64 and measured.mean() == pytest.approx(1.0, abs=0.1)
+
+
+def test_the_exact_model_holds() -> None:
+    check = judged(NOISE)
+    assert check.status == "holds" and check.value == pytest.approx(1.0, abs=0.15) and not check.remedy
+    assert check.interval[0] <= check.value <= check.interval[1]
+    assert "times the noise that the program claims" in check.why and "in the worst of 30 systems" in check.why
+
+
+def test_the_library_s_own_guide_does_as_well() -> None:
+    model = Line(ph.Linearised(10), sites=TOGETHER).double()
+    guide = ph.AmortizedGuide(model.prior, evidence=ph.Linearised(10)).double()
+    assert judge_fit(misfit(model, guide, EPISODE)).value == pytest.approx(1.0, abs=0.15)
+
+
+def test_a_noise_that_is_too_small_fails() -> None:
+    check = judged(0.1)
+    assert check.status == "fails" and check.value == pytest.approx(3.0, abs=0.4)
+    assert check.remedy.startswith("Train longer, or let the neural term express what is missing")
+
+
+def test_a_noise_that_is_too_large_is_to_be_learned() -> None:
+    check = judged(1.2)
+    assert check.status != "holds" and check.value > 2.0 and check.remedy.startswith("Learn the noise")
+
+
+def test_what_the_program_cannot_express_fails() -> None:
+    query = EPISODE.query + torch.sin(9.0 * TIMES).view(-1, 1)
+    bent = replace(EPISODE, query=query)
+    assert judged(NOISE, bent).status == "fails"
+
+
+def test_near_the_threshold_it_stays_open() -> None:
+    error = torch.linspace(1.0, 8.0, 9, dtype=torch.float64)
+    check = judge_fit(Fit(error))
+    assert check.status == "undecided" and check.interval[0] < 2.0 < check.interval[1]
+
+
+def test_the_typical_task_counts_not_the_worst() -> None:
+    error = torch.ones(50, dtype=torch.float64)
+    error[7] = 1e6
+    check = judge_fit(Fit(error))
+    assert check.status == "holds" and "1e+03 times in the worst of 50 systems" in check.why
+
+
+@pytest.mark.parametrize(("error", "factor"), [(9.0, 3.0), (1 / 9.0, 3.0), (1.0, 1.0), (0.0, 1e12), (math.inf, 1e12)])
+def test_too_large_and_too_small_are_told_by_the_same_factor(error: float, factor: float) -> None:
+    assert judge_fit(Fit(torch.full((20,), error, dtype=torch.float64))).value == pytest.approx(factor)
+
+
+def test_masked_observations_do_not_count_whatever_their_values() -> None:
+    mask = torch.rand(30, 8, 6, 1, generator=torch.Generator().manual_seed(1)) < 0.6
+    mask[:, :, 0] = True
+    episode = make_tasks(30, 8, num_support=4, mask=mask).episode()
+    wild = replace(episode, query=episode.query.where(episode.mask, torch.nan))
+    found = drawing(posterior(episode))
+    pyro.set_rng_seed(0)
+    clean = misfit(MODEL, found, episode).error
+    pyro.set_rng_seed(0)
+    assert torch.equal(misfit(MODEL, found, wild).error, clean)
+    assert clean.mean() == pytest.approx(1.0, abs=0.15)
+
+
+# ---- programs that go wrong, and odd ones --------------------------------------------------------------------------
+
+
+def growing(rate: Tensor) -> tuple[Callable[[ph.Episode], None], Callable[[ph.Episode], None], ph.Episode]:
+    """y' = z y², from y = 1: infinite before the end where z is above 1; its guide is sure of z."""
+    times, start = torch.linspace(0.0, 1.0, 5, dtype=torch.float64), torch.ones(len(rate), 2, dtype=torch.float64)
+
+    def guide(episode: ph.Episode) -> None:
+        with episode.plate:
+            pyro.sample("z", dist.Normal(rate.unsqueeze(-1), 1e-9).to_event(1))
+
+    def model(episode: ph.Episode) -> None:
+        with episode.plate:
+            z = pyro.sample("z", dist.Normal(torch.zeros_like(rate).unsqueeze(-1), 1.0).to_event(1))
+            states = ph.solve(lambda t, y: (z * y[0] ** 2,), episode.initial, episode.times, substeps=40)
+            pyro.sample("x", dist.Normal(states, 0.1).to_event(3), obs=episode.query)
+
+    query = 1.0 / (1.0 - rate.clamp(max=0.5).view(-1, 1, 1, 1) * times.view(-1, 1)) + torch.zeros(len(rate), 2, 5, 1)
+    return model, guide, ph.Episode(times, query, (start,))
+
+
+def test_a_program_that_diverges_fails_and_does_not_crash() -> None:
+    check = judge_fit(misfit(*growing(torch.full((6,), 40.0, dtype=torch.float64))))
+    assert check.status == "fails" and check.value >= 1e6
+    json.dumps(check.to_dict(), allow_nan=False)
+
+
+def test_a_task_that_diverges_leaves_the_others_alone() -> None:
+    error = misfit(*growing(torch.tensor([0.3, 40.0, 0.1], dtype=torch.float64))).error
+    assert error[1] > 1e12 and (error[[0, 2]] < 1e-3).all()
+
+
+def test_an_observation_that_no_latent_moves_counts_like_any_other() -> None:
+    def model(episode: ph.Episode) -> None:
+        MODEL(episode)
+        with pyro.plate("system", 30, dim=-1):
+            fixed = torch.zeros(30, 4, 6, 1, dtype=torch.float64)
+            pyro.sample("gauge", dist.Normal(fixed, 0.5).to_event(3), obs=torch.ones_like(fixed))
+
+    found = posterior(EPISODE)
+    alone, both = (misfit(program, drawing(found), EPISODE, num_samples=500).error for program in (MODEL, model))
+    assert_close(both, (20 * alone + 24 * 4.0) / 44, rtol=0.05, atol=0.0)
+
+
+def test_it_leaves_no_random_trace_in_the_judgement() -> None:
+    found, before = Fit(torch.linspace(1.0, 8.0, 9, dtype=torch.float64)), torch.get_rng_state()
+    assert judge_fit(found) == judge_fit(found) != judge_fit(found, seed=1)
+    assert torch.equal(before, torch.get_rng_state())

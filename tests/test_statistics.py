@@ -1,0 +1,158 @@
+"""Condition (iii): families whose statistics are independent, repeated, and dependent on parts of the line only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from pyro_hybrid.families import Beta, Family, FullNormal, Gamma, LogNormal, Normal, VonMises
+from pyro_hybrid.identifiability import statistics as module
+from pyro_hybrid.identifiability.reading import Reading
+from pyro_hybrid.identifiability.statistics import Statistics, judge_statistics, statistics
+
+
+class Repeated(Normal):
+    """T = (z, 3 - 2 z): the second follows from the first."""
+
+    def statistics(self, z: Tensor) -> Tensor:
+        return torch.stack([z, 3.0 - 2.0 * z], -1)
+
+
+class Absolute(Normal):
+    """T = (z, |z|): independent on the line, dependent on either half of it."""
+
+    def statistics(self, z: Tensor) -> Tensor:
+        return torch.stack([z, z.abs()], -1)
+
+
+class Constant(Normal):
+    """T = (z, 1): the second says nothing."""
+
+    def statistics(self, z: Tensor) -> Tensor:
+        return torch.stack([z, torch.ones_like(z)], -1)
+
+
+def believed(family: Family, centre: float = 0.0, spread: float = 1.0, tasks: int = 200) -> Reading:
+    """Means that spread over tasks, each known to a third of that."""
+    mean = centre + spread * torch.randn(2, tasks, family.n, dtype=torch.float64)
+    return Reading({"z": family}, {"z": family.from_gaussian(mean, torch.full_like(mean, spread / 3))}, shots=1)
+
+
+def status(family: Family, centre: float = 0.0, spread: float = 1.0) -> str:
+    return judge_statistics(statistics(believed(family, centre, spread))).status
+
+
+# ---- the number ----------------------------------------------------------------------------------------------------
+
+
+def test_the_margin_is_the_least_eigenvalue_of_the_correlation_matrix() -> None:
+    values = torch.randn(500, 3, dtype=torch.float64) @ torch.randn(3, 3, dtype=torch.float64) + 5.0
+    expected = np.linalg.eigvalsh(np.corrcoef(values.numpy().T))[0]
+    assert float(module._margin(values)) == pytest.approx(expected, rel=1e-9)
+
+
+def test_units_of_a_statistic_do_not_matter() -> None:
+    values = torch.randn(500, 2, dtype=torch.float64)
+    scaled = values * torch.tensor([1e-6, 1e5]) + torch.tensor([0.0, 3e4])
+    assert float(module._margin(scaled)) == pytest.approx(float(module._margin(values)), rel=1e-6)
+
+
+def test_on_a_quarter_it_is_the_margin_of_the_statistics_there() -> None:
+    """On the interval (a, b) with uniform z, corr(z, z²) is known."""
+    z = torch.linspace(1.0, 3.0, 200_001, dtype=torch.float64)
+    low, high = 1.0, 3.0
+    centre, half = 0.5 * (low + high), 0.5 * (high - low)
+    correlation = 2 * centre / np.sqrt(4 * centre**2 + 4 * half**2 / 15)
+    assert float(module._margin(Normal(1).statistics(z))) == pytest.approx(1 - correlation, rel=1e-3)
+
+
+# ---- what is good holds --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", [Normal, LogNormal, Gamma, Beta, VonMises])
+def test_every_family_of_the_library_holds(family: Callable[[int], Family]) -> None:
+    check = judge_statistics(statistics(believed(family(2))))
+    assert check.status == "holds" and not check.remedy
+    assert check.why in ("the least independent are those of z[0]", "the least independent are those of z[1]")
+
+
+@pytest.mark.parametrize(("centre", "spread"), [(0.0, 1e-6), (0.0, 1e6), (3.0, 0.1), (-50.0, 5.0)])
+def test_units_of_the_latent_do_not_matter(centre: float, spread: float) -> None:
+    assert status(Normal(1), centre, spread) == "holds"
+
+
+@pytest.mark.parametrize("family", [Normal, LogNormal, Gamma, Beta, VonMises])
+def test_a_narrow_range_far_from_zero_does_not_count_against_a_family(family: Callable[[int], Family]) -> None:
+    assert status(family(1), 3.0, 0.01) != "fails"
+
+
+def test_a_normal_at_a_hundred_and_known_to_a_hundredth_is_not_failed() -> None:
+    assert status(Normal(1), 100.0, 0.01) != "fails"
+
+
+# ---- what is bad fails ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", [Repeated, Constant])
+@pytest.mark.parametrize(("centre", "spread"), [(0.0, 1.0), (100.0, 1.0), (0.0, 1e-4)])
+def test_a_statistic_that_follows_from_the_other_fails(family: Callable[[int], Family], centre: float,
+                                                       spread: float) -> None:
+    check = judge_statistics(statistics(believed(family(1), centre, spread)))
+    assert check.status == "fails" and check.why == "one statistic of z follows from the others"
+    assert check.remedy.startswith("Give the family statistics none of which follows")
+
+
+def test_statistics_that_are_dependent_on_half_of_the_line_fail_thanks_to_quarters() -> None:
+    reading = believed(Absolute(1))
+    found = statistics(reading)
+    assert judge_statistics(found).status == "fails"
+    u = torch.randn(2000, 1, dtype=torch.float64)
+    assert float(module._margin(Absolute(1).statistics(u)[:, 0])) > 0.1  # on all of the line nothing is wrong
+    assert found.margin.shape == (1, module.PIECES) and (found.margin[0, [0, -1]] < 1e-12).all()
+
+
+def test_a_family_that_is_no_product_over_components_fails() -> None:
+    check = judge_statistics(statistics(believed(FullNormal(2))))
+    assert check.status == "fails" and check.why == "the prior of z[0], z[1] isn't a product over components"
+    assert "factorised" in check.remedy
+
+
+def test_the_latent_at_fault_is_named() -> None:
+    one, other = believed(Normal(2)), believed(Repeated(1))
+    reading = Reading({"good": Normal(2), "bad": Repeated(1)}, {"good": one.natural["z"], "bad": other.natural["z"]}, 1)
+    found = statistics(reading)
+    assert found.names == ["good[0]", "good[1]", "bad"] and found.factorised == [True] * 3
+    assert judge_statistics(found).why == "one statistic of bad follows from the others"
+
+
+# ---- what can't be known says so -----------------------------------------------------------------------------------
+
+
+def test_between_rounding_and_a_margin_it_stays_open() -> None:
+    found = Statistics(["z"], torch.full((1, 4), 1e-10, dtype=torch.float64), [True])
+    assert judge_statistics(found).status == "undecided"
+
+
+class Verdict(NamedTuple):
+    margin: float
+    status: str
+
+
+@pytest.mark.parametrize("case", [Verdict(1e-3, "holds"), Verdict(1e-14, "fails")])
+def test_the_worst_quarter_of_the_worst_latent_decides(case: Verdict) -> None:
+    margin = torch.full((3, 4), 0.5, dtype=torch.float64)
+    margin[1, 2] = case.margin
+    check = judge_statistics(Statistics(["a", "b", "c"], margin, [True] * 3))
+    assert (check.value, check.status) == (case.margin, case.status) and "of b" in check.why
+
+
+def test_global_random_numbers_are_left_alone_and_the_seed_decides() -> None:
+    reading, before = believed(Normal(1)), torch.get_rng_state()
+    one, again, other = (statistics(reading, seed=seed).margin for seed in (0, 0, 1))
+    assert torch.equal(one, again) and not torch.equal(one, other)
+    assert torch.equal(before, torch.get_rng_state())
