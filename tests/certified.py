@@ -239,7 +239,9 @@ class Case:
         seen = states[..., list(self.sensors)]
         if self.gain is None:
             return seen
-        return torch.cat([seen, single[self.gain][..., None, None] * states[..., :1]], -1)
+        further = single[self.gain][..., None, None] * states[..., :1]
+        shape = torch.broadcast_shapes(seen.shape[:-1], further.shape[:-1])
+        return torch.cat([seen.expand(*shape, -1), further.expand(*shape, -1)], -1)
 
     def program(self, prior: Prior, episode: ph.Episode) -> Tensor:
         """The true system as a Pyro program."""
@@ -427,8 +429,8 @@ def exchangeable(rng: random.Random, plan: Plan) -> tuple[str, ...]:
 
 def unseen(rng: random.Random, plan: Plan) -> tuple[str, ...]:
     """A latent more, which only a sensor that is always masked sees."""
-    plan.latents["gain"] = Slot("positive", 0.0, 0.4)
-    return ("gain",)
+    plan.latents["brightness"] = Slot("positive", 0.0, 0.4)
+    return ("brightness",)
 
 
 LOCAL, GLOBAL = "injectivity, local", "injectivity, global"
@@ -515,7 +517,7 @@ def drawn(seed: int, equation: str | None = None, flaw: str | None = None) -> Ca
         "shots": 2 * support + rng.randint(1, 2),
         "uneven": rng.choice(["lengths", "gaps"]),  # or precisions hardly vary, and 1000 systems may be too few
         "plain": rng.random() < 0.25,
-        "gain": label.get("gain"),
+        "gain": label.get("brightness"),
     }
     return Case(
         system, sites, {one: _through(rule, read) for one, rule in plan.slots.items()},

@@ -1,4 +1,4 @@
-"""The examples as a stranger runs them, what they leave behind, and the README's table of their results."""
+"""The examples as a stranger runs them, what they leave behind, and the pages' tables of their results."""
 
 from __future__ import annotations
 
@@ -17,15 +17,17 @@ import pytest
 from scripts import load
 
 import pyro_hybrid as ph
+from pyro_hybrid.identifiability.certificate import SAYS
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES, RESULTS = ROOT / "examples", ROOT / "docs" / "results"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-NOT_RUN = {"habits", "write_your_own"}  # what the others share; and what its own test below runs
+NOT_RUN = {"habits", "unidentifiable", "write_your_own"}  # what the others share; and what tests of their own run
 SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem not in NOT_RUN)
 RUNS = [*((script,) for script in SCRIPTS), ("pendulum", "--unconditional")]
 OPTIONS = ("--tasks", "--held-out", "--shots", "--steps", "--seed", "--device", "--threads", "--out", "--fast")
-FIGURES = ("latents.png", "loss.png", "prior_posterior.png", "trajectories.png")
+FIGURES = ("certificate.png", "latents.png", "loss.png", "prior_posterior.png", "trajectories.png")
+SPRINGS = ("--systems", "--steps", "--seed", "--out", "--fast")  # of the example that is refused
 GROUPS = {"posterior", "prior", "posterior_predictive", "log_likelihood", "observed_data", "constant_data"}
 SYSTEMS = ("double_pendulum", "pendulum", "advection_diffusion")
 SEEDS = (0, 1, 2)
@@ -54,6 +56,31 @@ def run(script: Path, *arguments: str, cwd: Path) -> subprocess.CompletedProcess
                           cwd=cwd, timeout=400)
 
 
+def checks(certificate: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every check of a certificate's JSON, in order."""
+    return [*certificate["conditions"], *certificate["further"]]
+
+
+def implied(certificate: dict[str, Any]) -> str:
+    """The verdict that follows from a certificate's conditions."""
+    found = {check["status"] for check in certificate["conditions"]}
+    return "fails" if "fails" in found else "holds" if found == {"holds"} else "undecided"
+
+
+def compare(text: str, certificate: dict[str, Any]) -> None:
+    """A printed certificate says what its JSON says: the verdict, and of every check status and value."""
+    assert text.startswith(SAYS[certificate["verdict"]]) and certificate["verdict"] == implied(certificate)
+    lines = iter(text.splitlines())
+    for check in checks(certificate):
+        status = "FAILS" if check["status"] == "fails" else check["status"]
+        row = next((line for line in lines if line.startswith(f"{check['condition']}  ")), None)
+        assert row is not None, f"{check['condition']} isn't printed, or out of order"
+        cells = re.split(r"  +", row)
+        assert cells[1] == status, row
+        if check["value"] is not None:
+            assert float(cells[2].split()[0]) == pytest.approx(check["value"], rel=0.01, abs=1e-4), row
+
+
 class Run(NamedTuple):
     """A script that was run with ``--fast``: which, what it said, and where it wrote."""
 
@@ -66,6 +93,11 @@ class Run(NamedTuple):
     def metrics(self) -> dict[str, Any]:
         """What it measured."""
         return json.loads((self.folder / "metrics.json").read_text(encoding="utf-8"))
+
+    @property
+    def certificate(self) -> dict[str, Any]:
+        """What it was certified, or refused."""
+        return json.loads((self.folder / "certificate.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module", params=RUNS, ids=" ".join)
@@ -98,7 +130,8 @@ def test_a_fast_run_ends_well(fast: Run) -> None:
 
 @pytest.mark.slow
 def test_what_it_promises_is_there_and_nothing_else(fast: Run) -> None:
-    assert {path.name for path in fast.folder.iterdir()} == {"metrics.json", "posterior.nc", *FIGURES}
+    assert {path.name for path in fast.folder.iterdir()} == {"certificate.json", "metrics.json", "posterior.nc",
+                                                             *FIGURES}
     assert [path.name for path in fast.folder.parents[1].iterdir()] == ["here"]
     for name in FIGURES:
         content = (fast.folder / name).read_bytes()
@@ -131,8 +164,23 @@ def test_the_table_on_the_screen_is_that_of_the_file(fast: Run) -> None:
 
 
 @pytest.mark.slow
+def test_the_certificate_on_the_screen_is_that_of_the_file_and_stands_below_the_table(fast: Run) -> None:
+    certificate, lines = fast.certificate, fast.done.stdout.splitlines()
+    begin, end = 1 + next(i for i, line in enumerate(lines) if line.startswith("error of trajectories")), len(lines) - 1
+    assert lines[begin] == lines[end - 1] == "" and all(len(line) <= 120 for line in lines[begin:end])
+    compare("\n".join(lines[begin + 1 : end - 1]), certificate)
+    assert all(math.isfinite(value) for value in numbers_in(certificate))
+    assert [check["condition"] for check in certificate["conditions"]] == [
+        "noise (i)", "fit", "injectivity, local (ii)", "injectivity, global (ii)", "statistics (iii)",
+        "variability of means (iv)", "variability (iv)"]
+    assert certificate["verdict"] != "holds" and certificate["systems"] < fast.metrics["settings"]["tasks"]  # untrained
+
+
+@pytest.mark.slow
 def test_its_posterior_opens_in_arviz(fast: Run) -> None:
     data = ph.load_arviz(fast.folder / "posterior.nc")
+    assert data.attrs["identified"] == fast.certificate["verdict"]
+    assert json.loads(data.attrs["certificate"]) == fast.certificate
     for group in GROUPS:
         assert len(data[group].data_vars) > 0, group
     sites = set(data["posterior"].data_vars)
@@ -157,10 +205,61 @@ def test_help_names_every_option_and_its_default(script: str, tmp_path: Path) ->
     assert summary is not None and summary.splitlines()[0] in said and f"out/{script}" in said
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", [*SCRIPTS, "unidentifiable"])
 def test_an_option_it_does_not_know_is_refused(script: str, tmp_path: Path) -> None:
     done = run(EXAMPLES / f"{script}.py", "--epochs", "3", cwd=tmp_path)
     assert done.returncode == 2 and "unrecognized arguments: --epochs" in done.stderr and not list(tmp_path.iterdir())
+
+
+# ---- the one that is refused ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def refused(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The example of a redundant program, from a folder that isn't the repository's."""
+    cwd = tmp_path_factory.mktemp("unidentifiable")
+    done = run(EXAMPLES / "unidentifiable.py", "--fast", "--out", "here/it goes", cwd=cwd)
+    return Run("unidentifiable", (), done, cwd / "here" / "it goes")
+
+
+@pytest.mark.slow
+def test_a_redundant_program_is_refused_by_the_names_of_what_only_counts_together(refused: Run) -> None:
+    found = refused.metrics["mass and stiffness"]["certificate"]
+    (local,) = [check for check in found["conditions"] if check["condition"] == "injectivity, local (ii)"]
+    assert found["verdict"] == "fails" and local["status"] == "fails" and local["interval"][1] < 1e-2
+    assert "mass (" in local["why"] and "stiffness (" in local["why"] and "unknown" not in local["why"]
+    assert "mass (" in local["remedy"] and "stiffness (" in local["remedy"]
+    (other,) = [check for check in refused.metrics["their ratio"]["certificate"]["conditions"]
+                if check["condition"] == "injectivity, local (ii)"]
+    assert other["value"] > 100.0 * local["interval"][1]
+
+
+@pytest.mark.slow
+def test_what_the_refused_example_leaves_behind_and_says_is_the_same(refused: Run) -> None:
+    assert refused.done.returncode == 0, refused.done.stdout + refused.done.stderr
+    assert "Traceback" not in refused.done.stderr and "Warning" not in refused.done.stderr, refused.done.stderr
+    pictures = {"refused.png", "certified.png", "recovered.png"}
+    assert {path.name for path in refused.folder.iterdir()} == {"metrics.json", *pictures}
+    assert [path.name for path in refused.folder.parents[1].iterdir()] == ["here"]
+    assert all((refused.folder / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
+    metrics, said = refused.metrics, refused.done.stdout
+    assert list(metrics) == ["mass and stiffness", "their ratio"] and "metrics.json" in said.splitlines()[-1]
+    assert all(math.isfinite(value) for value in numbers_in(metrics))
+    for name, part in zip(metrics, said.split("=== a program that asks for ")[1:], strict=True):
+        assert part.startswith(f"{name} ===") and f"true one: {metrics[name]['linear_r']:.2f}" in part
+        assert f"to {metrics[name]['prediction_error_in_noises']:.1f} standard deviations" in part
+        compare(part[re.search("|".join(map(re.escape, SAYS.values())), part).start() :], metrics[name]["certificate"])
+
+
+def test_help_of_the_refused_example_names_every_option(tmp_path: Path) -> None:
+    done = run(EXAMPLES / "unidentifiable.py", "--help", cwd=tmp_path)
+    assert done.returncode == 0 and done.stderr == "" and not list(tmp_path.iterdir())
+    assert options(done.stdout) == list(SPRINGS)
+    assert done.stdout.count("(default: ") == len(SPRINGS) - 1 and "out/unidentifiable" in done.stdout  # not --fast
+    assert "A model that fits perfectly, predicts perfectly, and whose numbers mean nothing." in done.stdout
+
+
+# ---- the one that is written from nothing ----------------------------------------------------------------------------
 
 
 def test_a_system_written_from_nothing_trains(capsys: pytest.CaptureFixture[str]) -> None:
@@ -235,7 +334,9 @@ def test_the_table_refuses_results_that_are_not_what_their_name_says(tmp_path: P
     assert done.returncode == 1 and "expected a full run of seed 0" in done.stderr
 
 
-@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted(path for name in SYSTEMS for path in RESULTS.glob(f"{name}_*.json")), ids=lambda path: path.stem
+)
 def test_every_result_is_what_the_example_wrote_by_default(path: Path) -> None:
     (system, _, number), metrics = path.stem.rpartition("_"), json.loads(path.read_text(encoding="utf-8"))
     seed = int(number)
@@ -260,3 +361,79 @@ def test_the_readme_has_no_result_outside_of_that_table() -> None:
     numbers = set(re.findall(r"\d+\.\d+|\d+(?:\.\d+)?\s*%", prose))
     # Python's version, the licence's, the seconds of a trajectory (49 steps of 0.05 s), and a nominal interval
     assert numbers <= {"3.11", "2.0", "2.5", "90%"}, numbers
+
+
+# ---- what the pages say of certificates ----------------------------------------------------------------------------
+
+PAGE = (ROOT / "docs" / "identifiability.md").read_text(encoding="utf-8")
+CERTIFICATES = RESULTS / "certificates"
+
+
+@pytest.fixture
+def identifiability(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The script that makes the page's figures; it imports an example as scripts do."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    yield load(RESULTS / "identifiability.py")
+    sys.modules.pop("unidentifiable", None)
+
+
+@pytest.mark.parametrize("name, key", [("certified", "ratio"), ("refused", "mass_and_stiffness")])
+def test_a_certificate_that_the_page_prints_is_that_of_the_numbers(name: str, key: str) -> None:
+    numbers = json.loads((RESULTS / "identifiability.json").read_text(encoding="utf-8"))
+    text = (RESULTS / f"{name}.txt").read_text(encoding="utf-8")
+    compare(text, numbers[key])
+    assert max(map(len, text.splitlines())) <= 120 and numbers[key]["systems"] == 1000
+    assert numbers[key]["verdict"] == {"certified": "holds", "refused": "fails"}[name]
+
+
+def test_the_page_refuses_a_program_that_fits_by_the_names_of_what_only_counts_together() -> None:
+    numbers = json.loads((RESULTS / "identifiability.json").read_text(encoding="utf-8"))
+    found = {check["condition"]: check for check in numbers["mass_and_stiffness"]["conditions"]}
+    injectivity = [found[f"injectivity, {name} (ii)"] for name in ("local", "global")]
+    assert found["fit"]["status"] == "holds" and {check["status"] for check in injectivity} == {"fails"}
+    assert all(name in " ".join(check["why"] for check in injectivity) for name in ("mass", "stiffness"))
+    one, other = numbers["prediction_error_in_noises"]
+    assert max(one, other) < 1.5 * min(one, other)  # "equally well"
+
+
+def test_every_file_that_the_page_of_identifiability_shows_is_there() -> None:
+    images = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", PAGE)
+    included = re.findall(r"^```\{(?:literal)?include\} (\S+)$", PAGE, re.MULTILINE)
+    assert len(images) >= 10 and set(included) == {f"results/{name}" for name in
+                                                   ("certified.txt", "refused.txt", "certificates.md")}
+    missing = [name for name in (*images, *included) if not (ROOT / "docs" / name).is_file()]
+    assert not missing, missing
+
+
+def test_the_page_shows_the_table_of_the_certificates(identifiability: Any) -> None:
+    shown = (RESULTS / "certificates.md").read_text(encoding="utf-8")
+    assert shown == identifiability.table(CERTIFICATES), "run python docs/results/identifiability.py --table"
+    assert len(shown.splitlines()) == 2 + len(list(CERTIFICATES.glob("*.json")))
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+@pytest.mark.parametrize("seed", SEEDS)
+def test_every_certificate_is_what_the_example_wrote_by_default(system: str, seed: int) -> None:
+    found = json.loads((CERTIFICATES / f"{system}_{seed}.json").read_text(encoding="utf-8"))
+    tasks = re.search(rf'"{system}", tasks=(\d+)', (EXAMPLES / f"{system}.py").read_text(encoding="utf-8"))
+    assert tasks is not None and found["systems"] == int(tasks[1]) and found["shots"] == 4
+    assert found["verdict"] == implied(found) and all(math.isfinite(value) for value in numbers_in(found))
+
+
+def test_the_table_of_certificates_has_a_line_for_each_with_what_was_not_met(
+    identifiability: Any, tmp_path: Path
+) -> None:
+    names = ("fit", "injectivity, local (ii)", "injectivity, global (ii)", "variability of means (iv)",
+             "variability (iv)", "ambiguity against the truth", "separability", "efficiency")
+    found = {name: {"condition": name, "status": "holds", "value": 1.2345, "interval": [1.0, 20.0]} for name in names}
+    found["fit"] |= {"status": "fails"}
+    found["efficiency"] |= {"status": "not checked", "value": None}
+    for seed, verdict in ((1, "undecided"), (0, "fails")):
+        text = json.dumps({"verdict": verdict, "conditions": list(found.values())[:5],
+                           "further": list(found.values())[5:]})
+        (tmp_path / f"double_pendulum_{seed}.json").write_text(text, encoding="utf-8")
+    lines = [[cell.strip() for cell in row.strip("|").split("|")]
+             for row in identifiability.table(tmp_path).splitlines()]
+    assert len({len(line) for line in lines}) == 1 and [line[:3] for line in lines[2:]] == [
+        ["double pendulum", "0", "fails"], ["double pendulum", "1", "undecided"]]
+    assert lines[2][3:] == ["1.23 (1 to 20), fails", *["1.23 (1 to 20)"] * 6, "not checked"]

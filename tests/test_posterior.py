@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor
 from toys import NOISE, POINTS, START_NOISE, TOGETHER, Line, exact, features, in_float32, make_tasks
 
 import pyro_hybrid as ph
+from pyro_hybrid.identifiability.check import Check, Threshold, unchecked
 
 STANDARD = {"loc": (0.0, 0.0, 0.0), "scale": (1.0, 1.0, 1.0)}
 NAMES = {"slope": ["rate"], "bend": ["sine", "square"], "x": ["angle"]}
@@ -216,6 +218,31 @@ def test_it_survives_a_file(data: arviz.InferenceData, tmp_path: Path) -> None:
             assert again[group][name].dims == variable.dims
     assert list(again["posterior"].bend_component.values) == ["sine", "square"]
     assert again.attrs["num_support"] == 2
+
+
+CERTIFICATE = ph.Certificate(
+    [Check("fit", "holds", 1.1, (1.0, 1.25), Threshold(2.0, 2.0, larger=False), "errors are as large as the noise")],
+    [unchecked("efficiency", "σ², too few tasks", "Pass more tasks.")], {"reading": object()}, 300, 4, 12.34)
+
+
+def test_a_certificate_goes_along_and_survives_a_file(tmp_path: Path) -> None:
+    data = ph.to_arviz(*pair(), episode(), 4, certificate=CERTIFICATE)
+    ph.save_arviz(data, tmp_path / "posterior.nc")
+    for given in (data, ph.load_arviz(tmp_path / "posterior.nc")):
+        assert given.attrs["identified"] == "holds" and given.attrs["num_support"] == 2
+        assert json.loads(given.attrs["certificate"], parse_constant=pytest.fail) == CERTIFICATE.to_dict()
+
+
+@pytest.mark.parametrize("status", ["fails", "undecided", "not checked"])
+def test_a_posterior_whose_program_is_not_certified_says_so(status: str) -> None:
+    refused = replace(CERTIFICATE, conditions=[*CERTIFICATE.conditions, Check("noise (i)", status)])
+    found = ph.to_arviz(*pair(), episode(), 4, certificate=refused).attrs
+    assert found["identified"] == refused.verdict != "holds"
+    assert json.loads(found["certificate"])["conditions"][1]["status"] == status
+
+
+def test_without_a_certificate_nothing_is_claimed(data: arviz.InferenceData) -> None:
+    assert not {"identified", "certificate"} & set(data.attrs)
 
 
 def test_without_names_components_are_numbered() -> None:

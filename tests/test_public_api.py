@@ -20,10 +20,12 @@ import pytest
 import torch
 
 import pyro_hybrid as ph
+from pyro_hybrid.identifiability.check import Check
 
 ROOT = Path(__file__).parents[1]
 DESIGNED = {
     "AmortizedGuide",
+    "Certificate",
     "Episode",
     "HybridModel",
     "Linearised",
@@ -34,6 +36,7 @@ DESIGNED = {
     "SupportPrior",
     "Tasks",
     "UnconditionalPrior",
+    "certify",
     "disentangle",
     "draws",
     "families",
@@ -51,6 +54,7 @@ METHODS = {
     "Fit": ("loss",),
     "SVI": ("step", "evaluate_loss"),
     "SupportPrior": ("natural",),
+    "Certificate": ("verdict", "conditions", "plot", "to_dict"),
 }
 PUBLIC = {name: getattr(ph, name) for name in ph.__all__ if not isinstance(getattr(ph, name), types.ModuleType)}
 MODULES = sorted(m.name for m in pkgutil.walk_packages(ph.__path__, "pyro_hybrid.") if not m.name.endswith("__main__"))
@@ -192,6 +196,10 @@ def arviz_data() -> Any:
 # What a newcomer gets wrong first, and the words that must come back.
 MISUSES: dict[str, tuple[Callable[[], object], str]] = {
     "AmortizedGuide": (lambda: ph.AmortizedGuide(prior()), r"expected an encoder or evidence=ph\.Linearised"),
+    "Certificate": (
+        lambda: ph.Certificate([Check("noise (i)", "holds")])["fit"],
+        r"'fit' isn't among \['noise \(i\)'\]",
+    ),
     "Episode": (
         lambda: episode(query=torch.zeros(2, 2, 9, 1), times=torch.arange(9.0)).cut(2),
         r"expected measured states at all times.*Pass initial= with a time axis to Tasks",
@@ -226,6 +234,10 @@ MISUSES: dict[str, tuple[Callable[[], object], str]] = {
     "calibrate": (
         lambda: ph.calibrate(ph.models.MetaHybridVAE(ph.systems.Pendulum()), tasks(torch.zeros(2, 3, 3, 1))),
         r"expected a SupportPrior with computed evidence; got SupportPrior\. Set model\.prior\.evidence",
+    ),
+    "certify": (
+        lambda: ph.certify(Empty(), Empty(), tasks(torch.zeros(1, 3, 3, 1))),
+        r"expected two tasks or more; got 1\. Identifiability is about what differs between systems",
     ),
     "disentangle": (
         lambda: ph.disentangle([1.0, 2.0]),

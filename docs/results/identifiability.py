@@ -101,6 +101,7 @@ def main() -> None:
     parser.add_argument("--fast", action="store_true", help="tiny trainings, for a test of the way")
     parser.add_argument("--out", type=Path, default=ROOT / "docs", help="writes images/ and results/ there")
     parser.add_argument("--table", action="store_true", help="write certificates.md from certificates/*.json, no more")
+    parser.add_argument("--keep-curves", action="store_true", help="leave out the learning curves: they stay as they are")
     choice = parser.parse_args()
     if choice.table:
         (choice.out / "results" / "certificates.md").write_text(table(choice.out / "results" / "certificates"))
@@ -119,8 +120,12 @@ def main() -> None:
                "prediction_error_in_noises": [round(example.prediction_error(trained[r][0], held_out), 3)
                                               for r in (False, True)],
                "separability": rotations(images)}
-    ratio, unseen = (example.asked_for(some, False) for some in (tasks, held_out))
-    numbers |= curves(ratio, unseen, trained[False][0], sizes, steps, images)
+    if choice.keep_curves:
+        kept = json.loads((results / "identifiability.json").read_text())
+        numbers |= {name: kept[name] for name in ("tasks_curve", "shots_curve")}
+    else:
+        ratio, unseen = (example.asked_for(some, False) for some in (tasks, held_out))
+        numbers |= curves(ratio, unseen, trained[False][0], sizes, steps, images)
     for made_of, name in zip(made, ("certified", "refused"), strict=True):
         (results / f"{name}.txt").write_text(f"{made_of}\n")
     (results / "identifiability.json").write_text(json.dumps(_plain(numbers), indent=2) + "\n")

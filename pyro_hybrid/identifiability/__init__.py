@@ -1,4 +1,4 @@
-"""Is what was learned the truth, or one of many that fit as well? The certificate, its checks, and scores against truth.
+"""Is what was learned the truth, or one of many that fit as well? The certificate, its checks, scores against truth.
 
 Every check is a function that returns numbers, and another that judges them; :func:`certify` makes them all.
 """
