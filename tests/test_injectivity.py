@@ -172,8 +172,9 @@ def test_what_is_nearer_than_a_spread_is_no_twin() -> None:
 
 
 def test_what_is_far_from_all_systems_is_no_twin() -> None:
-    """(z - 30)² has its twin at 60 - z."""
-    found = hunt(lambda z, t: (z - 30.0) ** 2 * t, {"z": Normal(1)}, gaussian(40, 1))
+    """(z - 3)² has its twin at 6 - z, more than three spreads from zero."""
+    points = torch.linspace(-2.0, 2.0, 40, dtype=torch.float64).unsqueeze(-1)
+    found = hunt(lambda z, t: (z - 3.0) ** 2 * t, {"z": Normal(1)}, points)
     assert judge_twins(found).status == "holds"
 
 

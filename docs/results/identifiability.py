@@ -101,7 +101,7 @@ def main() -> None:
     parser.add_argument("--fast", action="store_true", help="tiny trainings, for a test of the way")
     parser.add_argument("--out", type=Path, default=ROOT / "docs", help="writes images/ and results/ there")
     parser.add_argument("--table", action="store_true", help="write certificates.md from certificates/*.json, no more")
-    parser.add_argument("--keep-curves", action="store_true", help="leave out the learning curves: they stay as they are")
+    parser.add_argument("--keep-curves", action="store_true", help="leave the learning curves as they are")
     choice = parser.parse_args()
     if choice.table:
         (choice.out / "results" / "certificates.md").write_text(table(choice.out / "results" / "certificates"))

@@ -13,7 +13,7 @@ from pyro_hybrid.identifiability.reading import Reading, in_double
 from pyro_hybrid.identifiability.variability import culprits
 from pyro_hybrid.linearise import Problem, Program, information
 from pyro_hybrid.posterior import draws
-from pyro_hybrid.prior import Prior
+from pyro_hybrid.prior import SupportPrior
 from pyro_hybrid.tasks import Episode
 
 __all__ = ["Fisher", "fisher", "judge_fisher", "posed"]
@@ -46,8 +46,8 @@ def posed(program: Program, episode: Episode, reading: Reading, points: Tensor) 
     There is no prior in it, or hardly any: a billionth of a latent's spread over systems.
     """
     modules = program.modules() if isinstance(program, nn.Module) else ()
-    if any(isinstance(module, Prior) for module in modules):  # then the support isn't needed where latents are given
-        episode = replace(episode, support=None)
+    if any(isinstance(module, SupportPrior) and module.evidence for module in modules):
+        episode = replace(episode, support=None)  # latents are given, and reading it again would take longest
     flat = torch.diag_embed(1e-9 * reading.spread()[1].square().reciprocal().expand_as(points))
     return Problem(in_double(program), episode.double(), reading.families, points, flat)
 

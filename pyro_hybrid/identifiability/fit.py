@@ -28,30 +28,29 @@ class Fit(NamedTuple):
 
 @torch.no_grad()
 @pyro.validation_enabled(False)
-def misfit(model: Program, guide: Program, episode: Episode, *, num_samples: int = 4) -> Fit:
-    r"""How far observations are from what the program says at draws from its posterior.
+def misfit(model: Program, guide: Program, episode: Episode, *, num_samples: int = 50) -> Fit:
+    r"""How far observations are from what the program says at the middle of its posterior.
 
-    .. math:: \tfrac{1}{N} \sum_{i=1}^{N} (x_i - \mu_i(z))^2 / \sigma_i^2, \qquad z \sim q(z \mid S, x)
+    .. math:: \tfrac{1}{N} \sum_{i=1}^{N} (x_i - \mu_i(\bar z))^2 / \sigma_i^2,
+              \qquad \bar z = \operatorname{median} \, q(z \mid S, x)
 
     At a maximum of the ELBO it is near 1 where the noise was learned: a noise that doesn't match the errors could be
-    improved, whatever the rest.
+    improved, whatever the rest. At the median, because draws from a factorised posterior miss where latents correlate.
 
     Arguments:
         model, guide: the program and its guide.
         episode: trajectories of some tasks, with their support.
-        num_samples: draws from the posterior.
+        num_samples: draws from the posterior, for their median.
     """
+    middle = {name: value.median(0).values for name, value in draws(model, guide, episode, num_samples).items()}
+    total, count = torch.zeros(2, episode.shape[0], dtype=torch.float64)
     with local_parameters():
-        sites = observed(model, episode, draws(model, guide, episode, num_samples))[0]
-    total = torch.zeros(episode.shape[0], dtype=torch.float64)
-    count = torch.zeros(episode.shape[0], dtype=torch.float64)
+        sites = observed(model, episode, middle)[0]
     for site in sites:
-        error = ((site.value - site.mean) / site.scale).square().double()
-        error = error.expand(num_samples, *error.shape[-site.value.dim():])
+        error = ((site.value - site.mean) / site.scale).square().double().expand(site.value.shape)
         counts = site.mask.expand_as(error)
-        error = error.where(counts, 0.0).nan_to_num(torch.inf)
-        total += error.mean(0).flatten(1).sum(1).cpu()
-        count += counts[0].double().flatten(1).sum(1).cpu()
+        total += error.where(counts, 0.0).nan_to_num(torch.inf).flatten(1).sum(1).cpu()
+        count += counts.double().flatten(1).sum(1).cpu()
     return Fit(total / count.clamp(min=1.0))
 
 
