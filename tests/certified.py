@@ -80,7 +80,8 @@ def real(centre: float, scale: float) -> Slot:
 
 EQUATIONS = {
     "decay": Equation(
-        {"k": pos(0.8), "source": real(0.5, 0.3)}, ((0.5, 3.0),), 3.0, ((0,),), ode(lambda p, t, x: (p.source - p.k * x,))
+        {"k": pos(0.8), "source": real(0.5, 0.3)}, ((0.5, 3.0),), 3.0, ((0,),),
+        ode(lambda p, t, x: (p.source - p.k * x,)),
     ),
     "decay chain": Equation(
         {"k1": pos(1.2), "k2": pos(0.7), "branch": Slot("fraction", 0.5, 0.7)},
@@ -212,7 +213,7 @@ class Case:
     tasks: int = 300
     support: int = 2
     shots: int = 4
-    uneven: Literal["", "lengths", "gaps"] = ""  # tasks are recorded for half to all of the time; with up to 70% missing
+    uneven: Literal["", "lengths", "gaps"] = ""  # recorded for half to all of the time; with up to 70% missing
     plain: bool = False
     conditional: bool = True
     gain: str | None = None  # a latent that only a further sensor sees, and that one is never observed
@@ -259,7 +260,9 @@ class Case:
         torch.manual_seed(seed)
         sensors = len(self.sensors) + (self.gain is not None)
         encoder = ph.SetEncoder(sensors, self.points, 8, width=16)
-        prior = ph.SupportPrior(encoder, EVIDENCE, **self.sites) if self.conditional else ph.UnconditionalPrior(**self.sites)
+        prior: Prior = ph.UnconditionalPrior(**self.sites)
+        if self.conditional:
+            prior = ph.SupportPrior(encoder, EVIDENCE, **self.sites)
         if self.plain:
             prior = prior.double()
 
@@ -284,7 +287,8 @@ class Case:
         systems = 1 if self.repeated else self.tasks
         recorded = 1 if self.repeated == "trajectories" else self.tasks
         truth = {
-            name: family.constrained(family.loc + family.scale * torch.special.ndtri(0.02 + 0.96 * uniform(systems, family.n)))
+            name: family.constrained(
+                family.loc + family.scale * torch.special.ndtri(0.02 + 0.96 * uniform(systems, family.n)))
             .expand(self.tasks, -1)
             .clone()
             for name, family in self.sites.items()
@@ -460,7 +464,9 @@ FLAWS = {
 }
 
 
-def housed(rng: random.Random, latents: Mapping[str, Slot]) -> tuple[dict[str, Family], dict[str, Rule], dict[str, str]]:
+def housed(
+    rng: random.Random, latents: Mapping[str, Slot]
+) -> tuple[dict[str, Family], dict[str, Rule], dict[str, str]]:
     """Families by site; how each latent is read from what the sites say; and its label there.
 
     A latent has a site of its own, in a family that fits it, or is a component of ``unknown``, standard Normal.

@@ -23,7 +23,8 @@ def own(name: str):
 def waves(**changes) -> Case:
     """x' = source - k x, recorded for different lengths."""
     how = {"noise": 0.02, "uneven": "lengths", "tasks": 400, "support": 1, "shots": 3} | changes
-    return Case(EQUATIONS["decay"], {"k": ph.families.LogNormal(1, loc=0.0, scale=0.4)}, {"k": own("k"), "source": lambda latents: torch.tensor(0.3)}, **how)
+    slots = {"k": own("k"), "source": lambda latents: torch.tensor(0.3)}
+    return Case(EQUATIONS["decay"], {"k": ph.families.LogNormal(1, loc=0.0, scale=0.4)}, slots, **how)
 
 
 class Repeated(Normal):

@@ -83,6 +83,14 @@ def test_the_library_s_own_guide_does_as_well() -> None:
     assert judge_fit(misfit(model, guide, EPISODE)).value == pytest.approx(1.0, abs=0.15)
 
 
+def test_latents_that_trade_off_against_each_other_do_not_count_against_a_factorised_guide() -> None:
+    """Slope and bend are correlated by -0.99: independent draws of them would miss by twice the noise."""
+    model = Line(ph.Linearised(10)).double()
+    guide = ph.AmortizedGuide(model.prior, evidence=ph.Linearised(10)).double()
+    check = judge_fit(misfit(model, guide, make_tasks(40, 8, num_support=4).episode()))
+    assert check.status == "holds" and check.value < 1.5
+
+
 def test_a_noise_that_is_too_small_fails() -> None:
     check = judged(0.1)
     assert check.status == "fails" and check.value == pytest.approx(3.0, abs=0.4)

@@ -57,7 +57,8 @@ class Certificate:
 
     def __str__(self) -> str:
         name = max(len(check.condition) for check in (*self.conditions, *self.further))
-        blocks = [f"{SAYS[self.verdict]}  ({self.systems} systems, supports of {self.shots}, {self.seconds:.0f} s)",
+        blocks = [SAYS[self.verdict],
+                  f"({self.systems} systems, supports of {self.shots} shots; {self.seconds:.0f} s)", "",
                   _row("condition", "verdict", "value [95%]", "wanted", ["why, and what to do"], name)]
         blocks += [_lines(check, name) for check in self.conditions]
         if self.further:

@@ -35,7 +35,7 @@ def certificate(made: Certificate) -> Figure:
     axes = figure.subplots(3, 3)
     figure.suptitle(SAYS[made.verdict], color=COLOURS[made.verdict], fontsize=13)
     for axis, (condition, key, draw) in zip(axes.flat, PANELS, strict=True):
-        check = next((c for c in (*made.conditions, *made.further) if c.condition.startswith(condition)), None)
+        check = next((c for c in (*made.conditions, *made.further) if condition in c.condition), None)
         numbers = next((value for name, value in made.numbers.items() if name.startswith(key)), None)
         panel(axis, check, numbers, draw)
     return figure
@@ -56,6 +56,9 @@ def panel(axis: Axes, check: Check | None, numbers: Any, draw: Callable[[Axes, A
 
 def _limit(axis: Axes, value: float, text: str, *, across: bool = True) -> None:
     (axis.axhline if across else axis.axvline)(value, color=GREY, lw=0.9, ls="--")
+    if across:
+        low, high = axis.get_ylim()
+        axis.set_ylim(min(low, 0.5 * value), max(high, 2.0 * value))
     place = (0.99, value) if across else (value, 0.97)
     transform = axis.get_yaxis_transform() if across else axis.get_xaxis_transform()
     paper = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.5}

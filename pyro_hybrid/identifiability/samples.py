@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_hybrid._checks import fail, require
+from pyro_hybrid._checks import require
 from pyro_hybrid.identifiability.mcc import mcc
 from pyro_hybrid.identifiability.reading import names_of, read
 from pyro_hybrid.linearise import Program
@@ -55,6 +55,7 @@ def tasks_curve(train: Callable[[Tasks], Program], tasks: Tasks, held_out: Tasks
     """
     require(bool(sizes) and list(sizes) == sorted(set(sizes)) and 2 <= sizes[0] and sizes[-1] <= len(tasks),
             f"rising sizes from 2 to {len(tasks)}", list(sizes), "Simulate more tasks, or ask for fewer.")
+    _require_truth(held_out)
     bar = tqdm(sizes, desc="training on more and more tasks", unit="training", leave=False, disable=not progress)
     models = (train(tasks[:size]) for size in bar)
     scores, terms = zip(*(_score(model, held_out, held_out.num_support) for model in models), strict=True)
@@ -74,18 +75,23 @@ def shots_curve(model: Program, held_out: Tasks, sizes: Sequence[int] | None = N
     sizes = [2**i for i in range(int(math.log2(most)) + 1)] if sizes is None else list(sizes)
     require(bool(sizes) and sizes == sorted(set(sizes)) and 1 <= sizes[0] and sizes[-1] <= most,
             f"rising sizes from 1 to {most}", sizes, "Record more shots, or ask for fewer.")
+    _require_truth(held_out)
     bar = tqdm(sizes, desc="reading from more and more shots", unit="reading", leave=False, disable=not progress)
     scores = [_score(model, held_out, size)[0] for size in bar]
     return _curve("shots", held_out, sizes, scores, None)
 
 
+def _require_truth(tasks: Tasks) -> None:
+    require(tasks.truth is not None, "held-out tasks with truth", "none",
+            "Pass truth= to Tasks.from_trajectories, or simulate.")
+
+
 def _score(model: Program, tasks: Tasks, shots: int) -> tuple[tuple[np.ndarray, np.ndarray, float], int]:
     """Linear R, its interval and strong MCC of what is read from so many shots; and how many numbers λ has."""
-    if tasks.truth is None:
-        fail("held-out tasks with truth", "none", "Pass truth= to Tasks.from_trajectories, or simulate.")
+    truth = tasks.truth or {}
     reading = read(model, tasks, shots=shots, progress=False)
     estimate = reading.constrained(reading.coordinates()[0][0])
-    score = mcc(estimate, torch.cat([value.double() for value in tasks.truth.values()], -1))
+    score = mcc(estimate, torch.cat([value.double() for value in truth.values()], -1))
     interval = np.stack([score.low.linear_r, score.high.linear_r], -1)
     return (score.linear_r, interval, score.strong), len(reading.terms)
 
@@ -123,4 +129,6 @@ def how_many(curve: Curve, target: float = 0.95) -> int | None:
     if len(begun) < 2:
         return None
     slope, offset = np.polyfit(np.log(np.array(curve.sizes)[begun]), np.log(missing[begun]), 1)
-    return None if slope > -0.05 else math.ceil(math.exp((math.log(1.0 - target**2) - offset) / slope))
+    if slope > -0.05:
+        return None
+    return max(math.ceil(math.exp((math.log(1.0 - target**2) - offset) / slope)), curve.sizes[-1] + 1)
