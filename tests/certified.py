@@ -23,6 +23,7 @@ EVIDENCE = ph.Linearised(6, restarts=2)
 Values = Mapping[str, Tensor]
 Rule = Callable[[Values], Tensor]
 Kind = Literal["real", "positive", "fraction"]
+FITTING: dict[Kind, list[type[Family]]] = {"real": [Normal], "positive": [LogNormal, Gamma], "fraction": [Beta]}
 
 
 # ---- what systems do -----------------------------------------------------------------------------------------------
@@ -168,9 +169,7 @@ EQUATIONS = {
         ((0.5, 2.0),),
         4.0,
         ((0,),),
-        formula(
-            lambda p, t, dose: dose * p.top * torch.sigmoid(p.slope * ((t + 0.05).log() - p.half.log()))
-        ),
+        formula(lambda p, t, dose: dose * p.top * torch.sigmoid(p.slope * ((t + 0.05).log() - p.half.log()))),
     ),
     "ringing": Equation(
         {"cosine": real(1.5, 0.4), "sine": real(0.0, 1.0), "omega": pos(2.0, 0.25), "damping": pos(0.4)},
@@ -341,6 +340,26 @@ def labels(site: str, n: int) -> list[str]:
     return [site] if n == 1 else [f"{site}[{i}]" for i in range(n)]
 
 
+def known(equation: str, *latents: str, **sizes: Any) -> Case:
+    """A case in which these slots are latents, each with a site of its own, the other slots being known."""
+    system = EQUATIONS[equation]
+    sites = {name: _site(system.slots[name]) for name in latents}
+    slots = {name: _own(name) if name in latents else _constant(slot) for name, slot in system.slots.items()}
+    return Case(system, sites, slots, equation, **({"sensors": system.sensors[-1], "uneven": "lengths"} | sizes))
+
+
+def _site(slot: Slot) -> Family:
+    return FITTING[slot.kind][0](1, loc=slot.loc, scale=slot.scale)
+
+
+def _own(name: str) -> Rule:
+    return lambda z: z[name]
+
+
+def _constant(slot: Slot) -> Rule:
+    return lambda z: slot.value(slot.loc)
+
+
 # ---- random structure ----------------------------------------------------------------------------------------------
 
 
@@ -366,18 +385,8 @@ def planned(rng: random.Random, equation: Equation, needed: int) -> Plan:
     rest = sorted(set(equation.slots) - set(chosen))
     chosen += rng.sample(rest, rng.randint(0 if chosen else 1, min(len(rest), 4 - needed if needed else 5)))
     latents = {name: slot for name, slot in equation.slots.items() if name in chosen}
-    slots: dict[str, Rule] = {}
-    for name, slot in equation.slots.items():
-        slots[name] = _own(name) if name in chosen else _known(slot.value(slot.loc))
+    slots = {name: _own(name) if name in chosen else _constant(slot) for name, slot in equation.slots.items()}
     return Plan(latents, slots)
-
-
-def _own(name: str) -> Rule:
-    return lambda z: z[name]
-
-
-def _known(value: Tensor) -> Rule:
-    return lambda z: value
 
 
 def product(rng: random.Random, plan: Plan) -> tuple[str, ...]:
@@ -475,9 +484,8 @@ def housed(
     label = {name: name for name in latents} | dict(zip(together, labels("unknown", len(together)), strict=True))
     sites: dict[str, Family] = {}
     for name, slot in latents.items():
-        fitting = {"real": [Normal], "positive": [LogNormal, Gamma], "fraction": [Beta]}[slot.kind]
         if name not in together:
-            sites[name] = rng.choice(fitting)(1, loc=slot.loc, scale=slot.scale)
+            sites[name] = rng.choice(FITTING[slot.kind])(1, loc=slot.loc, scale=slot.scale)
     if together:
         sites["unknown"] = Normal(len(together))
     read = {name: _scaled(slot, label[name]) if name in together else _own(name) for name, slot in latents.items()}
@@ -539,3 +547,94 @@ def forty(seed: int = 0) -> list[Case]:
     names = rng.sample(sorted(EQUATIONS), len(EQUATIONS)) + rng.sample(sorted(EQUATIONS), len(EQUATIONS))
     good = [drawn(rng.getrandbits(32), name) for name in names[:20]]
     return good + [drawn(rng.getrandbits(32), flaw=flaw) for flaw in FLAWS for _ in range(2)]
+
+
+# ---- what only a hand-written program has --------------------------------------------------------------------------
+
+
+class Repeated(Normal):
+    """Normal of variance 1 in an exponential form that says everything twice: T = (z, 2 z + 1)."""
+
+    _terms = ("z", "2 z + 1")
+
+    def statistics(self, z: Tensor) -> Tensor:
+        return torch.stack([z, 2.0 * z + 1.0], -1)
+
+    def log_partition(self, natural: Tensor) -> Tensor:
+        return 0.5 * self.gaussian(natural)[0] ** 2 + natural[..., 1]
+
+    def log_base(self, z: Tensor) -> Tensor:
+        return self._log_base - 0.5 * z**2
+
+    def mean_statistics(self, natural: Tensor) -> Tensor:
+        return self.statistics(self.gaussian(natural)[0])
+
+    def from_gaussian(self, mean: Tensor, scale: Tensor) -> Tensor:
+        return torch.stack([mean, torch.zeros_like(mean)], -1)
+
+    def gaussian(self, natural: Tensor) -> tuple[Tensor, Tensor]:
+        mean = natural @ natural.new_tensor([1.0, 2.0])
+        return mean, torch.ones_like(mean)
+
+    _parameters, _from_parameters = gaussian, from_gaussian
+
+
+class Folded(Repeated):
+    """The same with T = (z, |z|), which says everything twice where z is positive."""
+
+    _terms = ("z", "|z|")
+
+    def statistics(self, z: Tensor) -> Tensor:
+        return torch.stack([z, z.abs()], -1)
+
+
+def functions(varies: Literal["both", "means", "variances"] = "both") -> tuple[Program, Program]:
+    """Two weights of straight lines, by hand: nothing of ours in the program, its prior or its guide.
+
+    A record that ends early says little of one weight; with ``means`` the prior has the population's variances instead
+    of its own, with ``variances`` the population's means.
+    """
+
+    def posterior(*episodes: ph.Episode | None) -> tuple[Tensor, Tensor]:
+        precision, right = torch.eye(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+        for episode in episodes:
+            if episode is None or episode.query is None:
+                continue
+            lines = torch.stack([1.0 - episode.times, episode.times], -1)
+            counts = torch.as_tensor(episode.mask).expand_as(episode.query)[..., 0].double() / 0.1**2
+            precision = precision + torch.einsum("tsn,ni,nj->tij", counts, lines, lines)
+            right = right + torch.einsum("tsn,tsn,ni->ti", counts, episode.query[..., 0], lines)
+        covariance = torch.linalg.inv(precision)
+        return (covariance @ right.unsqueeze(-1)).squeeze(-1), covariance.diagonal(dim1=-2, dim2=-1).sqrt()
+
+    def prior(support: ph.Episode | None) -> tuple[Tensor, Tensor]:
+        mean, scale = posterior(support)
+        return mean * (varies != "variances"), scale if varies != "means" else torch.full_like(scale, 0.1)
+
+    def program(episode: ph.Episode) -> Tensor:
+        with episode.plate:
+            weights = pyro.sample("weights", dist.Normal(*prior(episode.support)).to_event(1))
+            lines = torch.stack([1.0 - episode.times, episode.times], -1)
+            states = (lines * weights[..., None, None, :]).sum(-1, keepdim=True) + 0.0 * episode.measured.unsqueeze(-2)
+            x = dist.Normal(states, 0.1).mask(episode.mask)
+            return pyro.sample("x", x.to_event(3), obs=episode.query)
+
+    def guide(episode: ph.Episode) -> Tensor:
+        with episode.plate:
+            return pyro.sample("weights", dist.Normal(*posterior(episode.support, episode)).to_event(1))
+
+    return program, guide
+
+
+def lines(tasks: int, seed: int = 0) -> ph.Tasks:
+    """Records of two added lines, of unequal length."""
+    generator = torch.Generator().manual_seed(seed)
+    times = torch.linspace(0.0, 1.0, 10, dtype=torch.float64)
+    weights = torch.randn(tasks, 2, generator=generator, dtype=torch.float64)
+    clean = weights[:, :1] * (1.0 - times) + weights[:, 1:] * times
+    values = clean[:, None, :, None] + 0.1 * torch.randn(tasks, 4, 10, 1, generator=generator, dtype=torch.float64)
+    mask = times[:, None] <= 0.3 + torch.rand(tasks, 1, 1, 1, generator=generator)
+    start, mask = (values[:, :, 0, 0],), mask.expand_as(values)
+    return ph.Tasks.from_trajectories(
+        times, values, num_support=2, initial=start, mask=mask, truth={"weights": weights}
+    )

@@ -41,7 +41,7 @@ def spring(**changes: object) -> ph.Certificate:
 def rows(text: str) -> dict[str, list[str]]:
     """The lines of each check, by its name: the first one, and those without a name below it."""
     found: dict[str, list[str]] = {}
-    for line in text.splitlines()[2:]:
+    for line in text.splitlines()[4:]:
         if line and not line.startswith(" "):
             found[re.split(r"  +", line)[0]] = [line]
         elif line:
@@ -91,16 +91,17 @@ def test_a_certificate_cannot_be_changed() -> None:
 
 
 @pytest.mark.parametrize(("status", "word"), [("holds", "certified"), ("fails", "REFUSED"), ("undecided", "undecided")])
-def test_the_first_line_is_the_verdict_and_what_it_rests_on(status: Status, word: str) -> None:
+def test_the_first_lines_are_the_verdict_and_what_it_rests_on(status: Status, word: str) -> None:
     check = Check("only", status)
-    first = str(ph.Certificate([check], systems=1000, shots=4, seconds=12.34)).splitlines()[0]
-    assert first == SAYS[status] and first.startswith(f"{word}: ")
+    lines = str(ph.Certificate([check], systems=1000, shots=4, seconds=12.34)).splitlines()
+    assert lines[:3] == [SAYS[status], "(1000 systems, supports of 4 shots; 12 s)", ""]
+    assert lines[0].startswith(f"{word}: ") and lines[3].startswith("condition")
 
 
 def test_every_check_has_a_row_in_order_and_the_further_ones_a_heading() -> None:
     text = str(spring())
     assert list(rows(text)) == ["noise (i)", "fit", "injectivity, local (ii)", "beyond the theorem", "efficiency"]
-    assert re.split(r"  +", text.splitlines()[1]) == ["condition", "verdict", "value [95%]", "wanted",
+    assert re.split(r"  +", text.splitlines()[3]) == ["condition", "verdict", "value [95%]", "wanted",
                                                       "why, and what to do"]
 
 

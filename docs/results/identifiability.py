@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "examples"))
 import unidentifiable as example  # noqa: E402
 
+UNCHECKED = {"status": "not checked", "value": None}
 SEED, SIZES = 0, (5, 20, 100, 300, 1000)
 
 
@@ -82,7 +83,7 @@ def table(folder: Path) -> str:
         system, _, seed = path.stem.rpartition("_")
         found = json.loads(path.read_text())
         checks = {check["condition"]: check for check in found["conditions"] + found["further"]}
-        cells = [_cell(checks[name]) for name in (
+        cells = [_cell(checks.get(name, UNCHECKED)) for name in (
             "fit", "injectivity, local (ii)", "injectivity, global (ii)", "variability of means (iv)",
             "variability (iv)", "ambiguity against the truth", "separability", "efficiency")]
         rows.append([system.replace("_", " "), seed, found["verdict"], *cells])

@@ -56,7 +56,7 @@ class Certificate:
         raise KeyError(f"{condition!r} isn't among {[c.condition for c in (*self.conditions, *self.further)]}")
 
     def __str__(self) -> str:
-        name = max(len(check.condition) for check in (*self.conditions, *self.further))
+        name = max((len(check.condition) for check in (*self.conditions, *self.further)), default=9)
         blocks = [SAYS[self.verdict],
                   f"({self.systems} systems, supports of {self.shots} shots; {self.seconds:.0f} s)", "",
                   _row("condition", "verdict", "value [95%]", "wanted", ["why, and what to do"], name)]
@@ -99,4 +99,4 @@ def _span(interval: tuple[float, float]) -> str:
 
 
 def _short(x: float, digits: int = 3) -> str:
-    return "inf" if math.isinf(x) else f"{x:.0f}" if 100 <= abs(x) < 1e5 else f"{x:.{digits}g}"
+    return f"{x:g}" if math.isinf(x) else f"{x:.0f}" if 100 <= abs(x) < 1e5 else f"{x:.{digits}g}"

@@ -82,7 +82,7 @@ def judge_fisher(found: Fisher) -> Check:
     least = found.singular[..., 0].flatten()
     low, value, high = least.quantile(torch.tensor([0.05, 0.5, 0.95], dtype=least.dtype)).tolist()
     typical = found.singular.flatten(0, -2).median(0).values
-    lost, who = int((typical < SEEN.fails).sum()), culprits(found.names, found.weakest)
+    lost, who = int((typical < SEEN.fails).sum()), culprits(found.names, found.weakest, least=0.02)
     why = (f"{lost} of {len(found.names)} directions move no observation by the noise: {who}" if lost else
            f"what {who} moves least, in standard deviations of the noise")
     return judged("injectivity, local (ii)", value, (low, high), SEEN, why,

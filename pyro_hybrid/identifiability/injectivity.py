@@ -135,6 +135,6 @@ def _share(count: int, of: int) -> Interval:
 
 def _pair(found: Twins, i: int) -> str:
     apart = found.apart[i].abs()
-    moved = [j for j in apart.argsort(descending=True).tolist() if apart[j] > 0.3 * apart.max()]
+    moved = [j for j in apart.argsort(descending=True).tolist() if apart[j] > 0.1 * apart.max()]
     values = ", ".join(f"{found.names[j]} {found.first[i, j]:.3g} and {found.second[i, j]:.3g}" for j in moved[:3])
     return f"({values}), whose trajectories differ by {found.distance[i]:.2g} standard deviations of the noise"

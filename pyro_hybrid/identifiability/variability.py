@@ -89,7 +89,7 @@ def variability(reading: Reading, *, tasks: int | None = None, seed: int = 0) ->
         reading.names, reading.terms, tasks or mean.shape[1], reading.shots,
         ratios, (min(float(low), float(ratios[0])), max(float(high), float(ratios[0]))), _shares(directions[:, 0]),
         nats, (float(again.quantile(0.025)), float(again.quantile(0.975))),
-        _shares(direction * natural.flatten(0, 1).std(0)),
+        _shares(direction * inverse.diagonal(dim1=-2, dim2=-1).mean((0, 1)).sqrt()),
     )
 
 
@@ -228,7 +228,7 @@ def too_few(terms: int, tasks: int) -> list[Check]:
 
 def _judge_means(found: Variability) -> Check:
     ratio, who = float(found.locations[0]), culprits(found.latents, found.location_weights)
-    if float(found.nats[-1]) == 0.0:
+    if float(found.nats[-1]) < ROUNDING:
         why, remedy = "the prior doesn't look at the support", "Use a SupportPrior: it is what the theorem rests on."
     else:
         why = f"weakest direction: {who}, against what {found.shots} other shots of the same system change"
