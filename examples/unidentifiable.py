@@ -98,7 +98,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2000, help="training steps (default: 2000)")
     parser.add_argument("--seed", type=int, default=0, help="of data, initial weights and training (default: 0)")
     parser.add_argument("--out", type=Path, default=Path("out/unidentifiable"),
-                        help="folder for figures and numbers (default: out/unidentifiable)")
+                        help="folder for figures (default: out/unidentifiable)")
     parser.add_argument("--fast", action="store_true", help="a tiny run that shows the way, not the result")
     choice = parser.parse_args()
     systems, steps = (30, 6) if choice.fast else (choice.systems, choice.steps)

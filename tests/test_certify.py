@@ -114,7 +114,7 @@ def test_priors_that_vary_in_their_means_alone_are_refused_where_two_statistics_
 def test_a_function_whose_prior_varies_in_means_or_in_variances_alone_is_refused(varies: str, condition: str) -> None:
     certificate = ph.certify(*functions(varies), lines(300), progress=False)
     assert certificate.verdict == certificate[condition].status == "fails"
-    assert "weights[0]" in certificate[condition].why and "weights[1]" in certificate[condition].why
+    assert "weights[" in certificate[condition].why  # one of the two: the weakest direction of all is named
 
 
 def test_two_systems_are_refused_because_the_theorem_counts_to_five() -> None:
