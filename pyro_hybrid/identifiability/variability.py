@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pyro_hybrid.families import Family
 from pyro_hybrid.identifiability.check import Check, Interval, Threshold, judged
+from pyro_hybrid.identifiability.hyperplanes import generalised, weakest
 from pyro_hybrid.identifiability.reading import Reading
 
 __all__ = ["Variability", "culprits", "judge_variability", "too_few", "variability"]
@@ -17,7 +18,7 @@ __all__ = ["Variability", "culprits", "judge_variability", "too_few", "variabili
 LOCATIONS = Threshold(holds=1.0, fails=0.25)  # variance between systems, in variances between supports of one system
 NATS, FAINT = 3.0, 1e-3  # twenty to one against a prior that leaves a direction out; too little to wait for
 NAMES = ("variability of means (iv)", "variability (iv)")
-RESAMPLES, ROUNDS, FEW = 100, 30, 8
+RESAMPLES, FEW = 100, 8
 OUTLYING = 6.0  # standard deviations of the bulk
 ROUNDING = 1e-12  # variance, in population units, that float32 alone makes
 
@@ -77,13 +78,13 @@ def variability(reading: Reading, *, tasks: int | None = None, seed: int = 0) ->
     mean, scale = reading.coordinates()
     mean, everyone = _tame(mean) / spread, torch.ones(mean.shape[1], dtype=mean.dtype)
     between, within = _covariances(mean, everyone)
-    ratios, directions = _generalised(between, within)
+    ratios, directions = generalised(between, within)
     natural, inverse = _noiseless(reading, _shrunk(mean, between, within) * spread, scale)
-    nats, direction = _nats(natural, inverse, everyone)
+    nats, direction = weakest(natural, inverse, everyone)
     resampled = [_counts(mean.shape[1], generator) for _ in range(RESAMPLES)]
-    low = torch.stack([_generalised(*_covariances(mean, counts))[0][0] for counts in resampled]).quantile(0.025)
+    low = torch.stack([generalised(*_covariances(mean, counts))[0][0] for counts in resampled]).quantile(0.025)
     high = torch.stack([_elsewhere(mean, generator) for _ in resampled]).quantile(0.975, interpolation="higher")
-    again = torch.stack([_nats(natural, inverse, counts, direction)[0][0] for counts in resampled])
+    again = torch.stack([weakest(natural, inverse, counts, direction)[0][0] for counts in resampled])
     again = again + (nats[0] - again.mean()).clamp(min=0.0)  # a minimum over directions is too low in every sample
     return Variability(
         reading.names, reading.terms, tasks or mean.shape[1], reading.shots,
@@ -110,15 +111,6 @@ def _covariances(mean: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     return between, within + ROUNDING * torch.eye(len(within), dtype=within.dtype)
 
 
-def _generalised(matrix: Tensor, metric: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues of matrix x = e metric x, rising, and eigenvectors as columns, with x metric x = 1."""
-    root = torch.linalg.cholesky(metric)
-    white = torch.linalg.solve_triangular(root, matrix, upper=False)
-    white = torch.linalg.solve_triangular(root, white.mT, upper=False)
-    values, vectors = torch.linalg.eigh(0.5 * (white + white.mT))
-    return values, torch.linalg.solve_triangular(root.mT, vectors, upper=True)
-
-
 def _tame(mean: Tensor) -> Tensor:
     """Means without outliers: a support that was read in a wrong optimum would drown the others."""
     middle = mean.flatten(0, 1).median(0).values
@@ -136,14 +128,14 @@ def _elsewhere(mean: Tensor, generator: torch.Generator) -> Tensor:
     halves = torch.randperm(mean.shape[1], generator=generator).tensor_split(2)
     ratios = []
     for here, there in (halves, halves[::-1]):
-        direction = _generalised(*_covariances(mean[:, here], torch.ones(len(here), dtype=mean.dtype)))[1][:, :1]
-        ratios.append(_generalised(*_covariances(mean[:, there] @ direction, _counts(len(there), generator)))[0][0])
+        direction = generalised(*_covariances(mean[:, here], torch.ones(len(here), dtype=mean.dtype)))[1][:, :1]
+        ratios.append(generalised(*_covariances(mean[:, there] @ direction, _counts(len(there), generator)))[0][0])
     return torch.stack(ratios).mean()
 
 
 def _shrunk(mean: Tensor, between: Tensor, within: Tensor) -> Tensor:
     """Each task's mean, drawn in so that their covariance is what it would be without the noise of supports."""
-    ratios, directions = _generalised(between, within)
+    ratios, directions = generalised(between, within)
     ratios = ratios.clamp(min=0.0)
     kept = (ratios / (ratios + 1.0 / mean.shape[0])).sqrt()
     centre = mean.mean(0)
@@ -186,28 +178,6 @@ def _block_diagonal(blocks: list[Tensor]) -> Tensor:
         end = at + block.shape[-1]
         whole[..., at:end, at:end], at = block, end
     return whole
-
-
-def _nats(natural: Tensor, inverse: Tensor, counts: Tensor, start: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The least loss over hyperplanes, with those of the directions orthogonal to its own, and that direction."""
-    weight = (counts / counts.sum() / len(natural)).expand(natural.shape[:2])
-    begun = [start] if start is not None else [None, *torch.eye(natural.shape[-1], dtype=natural.dtype)]
-    return min((_descend(natural, inverse, weight, direction) for direction in begun), key=lambda found: found[0][0])
-
-
-def _descend(natural: Tensor, inverse: Tensor, weight: Tensor, direction: Tensor | None) -> tuple[Tensor, Tensor]:
-    """An eigenproblem with weights that depend on its solution, solved until they no longer move."""
-    values, vectors, last = natural, natural, None
-    for _ in range(ROUNDS):
-        share = weight if direction is None else weight / ((inverse @ direction) @ direction)
-        away = natural - torch.einsum("rt,rti->i", share, natural) / share.sum()
-        values, vectors = _generalised(torch.einsum("rt,rti,rtj->ij", share, away, away),
-                                       torch.einsum("rt,rtij->ij", share, inverse))
-        direction = vectors[:, 0]
-        if last is not None and abs(values[0] - last) <= 1e-6 * abs(last):
-            break
-        last = values[0]
-    return 0.5 * values, vectors[:, 0]
 
 
 def _shares(direction: Tensor) -> Tensor:
