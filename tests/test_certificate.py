@@ -19,7 +19,7 @@ from pyro_hybrid.identifiability.variability import too_few
 
 SEEN = Threshold(holds=3.0, fails=1.0)
 SPRING = Check("injectivity, local (ii)", "fails", 4.2e-5, (1.1e-6, 0.25), SEEN,
-               "1 of 3 directions move no observation by the noise: mass (55%), stiffness (45%)",
+               "1 of 3 directions moves no observation by the noise: mass (55%), stiffness (45%)",
                "Fix or merge what only counts together (mass (55%), stiffness (45%)), drop what the field ignores, or "
                "observe more.")
 NOISE = Check("noise (i)", "holds", why="x: Normal, exp(-σ²t²/2) is nowhere zero")
@@ -98,6 +98,10 @@ def test_the_first_lines_are_the_verdict_and_what_it_rests_on(status: Status, wo
     assert lines[0].startswith(f"{word}: ") and lines[3].startswith("condition")
 
 
+def test_one_system_with_one_shot_is_told_in_the_singular() -> None:
+    assert "(1 system, supports of 1 shot; 0 s)" in str(ph.Certificate([NOISE], systems=1, shots=1))
+
+
 def test_every_check_has_a_row_in_order_and_the_further_ones_a_heading() -> None:
     text = str(spring())
     assert list(rows(text)) == ["noise (i)", "fit", "injectivity, local (ii)", "beyond the theorem", "efficiency"]
@@ -145,12 +149,13 @@ def test_without_a_remedy_there_is_no_arrow() -> None:
     [
         (0.5, (0.5, 0.5), "0.5"),  # known exactly
         (0.5, (math.nan, math.nan), "0.5"),
+        (0.124, (0.1201, 0.1199), "0.124"),  # known to more digits than are shown
         (math.inf, (12.0, math.inf), "inf [12, inf]"),
         (1234.5678, (987.6, 20123.0), "1235 [988, 20123]"),
         (3.7e6, (1.2e5, 4.3e7), "3.7e+06 [1.2e+05, 4.3e+07]"),
         (-0.3141, (-0.4, 1.0), "-0.314 [-0.4, 1]"),
     ],
-    ids=["exact", "no interval", "infinite", "hundreds", "millions", "negative"],
+    ids=["exact", "no interval", "narrow", "infinite", "hundreds", "millions", "negative"],
 )
 def test_numbers_are_as_long_as_they_need_be(value: float, interval: tuple[float, float], shown: str) -> None:
     row = rows(str(ph.Certificate([Check("fit", "undecided", value, interval, SEEN, "why")])))["fit"][0]
@@ -163,17 +168,28 @@ def test_what_there_is_to_say_of_too_few_tasks_can_be_printed() -> None:
 
 
 @given(
-    value=st.floats(0.0, 1e30),
-    low=st.floats(0.0, 1e30),
+    value=st.floats(-1e300, 1e30),
+    low=st.floats(-1e300, 1e30),
+    wanted=st.sampled_from([1e-8, 1.23e-108]),
     words=st.lists(st.sampled_from(["a", "natural", "unknown[12]: log² z (34%),", "x" * 70]), max_size=30),
     name=st.sampled_from(["fit", "ambiguity against restart 12"]),
 )
-def test_no_line_is_longer_than_120_characters(value: float, low: float, words: list[str], name: str) -> None:
+def test_no_line_is_longer_than_120_characters(value: float, low: float, wanted: float, words: list[str],
+                                                    name: str) -> None:
     text = " ".join(words)
     for verdict in SAYS:
-        check = Check(name, verdict, value, (low, math.inf), Threshold(1e-8, 0.0), text, text)
+        check = Check(name, verdict, value, (low, math.inf), Threshold(wanted, 0.0), text, text)
         shown = str(ph.Certificate([check], [check._replace(status="not checked")], {}, 1000, 10, 432.1))
         assert shown.startswith(SAYS[verdict]) and max(map(len, shown.splitlines())) <= 120, shown
+
+
+def test_a_row_that_is_too_full_keeps_its_columns_and_wraps_the_why() -> None:
+    full = SPRING._replace(value=-1.234e-100, interval=(-1.2e-100, -1.1e-101), threshold=Threshold(-1.23e-100, 0.0))
+    lines = rows(str(ph.Certificate([full])))[SPRING.condition]
+    start = len(SPRING.condition) + WHY
+    assert re.split(r"  +", lines[0])[2:4] == ["-1.23e-100 [-1.2e-100, -1.1e-101]", "> -1.23e-100"]
+    assert all(line[:start].isspace() for line in lines[1:])
+    assert max(map(len, lines)) <= 118
 
 
 def test_what_the_checks_looked_at_is_not_printed() -> None:

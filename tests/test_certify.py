@@ -180,11 +180,13 @@ def test_exchangeable_latents_are_refused_naming_both() -> None:
 def test_a_latent_that_the_field_ignores_is_refused_by_name() -> None:
     certificate = refused(replace(GOOD, sites={**GOOD.sites, "idle": Normal(1)}), LOCAL, "the noise: idle")
     assert certificate[LOCAL].value == 0.0 and certificate[ALL].status == "fails"
+    assert certificate[GLOBAL].status == "fails" and "(idle " in certificate[GLOBAL].why
 
 
 def test_a_latent_that_only_a_sensor_without_data_sees_is_refused_by_name() -> None:
     case = replace(GOOD, sites={**GOOD.sites, "brightness": LogNormal(1, scale=0.4)}, gain="brightness")
-    assert refused(case, LOCAL, "the noise: brightness")[LOCAL].value == 0.0
+    certificate = refused(case, LOCAL, "the noise: brightness")
+    assert certificate[LOCAL].value == 0.0 and certificate[GLOBAL].status == "fails"
 
 
 @pytest.mark.parametrize("system", [ph.systems.Pendulum(), ph.systems.DoublePendulum()], ids=lambda s: type(s).__name__)
@@ -300,6 +302,26 @@ def test_one_condition_that_fails_fails_all_and_one_that_is_open_leaves_all_open
 def test_one_task_is_refused() -> None:
     with pytest.raises(ValueError, match="expected two tasks or more; got 1. Identifiability is about what differs"):
         ph.certify(*ONE.build(), ONE.data()[:1], progress=False)
+
+
+def test_tasks_of_one_shot_are_refused() -> None:
+    tasks = ONE.data()
+    tasks = replace(tasks, values=tasks.values[:, :1], states=tuple(part[:, :1] for part in tasks.states),
+                    mask=tasks.mask[:, :1], seen=tasks.seen[:, :1])
+    with pytest.raises(ValueError, match="expected two shots or more of every task; got 1. One support alone"):
+        ph.certify(*ONE.build(), tasks, progress=False)
+
+
+def test_systems_of_which_only_the_support_was_observed_are_left_out_of_what_looks_at_the_query() -> None:
+    tasks = replace(ONE, tasks=60).data()
+    mask = tasks.mask.clone()
+    mask[::2, 1:] = False
+    certificate = ph.certify(*ONE.build(), replace(tasks, mask=mask, seen=mask), progress=False)
+    assert len(certificate.numbers["fit"].error) == 30 and certificate["fit"].status == "holds"
+    assert certificate[LOCAL].status == "holds" and certificate[GLOBAL].value == 1.0
+    mask[:, 1:] = False
+    with pytest.raises(ValueError, match="expected systems with observations beside their support; got none. Take"):
+        ph.certify(*ONE.build(), replace(tasks, mask=mask, seen=mask), progress=False)
 
 
 def sampling(shape: str) -> object:

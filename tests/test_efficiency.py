@@ -198,6 +198,15 @@ def test_where_a_direction_is_not_seen_there_is_no_bound_to_compare_with(states:
     assert check.status == "not checked" and math.isnan(check.value) and "isn't seen at all" in check.why
 
 
+def test_without_truth_one_support_of_each_task_is_refused() -> None:
+    tasks = data()
+    reading = least_squares(tasks)
+    one = reading._replace(natural={name: value[:1] for name, value in reading.natural.items()})
+    assert efficiency(MODEL, tasks, one, truth=tasks.truth).against == "truth"
+    with pytest.raises(ValueError, match="expected two supports or more of each task, or the truth; got one support"):
+        efficiency(MODEL, tasks, one)
+
+
 def test_global_random_numbers_are_left_alone_and_the_seed_decides() -> None:
     tasks = data(tasks=20)
     reading, before = least_squares(tasks), torch.get_rng_state()

@@ -184,7 +184,7 @@ def test_a_product_of_two_latents_fails_and_both_are_named() -> None:
     points = population(40, 3)
     check = judged(lambda a, b, c, t: a * b * t + c, families, points)
     assert check.status == "fails" and check.value < 1e-3
-    assert check.why.startswith("1 of 3 directions move no observation by the noise: ")
+    assert check.why.startswith("1 of 3 directions moves no observation by the noise: ")
     assert all(f"{name} (" in check.why for name in ("a", "b")) and "c" not in check.why.split(": ")[1]
     assert "Fix or merge what only counts together" in check.remedy
 
@@ -198,7 +198,7 @@ def test_a_sum_of_two_latents_fails_and_both_are_named() -> None:
 def test_an_ignored_latent_fails_and_is_named() -> None:
     check = judged(lambda z, t: z[..., :1] * t + z[..., 2:] * t**2, {"z": Normal(3)}, population(20, 3))
     assert check.status == "fails" and check.value < 1e-3
-    assert check.why == "1 of 3 directions move no observation by the noise: z[1]"
+    assert check.why == "1 of 3 directions moves no observation by the noise: z[1]"
 
 
 def test_two_lost_directions_are_counted() -> None:
@@ -216,6 +216,13 @@ def test_where_systems_disagree_it_is_left_open() -> None:
     singular = torch.linspace(0.1, 20.0, 50, dtype=torch.float64).view(1, 50, 1)
     check = judge_fisher(Fisher(["z"], torch.zeros(1, 50, 1), torch.zeros(1, 50, 1, 1), singular, torch.ones(1)))
     assert check.status == "undecided" and check.interval[0] < 1.5 and check.interval[1] > 18.0
+
+
+def test_a_run_too_steep_for_float64_does_not_hide_the_names() -> None:
+    points = population(20, 2)
+    points[0, 0] = 350.0  # exp(350) can be squared, its slope can't
+    check = judged(lambda z, t: (0.5 * z[..., :1] * t).exp() / 1e-4 + 0.0 * z[..., 1:], {"z": Normal(2)}, points)
+    assert check.why.startswith("1 of 2 directions moves no observation by the noise: z[1]") and "nan" not in str(check)
 
 
 def test_a_run_that_diverges_does_not_crash() -> None:

@@ -18,7 +18,7 @@ from toys import NOISE, TIMES, TOGETHER, Line, features, make_tasks
 
 import pyro_hybrid as ph
 from pyro_hybrid.identifiability.check import Check
-from pyro_hybrid.identifiability.fit import Fit, judge_fit, misfit
+from pyro_hybrid.identifiability.fit import Misfit, judge_fit, misfit
 
 DESIGN = features(TIMES) - features(TIMES[:1])
 MODEL = Line(sites=TOGETHER).double()
@@ -110,20 +110,20 @@ def test_what_the_program_cannot_express_fails() -> None:
 
 def test_near_the_threshold_it_stays_open() -> None:
     error = torch.linspace(1.0, 8.0, 9, dtype=torch.float64)
-    check = judge_fit(Fit(error))
+    check = judge_fit(Misfit(error))
     assert check.status == "undecided" and check.interval[0] < 2.0 < check.interval[1]
 
 
 def test_the_typical_task_counts_not_the_worst() -> None:
     error = torch.ones(50, dtype=torch.float64)
     error[7] = 1e6
-    check = judge_fit(Fit(error))
+    check = judge_fit(Misfit(error))
     assert check.status == "holds" and "1e+03 times in the worst of 50 systems" in check.why
 
 
 @pytest.mark.parametrize(("error", "factor"), [(9.0, 3.0), (1 / 9.0, 3.0), (1.0, 1.0), (0.0, 1e12), (math.inf, 1e12)])
 def test_too_large_and_too_small_are_told_by_the_same_factor(error: float, factor: float) -> None:
-    assert judge_fit(Fit(torch.full((20,), error, dtype=torch.float64))).value == pytest.approx(factor)
+    assert judge_fit(Misfit(torch.full((20,), error, dtype=torch.float64))).value == pytest.approx(factor)
 
 
 def test_masked_observations_do_not_count_whatever_their_values() -> None:
@@ -137,6 +137,28 @@ def test_masked_observations_do_not_count_whatever_their_values() -> None:
     pyro.set_rng_seed(0)
     assert torch.equal(misfit(MODEL, found, wild).error, clean)
     assert clean.mean() == pytest.approx(1.0, abs=0.15)
+
+
+def test_a_task_of_which_nothing_is_observed_is_left_out() -> None:
+    mask = EPISODE.mask.clone()
+    mask[3] = False
+    assert not torch.equal(mask, EPISODE.mask)
+    found = drawing(posterior(EPISODE))
+    pyro.set_rng_seed(0)
+    whole = misfit(MODEL, found, EPISODE).error
+    pyro.set_rng_seed(0)
+    some = misfit(MODEL, found, replace(EPISODE, mask=mask)).error
+    assert_close(some, whole[torch.arange(30) != 3])
+
+
+def test_where_nothing_is_observed_nothing_is_judged() -> None:
+    blind = replace(EPISODE, mask=torch.zeros_like(EPISODE.mask))
+    check = judge_fit(misfit(MODEL, drawing(posterior(EPISODE)), blind))
+    assert check.status == "not checked" and check.why == "of no system is anything observed but its support"
+
+
+def test_one_system_is_told_in_the_singular() -> None:
+    assert judge_fit(Misfit(torch.ones(1, dtype=torch.float64))).why.endswith("1 times in the worst of 1 system")
 
 
 # ---- programs that go wrong, and odd ones --------------------------------------------------------------------------
@@ -196,6 +218,6 @@ def test_an_observation_that_no_latent_moves_counts_like_any_other() -> None:
 
 
 def test_it_leaves_no_random_trace_in_the_judgement() -> None:
-    found, before = Fit(torch.linspace(1.0, 8.0, 9, dtype=torch.float64)), torch.get_rng_state()
+    found, before = Misfit(torch.linspace(1.0, 8.0, 9, dtype=torch.float64)), torch.get_rng_state()
     assert judge_fit(found) == judge_fit(found) != judge_fit(found, seed=1)
     assert torch.equal(before, torch.get_rng_state())

@@ -106,6 +106,14 @@ def test_only_the_latents_that_differ_are_told() -> None:
     assert "(z[0] " in judge_twins(found).why and "z[1]" not in judge_twins(found).why
 
 
+@pytest.mark.parametrize("weight", [0.0, 1e-3], ids=["ignored", "hardly seen"])
+def test_a_latent_that_is_not_seen_has_a_twin_wherever_it_is_else(weight: float) -> None:
+    found = hunt(lambda z, t: z[..., :1] * t + weight * z[..., 1:] * t**2, {"z": Normal(2)}, gaussian(40, 2))
+    check = judge_twins(found)
+    assert check.status == "fails" and check.value == 0.0 and (found.distance < 0.5).all()
+    assert "(z[1] " in check.why and "z[0]" not in check.why
+
+
 # ---- what isn't there isn't claimed --------------------------------------------------------------------------------
 
 
@@ -218,6 +226,10 @@ def test_pairs_whose_trajectories_can_be_told_apart_are_reported_and_not_counted
     assert check.status == "holds"
     assert check.why == ("in 12 hunts for each of 42 systems the closest pair was (z 20 and 22), whose trajectories "
                          "differ by 4 standard deviations of the noise")
+
+
+def test_one_system_with_a_twin_is_told_in_the_singular() -> None:
+    assert judged(1, 40).why.startswith("1 of 40 systems has a twin, such as (z ")
 
 
 def test_where_nothing_was_found_it_says_so() -> None:

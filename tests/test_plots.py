@@ -22,7 +22,7 @@ from pyro_hybrid.identifiability.certificate import SAYS
 from pyro_hybrid.identifiability.check import Check, Status, unchecked
 from pyro_hybrid.identifiability.efficiency import RATIO, Efficiency
 from pyro_hybrid.identifiability.fisher import SEEN, Fisher
-from pyro_hybrid.identifiability.fit import FACTOR, Fit
+from pyro_hybrid.identifiability.fit import FACTOR, Misfit
 from pyro_hybrid.identifiability.injectivity import ALIKE, Twins
 from pyro_hybrid.identifiability.samples import Curve
 from pyro_hybrid.identifiability.separability import Separability
@@ -36,8 +36,8 @@ def doubles(*values: Any) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
-def fit(*factors: float) -> Fit:
-    return Fit(doubles(*factors).square())
+def fit(*factors: float) -> Misfit:
+    return Misfit(doubles(*factors).square())
 
 
 def fisher(singular: torch.Tensor) -> Fisher:
@@ -51,7 +51,7 @@ def twins(distance: torch.Tensor, apart: torch.Tensor) -> Twins:
 
 
 def statistics(margin: torch.Tensor) -> Statistics:
-    return Statistics(LATENTS, margin, [True, True])
+    return Statistics(LATENTS, margin, torch.full_like(margin, 1e-14), [True, True])
 
 
 def variability(locations: torch.Tensor, nats: torch.Tensor, tasks: int = 300) -> Variability:
@@ -197,7 +197,7 @@ def test_statistic_shows_the_worst_quarter_of_every_latent() -> None:
     axis = axes()
     plots.statistic(axis, statistics(doubles([0.5, 1e-3, 0.4, 0.2], [0.3, 0.2, 0.1, 1e-11])))
     assert bars(axis) == pytest.approx([1e-3, 1e-11]) and names(axis) == LATENTS
-    assert limits(axis) == [INDEPENDENT.holds] and axis.get_yscale() == "log"
+    assert limits(axis) == [INDEPENDENT.fails] and axis.get_yscale() == "log"
 
 
 def test_means_shows_the_signal_to_noise_ratios() -> None:
@@ -223,7 +223,7 @@ def test_ratio_shows_errors_in_units_of_the_bound() -> None:
 @pytest.mark.parametrize(
     ("draw", "found", "expected"),
     [
-        (plots.statistic, statistics(torch.full((2, 4), 1e-17, dtype=torch.float64)), [INDEPENDENT.holds]),
+        (plots.statistic, statistics(torch.full((2, 4), 1e-17, dtype=torch.float64)), [INDEPENDENT.fails]),
         (plots.means, variability(doubles(-0.3, 0.1), torch.ones(4)), [LOCATIONS.holds]),
         (plots.nats, variability(torch.ones(2), torch.full((4,), 1e-9)), [NATS]),
         (plots.ratio, efficiency(doubles(1e-3, 0.2)), [1.0, RATIO.holds]),

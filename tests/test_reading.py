@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pyro
 import pyro.distributions as dist
@@ -59,6 +60,29 @@ def test_a_prior_by_hand_is_read_from_disjoint_supports() -> None:
 
 def test_latents_of_shots_and_of_no_task_are_not_the_task_s() -> None:
     assert set(quietly(stated, data()).natural) == {"z", "rate"}
+
+
+@pytest.mark.parametrize("make", [
+    lambda n: dist.Normal(torch.zeros(n), 1.0).to_event(1),
+    lambda n: dist.Normal(torch.zeros(n), 1.0),
+    lambda n: dist.Normal(torch.zeros(n, 2), 1.0).to_event(2),
+], ids=["vector", "batch", "matrix"])
+def test_latents_of_no_task_are_not_the_task_s_even_if_they_are_as_many_as_tasks(
+        make: Callable[[int], dist.Distribution]) -> None:
+    def program(episode: ph.Episode) -> None:
+        pyro.sample("shared", make(episode.shape[0]))
+        stated(episode)
+
+    assert set(quietly(program, data()).natural) == {"z", "rate"}
+
+
+def test_latents_of_shots_in_a_plate_of_their_own_are_not_the_task_s() -> None:
+    def program(episode: ph.Episode) -> None:
+        with pyro.plate("system", episode.shape[0], dim=-2), pyro.plate("trial", episode.shape[1], dim=-1):
+            pyro.sample("kick", dist.Normal(0.0, 1.0))
+        stated(episode)
+
+    assert set(quietly(program, data()).natural) == {"z", "rate"}
 
 
 @pytest.mark.parametrize(("shots", "num_support", "chosen", "supports"), [
@@ -240,6 +264,21 @@ def test_tasks_on_which_the_prior_fails_are_counted_and_the_first_is_named() -> 
     with pytest.raises(ValueError, match="finite natural parameters of 'z'; got NaN or Inf in 2 tasks, the first being "
                                          "task 3"):
         quietly(latent(lost), tasks)
+
+
+def test_a_task_on_which_the_prior_has_no_mean_is_named() -> None:
+    def improper(known: Tensor) -> dist.Distribution:
+        return dist.Gamma(torch.ones_like(known).index_fill(0, torch.tensor(4), 1e-300), 1.0).to_event(1)
+
+    with pytest.raises(ValueError, match="a finite mean and spread of 'z'; got NaN or Inf in 1 task, the first being "
+                                         "task 4"):
+        quietly(latent(improper), data())
+
+
+def test_tasks_of_one_shot_are_refused() -> None:
+    one = replace(data(), values=data().values[:, :1], states=(torch.zeros(9, 1, 5).double(),))
+    with pytest.raises(ValueError, match="expected two shots or more of every task; got 1. One support alone"):
+        quietly(stated, one)
 
 
 @pytest.mark.parametrize("shots", [0, 7, -1])

@@ -58,8 +58,9 @@ class Certificate:
     def __str__(self) -> str:
         name = max((len(check.condition) for check in (*self.conditions, *self.further)), default=9)
         blocks = [SAYS[self.verdict],
-                  f"({self.systems} systems, supports of {self.shots} shots; {self.seconds:.0f} s)", "",
-                  _row("condition", "verdict", "value [95%]", "wanted", ["why, and what to do"], name)]
+                  f"({self.systems} system{'s' * (self.systems != 1)}, supports of {self.shots} "
+                  f"shot{'s' * (self.shots != 1)}; {self.seconds:.0f} s)", "",
+                  _row("condition", "verdict", "value [95%]", "wanted", "why, and what to do", name)]
         blocks += [_lines(check, name) for check in self.conditions]
         if self.further:
             blocks += ["", "beyond the theorem"] + [_lines(check, name) for check in self.further]
@@ -79,23 +80,22 @@ class Certificate:
 
 
 def _lines(check: Check, name: int) -> str:
-    space = WIDTH - name - 53
-    why = textwrap.wrap(check.why, space)
-    if check.remedy:
-        why += textwrap.wrap(check.remedy, space, initial_indent="-> ", subsequent_indent="   ")
     status = check.status.upper() if check.status == "fails" else check.status
     value = "" if math.isnan(check.value) else f"{_short(check.value)} {_span(check.interval)}"
-    return _row(check.condition, status, value, str(check.threshold or ""), why or [""], name)
+    row = _row(check.condition, status, value, str(check.threshold or ""), check.why, name)
+    space = " " * (name + 53)
+    remedy = textwrap.wrap(f"-> {check.remedy}", WIDTH, initial_indent=space, subsequent_indent=space + "   ")
+    return "\n".join([row, *remedy] if check.remedy else [row])
 
 
-def _row(condition: str, status: str, value: str, wanted: str, why: list[str], name: int) -> str:
-    first = f"{condition:<{name}}  {status:<11}  {value:<27}  {wanted:<7}  {why[0]}"
-    return "\n".join([first.rstrip(), *(" " * (name + 53) + line for line in why[1:])])
+def _row(condition: str, status: str, value: str, wanted: str, why: str, name: int) -> str:
+    first = f"{condition:<{name}}  {status:<11}  {value:<27}  {wanted:<7}  "
+    return textwrap.fill(why, WIDTH, initial_indent=first, subsequent_indent=" " * (name + 53)) or first.rstrip()
 
 
 def _span(interval: tuple[float, float]) -> str:
-    low, high = interval
-    return "" if low == high or math.isnan(low) else f"[{_short(low, 2)}, {_short(high, 2)}]"
+    low, high = (_short(x, 2) for x in interval)
+    return "" if low == high or math.isnan(interval[0]) else f"[{low}, {high}]"
 
 
 def _short(x: float, digits: int = 3) -> str:

@@ -69,7 +69,6 @@ def _certify(model: Program, guide: Program, tasks: Tasks, restarts: Sequence[Pr
     began, numbers = time.perf_counter(), {}
     model, guide, *restarts = _at_rest(model, guide, *restarts)
     some = _some(tasks, READ)
-    episode = _some(tasks, LINEARISED).episode()
     looks = 9 + len(restarts) + (tasks.truth is not None)
     bar = tqdm(total=looks, desc="certify", unit="check", leave=False, disable=not progress)
 
@@ -81,6 +80,7 @@ def _certify(model: Program, guide: Program, tasks: Tasks, restarts: Sequence[Pr
 
     with bar:
         reading = look("reading", lambda: read(model, some, progress=progress))
+        episode = _some(_observed(tasks), LINEARISED).episode()
         conditions = [judge_noise(look("noise", lambda: noise(model, episode))),
                       judge_fit(look("fit", lambda: misfit(model, guide, episode)), seed=seed)]
         found = look("fisher", lambda: fisher(model, guide, episode, reading))
@@ -140,6 +140,14 @@ def _varies(values: Tensor) -> bool:
 def _some(tasks: Tasks, most: int) -> Tasks:
     """So many tasks, evenly spaced."""
     return tasks if len(tasks) <= most else tasks[torch.linspace(0, len(tasks) - 1, most).long()]
+
+
+def _observed(tasks: Tasks) -> Tasks:
+    """Those of which more than the support was observed."""
+    counts = torch.as_tensor(tasks.mask).expand_as(tasks.values)[:, tasks.num_support :].flatten(1).any(1)
+    require(bool(counts.any()), "systems with observations beside their support", "none",
+            "Take fewer shots into the support, or record more.")
+    return tasks[counts]
 
 
 def _at_rest(*programs: Program) -> list[Any]:

@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_hybrid._checks import require
 from pyro_hybrid.identifiability.check import Check, Interval, Threshold, judged, unchecked
 from pyro_hybrid.identifiability.fisher import posed
 from pyro_hybrid.identifiability.reading import Reading, names_of
@@ -58,6 +59,8 @@ def efficiency(program: Program, tasks: Tasks, reading: Reading, *, truth: Mappi
         seed: of the resampling.
     """
     mean = reading.coordinates()[0]
+    require(truth is not None or len(mean) > 1, "two supports or more of each task, or the truth", "one support",
+            "Read smaller supports: read(..., shots=...).")
     support = tasks.shots(slice(0, reading.shots))
     problem = posed(program, replace(support, support=support), reading, mean[0])
     fisher, spread = information(problem, mean[0]), reading.spread()[1]

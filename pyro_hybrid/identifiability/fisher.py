@@ -72,6 +72,7 @@ def fisher(model: Program, guide: Program, episode: Episode, reading: Reading) -
     spread = reading.spread()[1]
     problem = posed(model, episode, reading, points[0])
     scaled = torch.stack([information(problem, point) for point in points]) * spread * spread.unsqueeze(-1)
+    scaled = scaled.where(torch.isfinite(scaled).all(-1, keepdim=True).all(-2, keepdim=True), 0.0)  # as if it diverged
     values, vectors = torch.linalg.eigh(scaled)
     return Fisher(reading.names, points, scaled, values.clamp(min=0.0).sqrt(),
                   vectors[..., 0].square().flatten(0, -2).mean(0))
@@ -83,7 +84,8 @@ def judge_fisher(found: Fisher) -> Check:
     low, value, high = least.quantile(torch.tensor([0.05, 0.5, 0.95], dtype=least.dtype)).tolist()
     typical = found.singular.flatten(0, -2).median(0).values
     lost, who = int((typical < SEEN.fails).sum()), culprits(found.names, found.weakest, least=0.02)
-    why = (f"{lost} of {len(found.names)} directions move no observation by the noise: {who}" if lost else
+    move = "moves" if lost == 1 else "move"
+    why = (f"{lost} of {len(found.names)} directions {move} no observation by the noise: {who}" if lost else
            f"what {who} moves least, in standard deviations of the noise")
     return judged("injectivity, local (ii)", value, (low, high), SEEN, why,
                   f"Fix or merge what only counts together ({who}), drop what the field ignores, or observe more.")

@@ -8,27 +8,30 @@ import pyro
 import torch
 from torch import Tensor
 
-from pyro_hybrid.identifiability.check import Check, Threshold, judged
+from pyro_hybrid.identifiability.check import Check, Threshold, judged, unchecked
 from pyro_hybrid.linearise import Program, observed
 from pyro_hybrid.module import local_parameters
 from pyro_hybrid.posterior import draws
 from pyro_hybrid.tasks import Episode
 
-__all__ = ["Fit", "judge_fit", "misfit"]
+__all__ = ["Misfit", "judge_fit", "misfit"]
 
 FACTOR = Threshold(holds=2.0, fails=2.0, larger=False)
 RESAMPLES = 200
 
 
-class Fit(NamedTuple):
-    """Mean squared errors of reconstructed trajectories, in variances of the program's own noise, by task."""
+class Misfit(NamedTuple):
+    """Mean squared errors of reconstructed trajectories, in variances of the program's own noise, by task.
+
+    Tasks of which nothing was observed are left out.
+    """
 
     error: Tensor
 
 
 @torch.no_grad()
 @pyro.validation_enabled(False)
-def misfit(model: Program, guide: Program, episode: Episode, *, num_samples: int = 50) -> Fit:
+def misfit(model: Program, guide: Program, episode: Episode, *, num_samples: int = 50) -> Misfit:
     r"""How far observations are from what the program says at the middle of its posterior.
 
     .. math:: \tfrac{1}{N} \sum_{i=1}^{N} (x_i - \mu_i(\bar z))^2 / \sigma_i^2,
@@ -51,17 +54,21 @@ def misfit(model: Program, guide: Program, episode: Episode, *, num_samples: int
         counts = site.mask.expand_as(error)
         total += error.where(counts, 0.0).nan_to_num(torch.inf).flatten(1).sum(1).cpu()
         count += counts.double().flatten(1).sum(1).cpu()
-    return Fit(total / count.clamp(min=1.0))
+    seen = count > 0.0
+    return Misfit(total[seen] / count[seen])
 
 
-def judge_fit(found: Fit, *, seed: int = 0) -> Check:
+def judge_fit(found: Misfit, *, seed: int = 0) -> Check:
     """By what factor the typical task's errors are larger or smaller than the noise that the program claims."""
-    generator = torch.Generator().manual_seed(seed)
-    rows = torch.randint(len(found.error), (RESAMPLES, len(found.error)), generator=generator)
+    generator, tasks = torch.Generator().manual_seed(seed), len(found.error)
+    if tasks == 0:
+        return unchecked("fit", "of no system is anything observed but its support",
+                         "Take fewer shots into the support, or record more.")
+    rows = torch.randint(tasks, (RESAMPLES, tasks), generator=generator)
     resampled = _factor(found.error[rows].median(1).values)
     middle = float(found.error.median().sqrt())
     why = (f"errors are typically {middle:.2g} times the noise that the program claims, "
-           f"{float(found.error.max().sqrt()):.2g} times in the worst of {len(found.error)} systems")
+           f"{float(found.error.max().sqrt()):.2g} times in the worst of {tasks} system{'s' * (tasks > 1)}")
     interval = float(resampled.quantile(0.025)), float(resampled.quantile(0.975))
     remedy = ("Learn the noise, or train until it has come down." if middle < 1.0 else
               "Train longer, or let the neural term express what is missing: the theorem speaks of an ELBO's maximum.")

@@ -57,14 +57,19 @@ class _Against(Problem):
     def errors(self, task: Tensor, shot: Tensor) -> Tensor:
         return super().errors(task, self._shot.unsqueeze(0) if self._held else shot) - self._there
 
+    def distance(self, task: Tensor) -> Tensor:
+        """Between the trajectories there and at the point, in standard deviations of the noise."""
+        return self.errors(task.unsqueeze(0), self.shot_mean.unsqueeze(0))[0].square().sum((1, 2)).sqrt()
+
 
 @torch.no_grad()
 def twins(program: Program, episode: Episode, reading: Reading, found: Fisher, *, progress: bool = True) -> Twins:
     """Descend from many starts towards the trajectories of a point, and see whether another point is reached.
 
     Starts are mirror images of the point in every latent (about zero, and about the systems' centre), both ends of its
-    weakest direction, and points that fill the region of the systems. What ends within a spread of the point, or more
-    than three from the systems' centre in some latent, doesn't count.
+    weakest direction, and points that fill the region of the systems. They are judged as well as the ends: where a
+    latent is ignored, or nearly, a start has the same trajectories. What is within a spread of the point, or more than
+    three from the systems' centre in some latent, doesn't count.
 
     Arguments:
         program: the model.
@@ -78,11 +83,12 @@ def twins(program: Program, episode: Episode, reading: Reading, found: Fisher, *
     best, distance = torch.full_like(point, torch.nan), torch.full_like(point[:, 0], torch.inf)
     for start in tqdm(starts, desc="hunting for twins", unit="start", leave=False, disable=not progress):
         end = _descend(problem, start)
-        far = ((end.task - point) / spread).norm(dim=-1) > APART
-        near = (((end.task - centre) / spread).abs() <= WITHIN).all(-1)
-        better = far & near & (end.cost.sqrt() < distance)
-        best = torch.where(better.unsqueeze(-1), end.task, best)
-        distance = torch.where(better, end.cost.sqrt(), distance)
+        for place, away in ((start, problem.distance(start)), (end.task, end.cost.sqrt())):
+            far = ((place - point) / spread).norm(dim=-1) > APART
+            near = (((place - centre) / spread).abs() <= WITHIN).all(-1)
+            better = far & near & (away < distance)
+            best = torch.where(better.unsqueeze(-1), place, best)
+            distance = torch.where(better, away, distance)
     return Twins(reading.names, reading.constrained(point), reading.constrained(best), (best - point) / spread,
                  distance, len(starts))
 
@@ -117,7 +123,7 @@ def judge_twins(found: Twins) -> Check:
     count, tasks = int(alike.sum()), len(alike)
     nearest = int(found.distance.argmin())
     if count:
-        why = f"{count} of {tasks} systems have a twin, such as {_pair(found, nearest)}"
+        why = f"{count} of {tasks} systems ha{'s' if count == 1 else 've'} a twin, such as {_pair(found, nearest)}"
     elif torch.isfinite(found.distance[nearest]):
         why = f"in {found.hunts} hunts for each of {tasks} systems the closest pair was {_pair(found, nearest)}"
     else:

@@ -34,9 +34,14 @@ CHARACTERISTIC: dict[type, str] = {
 }
 """Additive noise whose characteristic function is known, and what is known of its zeros."""
 
+ROUNDING = 8.0  # in units of the last digit
+
 
 class Noise(NamedTuple):
-    """The distributions of a program's observations by site, and whether their spread moves with the latents."""
+    """The distributions of a program's observations by site, and whether more than their location moves with latents.
+
+    Of kinds that the table doesn't have, this isn't asked.
+    """
 
     kinds: dict[str, type]
     moving: dict[str, bool]
@@ -54,7 +59,7 @@ def noise(program: Program, episode: Episode) -> Noise:
     first, second = (_observed(program, episode) for _ in range(2))
     kinds = {name: next((kind for kind in CHARACTERISTIC if isinstance(fn, kind)), type(fn))
              for name, fn in first.items()}
-    moving = {name: not torch.equal(_spread(fn), _spread(second[name])) for name, fn in first.items()}
+    moving = {name: kinds[name] in CHARACTERISTIC and _moves(fn, second[name]) for name, fn in first.items()}
     return Noise(kinds, moving)
 
 
@@ -64,8 +69,20 @@ def _observed(program: Program, episode: Episode) -> dict[str, td.Distribution]:
     return {name: bare(site["fn"], None)[0] for name, site in random_sites(trace).items() if site["is_observed"]}
 
 
-def _spread(fn: td.Distribution) -> torch.Tensor:
-    return torch.as_tensor(fn.scale if hasattr(fn, "scale") else fn.stddev)
+def _moves(one: td.Distribution, other: td.Distribution) -> bool:
+    """Whether x minus its location is distributed otherwise, by more than rounding; what diverged says nothing."""
+    return any(bool(((a - b).abs() > ROUNDING * torch.finfo(a.dtype).eps * (size + other_size)).any())
+               for (a, size), (b, other_size) in zip(_shape(one), _shape(other), strict=True))
+
+
+def _shape(fn: td.Distribution) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """All parameters but the location, and the size of the numbers that each is made of."""
+    if isinstance(fn, td.Uniform):
+        return [(fn.high - fn.low, fn.high.abs() + fn.low.abs())]
+    if isinstance(fn, td.MultivariateNormal | td.LowRankMultivariateNormal):
+        return [(fn.covariance_matrix, fn.covariance_matrix.abs())]
+    values = [getattr(fn, name) for name in fn.arg_constraints if name != "loc"]
+    return [(value, value.abs()) for value in values]
 
 
 def judge_noise(found: Noise) -> Check:

@@ -16,7 +16,7 @@ from pyro_hybrid.identifiability.certificate import SAYS, Certificate
 from pyro_hybrid.identifiability.check import Check
 from pyro_hybrid.identifiability.efficiency import RATIO, Efficiency
 from pyro_hybrid.identifiability.fisher import SEEN, Fisher
-from pyro_hybrid.identifiability.fit import FACTOR, Fit
+from pyro_hybrid.identifiability.fit import FACTOR, Misfit
 from pyro_hybrid.identifiability.injectivity import ALIKE, APART, Twins
 from pyro_hybrid.identifiability.samples import Curve
 from pyro_hybrid.identifiability.separability import Separability
@@ -73,7 +73,7 @@ def _bars(axis: Axes, labels: Sequence[str], values: Tensor | np.ndarray, floor:
     axis.set_xticks(range(len(heights)), labels, rotation=20 if max(map(len, labels), default=0) > 6 else 0, fontsize=8)
 
 
-def fit(axis: Axes, numbers: Fit) -> None:
+def fit(axis: Axes, numbers: Misfit) -> None:
     """Errors of each system's trajectories, in noises."""
     factor = numbers.error.sqrt().clamp(1e-3, 1e3).numpy()
     axis.hist(factor, np.geomspace(min(0.2, factor.min()), max(5.0, factor.max()), 40).tolist(), color=COLOURS["holds"])
@@ -113,8 +113,8 @@ def twin(axis: Axes, numbers: Twins) -> None:
 
 def statistic(axis: Axes, numbers: Statistics) -> None:
     """Smallest eigenvalue of each latent's statistics, on its worst quarter."""
-    _bars(axis, numbers.names, numbers.margin.amin(1), 1e-16, "independent share")
-    _limit(axis, INDEPENDENT.holds, "independent above")
+    _bars(axis, numbers.names, numbers.margin.amin(1), 1e-18, "independent share")
+    _limit(axis, INDEPENDENT.fails, "dependent below")
 
 
 def means(axis: Axes, numbers: Variability) -> None:

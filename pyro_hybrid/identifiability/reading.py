@@ -95,6 +95,8 @@ def read(program: Program, tasks: Tasks, *, shots: int | None = None, progress: 
         progress: show a progress bar.
     """
     total = tasks.values.shape[1]
+    require(total > 1 or shots is not None, "two shots or more of every task", total,
+            "One support alone doesn't say what its own noise is: record another shot.")
     shots = min(tasks.num_support, total // 2) if shots is None else shots
     require(1 <= shots <= total, f"supports of 1 to {total} shots", shots, "Each task has no more.")
     supports = [slice(i * shots, (i + 1) * shots) for i in range(total // shots)]
@@ -114,11 +116,17 @@ def read(program: Program, tasks: Tasks, *, shots: int | None = None, progress: 
             pieces.setdefault(name, []).append(torch.stack(naturals))
     natural = {name: torch.cat(parts, 1) for name, parts in pieces.items()}
     for name, value in natural.items():
-        lost = ~torch.isfinite(value).flatten(2).all(2).all(0)
-        require(not bool(lost.any()), f"finite natural parameters of {name!r}",
-                f"NaN or Inf in {int(lost.sum())} tasks, the first being task {int(lost.float().argmax())}",
-                "Find out why the prior fails on them, or drop them.")
+        _require_numbers(value, f"finite natural parameters of {name!r}")
+        _require_numbers(torch.stack(families[name].gaussian(value), -1), f"a finite mean and spread of {name!r}")
     return Reading(families, natural, shots)
+
+
+def _require_numbers(values: Tensor, expected: str) -> None:
+    lost = ~torch.isfinite(values).flatten(2).all(2).all(0)
+    count = int(lost.sum())
+    require(count == 0, expected,
+            f"NaN or Inf in {count} task{'s' * (count > 1)}, the first being task {int(lost.float().argmax())}",
+            "Find out why the prior fails on them, or drop them.")
 
 
 def _task_sites(program: Program, episode: Episode) -> dict[str, Stock]:
@@ -127,10 +135,11 @@ def _task_sites(program: Program, episode: Episode) -> dict[str, Stock]:
         trace = poutine.trace(program).get_trace(episode)
     tasks, sites = episode.shape[0], {}
     for name, site in random_sites(trace).items():
-        shape = tuple(site["value"].shape)
-        if site["is_observed"] or shape[:1] != (tasks,) or len(shape) > 2:
+        batch, event = (tuple(shape) for shape in (site["fn"].batch_shape, site["fn"].event_shape))
+        plated = any(frame.size == tasks for frame in site["cond_indep_stack"])
+        if site["is_observed"] or not plated or batch != (tasks,) or len(event) > 1:
             continue
-        require(len(shape) == 2, f"latent {name!r} of shape (task, component)", shape,
+        require(len(event) == 1, f"latent {name!r} of shape (task, component)", batch,
                 "Give it a component axis: dist.Normal(loc[:, None], scale[:, None]).to_event(1).")
         sites[name] = site["fn"]
     require(bool(sites), "a program with latents of tasks, of shape (task, component)", "none",

@@ -13,7 +13,8 @@ from pyro_hybrid.identifiability.reading import Reading, names_of
 __all__ = ["Statistics", "judge_statistics", "statistics"]
 
 PIECES, DRAWS = 4, 2000
-INDEPENDENT = Threshold(holds=1e-8, fails=1e-12)  # rounding leaves 1e-16 of a repeated statistic's variance
+ROUNDING = 10.0 * torch.finfo(torch.float64).eps  # of a number that took a few steps to compute
+INDEPENDENT = Threshold(holds=0.0, fails=1e-16)  # 1e-8 of a standard deviation
 
 
 class Statistics(NamedTuple):
@@ -22,11 +23,13 @@ class Statistics(NamedTuple):
     Attributes:
         names: the latents.
         margin: smallest eigenvalue of the statistics' correlation matrix, by latent and quarter of its range.
+        rounding: by how much its square root may be wrong, because numbers far from zero have few digits to vary in.
         factorised: by latent, whether its site's family is a product over components.
     """
 
     names: list[str]
     margin: Tensor
+    rounding: Tensor
     factorised: list[bool]
 
 
@@ -42,7 +45,7 @@ def statistics(reading: Reading, *, seed: int = 0) -> Statistics:
         reading: natural parameters of many tasks; z is drawn from what they believe.
         seed: of these draws; the global random state is left alone.
     """
-    names, margins, factorised = [], [], []
+    names, found, factorised = [], [], []
     mean, scale = (x.flatten(0, 1) for x in reading.coordinates())
     generator, at = torch.Generator().manual_seed(seed), 0
     rows = torch.randint(len(mean), (DRAWS,), generator=generator)
@@ -52,30 +55,40 @@ def statistics(reading: Reading, *, seed: int = 0) -> Statistics:
         z = family.constrained(mean[rows, part] + scale[rows, part] * noise)
         for i, name in enumerate(names_of({site: family.n})):
             order = z[:, i].argsort().chunk(PIECES)
-            margins.append(torch.stack([_margin(family.statistics(z[piece])[:, i]) for piece in order]))
+            found.append([_margin(z[piece, i], family.statistics(z[piece])[:, i]) for piece in order])
             names.append(name)
             factorised.append(family.factorised)
         at += family.n
-    return Statistics(names, torch.stack(margins), factorised)
+    margin, rounding = torch.tensor(found, dtype=torch.float64).unbind(-1)
+    return Statistics(names, margin, rounding, factorised)
 
 
-def _margin(values: Tensor) -> Tensor:
-    """Smallest eigenvalue of the correlation matrix of columns; zero where one of them is constant."""
-    values = values - values.mean(0)
-    values = values / values.norm(dim=0).clamp(min=torch.finfo(values.dtype).tiny)
-    return torch.linalg.svdvals(values)[-1].square()
+def _margin(z: Tensor, values: Tensor) -> tuple[float, float]:
+    """Smallest eigenvalue of the correlation matrix of columns, zero where one is constant; and its root's rounding."""
+    wide, deviation = values.abs().amax(0), values.std(0)
+    varies = deviation > ROUNDING * wide
+    columns = ((values - values.mean(0)) / deviation).where(varies, 0.0) / (len(values) - 1) ** 0.5
+    rounding = z.abs().amax() / z.std() + (wide / deviation).where(varies, 0.0)
+    return float(torch.linalg.svdvals(columns)[-1].square()), ROUNDING * float(rounding.norm())
 
 
 def judge_statistics(found: Statistics) -> Check:
-    """The worst latent, on its worst quarter."""
+    """The worst latent, on its worst quarter: whether rounding can explain that its statistics aren't dependent."""
     name = "statistics (iii)"
     joint = [latent for latent, single in zip(found.names, found.factorised, strict=True) if not single]
     if joint:
         return Check(name, "fails", why=f"the prior of {', '.join(joint)} isn't a product over components",
                      remedy="Use a factorised family, such as ph.families.Normal, in the prior.")
-    worst = found.margin.amin(1)
-    value, i = float(worst.min()), int(worst.argmin())
-    why = (f"the least independent are those of {found.names[i]}" if value > INDEPENDENT.fails else
-           f"one statistic of {found.names[i]} follows from the others")
-    return judged(name, value, (value, value), INDEPENDENT, why,
-                  "Give the family statistics none of which follows from the others, on any part of its range.")
+    root = found.margin.sqrt()
+    low, high = (root - found.rounding).clamp(min=0.0).square(), (root + found.rounding).square()
+    intervals = list(zip(low.flatten().tolist(), high.flatten().tolist(), strict=True))
+    worst = intervals.index(min(intervals))
+    latent = found.names[worst // found.margin.shape[1]]
+    why, remedy = {
+        "holds": (f"the least independent are those of {latent}", ""),
+        "fails": (f"one statistic of {latent} follows from the others",
+                  "Give the family statistics none of which follows from the others, on any part of its range."),
+        "undecided": (f"rounding hides whether those of {latent} are independent: they vary too little, far from zero",
+                      "Give the latent an origin and a unit near its values."),
+    }[INDEPENDENT.judge(intervals[worst])]
+    return judged(name, float(found.margin.flatten()[worst]), intervals[worst], INDEPENDENT, why, remedy)

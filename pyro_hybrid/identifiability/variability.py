@@ -201,10 +201,11 @@ def _judge_means(found: Variability) -> Check:
     if float(found.nats[-1]) < ROUNDING:
         why, remedy = "the prior doesn't look at the support", "Use a SupportPrior: it is what the theorem rests on."
     else:
-        why = f"weakest direction: {who}, against what {found.shots} other shots of the same system change"
+        others = "another shot" if found.shots == 1 else f"{found.shots} other shots"
+        why = f"weakest direction: {who}, against what {others} of the same system change{'s' * (found.shots == 1)}"
         shots = math.ceil(found.shots * LOCATIONS.holds / max(ratio, 1e-12))
         remedy = f"Record systems that differ more in {who}" + (
-            f", or {shots} shots for each support." if shots <= 16 * found.shots else ".")
+            f", or {shots} shots for each support." if found.shots < shots <= 16 * found.shots else ".")
     return judged(NAMES[0], ratio, found.location_interval, LOCATIONS, why, remedy)
 
 
@@ -212,8 +213,9 @@ def _judge_all(found: Variability) -> Check:
     low, high = found.nats_interval
     moving = int((found.tasks * found.nats > 1.0).sum())
     why = (f"nats in {found.tasks} systems for the weakest of {len(found.terms)} directions, "
-           f"{culprits(found.terms, found.nats_weights)}; {moving} directions have more than one")
-    remedy = (f"{math.ceil(NATS / low)} systems like these would do." if low > FAINT else
+           f"{culprits(found.terms, found.nats_weights)}; {moving} "
+           f"direction{' has' if moving == 1 else 's have'} more than one")
+    remedy = (f"{math.floor(NATS / low) + 1} systems like these would do." if low > FAINT else
               "Let supports differ in how much they say (initial states, lengths), or let the family have only the "
               "statistics that vary.")
     threshold = Threshold(NATS, min(1.0, FAINT * found.tasks))
