@@ -2,6 +2,7 @@
 
 from . import families, models, systems
 from .accuracy import step_error
+from .checkpoint import Fit, load
 from .dynamics import SolverError, solve
 from .encoders import SetEncoder
 from .guide import AmortizedGuide
@@ -14,14 +15,16 @@ from .mixing import Mixing, Residual, overlap
 from .module import HybridModel
 from .posterior import calibrate, draws, load_arviz, pareto_k, predict, save_arviz, summary, to_arviz
 from .prior import SupportPrior, UnconditionalPrior
+from .storage import CheckpointError
+from .svi import SVI
 from .tasks import Episode, Tasks
-from .training import SVI, Fit, TrainingError, meta_train
+from .training import TrainingError, meta_train
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "SVI", "AmortizedGuide", "Certificate", "Episode", "Fit", "HybridModel", "Linearised", "Mixing", "Residual",
-    "SetEncoder", "SolverError", "SupportPrior", "Tasks", "TrainingError", "UnconditionalPrior", "calibrate", "certify",
-    "disentangle", "draws", "families", "load_arviz", "mcc", "meta_train", "models", "overlap", "pareto_k", "predict",
-    "save_arviz", "solve", "step_error", "summary", "systems", "to_arviz",
+    "SVI", "AmortizedGuide", "Certificate", "CheckpointError", "Episode", "Fit", "HybridModel", "Linearised", "Mixing",
+    "Residual", "SetEncoder", "SolverError", "SupportPrior", "Tasks", "TrainingError", "UnconditionalPrior",
+    "calibrate", "certify", "disentangle", "draws", "families", "load", "load_arviz", "mcc", "meta_train", "models",
+    "overlap", "pareto_k", "predict", "save_arviz", "solve", "step_error", "summary", "systems", "to_arviz",
 ]

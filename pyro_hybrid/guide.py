@@ -77,7 +77,9 @@ class AmortizedGuide(nn.Module):
             assert episode.support is not None
             features = torch.cat([features, self.prior.encoder(episode.support.canonical)], -1)
         naturals = self.prior.natural(episode.support)
-        return {name: naturals[name] + self.prior.sites[name].evidence(piece)
+        counts = torch.as_tensor((episode.whole or episode).mask, device=features.device)
+        some = counts.reshape(*counts.shape[:1], -1).any(-1)[..., None, None]  # by task, where it isn't said for all
+        return {name: naturals[name] + self.prior.sites[name].evidence(piece).where(some, 0.0)
                 for name, piece in self.prior.pieces(self.head(features)).items()}
 
     @torch.no_grad()

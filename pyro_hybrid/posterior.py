@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from . import _arviz
 from ._checks import require
+from ._data import check_episode
 from .linearise import Program, Site, bare, random_sites
 from .module import HybridModel, local_parameters
 from .prior import SupportPrior
@@ -79,6 +80,7 @@ def calibrate(model: HybridModel, tasks: Tasks, prob: float = 0.9) -> Tensor:
 def pareto_k(model: nn.Module, guide: nn.Module, episode: Episode, num_samples: int = 1000) -> NDArray[np.floating]:
     """PSIS k̂ of each task: below 0.7 the guide can be trusted as a proposal for the program's exact posterior."""
     _require_some(num_samples)
+    check_episode(episode)
     with torch.no_grad(), local_parameters():
         return np.array([psis_diagnostic(model, guide, one, num_particles=num_samples, max_plate_nesting=1)
                          for one in (episode.only(i) for i in range(episode.shape[0]))])
@@ -123,6 +125,7 @@ def to_arviz(model: nn.Module, guide: nn.Module, episode: Episode, num_samples: 
 def _sites(program: Program, episode: Episode, num_samples: int) -> dict[str, Site]:
     """Latents and observations of so many runs at once."""
     _require_some(num_samples)
+    check_episode(episode)
     with torch.no_grad(), local_parameters(), pyro.plate("draw", num_samples, dim=-2):
         return random_sites(poutine.trace(program).get_trace(episode))
 

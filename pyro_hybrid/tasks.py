@@ -11,7 +11,8 @@ import pyro
 import torch
 from torch import Tensor
 
-from ._checks import fail, require, require_finite, require_floating
+from ._checks import fail, require, require_floating
+from ._data import check_trajectories, require_measured
 from ._types import State, Times, Trajectories
 
 __all__ = ["Episode", "Tasks"]
@@ -96,10 +97,12 @@ class Episode:
 
         return self._changed(take)
 
-    def only(self, task: int) -> Episode:
-        """One task of them, as an episode."""
-        require(0 <= task < self.shape[0], f"a task from 0 to {self.shape[0] - 1}", task, "Count tasks from 0.")
-        return self._changed(lambda value: value[task : task + 1], lambda episode: episode.only(task))
+    def only(self, task: int | Tensor) -> Episode:
+        """One task of them, or several by index, as an episode."""
+        rows = torch.as_tensor(task).reshape(-1)
+        require(bool(((rows >= 0) & (rows < self.shape[0])).all()), f"a task from 0 to {self.shape[0] - 1}", task,
+                "Count tasks from 0.")
+        return self._changed(lambda value: value[rows.to(value.device)], lambda episode: episode.only(rows))
 
     def to(self, device: torch.device | str) -> Episode:
         """The same episode on another device."""
@@ -209,7 +212,7 @@ class Tasks:
             mask: ``(task, shot, time, sensor)``, False where an observation is missing.
             truth: the latents where they are known, ``{"omega": (task, component), ...}``.
         """
-        _check_values(times, values, num_support, mask)
+        check_trajectories(times, values, num_support, mask)
         seen: Tensor | bool = True if mask is None else mask
         states, timed = _measured(times, values, initial, mask)
         values, counts = values if mask is None else values.where(mask, 0.0), seen
@@ -252,16 +255,20 @@ class Tasks:
 
     def batches(self, size: int, seed: int) -> Iterator[Episode]:
         """Batches without end: tasks in random order, and every time a fresh draw of who is support and who query."""
+        return (episode for _, episode in self.numbered_batches(size, seed))
+
+    def numbered_batches(self, size: int, seed: int, start: int = 0) -> Iterator[tuple[Tensor, Episode]]:
+        """The same from the ``start``-th on, each with the numbers of its tasks."""
         require(size >= 1, "a batch of 1 task or more", size, "Pass a positive integer.")
         generator = torch.Generator().manual_seed(seed)
-        shots, size = self.values.shape[1], min(size, len(self))
+        shots, size, step = self.values.shape[1], min(size, len(self)), 0
         while True:
             order = torch.randperm(len(self), generator=generator)
-            for rows in order.split(size):
-                if len(rows) == size:
-                    some = self[rows]
-                    roles = torch.rand(size, shots, generator=generator).argsort(1)
-                    yield some._drawn(roles.to(self.values.device))
+            for rows in order[: len(order) // size * size].split(size):
+                roles = torch.rand(size, shots, generator=generator).argsort(1)
+                if step >= start:
+                    yield rows, self[rows]._drawn(roles.to(self.values.device))
+                step += 1
 
     def _drawn(self, roles: Tensor) -> Episode:
         everything = self.shots(slice(None))
@@ -298,7 +305,7 @@ def _measured(times: Tensor, values: Tensor, initial: State | None, mask: Tensor
     if timed and mask is not None:
         states = _over(states, lambda part: _filled(times, part))
     for part in states if isinstance(states, tuple) else (states,):
-        require_finite("initial", part)
+        require_measured("initial", part)
     return states, timed
 
 
@@ -312,30 +319,3 @@ def _filled(times: Tensor, states: Tensor) -> Tensor:
     known, gap = states.where(seen, 0.0), times[after] - times[before]
     share = (times.view(-1, *axes) - times[before]) / gap.where(gap > 0.0, 1.0)
     return torch.lerp(known.gather(2, before), known.gather(2, after), share.where(gap > 0.0, 0.0))
-
-
-def _check_values(times: Tensor, values: Tensor, num_support: int, mask: Tensor | None) -> None:
-    require_floating("times", times)
-    require_floating("values", values)
-    require(times.dtype == values.dtype, "times and values of one dtype", f"{times.dtype} and {values.dtype}",
-            "Convert one of them.", TypeError)
-    require(values.dim() == 4, "values with axes (task, shot, time, sensor)", f"{values.dim()} axes",
-            "Add the missing axes with unsqueeze, or stack trajectories of equal length.")
-    require(times.dim() == 1 and len(times) == values.shape[2], f"{values.shape[2]} times, as many as values has",
-            tuple(times.shape), "Pass times of shape (time,); swap axes if time isn't the third.")
-    require(bool(torch.isfinite(times).all()), "finite times", "NaN or Inf", "Drop those times and their values.")
-    require(bool((torch.diff(times) > 0).all()), "strictly increasing times", "unsorted or duplicate times",
-            "Sort the times (and the values with them) and drop duplicates.")
-    require(values.numel() > 0 and len(times) > 1, "at least one task, shot, sensor and two times",
-            tuple(values.shape), "Check how the data were read.")
-    if not 1 <= num_support < values.shape[1]:
-        fail(f"num_support from 1 to {values.shape[1] - 1} (of {values.shape[1]} shots)", num_support,
-             "The support can't be empty, and the query needs a shot too.")
-    if mask is not None:
-        require(isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape == values.shape,
-                f"a boolean tensor of shape {tuple(values.shape)} as mask",
-                f"{getattr(mask, 'dtype', type(mask).__name__)} of shape {tuple(getattr(mask, 'shape', ()))}",
-                "True where an observation counts.")
-        require(bool(mask.flatten(1).any(1).all()), "an observation in every task", "a task that is masked entirely",
-                "Drop the task.")
-    require_finite("values", values, mask)

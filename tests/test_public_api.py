@@ -245,6 +245,7 @@ MISUSES: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "draws": (lambda: ph.draws(Empty(), Empty(), episode(), 0), "expected num_samples of 1 or more; got 0"),
     "families": (lambda: ph.families.Normal(0), r"expected Normal\(n\) with at least one component; got 0"),
+    "load": (lambda: ph.load("/nowhere", Empty(), Empty()), r"/nowhere can't be loaded: manifest\.json can't be read"),
     "load_arviz": (lambda: ph.load_arviz("/nowhere/posterior.nc"), r"/nowhere/posterior\.nc"),
     "mcc": (
         lambda: ph.mcc(torch.randn(9, 2), torch.randn(8, 2)),
@@ -286,7 +287,7 @@ MISUSES: dict[str, tuple[Callable[[], object], str]] = {
         r"expected an episode with a query; got query=None\. There is no posterior without data",
     ),
 }
-RESULTS = {"Fit", "SolverError", "TrainingError"}  # handed out, not called
+RESULTS = {"CheckpointError", "Fit", "SolverError", "TrainingError"}  # handed out, not called
 
 
 def messages() -> None:

@@ -88,7 +88,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "NaN": (
         {"values": spoilt(torch.nan)},
         ValueError,
-        r"finite values; got nan at index \(1, 2, 3, 0\) \(1 such entries\). Drop them, or pass mask=",
+        r"finite values; got nan at index \(1, 2, 3, 0\) \(1 such entries, in task 1\). Drop them, or pass mask=",
     ),
     "Inf": ({"values": spoilt(-torch.inf)}, ValueError, r"finite values; got -inf at index \(1, 2, 3, 0\).*pass mask="),
     "NaN that the mask doesn't cover": (
@@ -133,7 +133,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError,
         r"11 times.*got \(5, 11\). Pass times of shape \(time,\)",
     ),
-    "a single time": ({"times": TIMES[:1], "values": numbered(points=1)}, ValueError, "two times; got .4, 5, 1, 2."),
+    "a single time": ({"times": TIMES[:1], "values": numbered(points=1)}, ValueError, "at least two times; got 1. One time says nothing of a motion"),
     "no tasks": (
         {"values": numbered(tasks=0)},
         ValueError,
@@ -187,7 +187,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "a task with no observation": (
         {"mask": holes(task=slice(2, 3))},
         ValueError,
-        "a task that is masked entirely. Drop the task",
+        "none in task 2, which is masked entirely. Drop the task",
     ),
     "initial states of other shots": (
         {"initial": (torch.zeros(T, 3), torch.zeros(T, 3))},

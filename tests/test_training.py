@@ -6,6 +6,7 @@ import contextlib
 import copy
 import itertools
 import math
+import random
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,7 +20,8 @@ from torch import Tensor, nn
 from toys import POINTS, SEPARATE, Line, in_float32, make_tasks
 
 import pyro_hybrid as ph
-from pyro_hybrid import training
+from pyro_hybrid import _watch, loop
+from pyro_hybrid import svi as svi_module
 
 TASKS = in_float32(make_tasks(20, 4, num_support=2))
 SHORT = {"steps": 6, "batch_size": 8, "progress": False, "curriculum": {0.0: None}}
@@ -356,7 +358,7 @@ def test_over_all_choices_of_segments_loss_and_gradient_are_those_of_all_of_them
         torch.manual_seed(0)
         if inferred:
             monkeypatch.setattr(dist.Normal, "rsample", lambda fn, shape=EMPTY: drawn(fn, shape, by_segment))
-        with training._Terms(1.0, 1.0 / share, episode.shape[1]) as terms:
+        with _watch.Terms(1.0, 1.0 / share, episode.shape[1]) as terms:
             loss = svi.backward(episode)
         gradients = [model.noise_unconstrained.grad, *(p.grad.flatten() for p in guide.head.parameters())]
         return torch.cat([torch.stack([loss, torch.tensor(terms.log_likelihood)]), *(g.view(-1) for g in gradients)])
@@ -370,7 +372,7 @@ def test_over_all_choices_of_segments_loss_and_gradient_are_those_of_all_of_them
     choices, total = [*itertools.combinations(range(6), 2)], torch.zeros_like(full)
     for choice in choices:
         monkeypatch.setattr(torch, "randperm", lambda n, choice=choice: torch.tensor(choice))
-        episode, share = training._Loop._sample(SimpleNamespace(segments=1), segments)
+        episode, share = loop.Loop._sample(SimpleNamespace(segments=1), segments)
         assert share == pytest.approx(1 / 3) and episode.shape == (20, 2)
         total += looked_at(torch.tensor(choice), episode, share) / len(choices)
     torch.testing.assert_close(total, full, rtol=1e-4, atol=1e-4 * float(full[2:].abs().max()))
@@ -392,7 +394,7 @@ SCALES = {"x": 4.0, "start": 2.0, "slope": 0.5, "bend": 0.5, "proposals": 1.0, "
 @pytest.mark.parametrize(("site", "scale"), SCALES.items())
 def test_what_belongs_to_shots_is_scaled_up_and_what_belongs_to_tasks_is_not(site: str, scale: float) -> None:
     model, _ = pair(model=Weighed, inferred=True)
-    with training._Terms(0.5, 4.0, TASKS.episode().shape[1]):  # a KL of half the weight, a quarter of the segments
+    with _watch.Terms(0.5, 4.0, TASKS.episode().shape[1]):  # a KL of half the weight, a quarter of the segments
         trace = pyro.poutine.trace(model).get_trace(TASKS.episode())
     assert trace.nodes[site]["scale"] == scale
 
@@ -437,8 +439,8 @@ def test_reading_once_changes_no_loss_and_no_gradient(
     evidence: ph.Linearised | None, particles: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     results = []
-    for reading in (training.reading_once, contextlib.nullcontext):
-        monkeypatch.setattr(training, "reading_once", reading)
+    for reading in (svi_module.reading_once, contextlib.nullcontext):
+        monkeypatch.setattr(svi_module, "reading_once", reading)
         both = pair(evidence)
         svi = ph.SVI(*both, pyro.optim.SGD({"lr": 0.0}), TraceMeanField_ELBO(num_particles=particles))
         torch.manual_seed(1)
@@ -471,6 +473,16 @@ class Fragile(Line):
         return super().forward(episode)
 
 
+class Allergic(Line):
+    """Its density is NaN for tasks whose trajectories are far from zero."""
+
+    def forward(self, episode: ph.Episode) -> Tensor:
+        far = (episode.whole or episode).query.abs().amax((1, 2, 3)) > 1e3
+        with pyro.plate("again", episode.shape[0], dim=-1):
+            pyro.factor("allergy", torch.where(far, torch.nan, 0.0) * self.noise)
+        return super().forward(episode)
+
+
 @quiet
 @pytest.mark.parametrize("failure", ["nan", "solver", "gradient"])
 def test_a_step_that_is_not_finite_is_skipped_and_counted(failure: str) -> None:
@@ -493,7 +505,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(failure: str) -> None:
     ("failure", "cause"),
     [
         ("nan", "the last loss was nan"),
-        ("solver", r"the state stopped being finite in task 1 .* at t = 0\.7 after 13 steps"),
+        ("solver", r"the state stopped being finite in task \d+ at t = 0\.7 after 13 steps"),
     ],
 )
 def test_a_run_of_failures_restores_the_last_good_state_and_names_the_cause(failure: str, cause: str) -> None:
@@ -512,6 +524,53 @@ def test_a_run_of_failures_restores_the_last_good_state_and_names_the_cause(fail
     model.failure = None
     good = ph.SVI(model, guide, torch.optim.SGD(model.parameters(), 0.0)).evaluate_loss(TASKS.episode())
     assert math.isfinite(good)
+
+
+@quiet
+def test_100_trainings_with_gradients_of_nan_at_random_steps_all_end_finite() -> None:
+    for seed in range(100):
+        dice, (model, guide) = random.Random(seed), pair(model=Fragile, seed=seed)
+        ill = {step for step in range(8) if dice.random() < 0.4}
+
+        def infect(step: int, fit: ph.Fit, model: Fragile = model, ill: set[int] = ill) -> None:
+            model.failure = "gradient" if step + 1 in ill else None
+
+        infect(-1, ph.Fit())
+        fit = ph.meta_train(model, guide, TASKS, callback=infect, **{**SHORT, "steps": 8, "seed": seed})
+        assert fit.skipped == len(ill) == sum(map(math.isnan, fit.loss))
+        assert all(torch.isfinite(value).all() for value in state(model, guide))
+
+
+class Explosive(Line):
+    """x' = slope (x / 10)⁵, which blows up where it starts far from zero."""
+
+    def forward(self, episode: ph.Episode) -> Tensor:
+        p = self.prior(episode.support)
+        with episode.plate:
+            slope = pyro.sample("slope", p["slope"])
+            pyro.sample("bend", p["bend"])
+
+            def field(t: Tensor, state: tuple[Tensor]) -> tuple[Tensor]:
+                return (slope.abs() * (0.1 * state[0]) ** 5,)
+
+            states = ph.solve(field, episode.initial, episode.times)
+            return pyro.sample("x", dist.Normal(states, self.noise).mask(episode.mask).to_event(3), obs=episode.query)
+
+
+@quiet
+@pytest.mark.parametrize("model", [Explosive, Allergic])
+def test_a_task_that_fails_is_left_out_of_the_step_counted_and_named(
+        model: type[Line], caplog: pytest.LogCaptureFixture) -> None:
+    values = TASKS.values.clone()
+    values[[3, 11]] += 1e4
+    both = pair(model=model)
+    fit = ph.meta_train(*both, ph.Tasks.from_trajectories(TASKS.times, values, num_support=2),
+                        **{**SHORT, "steps": 10, "batch_size": 10})
+    assert fit.skipped == 0 and fit.left_out == {3: 5, 11: 5}
+    assert "Nothing was learned from 2 of 20 tasks, which failed whenever they came: 3, 11. The last" in caplog.text
+    assert "Look at one with tasks[3:4]" in caplog.text
+    assert ("the state stopped being finite in task" in caplog.text) == (model is Explosive)
+    assert all(torch.isfinite(value).all() for value in state(*both))
 
 
 @quiet
