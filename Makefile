@@ -2,7 +2,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-arviz1 lint bench docs clean
+.PHONY: help venv demo test test-slow test-arviz1 lint bench docs clean
 
 BIN := .venv/bin
 PYTHON = $(shell for p in python3.11 python3 python; do \
@@ -18,9 +18,15 @@ demo: .venv/.installed ## identify a double pendulum; figures and numbers go to 
 	@echo "demo: examples/double_pendulum.py $(ARGS)"
 	@$(BIN)/python examples/double_pendulum.py $(ARGS)
 
-test: .venv/.installed ## run all tests (ARGS="-k guide" and the like are passed on)
+test: .venv/.installed ## run the tests (ARGS="-k guide" and the like are passed on)
 	@echo "test: pytest $(ARGS)"
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -m "not long" $(ARGS)
+
+test-slow: .venv/.installed ## try hard to break it, and write docs/reliability.md's table (ten minutes or so)
+	@echo "test-slow: pytest --figures docs/results/reliability.json $(ARGS)"
+	@$(BIN)/python -m pytest --figures docs/results/reliability.json $(ARGS) \
+		$(addprefix tests/test_,storage.py checkpoint.py bad_data.py training.py dynamics.py calibration.py)
+	@$(BIN)/python docs/results/reliability.py
 
 test-arviz1: .venv-arviz1/.installed .venv/.installed ## the ArviZ adapter under ArviZ 1.x, in an environment without torch
 	@$(BIN)/python -m pytest tests/test_arviz_adapter.py

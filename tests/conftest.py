@@ -2,14 +2,47 @@
 
 from __future__ import annotations
 
+import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyro
 import pytest
 import torch
+
+FIGURES = pytest.StashKey[dict[str, dict[str, float]]]()
+Note = Callable[..., None]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--figures", type=Path, help="a JSON file for what the tests of reliability measure")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[FIGURES] = {}
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    path = session.config.getoption("--figures")
+    if path:
+        versions = {"torch": torch.__version__, "pyro-ppl": pyro.__version__, "numpy": np.__version__}
+        rows = dict(sorted(session.config.stash[FIGURES].items()))
+        path.write_text(json.dumps({"versions": versions, "rows": rows}, indent=2) + "\n")
+
+
+@pytest.fixture
+def figure(request: pytest.FixtureRequest) -> Note:
+    """For the docs: ``figure("row", kills=200, worst=0.3)`` adds up whole numbers, and keeps the largest of others."""
+
+    def note(row: str, **numbers: float) -> None:
+        known = request.config.stash[FIGURES].setdefault(row, {})
+        for name, value in numbers.items():
+            known[name] = known.get(name, 0) + value if isinstance(value, int) else max(known.get(name, value), value)
+
+    return note
 
 
 def global_settings() -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 import jaxtyping
 import pytest
 import torch
+from conftest import Note
 from test_training import SHORT, TASKS, pair, state
 from torch import Tensor
 from toys import Line
@@ -102,7 +103,7 @@ def episode(times: Tensor = TIMES, values: Tensor = VALUES, num_support: int = 2
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_bad_data_are_not_trained_on(kind: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_bad_data_are_not_trained_on(kind: str, caplog: pytest.LogCaptureFixture, figure: Note) -> None:
     changes, words, _ = BAD[kind]
     both = pair()
     if words:
@@ -112,6 +113,7 @@ def test_bad_data_are_not_trained_on(kind: str, caplog: pytest.LogCaptureFixture
         fit = ph.meta_train(*both, tasks(**changes), **SHORT)
         assert fit.skipped == 0 and "Nothing ever changes in task 3. It can be trained on" in caplog.text
     assert all(torch.isfinite(value).all() for value in state(*both))
+    figure("bad data", **{"errors" if words else "masks": 1}, poisoned=0)
 
 
 DOORS: dict[str, Callable[..., Any]] = {
@@ -122,7 +124,7 @@ DOORS: dict[str, Callable[..., Any]] = {
 
 @pytest.mark.parametrize("door", DOORS)
 @pytest.mark.parametrize("kind", BAD)
-def test_bad_data_are_not_inferred_from_and_not_exported(kind: str, door: str, trained: Any) -> None:
+def test_bad_data_are_not_inferred_from_and_not_exported(kind: str, door: str, trained: Any, figure: Note) -> None:
     changes, words, for_episodes = BAD[kind]
     bad = episode(**changes)
     if kind in MASKED:
@@ -131,6 +133,7 @@ def test_bad_data_are_not_inferred_from_and_not_exported(kind: str, door: str, t
     else:
         with pytest.raises((ValueError, TypeError), match=for_episodes or words.replace("values", "query")):
             DOORS[door](trained, bad)
+    figure("bad data", **{"masks" if kind in MASKED else "errors": 1}, poisoned=0)
 
 
 @pytest.mark.parametrize("evidence", [None, ph.Linearised(1)], ids=["learned", "computed"])

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import Note
 from test_training import SHORT, TASKS, Fragile, pair, quiet, same, state
 from torch import nn
 
@@ -131,8 +132,9 @@ def test_a_training_with_checkpoints_is_the_training_without(tmp_path: Path) -> 
     assert steps(tmp_path / "run") == [20, 24]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("threads", [1, 2])
-def test_from_20_random_stops_a_training_ends_in_the_same_bits(tmp_path: Path, threads: int) -> None:
+def test_from_20_random_stops_a_training_ends_in_the_same_bits(tmp_path: Path, threads: int, figure: Note) -> None:
     before, dice = torch.get_num_threads(), random.Random(threads)
     torch.set_num_threads(threads)
     try:
@@ -150,6 +152,7 @@ def test_from_20_random_stops_a_training_ends_in_the_same_bits(tmp_path: Path, t
             assert same(state(*whole), state(*again)), turn
             assert (found.loss, found.held_out, found.kl) == (expected.loss, expected.held_out, expected.kl)
             assert found.stopped_early == expected.stopped_early
+            figure("resume", **{f"equal_on_{threads}": 1})
         assert expected.stopped_early and len(expected.loss) < LONG["steps"]
     finally:
         torch.set_num_threads(before)

@@ -14,6 +14,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from conftest import Note
 from pyro.infer import SVI as StockSVI
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from torch import Tensor, nn
@@ -527,7 +528,8 @@ def test_a_run_of_failures_restores_the_last_good_state_and_names_the_cause(fail
 
 
 @quiet
-def test_100_trainings_with_gradients_of_nan_at_random_steps_all_end_finite() -> None:
+@pytest.mark.long
+def test_100_trainings_with_gradients_of_nan_at_random_steps_all_end_finite(figure: Note) -> None:
     for seed in range(100):
         dice, (model, guide) = random.Random(seed), pair(model=Fragile, seed=seed)
         ill = {step for step in range(8) if dice.random() < 0.4}
@@ -539,6 +541,7 @@ def test_100_trainings_with_gradients_of_nan_at_random_steps_all_end_finite() ->
         fit = ph.meta_train(model, guide, TASKS, callback=infect, **{**SHORT, "steps": 8, "seed": seed})
         assert fit.skipped == len(ill) == sum(map(math.isnan, fit.loss))
         assert all(torch.isfinite(value).all() for value in state(model, guide))
+        figure("ill gradients", finite=1, skipped=fit.skipped)
 
 
 class Explosive(Line):
