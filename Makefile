@@ -37,6 +37,10 @@ lint: .venv/.installed ## ruff and mypy
 	@echo "lint: mypy"
 	@$(BIN)/mypy
 
+audit: .venv-audit/.installed ## look up every pinned version among the known vulnerabilities (needs a network)
+	@echo "audit: pip-audit of constraints.txt"
+	@.venv-audit/bin/python tests/audit.py
+
 bench: .venv/.installed-bench ## measure steps and times against plain Pyro and JAX (an hour; leave the machine alone meanwhile)
 	@for script in elbo_step grid_step scaling time_to_identify; do \
 		echo "bench: tests/benchmarks/$$script.py"; $(BIN)/python tests/benchmarks/$$script.py || exit 1; done
@@ -47,7 +51,7 @@ docs: .venv/.installed-docs ## build docs/_build/html, a warning being an error
 	@echo "docs: docs/_build/html/index.html"
 
 clean: ## remove .venv, caches and built docs (what is in out/ stays)
-	@rm -rf .venv .venv-arviz1 .pytest_cache .ruff_cache .mypy_cache .hypothesis docs/_build build dist
+	@rm -rf .venv .venv-arviz1 .venv-audit .pytest_cache .ruff_cache .mypy_cache .hypothesis docs/_build build dist
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/.installed: pyproject.toml constraints.txt
@@ -68,6 +72,12 @@ clean: ## remove .venv, caches and built docs (what is in out/ stays)
 .venv/.installed-bench: .venv/.installed
 	@echo "venv: adding what the benchmarks compare with"
 	@$(INSTALL) '.[test,bench]'
+	@touch $@
+
+.venv-audit/.installed: constraints.txt
+	@[ -n "$(PYTHON)" ] || { echo "Python 3.11 or newer is needed: install it, or say make PYTHON=/path/to/it" >&2; exit 1; }
+	@$(PYTHON) -m venv .venv-audit
+	@.venv-audit/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt pip-audit
 	@touch $@
 
 PYTHON_ARVIZ1 = $(shell for p in python3.14 python3.13 python3.12 $(wildcard $(HOME)/.pyenv/versions/3.1[2-9].*/bin/python); do \

@@ -19,12 +19,14 @@ from .storage import CheckpointError
 from .svi import SVI
 from .tasks import Episode, Tasks
 from .training import TrainingError, meta_train
+from .trials import Calibration, ContractError, check_calibration, check_hybrid_model
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "SVI", "AmortizedGuide", "Certificate", "CheckpointError", "Episode", "Fit", "HybridModel", "Linearised", "Mixing",
-    "Residual", "SetEncoder", "SolverError", "SupportPrior", "Tasks", "TrainingError", "UnconditionalPrior",
-    "calibrate", "certify", "disentangle", "draws", "families", "load", "load_arviz", "mcc", "meta_train", "models",
-    "overlap", "pareto_k", "predict", "save_arviz", "solve", "step_error", "summary", "systems", "to_arviz",
+    "SVI", "AmortizedGuide", "Calibration", "Certificate", "CheckpointError", "ContractError", "Episode", "Fit",
+    "HybridModel", "Linearised", "Mixing", "Residual", "SetEncoder", "SolverError", "SupportPrior", "Tasks",
+    "TrainingError", "UnconditionalPrior", "calibrate", "certify", "check_calibration", "check_hybrid_model",
+    "disentangle", "draws", "families", "load", "load_arviz", "mcc", "meta_train", "models", "overlap", "pareto_k",
+    "predict", "save_arviz", "solve", "step_error", "summary", "systems", "to_arviz",
 ]

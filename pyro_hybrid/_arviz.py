@@ -15,7 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import pandas as pd
 
-__all__ = ["GROUPS", "Grouped", "load", "save", "summary", "to_inference_data"]
+__all__ = ["GROUPS", "Grouped", "load", "pareto_k", "plot_ranks", "save", "summary", "to_inference_data"]
 
 GROUPS = {
     "posterior": True,
@@ -29,6 +29,7 @@ GROUPS = {
 """The groups in ArviZ's order, and whether their arrays have the leading axes (chain, draw)."""
 
 _SAMPLE_AXES = ("chain", "draw")
+_NEGLIGIBLE, _EQUAL = -700.0, 1e-6  # log weights below the largest, and apart, by which they don't matter
 
 
 @runtime_checkable
@@ -103,6 +104,51 @@ def load(path: str | Path) -> Grouped:
     with arviz.rc_context({"data.load": "eager"}) if _is_old(arviz) else nullcontext():
         data: Grouped = arviz.from_netcdf(str(path), engine="h5netcdf")
     return data if _is_old(arviz) else _in_memory(data)
+
+
+def pareto_k(log_weights: np.ndarray) -> np.ndarray:
+    """PSIS k-hat of log importance weights ``(..., draw)``: 0 where all are equal, infinite where hardly any counts."""
+    weights, few = np.where(np.isnan(log_weights), -np.inf, log_weights), 3.0 * log_weights.shape[-1] ** 0.5
+    with np.errstate(all="ignore"):  # all of them may be zero, one infinite, and some tails fit no Pareto distribution
+        weights = np.maximum(weights - weights.max(-1, keepdims=True), _NEGLIGIBLE)
+        counts = weights > _NEGLIGIBLE
+        k = np.where(counts.sum(-1) < few, np.inf, 0.0)
+        some = (counts & (weights < -_EQUAL)).any(-1) & (k == 0.0)
+        if some.any():
+            k[some] = np.nan_to_num(_psis(weights[some]), nan=np.inf, posinf=np.inf)
+    return k
+
+
+def _psis(weights: np.ndarray) -> np.ndarray:
+    """0.x takes log weights, 1.x their negatives."""
+    arviz = _backend()
+    if _is_old(arviz):
+        return np.asarray(arviz.psislw(weights)[1])
+    import xarray
+
+    return xarray.DataArray(-weights, dims=["task", "draw"]).azstats.psislw(dim="draw")[1].values
+
+
+def plot_ranks(ranks: np.ndarray, axis: Any, color: str) -> None:
+    """Draw into a matplotlib axis how far the ECDF of ranks between 0 and 1 is above the diagonal."""
+    arviz = _backend()
+    if _is_old(arviz):
+        arviz.plot_ecdf(ranks, cdf=np.asarray, eval_points=np.linspace(0.0, 1.0, 201), difference=True, ax=axis,
+                        plot_kwargs={"color": color}, show=False, backend="matplotlib")
+        return
+    import xarray
+
+    def only(artist: Any) -> Any:
+        cell = np.empty((), dtype=object)
+        cell[()] = artist
+        return xarray.DataArray(cell)
+
+    data = arviz.from_dict({"prior_sbc": {"rank": ranks[None]}})
+    where = xarray.DataTree.from_dict({"/": xarray.Dataset({"figure": only(axis.figure)}),
+                                       "plot": xarray.Dataset({"rank": only(axis)})})
+    onto = arviz.PlotCollection(data["prior_sbc"].dataset, where, backend="matplotlib")
+    hidden = dict.fromkeys(("suspicious_points", "p_value_text", "xlabel", "ylabel", "title"), False)
+    arviz.plot_ecdf_pit(data, plot_collection=onto, visuals={**hidden, "ecdf_lines": {"color": color}})
 
 
 def _backend() -> ModuleType:

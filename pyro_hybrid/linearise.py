@@ -93,8 +93,9 @@ def random_sites(trace: poutine.Trace) -> dict[str, Site]:
 
 
 def is_random(site: Site) -> bool:
-    """Whether a trace's site is a latent or an observation: not a parameter, a plate or a factor."""
-    return site["type"] == "sample" and type(site["fn"]).__name__ not in ("_Subsample", "Unit")
+    """Whether a trace's site is a latent or an observation, and no parameter, plate, factor or function of them."""
+    return (site["type"] == "sample" and type(site["fn"]).__name__ not in ("_Subsample", "Unit")
+            and not site["infer"].get("_deterministic"))
 
 
 def bare(fn: Distribution, mask: Tensor | bool | None) -> tuple[Distribution, Tensor | bool]:

@@ -153,13 +153,18 @@ class SupportPrior(Prior):
         assert self.evidence is not None
         state = id(self.evidence), *_state([*getattr(self.program, "parameters", self.parameters)(), self.spread])
         if self._last is None or self._last[0] is not support or self._last[1] != state:
-            shots = support.canonical
-            mean, precision = super().gaussian(None)
-            tasks = support.shape[0]
-            problem = Problem(self.program, shots, self.sites, mean.expand(tasks, -1), precision.expand(tasks, -1, -1))
-            start = self._coordinates(self._split(self.propose(support)))[0]
-            self._last = support, state, self.tempered(self.evidence(problem, start), problem.precision)
+            with torch.random.fork_rng(range(torch.cuda.device_count())):  # a remembered belief draws nothing either
+                self._last = support, state, self._computed(support)
         return self._last[2]
+
+    def _computed(self, support: Episode) -> Belief:
+        assert self.evidence is not None
+        mean, precision = super().gaussian(None)
+        tasks = support.shape[0]
+        problem = Problem(self.program, support.canonical, self.sites, mean.expand(tasks, -1),
+                          precision.expand(tasks, -1, -1))
+        start = self._coordinates(self._split(self.propose(support)))[0]
+        return self.tempered(self.evidence(problem, start), problem.precision)
 
     def _train_aside(self, support: Episode) -> None:
         """Train the population, and the encoder where it only proposes, towards what is believed of these tasks."""

@@ -21,6 +21,7 @@ import torch
 
 import pyro_hybrid as ph
 from pyro_hybrid.identifiability.check import Check
+from pyro_hybrid.trials.ranks import Latent
 
 ROOT = Path(__file__).parents[1]
 DESIGNED = {
@@ -231,6 +232,11 @@ MISUSES: dict[str, tuple[Callable[[], object], str]] = {
         lambda: ph.UnconditionalPrior(omega=torch.distributions.Normal(0.0, 1.0)),
         r"expected a family from ph\.families for 'omega'; got Normal\. For example omega=ph\.families\.Normal\(2\)",
     ),
+    "Calibration": (
+        lambda: ph.Calibration([Latent("rate", "holds", "fine", (), (), 0.0, 1.0, 0.5)], Check("k-hat", "holds"),
+                               torch.zeros(1, 1).numpy(), torch.zeros(1).numpy(), 1, 99)["drag"],
+        r"'drag' isn't among \['rate'\]",
+    ),
     "calibrate": (
         lambda: ph.calibrate(ph.models.MetaHybridVAE(ph.systems.Pendulum()), tasks(torch.zeros(2, 3, 3, 1))),
         r"expected a SupportPrior with computed evidence; got SupportPrior\. Set model\.prior\.evidence",
@@ -238,6 +244,14 @@ MISUSES: dict[str, tuple[Callable[[], object], str]] = {
     "certify": (
         lambda: ph.certify(Empty(), Empty(), tasks(torch.zeros(1, 3, 3, 1))),
         r"expected two tasks or more; got 1\. Identifiability is about what differs between systems",
+    ),
+    "check_calibration": (
+        lambda: ph.check_calibration(Empty(), Empty(), episode()),  # type: ignore[arg-type]
+        r"expected tasks; got Episode\. It makes their episodes itself",
+    ),
+    "check_hybrid_model": (
+        lambda: ph.check_hybrid_model(Empty(), Empty(), episode()),
+        r"expected an episode of whole trajectories .*support: NoneType.*Pass tasks\[:3\]\.episode\(\)",
     ),
     "disentangle": (
         lambda: ph.disentangle([1.0, 2.0]),
@@ -287,7 +301,7 @@ MISUSES: dict[str, tuple[Callable[[], object], str]] = {
         r"expected an episode with a query; got query=None\. There is no posterior without data",
     ),
 }
-RESULTS = {"CheckpointError", "Fit", "SolverError", "TrainingError"}  # handed out, not called
+RESULTS = {"CheckpointError", "ContractError", "Fit", "SolverError", "TrainingError"}  # handed out, not called
 
 
 def messages() -> None:

@@ -133,7 +133,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError,
         r"11 times.*got \(5, 11\). Pass times of shape \(time,\)",
     ),
-    "a single time": ({"times": TIMES[:1], "values": numbered(points=1)}, ValueError, "two times; got 1. One time says"),
+    "a single time": ({"times": TIMES[:1], "values": numbered(points=1)}, ValueError, "two times; got 1. One time"),
     "no tasks": (
         {"values": numbered(tasks=0)},
         ValueError,

@@ -384,3 +384,9 @@ def test_a_direction_is_described_by_what_most_of_it_is(weights: list[float], sa
 
 def test_of_a_direction_spread_evenly_over_many_names_one_is_given() -> None:
     assert culprits(list("abcdefghij"), torch.full((10,), 0.1)).startswith("a")
+
+
+def test_one_support_of_each_system_is_too_few() -> None:
+    mean, scale = systems(40, supports=1)
+    with pytest.raises(ValueError, match="two supports or more of each system; got 1. What two supports .* disagree"):
+        variability(believed(mean, scale))

@@ -15,13 +15,13 @@ ROWS = {
     "kills": ("processes killed (SIGKILL) while they save without a pause", "no checkpoint lost",
               "{kills} kills, {in_a_save} of them in a save: {lost} lost (`torch.save` over the old file: "
               "{lost_in_place} of {kills_in_place})"),
-    "full": ("disk full at every stage of a save, and a limit on file sizes", "old checkpoint intact, error, no leftovers",
-             "{intact} of {full_disks} + {file_size_limits}"),
+    "full": ("disk full at every stage of a save, and a limit on file sizes",
+             "old checkpoint intact, error, no leftovers", "{intact} of {full_disks} + {file_size_limits}"),
     "rot": ("{flips} bit flips, {truncations} truncations", "all refused",
-            "{refused} refused (torch and safetensors alone accept {accepted_by_others} of the {flips_for_others} flips in "
-            "their files)"),
-    "malice": ("malicious files: pickles in every place, paths that lead out, a manifest that names a module, a header of "
-               "10 GB, a zip bomb, ...", "nothing executed, nothing written outside",
+            "{refused} refused (torch and safetensors alone accept {accepted_by_others} of the {flips_for_others} "
+            "flips in their files)"),
+    "malice": ("malicious files: pickles in every place, paths that lead out, a manifest that names a module, a header "
+               "of 10 GB, a zip bomb, ...", "nothing executed, nothing written outside",
                "{files} files: {executed} executed, {written_outside} written outside"),
     "resume": ("trainings stopped at random steps and resumed, on 1 and on 2 threads", "parameters equal bit for bit",
                "{equal_on_1} of 20, {equal_on_2} of 20"),
@@ -29,8 +29,9 @@ ROWS = {
                  "{errors} errors, {masks} masks; {poisoned} poisoned parameters"),
     "ill gradients": ("trainings with NaN gradients at random steps", "all end finite, skips counted",
                       "{finite} of 100 finite; {skipped} steps skipped"),
-    "stuck solver": ("NaN slope, blow-up, tolerance out of reach, too many steps × normal, `python -O`",
-                     "`SolverError` within 5 s", "{errors} of 8, the slowest in {seconds:.2g} s"),
+    "stuck solver": ("fields that become NaN, blow up, or are too stiff, tolerances out of reach, by rk4, dopri5 and "
+                     "dopri8; under `python` and `python -O`", "`SolverError` within 5 s",
+                     "{errors} `SolverError`s, the slowest after {seconds:.2g} s (`max_steps` of 1000 and less)"),
     "stiffness": ("64 trajectories of mixed stiffness, alone and in a batch", "≤ 10 × tolerance apart; 0 for rk4",
                   "{adaptive:.2g} × tolerance; {rk4:g}"),
     "energy": ("energy of the frictionless double pendulum, 10 s, float64, tolerance 1e-9", "relative drift < 1e-6",

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_hybrid._checks import require
 from pyro_hybrid.families import Family
 from pyro_hybrid.identifiability.check import Check, Interval, Threshold, judged
 from pyro_hybrid.identifiability.hyperplanes import generalised, weakest
@@ -73,6 +74,8 @@ def variability(reading: Reading, *, tasks: int | None = None, seed: int = 0) ->
         tasks: number of tasks in the training set, if the reading is a sample of them.
         seed: of the resampling; the global random state is left alone.
     """
+    require(len(reading.flat) > 1, "two supports or more of each system", len(reading.flat),
+            "What two supports of one system disagree about is the noise: record twice as many shots.")
     generator = torch.Generator().manual_seed(seed)
     spread = reading.spread()[1].clamp(min=1e-300)
     mean, scale = reading.coordinates()

@@ -1,0 +1,595 @@
+"""check_hybrid_model: what is good passes, and every contract has a program that breaks it and nothing else."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.distributions import constraints
+from pyro.nn import PyroModule, PyroParam
+from pyro.poutine.mask_messenger import MaskMessenger
+from test_readme_model import ComputedPendulum, DampedPendulum
+from torch import Tensor, nn
+from toys import POINTS, Line, features, in_float32, make_tasks
+
+import pyro_hybrid as ph
+from pyro_hybrid.trials.contracts import STAGES
+
+EPISODE = in_float32(make_tasks(3, 5, num_support=2)).episode()
+NAMES = [contract.__name__.replace("_", " ") for stage in STAGES for contract in stage]
+SITES = {"slope": ph.families.Normal(1), "bend": ph.families.Normal(2)}
+
+
+def encoder(sensors: int = 1, steps: int = POINTS, features: int = 4) -> ph.SetEncoder:
+    return ph.SetEncoder(sensors, steps, features, width=8)
+
+
+def guide_of(model: Any, **changes: Any) -> ph.AmortizedGuide:
+    evidence = model.prior.evidence if isinstance(model.prior, ph.SupportPrior) else None
+    some = next((m for m in model.modules() if isinstance(m, ph.SetEncoder)), None)
+    own = encoder(some.sensors, some.steps, some.features) if some else None
+    parts = {"prior": model.prior, "encoder": None if evidence else own, "evidence": evidence}
+    return ph.AmortizedGuide(**(parts | changes))
+
+
+# ---- good programs -------------------------------------------------------------------------------------------------
+
+
+def system(kind: type[ph.systems.Pendulum], points: int = 6, **options: Any) -> Any:
+    made = kind(**options)
+    made.points = points
+    return made
+
+
+SYSTEMS = {
+    "pendulum": partial(system, ph.systems.Pendulum),
+    "angles": partial(system, ph.systems.Pendulum, angles_only=True),
+    "double pendulum": partial(system, ph.systems.DoublePendulum),
+    "rod": partial(system, ph.systems.AdvectionDiffusion, size=6),
+}
+READINGS = {"learned": None, "computed": ph.Linearised(1)}
+PREFERENCES: dict[str, Any] = {"correction": 1.0, "straightness": 1.0, "linear": False}
+MODELS: list[tuple[str, dict[str, Any]]] = [
+    *((name, options) for name in SYSTEMS for options in ({}, PREFERENCES)),
+    *(("pendulum", options) for options in ({"substeps": 2}, {"step": 0.2})),
+]
+
+
+@pytest.mark.parametrize("reading", READINGS)
+@pytest.mark.parametrize(("name", "options"), MODELS, ids=[f"{name} {'-'.join(o)}".strip() for name, o in MODELS])
+def test_the_models_of_the_library_keep_every_contract(name: str, options: dict[str, Any], reading: str) -> None:
+    system = SYSTEMS[name]()
+    model = ph.models.MetaHybridVAE(system, READINGS[reading], width=4, **options)
+    lines = ph.check_hybrid_model(model, guide_of(model), system.simulate(2, 4, seed=0).episode())
+    assert [line.split(":")[0] for line in lines] == NAMES
+    assert not any("not checked" in line for line in lines)
+
+
+def test_a_model_with_an_unconditional_prior_keeps_every_contract() -> None:
+    system = SYSTEMS["pendulum"]()
+    model = ph.models.MetaHybridVAE(system, width=4, conditional=False)
+    guide = guide_of(model, encoder=model.encoder())
+    assert len(ph.check_hybrid_model(model, guide, system.simulate(2, 4, seed=0).episode())) == len(NAMES)
+
+
+@pytest.mark.parametrize("kind", [DampedPendulum, ComputedPendulum], ids=[*READINGS])
+def test_the_model_of_the_readme_keeps_every_contract(kind: Any) -> None:
+    model, tasks = kind(6), SYSTEMS["pendulum"]().simulate(2, 4, seed=0)
+    assert len(ph.check_hybrid_model(model, guide_of(model), tasks.episode())) == len(NAMES)
+
+
+@pytest.mark.parametrize("reading", READINGS)
+@pytest.mark.parametrize("inferred", [False, True])
+def test_the_line_keeps_every_contract(inferred: bool, reading: str) -> None:
+    tasks = in_float32(make_tasks(3, 5, num_support=2, inferred=inferred))
+    model = Line(READINGS[reading], inferred=inferred)
+    assert len(ph.check_hybrid_model(model, guide_of(model), tasks.episode())) == len(NAMES)
+
+
+@pytest.mark.parametrize("reading", READINGS)
+def test_a_program_in_float64_with_gaps_in_its_data_keeps_every_contract(reading: str) -> None:
+    mask = torch.rand(3, 5, POINTS, 1) > 0.3
+    tasks = make_tasks(3, 5, num_support=2, mask=mask)
+    model = Line(READINGS[reading])
+    guide = guide_of(model)
+    model.double(), guide.double()
+    assert len(ph.check_hybrid_model(model, guide, tasks.episode())) == len(NAMES)
+
+
+# ---- broken ones ---------------------------------------------------------------------------------------------------
+
+
+class Program:
+    """A line again, in methods: each is a place where something can be broken."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.prior = ph.SupportPrior(encoder(), **SITES)
+        self.gain = nn.Parameter(torch.tensor(0.5))
+        self.noise = PyroParam(torch.tensor(0.3), constraints.positive)
+
+    def forward(self, episode: ph.Episode) -> Tensor:
+        p = self.prior(episode.support)
+        with episode.plate:
+            slope, bend = self.latents(p)
+            mean = self.mean(torch.cat([self.slope(slope, episode), bend], -1), episode)
+            return self.observe(mean.unsqueeze(-1), episode)
+
+    def latents(self, p: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        return pyro.sample("slope", p["slope"]), pyro.sample("bend", p["bend"])
+
+    def slope(self, slope: Tensor, episode: ph.Episode) -> Tensor:
+        return slope
+
+    def start(self, episode: ph.Episode) -> Tensor:
+        return torch.stack(episode.initial, -1)
+
+    def mean(self, z: Tensor, episode: ph.Episode) -> Tensor:
+        grown = features(episode.times) - features(episode.times[..., :1])
+        return self.start(episode) + self.gain * (grown * z[..., None, None, :]).sum(-1)
+
+    def observe(self, mean: Tensor, episode: ph.Episode) -> Tensor:
+        x = dist.Normal(mean, self.noise).mask(episode.mask)
+        return pyro.sample("x", x.to_event(3), obs=episode.query)
+
+
+class Good(Program, ph.HybridModel):
+    pass
+
+
+class NamesAFunction(Good):
+    def slope(self, slope: Tensor, episode: ph.Episode) -> Tensor:
+        return pyro.deterministic("twice", 2.0 * slope, event_dim=1) / 2.0
+
+
+def test_a_function_of_latents_may_have_a_name() -> None:
+    model = NamesAFunction()
+    assert len(ph.check_hybrid_model(model, guide_of(model), EPISODE)) == len(NAMES)
+
+
+class SharesByName(Program, PyroModule):
+    pass
+
+
+class InTheStore(Program, nn.Module):
+    def observe(self, mean: Tensor, episode: ph.Episode) -> Tensor:
+        x = dist.Normal(mean, pyro.param("spread", torch.tensor(0.3))).mask(episode.mask)
+        return pyro.sample("x", x.to_event(3), obs=episode.query)
+
+
+class AsksTheStore(Good):
+    def slope(self, slope: Tensor, episode: ph.Episode) -> Tensor:
+        return slope * pyro.param("scale", torch.tensor(1.0))
+
+
+class Everywhere(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor(1.0))
+
+    def __deepcopy__(self, memo: object) -> Everywhere:
+        return self
+
+
+class SharesAPart(Good):
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = Everywhere()
+
+
+class HasOneMoreLatent(Good):
+    def latents(self, p: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        pyro.sample("more", p["slope"])
+        return super().latents(p)
+
+
+class KnowsNoPlate(Good):
+    def forward(self, episode: ph.Episode) -> Tensor:
+        p = self.prior(episode.support)
+        mean = self.mean(torch.cat(self.latents(p), -1), episode)
+        return self.observe(mean.unsqueeze(-1), episode)
+
+
+class ObservesByAFactor(Good):
+    def observe(self, mean: Tensor, episode: ph.Episode) -> Tensor:
+        x = dist.Normal(mean, self.noise).mask(episode.mask).to_event(3)
+        if episode.query is None:
+            return pyro.sample("x", x)
+        return pyro.factor("x", x.log_prob(episode.query))
+
+
+class ObservesHalfOfIt(Good):
+    def observe(self, mean: Tensor, episode: ph.Episode) -> Tensor:
+        x = dist.Normal(mean[..., 1:, :], self.noise).to_event(3)
+        return pyro.sample("x", x, obs=None if episode.query is None else episode.query[..., 1:, :])
+
+
+class KeepsAConstant(Good):
+    def slope(self, slope: Tensor, episode: ph.Episode) -> Tensor:
+        return slope @ torch.tensor([[2.0]])
+
+
+class CountsItsRuns(Good):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("runs", torch.zeros(()))
+
+    def slope(self, slope: Tensor, episode: ph.Episode) -> Tensor:
+        self.runs += 1
+        return slope
+
+
+class ChangesASetting(Good):
+    def slope(self, slope: Tensor, episode: ph.Episode) -> Tensor:
+        pyro.settings.set(cholesky_relative_jitter=7.0)
+        return slope
+
+
+class MasksInPlace(Good):
+    def forward(self, episode: ph.Episode) -> Tensor:
+        if isinstance(episode.mask, Tensor):
+            episode.mask[:, :, 1] = False
+        return super().forward(episode)
+
+
+class ForgetsTheMask(Good):
+    def observe(self, mean: Tensor, episode: ph.Episode) -> Tensor:
+        return pyro.sample("x", dist.Normal(mean, self.noise).to_event(3), obs=episode.query)
+
+
+class MasksBySight(Good):
+    def observe(self, mean: Tensor, episode: ph.Episode) -> Tensor:
+        return super().observe(mean, replace(episode, mask=episode.seen))
+
+
+class LosesItsLoss(Good):
+    def slope(self, slope: Tensor, episode: ph.Episode) -> Tensor:
+        if self.training:
+            pyro.factor("preference", slope.new_tensor(-torch.inf))
+        return slope
+
+
+def with_a_trap(value: Tensor) -> Tensor:
+    """The value, with NaN for a gradient."""
+    return torch.where(value.abs() < torch.inf, value, (-1.0 - value.square()).sqrt())
+
+
+class HasATrapInTraining(Good):
+    def slope(self, slope: Tensor, episode: ph.Episode) -> Tensor:
+        return slope * with_a_trap(self.gain) if self.training else slope
+
+
+class HasATrapInUse(Good):
+    def slope(self, slope: Tensor, episode: ph.Episode) -> Tensor:
+        return slope if self.training else with_a_trap(slope)
+
+
+class Numpy(dist.Normal):
+    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
+        return self.loc + self.scale * torch.as_tensor(np.random.randn(*self.loc.shape)).to(self.loc)
+
+    rsample = sample
+
+
+class DrawsWithNumpy(Good):
+    def observe(self, mean: Tensor, episode: ph.Episode) -> Tensor:
+        x = Numpy(mean, self.noise.expand(mean.shape)).mask(episode.mask)
+        return pyro.sample("x", x.to_event(3), obs=episode.query)
+
+
+class BelievesTheFirstShot(Good):
+    def slope(self, slope: Tensor, episode: ph.Episode) -> Tensor:
+        return slope if episode.support is None else slope + 0.1 * episode.support.query[:, 0].mean((-1, -2))[:, None]
+
+
+class WeighsItsShots(Good):
+    def start(self, episode: ph.Episode) -> Tensor:
+        start = super().start(episode)
+        return start * torch.arange(1.0, 1 + start.shape[1]).to(start).unsqueeze(-1)
+
+
+class ComparesTasks(Good):
+    def slope(self, slope: Tensor, episode: ph.Episode) -> Tensor:
+        return slope - slope.mean(-2, keepdim=True)
+
+
+class AveragesOverTasks(Good):
+    def start(self, episode: ph.Episode) -> Tensor:
+        start = super().start(episode)
+        return start - 0.1 * start.mean(0)
+
+
+class NumbersTasks(Good):
+    def slope(self, slope: Tensor, episode: ph.Episode) -> Tensor:
+        return slope + torch.arange(slope.shape[-2]).to(slope).unsqueeze(-1)
+
+
+class DividesByTasks(Good):
+    def observe(self, mean: Tensor, episode: ph.Episode) -> Tensor:
+        with pyro.poutine.scale(scale=1.0 / mean.shape[-4]):
+            return super().observe(mean, episode)
+
+
+class ObservesItsMean(Good):
+    def observe(self, mean: Tensor, episode: ph.Episode) -> Tensor:
+        return super().observe(mean, replace(episode, query=mean.detach()) if episode.query is None else episode)
+
+
+class Endless(dist.Normal):
+    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
+        return super().sample(sample_shape) * torch.inf
+
+    rsample = sample
+
+
+class SimulatesTheEndless(Good):
+    def observe(self, mean: Tensor, episode: ph.Episode) -> Tensor:
+        if episode.query is not None:
+            return super().observe(mean, episode)
+        return pyro.sample("x", Endless(mean, self.noise.expand(mean.shape), validate_args=False).to_event(3))
+
+
+class TurnsParticlesRound(Good):
+    def slope(self, slope: Tensor, episode: ph.Episode) -> Tensor:
+        return slope.flip(0) if slope.dim() > 2 else slope
+
+
+class FearsHandlers(Good):
+    def slope(self, slope: Tensor, episode: ph.Episode) -> Tensor:
+        if any(isinstance(handler, MaskMessenger) for handler in pyro.poutine.runtime._PYRO_STACK):
+            raise RuntimeError("what is this?")
+        return slope
+
+
+class HidesItsNoise(Good):
+    def slope(self, slope: Tensor, episode: ph.Episode) -> Tensor:
+        return slope + 0.1 * torch.randn(())
+
+
+class KnowsOneClock(Good):
+    def start(self, episode: ph.Episode) -> Tensor:
+        assert episode.times.shape == (POINTS,)
+        return super().start(episode)
+
+
+class SqueezesTasks(Good):
+    def slope(self, slope: Tensor, episode: ph.Episode) -> Tensor:
+        return slope.squeeze(-2)
+
+
+class ComparesShots(Good):
+    def start(self, episode: ph.Episode) -> Tensor:
+        start = super().start(episode)
+        return start + 0.0 / (start.shape[1] - 1)
+
+
+class ForgetsAScale(Good):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.tensor(2.0), persistent=False)
+
+    def slope(self, slope: Tensor, episode: ph.Episode) -> Tensor:
+        return self.scale * slope
+
+
+class TakesANameOfArviZ(Good):
+    def __init__(self) -> None:
+        super().__init__()
+        self.prior = ph.SupportPrior(encoder(), draw=ph.families.Normal(1), bend=ph.families.Normal(2))
+
+    def latents(self, p: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        return pyro.sample("draw", p["draw"]), pyro.sample("bend", p["bend"])
+
+
+class Blind(ph.SetEncoder):
+    """It reads what wasn't seen."""
+
+    def shots(self, episode: ph.Episode) -> Tensor:
+        return super().shots(replace(episode, seen=True))
+
+
+def another_guide(**sites: ph.families.Family) -> ph.AmortizedGuide:
+    return ph.AmortizedGuide(ph.SupportPrior(encoder(), **sites), encoder())
+
+
+Broken = tuple[Callable[[], Any], Callable[[Any], Any], str]
+BROKEN: dict[str, list[Broken]] = {
+    "parameters": [
+        (SharesByName, guide_of, "SharesByName, which shares them by name"),
+    ],
+    "copies": [(SharesAPart, guide_of, r"got \['part\.gain'\]\. Keep parameters on the instance")],
+    "runs": [
+        (
+            Good,
+            lambda model: guide_of(model, encoder=encoder(steps=9)),
+            r"got ValueError: expected trajectories of \(time, sensor\) = \(9, 1\)",
+        ),
+        (AsksTheStore, guide_of, "got NotImplementedError: Support for global pyro.param statements"),
+    ],
+    "latents": [
+        (HasOneMoreLatent, guide_of, r"expected a guide of \{'more': \(3, 1\).*got \{'slope'"),
+        (Good, lambda model: another_guide(slope=SITES["slope"]), r"got \{'slope': \(3, 1\)\}"),
+        (Good, lambda model: another_guide(**SITES, more=SITES["slope"]), "'more'"),
+        (Good, lambda model: another_guide(**SITES | {"bend": ph.families.Normal(3)}), r"got .*'bend': \(3, 3\)"),
+    ],
+    "plates": [(KnowsNoPlate, guide_of, r"'slope' of batch shape \(3,\) in a plate .*\[\(-1, 3\)\]; got .* in \[\]")],
+    "observation": [
+        (ObservesByAFactor, guide_of, r"expected one of shape \(3, 3, 6, 1\); got none observed"),
+        (ObservesHalfOfIt, guide_of, r"got \{'x': \(3, 3, 5, 1\)\}\. End the program with pyro\.sample"),
+    ],
+    "double": [(KeepsAConstant, guide_of, "got RuntimeError: .*dtype")],
+    "untouched": [
+        (InTheStore, guide_of, r"got changes of \[\"parameters in Pyro's store\"\]"),
+        (CountsItsRuns, guide_of, r"got changes of \['model\.runs'\]"),
+        (ChangesASetting, guide_of, r"got changes of \['cholesky_relative_jitter'\]"),
+        (MasksInPlace, guide_of, r"got changes of \['episode\.mask'\]"),
+    ],
+    "mask": [
+        (ForgetsTheMask, guide_of, r"in the program's\. Observe .*\.mask\(episode\.mask\)"),
+        (MasksBySight, guide_of, "in the program's"),
+        (Good, lambda model: guide_of(model, encoder=Blind(1, POINTS, 4, width=8)), "in the guide's"),
+    ],
+    "elbo": [(LosesItsLoss, guide_of, "expected a finite loss; got nan")],
+    "gradients": [(HasATrapInTraining, guide_of, r"got NaN or Inf for \['model\.gain'\]")],
+    "seed": [(DrawsWithNumpy, guide_of, "got different ones. Draw everything random with")],
+    "support order": [(BelievesTheFirstShot, guide_of, "relative difference of .* in the program's. Read a set")],
+    "query order": [(WeighsItsShots, guide_of, "relative difference of .* in the program's")],
+    "tasks": [(kind, guide_of, "in the program's. Mix nothing over the axis of tasks")
+              for kind in (ComparesTasks, AveragesOverTasks, NumbersTasks, DividesByTasks)],
+    "simulation": [
+        (ObservesItsMean, guide_of, r"expected no observed site; got \['x'\]"),
+        (SimulatesTheEndless, guide_of, "a finite log density of what it simulated; got"),
+    ],
+    "particles": [(TurnsParticlesRound, guide_of, "in the program's. Count axes from the last")],
+    "predictive": [(FearsHandlers, guide_of, r"got RuntimeError: what is this\?")],
+    "condition": [(HidesItsNoise, guide_of, "in the program's. Draw what is random with pyro.sample")],
+    "nuts": [(HasATrapInUse, guide_of, r"NaN or Inf for \['slope'\]")],
+    "segments": [(KnowsOneClock, guide_of, "got AssertionError")],
+    "one task": [(SqueezesTasks, guide_of, "got RuntimeError")],
+    "one shot": [(ComparesShots, guide_of, "got")],
+    "state dict": [(ForgetsAScale, guide_of, "got differences up to .* Register what is learned")],
+    "arviz": [(TakesANameOfArviZ, guide_of, "got")],
+}
+CASES = [pytest.param(name, *case, id=f"{name}, {i}") for name, cases in BROKEN.items() for i, case in enumerate(cases)]
+
+
+def test_the_program_that_the_others_break_keeps_every_contract() -> None:
+    model = Good()
+    assert len(ph.check_hybrid_model(model, guide_of(model), EPISODE)) == len(NAMES)
+
+
+def test_every_contract_has_a_program_that_breaks_it() -> None:
+    assert list(BROKEN) == NAMES
+
+
+@pytest.mark.parametrize(("name", "model", "guide", "message"), CASES)
+def test_who_breaks_a_contract_is_refused_by_its_name(name: str, model: Any, guide: Any, message: str) -> None:
+    made = model()
+    with pytest.raises(ph.ContractError, match=message) as caught:
+        ph.check_hybrid_model(made, guide(made), EPISODE)
+    assert list(caught.value.failed) == [name]
+    assert f"\n- {name}. " in str(caught.value)
+
+
+# ---- reports -------------------------------------------------------------------------------------------------------
+
+
+class SimulatesMore(Good):
+    def observe(self, mean: Tensor, episode: ph.Episode) -> Tensor:
+        return super().observe(torch.cat([mean, mean], -1) if episode.query is None else mean, episode)
+
+
+class BreaksTwo(ForgetsTheMask, FearsHandlers):
+    pass
+
+
+def test_a_simulation_of_another_shape_is_named() -> None:
+    model = SimulatesMore()
+    with pytest.raises(ph.ContractError) as caught:
+        ph.check_hybrid_model(model, guide_of(model), EPISODE)
+    assert "expected 'x' of shape (3, 3, 6, 1); got (3, 3, 6, 2)" in caught.value.failed["simulation"]
+
+
+def test_all_that_fails_is_in_one_error_with_the_traceback_of_the_first_crash() -> None:
+    model = BreaksTwo()
+    with pytest.raises(ph.ContractError, match=f"^2 of {len(NAMES)} contracts don't hold:\n- mask") as caught:
+        ph.check_hybrid_model(model, guide_of(model), EPISODE)
+    assert list(caught.value.failed) == ["mask", "predictive"]
+    assert isinstance(caught.value.__cause__, RuntimeError) and caught.value.__cause__.__traceback__ is not None
+
+
+def test_what_builds_on_a_broken_contract_is_not_checked_and_that_is_said() -> None:
+    model = KnowsNoPlate()
+    with pytest.raises(ph.ContractError, match="^1 of 7 contracts don't hold, and 18 that build on them weren't"):
+        ph.check_hybrid_model(model, guide_of(model), EPISODE)
+
+
+def lines_of(episode: ph.Episode, model: Any = None) -> dict[str, str]:
+    model = model or Good()
+    return dict(line.split(": ", 1) for line in ph.check_hybrid_model(model, guide_of(model), episode))
+
+
+def test_what_cannot_be_checked_is_said_in_its_line() -> None:
+    tasks = in_float32(make_tasks(2, 3, num_support=1))
+    assert lines_of(tasks.episode())["support order"].startswith("not checked, one shot has no order")
+    assert "not checked" not in lines_of(tasks.episode())["query order"]
+    assert lines_of(tasks.episode(2))["query order"].startswith("not checked, one shot has no order")
+    assert lines_of(tasks[:1].episode())["tasks"].startswith("not checked, there is one task only")
+    uncut = replace(EPISODE, states=None)
+    assert lines_of(uncut)["segments"].startswith("not checked, the episode can't be cut")
+
+
+def test_what_the_docs_show_is_what_is_said() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "write_a_model.md").read_text(encoding="utf-8")
+    program, check = re.findall(r"```python\n(.*?)```", page, re.DOTALL)[:2]
+    (shown,) = re.findall(r"```text\nContractError: (.*?)```", page, re.DOTALL)
+    with pytest.raises(ph.ContractError) as caught:
+        exec(program.replace(".mask(episode.mask)", "") + check, {"__name__": "page"})
+    texts = (" ".join(text.split()) for text in (str(caught.value), shown))
+    assert len({re.sub(r"difference of \S+", "difference", text) for text in texts}) == 1
+
+
+def test_parameters_that_no_gradient_reaches_are_named() -> None:
+    model = Good()
+    model.idle = nn.Parameter(torch.zeros(2))
+    model.frozen = nn.Parameter(torch.zeros(2), requires_grad=False)
+    assert lines_of(EPISODE, model)["gradients"] == "Gradients of the ELBO are finite (none reaches model.idle)"
+    assert lines_of(EPISODE)["gradients"] == "Gradients of the ELBO are finite"
+
+
+def test_nothing_is_changed_by_the_check_not_even_by_a_broken_program(request: pytest.FixtureRequest) -> None:
+    request.addfinalizer(pyro.clear_param_store)
+    for kind in (Good, MasksInPlace, ChangesASetting, CountsItsRuns, DrawsWithNumpy):
+        model, episode = kind(), copy.deepcopy(EPISODE)
+        guide = guide_of(model)
+        pyro.get_param_store().setdefault("mine", torch.tensor(3.0))
+        model.train(), guide.eval()
+        weights = copy.deepcopy([model.state_dict(), guide.state_dict()])
+        states = np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+        settings = dict(pyro.settings.get())
+        try:
+            ph.check_hybrid_model(model, guide, episode)
+        except ph.ContractError:
+            assert kind is not Good
+        assert states == (np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
+        assert settings == pyro.settings.get() and pyro.get_param_store()["mine"] == 3.0
+        assert model.training and not guide.training
+        for before, module in zip(weights, (model, guide), strict=True):
+            assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+            assert all(p.grad is None for p in module.parameters())
+        for name in ("query", "mask", "measured"):
+            assert torch.equal(getattr(episode, name), getattr(EPISODE, name))
+
+
+def test_it_says_the_same_again() -> None:
+    model = ComparesTasks()
+    guide, said = guide_of(model), []
+    for _ in range(2):
+        with pytest.raises(ph.ContractError) as caught:
+            ph.check_hybrid_model(model, guide, EPISODE)
+        said.append(str(caught.value))
+    assert said[0] == said[1]
+
+
+@pytest.mark.parametrize(
+    ("episode", "came"),
+    [
+        (EPISODE.simulation(), "query: NoneType"),
+        (replace(EPISODE, support=None), "support: NoneType"),
+        (EPISODE.cut(2), r"times: \(9, 3\)"),
+    ],
+)
+def test_an_episode_that_says_too_little_is_refused(episode: ph.Episode, came: str) -> None:
+    model = Good()
+    with pytest.raises(ValueError, match=f"expected an episode of whole trajectories .*{came}.*Pass tasks"):
+        ph.check_hybrid_model(model, guide_of(model), episode)
