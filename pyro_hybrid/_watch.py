@@ -35,7 +35,8 @@ class Ending:
 
     def __enter__(self) -> Ending:
         if self.heeded:
-            self.before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+            self.before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)
+                           if signal.getsignal(number) is not signal.SIG_IGN}  # as SIGINT is under nohup
         return self
 
     def __exit__(self, *_: object) -> None:

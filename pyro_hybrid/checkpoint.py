@@ -127,7 +127,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, settings: Mapping[str, Any] | None = None, keep: int = 2) -> None:
         self.folder, self.keep = folder, keep
-        self.settings = json.loads(json.dumps(settings or {}))
+        self.settings = json.loads(json.dumps(settings or {}, default=float))
 
     def all(self) -> list[Path]:
         """From first to last."""

@@ -12,11 +12,11 @@ import pyro
 import torch
 from numpy.typing import NDArray
 from pyro import poutine
-from pyro.infer.importance import psis_diagnostic
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from . import _arviz
-from ._checks import require
+from ._checks import fail, require
 from ._data import check_episode
 from .linearise import Program, Site, bare, random_sites
 from .module import HybridModel, local_parameters
@@ -24,6 +24,9 @@ from .prior import SupportPrior
 from .tasks import Episode, Tasks
 
 __all__ = ["calibrate", "draws", "load_arviz", "pareto_k", "predict", "save_arviz", "summary", "to_arviz"]
+
+
+AT_ONCE = 20_000_000  # observations that are predicted at once
 
 
 @runtime_checkable
@@ -77,13 +80,30 @@ def calibrate(model: HybridModel, tasks: Tasks, prob: float = 0.9) -> Tensor:
     return prior.spread.clone()
 
 
-def pareto_k(model: nn.Module, guide: nn.Module, episode: Episode, num_samples: int = 1000) -> NDArray[np.floating]:
+def pareto_k(model: Program, guide: Program, episode: Episode, num_samples: int = 1000, *,
+             progress: bool = False) -> NDArray[np.floating]:
     """PSIS k̂ of each task: below 0.7 the guide can be trusted as a proposal for the program's exact posterior."""
+    if episode.query is None:
+        fail("an episode with a query", "query=None", "There is no posterior without data.")
     _require_some(num_samples)
     check_episode(episode)
-    with torch.no_grad(), local_parameters():
-        return np.array([psis_diagnostic(model, guide, one, num_particles=num_samples, max_plate_nesting=1)
-                         for one in (episode.only(i) for i in range(episode.shape[0]))])
+    pieces = torch.arange(episode.shape[0]).split(max(1, AT_ONCE // (num_samples * episode.query[0].numel())))
+    weights = [_log_weights(model, guide, episode.only(rows), num_samples) for rows in
+               tqdm(pieces, desc="weighing draws", unit="batch", leave=False, disable=not progress, delay=2.0)]
+    return _arviz.pareto_k(torch.cat(weights, 1).T.double().cpu().numpy())
+
+
+def _log_weights(model: Program, guide: Program, episode: Episode, num_samples: int) -> Tensor:
+    """log p(x, z | S) - log q(z | S, x), by draw and task."""
+    with torch.no_grad(), local_parameters(), pyro.plate("draw", num_samples, dim=-2):
+        proposed = poutine.trace(guide).get_trace(episode)
+        weighed = poutine.trace(poutine.replay(model, trace=proposed)).get_trace(episode)
+    return (_log_density(weighed) - _log_density(proposed)).expand(num_samples, episode.shape[0])
+
+
+def _log_density(trace: poutine.Trace) -> Tensor:
+    trace.compute_log_prob()
+    return sum((site["log_prob"] for site in trace.nodes.values() if site["type"] == "sample"), torch.zeros(()))
 
 
 def to_arviz(model: nn.Module, guide: nn.Module, episode: Episode, num_samples: int = 500, *,

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -261,8 +262,17 @@ def test_the_manifest_says_what_it_is(tmp_path: Path) -> None:
 
 # ---- Ctrl-C --------------------------------------------------------------------------------------------------------
 
+@pytest.fixture
+def heeded() -> Iterator[None]:
+    """Ctrl-C as in a terminal: what is started in the background may have been told to ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 SCRIPT = """
-import sys, time, torch
+import signal, sys, time, torch
+signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path.insert(0, {tests!r})
 from test_checkpoint import LONG, TASKS, pair, ph
 def slowly(step, fit):
@@ -293,6 +303,7 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path: Path, number: int, ends_
     assert same(state(*whole), state(*both))
 
 
+@pytest.mark.usefixtures("heeded")
 def test_a_second_signal_does_not_wait(tmp_path: Path) -> None:
     def twice(step: int, fit: ph.Fit) -> None:
         if step == 3:
@@ -307,6 +318,15 @@ def test_a_second_signal_does_not_wait(tmp_path: Path) -> None:
     assert time.perf_counter() - start < 4.0 and steps(tmp_path) == []
 
 
+@pytest.mark.usefixtures("heeded")
+def test_a_signal_that_was_to_be_ignored_is_ignored(tmp_path: Path) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    fit = ph.meta_train(*pair(), TASKS, checkpoint=tmp_path, **LONG,
+                        callback=lambda step, fit: os.kill(os.getpid(), signal.SIGINT) if step == 3 else None)
+    assert len(fit.loss) == LONG["steps"] and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
+@pytest.mark.usefixtures("heeded")
 @pytest.mark.parametrize("checkpoint", [True, False])
 def test_handlers_of_signals_are_as_before(tmp_path: Path, checkpoint: bool) -> None:
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]

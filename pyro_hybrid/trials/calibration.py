@@ -13,14 +13,13 @@ import pyro
 import torch
 from pyro import poutine
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-from pyro_hybrid import _arviz
 from pyro_hybrid._checks import require
 from pyro_hybrid.dynamics import failures_as_values
 from pyro_hybrid.identifiability.check import Check, Status, Threshold, judged
 from pyro_hybrid.linearise import Program
 from pyro_hybrid.module import local_parameters
+from pyro_hybrid.posterior import pareto_k
 from pyro_hybrid.tasks import Tasks
 from pyro_hybrid.trials import simulate
 from pyro_hybrid.trials.ranks import Array, Latent, judge, share
@@ -32,7 +31,6 @@ __all__ = ["Calibration", "check_calibration"]
 
 RELIABLE, MOST = 0.7, Threshold(holds=0.8, fails=0.8)  # a good k-hat, and in what share of the tasks it should be good
 WEIGHED, NAMED = 100, 5  # tasks whose k-hat is looked at, and so many of the bad ones are named
-NUMBERS = 20_000_000  # observations that are predicted at once
 HEAD = "truth inside 50%  80%            95%            z mean    z sd  contraction  verdict"
 SAYS = {
     "holds": "calibrated: the guide's draws lie about the truth as they should",
@@ -160,30 +158,12 @@ def check_calibration(model: Program, guide: Program, tasks: Tasks, *, simulatio
           local_parameters(), failures_as_values(), pyro.validation_enabled(False)):
         torch.manual_seed(seed)
         scores = simulate.simulations(model, guide, some, -(-simulations // len(some)), num_draws, progress)
-        k = _pareto_k(model, guide, tasks[looked_at], num_draws, progress)
+        real = next(simulate.batches(model, tasks[looked_at], WEIGHED))
+        k = pareto_k(model, guide, real, num_draws, progress=progress)
     columns = zip(scores.names, scores.rank.T, scores.z.T, scores.contraction.T, strict=True)
     latents = [judge(*column, latents=len(scores.names)) for column in columns]
     return Calibration(latents, _judge_weights(k, looked_at), scores.rank, k, len(some), num_draws, scores.diverged,
                        time.perf_counter() - began)
-
-
-def _pareto_k(model: Program, guide: Program, tasks: Tasks, num_draws: int, progress: bool) -> Array:
-    """PSIS k-hat of each task's real query."""
-    episodes = [*simulate.batches(model, tasks, max(1, NUMBERS // (num_draws * tasks.values[0].numel())))]
-    log_weights = []
-    for episode in tqdm(episodes, desc="weighing draws", unit="batch", leave=False, disable=not progress, delay=2.0):
-        with pyro.plate("draw", num_draws, dim=-2):
-            proposed = poutine.trace(guide).get_trace(episode)
-            weighed = poutine.trace(poutine.replay(model, trace=proposed)).get_trace(episode)
-        log_weight = _log_density(weighed) - _log_density(proposed)  # log p(x, z | S) - log q(z | S, x)
-        log_weights.append(log_weight.expand(num_draws, episode.shape[0]))
-    return _arviz.pareto_k(torch.cat(log_weights, 1).T.double().cpu().numpy())
-
-
-def _log_density(trace: poutine.Trace) -> Tensor:
-    """By draw and task."""
-    trace.compute_log_prob()
-    return sum((site["log_prob"] for site in trace.nodes.values() if site["type"] == "sample"), torch.zeros(()))
 
 
 def _judge_weights(k: Array, tasks: Tensor) -> Check:
