@@ -25,7 +25,7 @@ test: .venv/.installed ## run the tests (ARGS="-k guide" and the like are passed
 test-slow: .venv/.installed ## try hard to break it, and write docs/reliability.md's table (ten minutes or so)
 	@echo "test-slow: pytest --figures docs/results/reliability.json $(ARGS)"
 	@$(BIN)/python -m pytest --figures docs/results/reliability.json $(ARGS) \
-		$(addprefix tests/test_,storage.py checkpoint.py bad_data.py training.py dynamics.py calibration.py)
+		$(addprefix tests/test_,storage.py checkpoint.py bad_data.py training.py dynamics.py calibration.py certify.py)
 	@$(BIN)/python docs/results/reliability.py
 
 test-arviz1: .venv-arviz1/.installed .venv/.installed ## the ArviZ adapter under ArviZ 1.x, in an environment without torch

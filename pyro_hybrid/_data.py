@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,7 +14,7 @@ from ._checks import fail, require, require_floating
 if TYPE_CHECKING:
     from .tasks import Episode
 
-__all__ = ["check_episode", "check_trajectories", "require_measured"]
+__all__ = ["check_trajectories", "checked", "require_measured"]
 
 LARGEST = 1e15  # squares of thousands of these can still be added up in float32
 _log = logging.getLogger(__name__)
@@ -49,8 +50,8 @@ def check_trajectories(times: Tensor, values: Tensor, num_support: int, mask: Te
                      _numbers(still))
 
 
-def check_episode(episode: Episode) -> None:
-    """A batch that somebody may have put together by hand."""
+def checked(episode: Episode) -> Episode:
+    """A batch that somebody may have put together by hand, with zeros where nothing was seen."""
     tasks, shots = episode.shape
     require(tasks > 0 and shots > 0, "an episode of one task and one shot or more", f"{tasks} and {shots}",
             "An empty query can't be explained, and an empty support says nothing.")
@@ -63,7 +64,8 @@ def check_episode(episode: Episode) -> None:
     for name, part in named:
         require_floating(name, part)
         _alike("times", episode.times, name, part)
-        require_measured(name, part)
+        looked_at = (torch.as_tensor(episode.mask) | torch.as_tensor(episode.seen)).to(part.device)
+        require_measured(name, part, looked_at if name == "query" else None)
         require(part.shape[:2] == (tasks, shots), f"{name} of {tasks} tasks and {shots} shots, as initial",
                 tuple(part.shape), "Give every part of an episode the same tasks and shots.")
     if episode.query is not None:
@@ -75,7 +77,11 @@ def check_episode(episode: Episode) -> None:
                 f"a support of the same {tasks} tasks", f"one of {episode.support.shape[0]}"
                 + (" without trajectories" if episode.support.query is None else ""),
                 "Condition each task on trajectories of its own.")
-        check_episode(episode.support)
+        support = checked(episode.support)
+        episode = episode if support is episode.support else replace(episode, support=support)  # beliefs go by identity
+    if episode.query is None or bool(torch.isfinite(episode.query).all()):
+        return episode
+    return replace(episode, query=episode.query.where(looked_at, 0.0))
 
 
 def require_measured(name: str, value: Tensor, mask: Tensor | None = None) -> None:

@@ -87,6 +87,7 @@ class Loop:
                 self.svi.model.eval()
                 bar.close()
             self._finish()
+            ending.happen()  # who asked during the last step
         return self.fit
 
     def _finish(self) -> None:

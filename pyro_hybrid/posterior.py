@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from . import _arviz
 from ._checks import fail, require
-from ._data import check_episode
+from ._data import checked
 from .linearise import Program, Site, bare, random_sites
 from .module import HybridModel, local_parameters
 from .prior import SupportPrior
@@ -44,12 +44,14 @@ summary, save_arviz, load_arviz = _arviz.summary, _arviz.save, _arviz.load
 
 def draws(model: Program, guide: Program, episode: Episode, num_samples: int) -> dict[str, Tensor]:
     """Posterior draws of every latent site, ``(draw, task, ...)``."""
-    return _latent(_sites(guide, episode, num_samples))
+    _require_some(num_samples)
+    return _latent(_sites(guide, checked(episode), num_samples))
 
 
 def predict(model: nn.Module, episode: Episode, num_samples: int) -> dict[str, Tensor]:
     """Draws of every site, observations included, from the support and the initial states alone."""
-    return _latent(_sites(model, episode.simulation(), num_samples))
+    _require_some(num_samples)
+    return _latent(_sites(model, checked(episode).simulation(), num_samples))
 
 
 @torch.no_grad()
@@ -86,8 +88,8 @@ def pareto_k(model: Program, guide: Program, episode: Episode, num_samples: int 
     if episode.query is None:
         fail("an episode with a query", "query=None", "There is no posterior without data.")
     _require_some(num_samples)
-    check_episode(episode)
-    pieces = torch.arange(episode.shape[0]).split(max(1, AT_ONCE // (num_samples * episode.query[0].numel())))
+    size, episode = max(1, AT_ONCE // (num_samples * episode.query[:1].numel())), checked(episode)
+    pieces = torch.arange(episode.shape[0]).split(size)
     weights = [_log_weights(model, guide, episode.only(rows), num_samples) for rows in
                tqdm(pieces, desc="weighing draws", unit="batch", leave=False, disable=not progress, delay=2.0)]
     return _arviz.pareto_k(torch.cat(weights, 1).T.double().cpu().numpy())
@@ -120,6 +122,8 @@ def to_arviz(model: nn.Module, guide: nn.Module, episode: Episode, num_samples: 
             ``identified``, and all of it, as JSON, ``certificate``.
     """
     require(episode.query is not None, "an episode with a query", "query=None", "There is no posterior without data.")
+    _require_some(num_samples)
+    episode = checked(episode)
     posterior = draws(model, guide, episode, num_samples)
     prior = predict(model, episode, num_samples)
     again = _sites(poutine.condition(model, posterior), episode.simulation(), num_samples)
@@ -144,8 +148,6 @@ def to_arviz(model: nn.Module, guide: nn.Module, episode: Episode, num_samples: 
 
 def _sites(program: Program, episode: Episode, num_samples: int) -> dict[str, Site]:
     """Latents and observations of so many runs at once."""
-    _require_some(num_samples)
-    check_episode(episode)
     with torch.no_grad(), local_parameters(), pyro.plate("draw", num_samples, dim=-2):
         return random_sites(poutine.trace(program).get_trace(episode))
 

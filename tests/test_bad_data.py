@@ -145,6 +145,19 @@ def test_where_no_observation_of_a_task_counts_its_posterior_is_its_prior(eviden
     assert torch.allclose(natural[3], prior[3], rtol=1e-5) and not torch.isclose(natural, prior).all(-1)[:3].any()
 
 
+@pytest.mark.parametrize("evidence", [None, ph.Linearised(1)], ids=["learned", "computed"])
+@pytest.mark.parametrize("door", DOORS)
+def test_whatever_stands_where_nothing_was_seen_is_not_looked_at(door: str, evidence: ph.Linearised | None) -> None:
+    both, gone = pair(evidence), torch.zeros_like(GOOD.query, dtype=torch.bool)
+    gone[:, :, 2] = True
+    clean = replace(GOOD, mask=GOOD.mask & ~gone, seen=~gone)
+    found = []
+    for value in (0.0, torch.nan):
+        torch.manual_seed(0)
+        found.append(DOORS[door](both, replace(clean, query=GOOD.query.masked_fill(gone, value))))
+    assert torch.isfinite(found[0]).all() and torch.equal(*found)
+
+
 @pytest.mark.parametrize("door", DOORS)
 def test_a_support_of_other_tasks_is_noticed(door: str, trained: Any) -> None:
     with pytest.raises(ValueError, match="a support of the same 20 tasks; got one of 5"):

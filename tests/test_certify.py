@@ -365,7 +365,7 @@ def test_forty_has_twenty_of_each_kind_over_all_equations_flaws_and_families() -
     assert {case.plain for case in good} == {bool(case.start_noise) for case in good} == {True, False}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_of_forty_programs_none_is_judged_wrongly_and_few_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
     # What doesn't decide isn't computed: it takes half of the time.
     monkeypatch.setattr(sys.modules["pyro_hybrid.identifiability.certify"], "_further", lambda *rest: [])

@@ -319,6 +319,14 @@ def test_a_second_signal_does_not_wait(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("heeded")
+def test_a_signal_in_the_last_step_ends_a_training_that_is_finished_and_saved(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        ph.meta_train(*pair(), TASKS, checkpoint=tmp_path, **LONG,
+                      callback=lambda step, fit: os.kill(os.getpid(), signal.SIGINT) if step == 23 else None)
+    assert steps(tmp_path) == [20, 24] and read(tmp_path / "step-00000024").about["finished"]
+
+
+@pytest.mark.usefixtures("heeded")
 def test_a_signal_that_was_to_be_ignored_is_ignored(tmp_path: Path) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     fit = ph.meta_train(*pair(), TASKS, checkpoint=tmp_path, **LONG,

@@ -130,7 +130,7 @@ def test_masked_observations_do_not_count_whatever_their_values() -> None:
     mask = torch.rand(30, 8, 6, 1, generator=torch.Generator().manual_seed(1)) < 0.6
     mask[:, :, 0] = True
     episode = make_tasks(30, 8, num_support=4, mask=mask).episode()
-    wild = replace(episode, query=episode.query.where(episode.mask, torch.nan))
+    wild = replace(episode, query=episode.query.where(episode.mask | episode.seen, torch.nan))
     found = drawing(posterior(episode))
     pyro.set_rng_seed(0)
     clean = misfit(MODEL, found, episode).error
