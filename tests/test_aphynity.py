@@ -1,0 +1,291 @@
+"""APHYNITY: what is penalised, when λ grows, and that the neural force takes up what is missing and no more."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pyro import poutine
+from torch import Tensor
+
+import pyro_hybrid as ph
+from pyro_hybrid.models import APHYNITY, OriginalAPHYNITY
+from pyro_hybrid.models.aphynity import squared_norm
+from pyro_hybrid.module import local_parameters
+
+SHORT: dict[str, Any] = {"steps": 6, "batch_size": 4, "every": 3, "progress": False}
+SYSTEMS = {"pendulum": ph.systems.Pendulum, "double pendulum": ph.systems.DoublePendulum,
+           "rod": lambda: ph.systems.AdvectionDiffusion(6)}
+
+
+class Swing(ph.systems.Pendulum):
+    """A pendulum with friction, which nobody pushes and everybody sees clearly."""
+
+    periodic = False
+
+    def __init__(self, damping: float) -> None:
+        super().__init__()
+        self.points, self.noise = 13, (0.0, 0.0)
+        self.ranges = {**super().ranges, "damping": (damping,) * 2, "amplitude": (0.0, 0.0), "omega": (1.5, 1.5)}
+
+
+def small(name: str = "pendulum", points: int = 6) -> Any:
+    system = SYSTEMS[name]()
+    system.points = points
+    return system
+
+
+def pair(**options: Any) -> tuple[APHYNITY, ph.AmortizedGuide]:
+    torch.manual_seed(0)
+    model = APHYNITY(small(), **{"support": True, "width": 4, **options})
+    return model, model.guide()
+
+
+def episode(shots: int = 4, num_support: int = 2) -> ph.Episode:
+    return small().simulate(5, shots, seed=0, num_support=num_support).episode()
+
+
+def loss_of(model: APHYNITY | OriginalAPHYNITY, guide: Any, data: ph.Episode, seed: int = 0) -> Tensor:
+    torch.manual_seed(seed)
+    with local_parameters():
+        return ph.SVI(model, guide, torch.optim.SGD(model.parameters(), lr=0.0)).elbo(data)
+
+
+def error_of(model: APHYNITY, guide: Any, data: ph.Episode) -> float:
+    """L of the run that ``loss_of`` makes with the same seed, from its trace."""
+    torch.manual_seed(0)
+    with local_parameters(), torch.no_grad():
+        run = poutine.trace(poutine.replay(model, poutine.trace(guide).get_trace(data))).get_trace(data)
+    x = run.nodes["x"]["fn"].base_dist.base_dist
+    counts = torch.as_tensor(data.mask).expand_as(data.query)
+    return float(x.scale.square().mean() * ((data.query - x.mean) / x.scale).square()[counts].mean())
+
+
+# ---- the program ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "linear"), [*((name, True) for name in SYSTEMS), ("pendulum", False)])
+def test_a_model_that_reads_sets_keeps_every_contract(name: str, linear: bool) -> None:
+    system = small(name)
+    model = APHYNITY(system, support=True, width=4, linear=linear)
+    lines = ph.check_hybrid_model(model, model.guide(), system.simulate(2, 4, seed=0).episode())
+    assert len(lines) == 25 and not any("not checked" in line for line in lines)
+
+
+def test_a_model_that_reads_one_trajectory_keeps_every_contract_but_the_order_of_several() -> None:
+    system = small()
+    model = APHYNITY(system, width=4)
+    lines = ph.check_hybrid_model(model, model.guide(), system.simulate(2, 4, seed=0, num_support=3).episode())
+    assert [line.split(":")[0] for line in lines if "not checked" in line] == ["query order"]
+
+
+def test_as_published_a_set_of_trajectories_is_refused() -> None:
+    model, guide = pair(support=False)
+    with pytest.raises(ValueError, match=r"expected one trajectory of each task at a time; got 2.*support=True"):
+        loss_of(model, guide, episode())
+
+
+def test_as_published_it_trains_on_segments_of_one_trajectory() -> None:
+    model, guide = pair(support=False)
+    tasks = replace(small().simulate(8, 4, seed=0), num_support=3)
+    fit = ph.meta_train(model, guide, tasks, **SHORT, curriculum={0.0: 2, 0.5: None}, segments=1)
+    assert fit.skipped == 0 and model.constraint.weight > 1.0
+
+
+@pytest.mark.parametrize("support", [True, False])
+def test_the_guide_reads_a_support_as_if_it_were_the_query(support: bool) -> None:
+    model, guide = pair(support=support)
+    given = episode().support if support else episode(num_support=1).support
+    assert given is not None
+    found = ph.draws(model, guide, given, 7)
+    assert found["omega"].shape == (7, 5, 1) and found["unknown"].shape == (7, 5, 3)
+    assert not torch.allclose(found["omega"].mean(0)[0], found["omega"].mean(0)[1])
+
+
+@pytest.mark.parametrize(("weight", "growth"), [(0.0, 1.0), (1.0, -1.0)])
+def test_a_constraint_that_could_not_hold_is_refused(weight: float, growth: float) -> None:
+    with pytest.raises(ValueError, match="expected a positive weight and a growth of 0 or more"):
+        APHYNITY(small(), weight=weight, growth=growth)
+
+
+# ---- the penalty ---------------------------------------------------------------------------------------------------
+
+
+def test_the_penalty_is_the_squared_neural_force_at_the_states_of_the_trajectory() -> None:
+    model, _ = pair()
+    data = episode()
+    states, unknown = torch.randn(5, 2, 6, 2), torch.randn(5, 3)
+    force = model.residual.given(unknown[:, None, :])
+    physics = {"omega": torch.rand(5, 1)}
+    expected = torch.stack([
+        torch.stack([force(t, states[:, :, k, 0], states[:, :, k, 1]).square() for k, t in enumerate(data.times)], -1)
+    ]).mean((0, 2, 3))
+    assert torch.allclose(squared_norm(model.system, physics, force, data.times, states), expected)
+
+
+def test_a_torque_counts_by_the_acceleration_that_it_causes() -> None:
+    system, states = ph.systems.DoublePendulum(), torch.zeros(1, 1, 2, 4)  # hanging down, at rest
+    physics = {"gravity": torch.ones(1, 1), "ratio": torch.ones(1, 1)}
+
+    def torque(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.ones_like(inputs[0]), torch.zeros_like(inputs[0])
+
+    norm = squared_norm(system, physics, torque, torch.arange(2.0), states)
+    assert torch.allclose(norm, torch.tensor([2.0]))  # (2 1; 1 1) a = (1, 0) has a = (1, -1)
+
+
+def test_segments_with_clocks_of_their_own_are_penalised_at_their_own_times() -> None:
+    system, states = small(), torch.randn(5, 2, 5, 2)
+    times = torch.arange(5.0)
+    clocks = torch.stack([times, times + 5.0])
+
+    def force(t: Tensor, angle: Tensor, speed: Tensor) -> Tensor:
+        return t + 0.0 * angle
+
+    norm = squared_norm(system, {"omega": torch.ones(5, 1)}, force, clocks, states)
+    assert torch.allclose(norm, clocks.square().mean().expand(5), rtol=1e-4)
+
+
+def test_the_penalty_of_no_residual_is_nothing() -> None:
+    model, guide = pair()
+    for parameter in (*model.residual.last.parameters(), model.residual.straight):
+        parameter.data.zero_()
+    data = episode()
+    trained = loss_of(model, guide, data)
+    model.eval()
+    assert torch.equal(trained, loss_of(model, guide, data))
+
+
+def test_the_objective_is_the_published_one_times_half_the_observations_over_lambda() -> None:
+    system = small()
+    model = OriginalAPHYNITY(system, weight=3.0, width=4)
+    data = system.simulate(1, 4, seed=0, num_support=1).episode()
+    states = model.trajectories(data)
+    norm = squared_norm(system, model.physics(), model.force(), data.times, states)
+    n = 3 * 5 * 2  # what is measured at the first time is where trajectories begin
+    mean_square = (states - data.query).square()[:, :, 1:].mean()
+    published = 3.0 * mean_square + norm.sum()
+    constant = 0.5 * n * torch.log(torch.tensor(2.0 * torch.pi))
+    assert torch.allclose(loss_of(model, model.guide(), data) - constant, n / 6.0 * published, rtol=1e-4)
+
+
+def test_looks_and_simulations_know_no_penalty() -> None:
+    model, guide = pair()
+    data = episode()
+    for look in (model.train, model.eval):
+        look()
+        with torch.no_grad(), local_parameters():
+            sites = poutine.trace(poutine.condition(model, poutine.trace(guide).get_trace(data))).get_trace(data).nodes
+        assert "least" not in sites
+    assert "least" not in poutine.trace(model.train()).get_trace(data.simulation()).nodes
+    assert "least" in poutine.trace(model).get_trace(data).nodes
+
+
+# ---- λ -------------------------------------------------------------------------------------------------------------
+
+
+def test_lambda_grows_by_the_reconstruction_error_when_a_gradient_is_taken() -> None:
+    model, guide = pair(weight=2.0, growth=0.7)
+    data = episode()
+    expected = 2.0 + 0.7 * error_of(model, guide, data)
+    loss_of(model, guide, data).backward()
+    assert float(model.constraint.weight) == pytest.approx(expected, rel=1e-6)
+
+
+def test_lambda_of_the_original_grows_by_exactly_the_mean_squared_error() -> None:
+    system = small()
+    model = OriginalAPHYNITY(system, weight=1.0, growth=0.25, width=4).double()
+    data = system.simulate(1, 4, seed=0, num_support=1).episode().double()
+    with torch.no_grad():
+        squares = (model.trajectories(data) - data.query).square()[:, :, 1:]
+    loss_of(model, model.guide(), data).backward()
+    assert float(model.constraint.weight) == pytest.approx(1.0 + 0.25 * float(squares.mean()), rel=1e-14)
+
+
+def test_lambda_stays_where_no_gradient_is_taken_or_nothing_is_trained() -> None:
+    model, guide = pair()
+    data = episode()
+    loss_of(model, guide, data)  # without a gradient
+    with torch.no_grad():
+        loss_of(model, guide, data)
+    ph.SVI(model, guide, torch.optim.SGD(model.parameters(), lr=0.0)).evaluate_loss(data)
+    ph.predict(model, data, 2), ph.draws(model, guide, data, 2)
+    model.eval()
+    loss_of(model, guide, data).backward()
+    assert float(model.constraint.weight) == 1.0
+
+
+def test_lambda_ignores_a_run_that_is_not_finite() -> None:
+    system = small()
+    model, data = OriginalAPHYNITY(system, width=4), system.simulate(1, 4, seed=0, num_support=1).episode()
+    loss = loss_of(model, model.guide(), replace(data, query=torch.full_like(data.query, torch.inf)))
+    loss.backward()
+    assert not loss.isfinite() and float(model.constraint.weight) == 1.0
+
+
+def test_held_out_looks_do_not_change_a_training() -> None:
+    tasks = small().simulate(8, 4, seed=0)
+    weights = []
+    for held_out in (None, tasks[:3]):
+        model, guide = pair()
+        ph.meta_train(model, guide, tasks, **SHORT, held_out=held_out)
+        weights.append(float(model.constraint.weight))
+    assert weights[0] == weights[1] > 1.0
+
+
+def test_a_resumed_training_has_the_same_lambda_bit_for_bit(tmp_path: Path) -> None:
+    tasks = small().simulate(8, 4, seed=0)
+    whole, begun, resumed = pair(), pair(), pair()
+    ph.meta_train(*whole, tasks, **SHORT)
+
+    def stop(step: int, fit: ph.Fit) -> None:
+        if step == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ph.meta_train(*begun, tasks, **SHORT, checkpoint=tmp_path, callback=stop)
+    assert not torch.equal(begun[0].constraint.weight, whole[0].constraint.weight)
+    ph.meta_train(*resumed, tasks, **SHORT, checkpoint=tmp_path, resume=True)
+    for one, other in zip(whole, resumed, strict=True):
+        after = other.state_dict()
+        assert all(torch.equal(value, after[name]) for name, value in one.state_dict().items())
+
+
+def test_lambda_is_saved_and_loaded(tmp_path: Path) -> None:
+    model, guide = pair()
+    ph.meta_train(model, guide, small().simulate(8, 4, seed=0), **SHORT).save(tmp_path / "fit", model, guide)
+    other = pair()
+    ph.load(tmp_path / "fit", *other)
+    assert torch.equal(other[0].constraint.weight, model.constraint.weight) and model.constraint.weight > 1.0
+    assert torch.equal(copy.deepcopy(model).constraint.weight, model.constraint.weight)
+
+
+# ---- what it is for ------------------------------------------------------------------------------------------------
+
+
+def trained(damping: float, weight: float) -> tuple[OriginalAPHYNITY, Tensor, Tensor]:
+    """After a short training at a weight that lasts: the program, and its force beside the true one at other states."""
+    system = Swing(damping)
+    torch.manual_seed(0)
+    model = OriginalAPHYNITY(system, weight=weight, width=8, depth=1)
+    ph.meta_train(model, model.guide(), system.simulate(1, 13, seed=0, num_support=1), steps=150, batch_size=1,
+                  learning_rate=3e-2, curriculum={0.0: 3}, progress=False)
+    angle, speed = system.simulate(1, 9, seed=1, num_support=1).episode().query.unbind(-1)
+    with torch.no_grad(), local_parameters():
+        return model, model.force()(torch.tensor(1.0), angle, speed), -damping * speed
+
+
+def test_nothing_is_left_to_the_neural_force_where_the_equations_are_complete() -> None:
+    model, force, _ = trained(0.0, 100.0)
+    assert force.square().mean().sqrt() < 0.02
+    assert float(model.omega) == pytest.approx(1.5, rel=0.01)
+
+
+def test_the_neural_force_is_the_friction_that_the_equations_lack() -> None:
+    model, force, true = trained(0.3, 1000.0)
+    assert (force - true).square().mean() < 0.05 * true.square().mean()
+    assert float(model.omega) == pytest.approx(1.5, rel=0.04)
