@@ -61,10 +61,10 @@ def checked(episode: Episode) -> Episode:
     _check_times(episode.times)
     parts = episode.initial if isinstance(episode.initial, tuple) else (episode.initial,)
     named = [*(("initial", part) for part in parts), *([] if episode.query is None else [("query", episode.query)])]
+    looked_at = (torch.as_tensor(episode.mask) | torch.as_tensor(episode.seen)).to(episode.times.device)
     for name, part in named:
         require_floating(name, part)
         _alike("times", episode.times, name, part)
-        looked_at = (torch.as_tensor(episode.mask) | torch.as_tensor(episode.seen)).to(part.device)
         require_measured(name, part, looked_at if name == "query" else None)
         require(part.shape[:2] == (tasks, shots), f"{name} of {tasks} tasks and {shots} shots, as initial",
                 tuple(part.shape), "Give every part of an episode the same tasks and shots.")

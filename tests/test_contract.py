@@ -6,7 +6,6 @@ import copy
 import re
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from pyro.nn import PyroModule, PyroParam
 from pyro.poutine.mask_messenger import MaskMessenger
 from test_readme_model import ComputedPendulum, DampedPendulum
 from torch import Tensor, nn
-from toys import POINTS, Line, features, in_float32, make_tasks
+from toys import POINTS, SYSTEMS, Line, features, in_float32, make_tasks
 
 import pyro_hybrid as ph
 from pyro_hybrid.trials.contracts import STAGES
@@ -45,18 +44,6 @@ def guide_of(model: Any, **changes: Any) -> ph.AmortizedGuide:
 # ---- good programs -------------------------------------------------------------------------------------------------
 
 
-def system(kind: type[ph.systems.Pendulum], points: int = 6, **options: Any) -> Any:
-    made = kind(**options)
-    made.points = points
-    return made
-
-
-SYSTEMS = {
-    "pendulum": partial(system, ph.systems.Pendulum),
-    "angles": partial(system, ph.systems.Pendulum, angles_only=True),
-    "double pendulum": partial(system, ph.systems.DoublePendulum),
-    "rod": partial(system, ph.systems.AdvectionDiffusion, size=6),
-}
 READINGS = {"learned": None, "computed": ph.Linearised(1)}
 PREFERENCES: dict[str, Any] = {"correction": 1.0, "straightness": 1.0, "linear": False}
 MODELS: list[tuple[str, dict[str, Any]]] = [

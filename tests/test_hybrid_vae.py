@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
+from toys import SYSTEMS
 
 import pyro_hybrid as ph
 from pyro_hybrid.models import HybridVAE
@@ -20,18 +20,6 @@ from pyro_hybrid.models import HybridVAE
 REGULARISERS = {"discrepancy", "unmixing", "recovery"}
 
 
-def system(kind: type[ph.systems.Pendulum], points: int = 6, **options: Any) -> Any:
-    made = kind(**options)
-    made.points = points
-    return made
-
-
-SYSTEMS = {
-    "pendulum": partial(system, ph.systems.Pendulum),
-    "angles": partial(system, ph.systems.Pendulum, angles_only=True),
-    "double pendulum": partial(system, ph.systems.DoublePendulum),
-    "rod": partial(system, ph.systems.AdvectionDiffusion, size=6),
-}
 OPTIONS: list[dict[str, Any]] = [
     {},
     {"support": True, "outside": 2},

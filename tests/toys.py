@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import pyro
 import pyro.distributions as dist
@@ -88,6 +89,21 @@ def make_tasks(
 def in_float32(tasks: ph.Tasks) -> ph.Tasks:
     """The same tasks as training sees them."""
     return ph.Tasks.from_trajectories(tasks.times.float(), tasks.values.float(), num_support=tasks.num_support)
+
+
+def system(kind: type[ph.systems.System], points: int = 6, **options: Any) -> Any:
+    """One of the library's, with few times."""
+    made = kind(**options)
+    made.points = points
+    return made
+
+
+SYSTEMS = {
+    "pendulum": partial(system, ph.systems.Pendulum),
+    "angles": partial(system, ph.systems.Pendulum, angles_only=True),
+    "double pendulum": partial(system, ph.systems.DoublePendulum),
+    "rod": partial(system, ph.systems.AdvectionDiffusion, size=6),
+}
 
 
 class Exact(NamedTuple):

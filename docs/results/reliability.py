@@ -16,7 +16,8 @@ ROWS = {
               "{kills} kills, {in_a_save} of them in a save: {lost} lost (`torch.save` over the old file: "
               "{lost_in_place} of {kills_in_place})"),
     "full": ("disk full at every stage of a save, and a limit on file sizes",
-             "old checkpoint intact, error, no leftovers", "{intact} of {full_disks} + {file_size_limits}"),
+             "old checkpoint intact, error, no leftovers",
+             "{intact} times so: {full_disks} full disks, {file_size_limits} limit"),
     "rot": ("{flips} bit flips, {truncations} truncations", "all refused",
             "{refused} refused (torch and safetensors alone accept {accepted_by_others} of the {flips_for_others} "
             "flips in their files)"),
