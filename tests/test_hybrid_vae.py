@@ -12,7 +12,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
-from toys import SYSTEMS
+from toys import SYSTEMS, system
 
 import pyro_hybrid as ph
 from pyro_hybrid.models import HybridVAE
