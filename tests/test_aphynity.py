@@ -41,7 +41,7 @@ def small(name: str = "pendulum", points: int = 6) -> Any:
 
 def pair(**options: Any) -> tuple[APHYNITY, ph.AmortizedGuide]:
     torch.manual_seed(0)
-    model = APHYNITY(small(), **{"support": True, "width": 4, **options})
+    model = APHYNITY(small(), **{"width": 4, **options})
     return model, model.guide()
 
 
@@ -71,7 +71,7 @@ def error_of(model: APHYNITY, guide: Any, data: ph.Episode) -> float:
 @pytest.mark.parametrize(("name", "linear"), [*((name, True) for name in SYSTEMS), ("pendulum", False)])
 def test_a_model_that_reads_sets_keeps_every_contract(name: str, linear: bool) -> None:
     system = small(name)
-    model = APHYNITY(system, support=True, width=4, linear=linear)
+    model = APHYNITY(system, width=4, linear=linear)
     lines = ph.check_hybrid_model(model, model.guide(), system.simulate(2, 4, seed=0).episode())
     assert len(lines) == 25 and not any("not checked" in line for line in lines)
 
@@ -83,23 +83,16 @@ def test_a_model_that_reads_one_trajectory_keeps_every_contract_but_the_order_of
     assert [line.split(":")[0] for line in lines if "not checked" in line] == ["query order"]
 
 
-def test_as_published_a_set_of_trajectories_is_refused() -> None:
-    model, guide = pair(support=False)
-    with pytest.raises(ValueError, match=r"expected one trajectory of each task at a time; got 2.*support=True"):
-        loss_of(model, guide, episode())
-
-
 def test_as_published_it_trains_on_segments_of_one_trajectory() -> None:
-    model, guide = pair(support=False)
+    model, guide = pair()
     tasks = replace(small().simulate(8, 4, seed=0), num_support=3)
     fit = ph.meta_train(model, guide, tasks, **SHORT, curriculum={0.0: 2, 0.5: None}, segments=1)
     assert fit.skipped == 0 and model.constraint.weight > 1.0
 
 
-@pytest.mark.parametrize("support", [True, False])
-def test_the_guide_reads_a_support_as_if_it_were_the_query(support: bool) -> None:
-    model, guide = pair(support=support)
-    given = episode().support if support else episode(num_support=1).support
+@pytest.mark.parametrize("num_support", [1, 2])
+def test_the_guide_reads_a_support_as_if_it_were_the_query(num_support: int) -> None:
+    (model, guide), given = pair(), episode(num_support=num_support).support
     assert given is not None
     found = ph.draws(model, guide, given, 7)
     assert found["omega"].shape == (7, 5, 1) and found["unknown"].shape == (7, 5, 3)

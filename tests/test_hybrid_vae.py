@@ -22,7 +22,7 @@ REGULARISERS = {"discrepancy", "unmixing", "recovery"}
 
 OPTIONS: list[dict[str, Any]] = [
     {},
-    {"support": True, "outside": 2},
+    {"outside": 2},
     {"linear": True, "substeps": 2, "discrepancy": 0.0, "unmixing": 0.0, "recovery": 0.0},
 ]
 
@@ -91,24 +91,19 @@ def test_the_evidence_about_neural_latents_is_the_sum_of_that_of_single_trajecto
     assert torch.allclose(one + other, both, rtol=1e-4, atol=1e-5) and (both != 0.0).all()
 
 
-def test_as_published_it_is_deaf_to_the_support() -> None:
+def test_it_is_deaf_to_the_support() -> None:
     model, episode = model_of(), episode_of()
     assert same(evidence(model, episode), evidence(model, replace(episode, support=None)))
-    assert not same(evidence(model, episode), evidence(model_of(support=True), episode))
 
 
-def test_given_the_support_it_reads_all_shots_alike() -> None:
-    model, whole = model_of(support=True), SYSTEMS["pendulum"]().simulate(3, 4, seed=0).shots(slice(None))
-    episode = episode_of()
-    assert same(evidence(model, episode), evidence(model, whole))
-    assert same(evidence(model, episode.cut(2)), evidence(model, whole))
+def test_cut_trajectories_are_read_whole() -> None:
+    model, episode = model_of(), episode_of()
+    assert same(evidence(model, episode.cut(2)), evidence(model, episode))
 
 
 @pytest.mark.parametrize("name", ["pendulum", "rod"])
-def test_without_a_query_it_reads_the_support_as_if_it_were_the_query(name: str) -> None:
-    model, episode = model_of(name, support=True), episode_of(name)
-    assert same(evidence(model, episode.simulation()), evidence(model, episode.support))
-    assert same(evidence(model, replace(episode, query=None, support=None)), NONE)
+def test_without_a_query_the_guide_is_the_prior(name: str) -> None:
+    assert same(evidence(model_of(name), episode_of(name).simulation()), NONE)
 
 
 def test_a_shot_of_which_nothing_counts_is_no_evidence() -> None:
@@ -119,13 +114,6 @@ def test_a_shot_of_which_nothing_counts_is_no_evidence() -> None:
     assert torch.allclose(evidence(model, replace(episode, mask=mask))["unknown"], evidence(model, first)["unknown"],
                           rtol=1e-4)
     assert same(evidence(model, replace(episode, mask=mask & False)), NONE)
-
-
-@pytest.mark.parametrize(("training", "scale"), [(True, 2.0), (False, 1.0)])
-def test_latents_that_read_the_support_answer_for_it_in_training(training: bool, scale: float) -> None:
-    for support, expected in ((True, scale), (False, 1.0)):
-        model = model_of(support=support).train(training)
-        assert poutine.trace(model).get_trace(episode_of()).nodes["x"]["scale"] == expected
 
 
 # ---- regularisers --------------------------------------------------------------------------------------------------
@@ -226,16 +214,16 @@ def test_each_regulariser_trains_what_the_paper_says(name: str) -> None:
 # ---- training ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("support", [False, True])
-def test_a_short_training_lowers_the_loss_and_finds_the_physics(support: bool) -> None:
+@pytest.mark.parametrize("num_support", [2, 3], ids=["of sets", "of one trajectory at a time"])
+def test_a_short_training_lowers_the_loss_and_finds_the_physics(num_support: int) -> None:
     pendulum = system(ph.systems.Pendulum, 8)
     pendulum.step = 0.2
-    train, held_out = pendulum.simulate(160, 4, seed=0).split(60)
+    train, held_out = pendulum.simulate(160, 4, seed=0, num_support=num_support).split(60)
     torch.manual_seed(0)
-    model = HybridVAE(pendulum, support=support, noise=10.0)
+    model = HybridVAE(pendulum, noise=10.0)
     fit = ph.meta_train(model, model.guide(), train, steps=60, batch_size=32, progress=False)
     assert sum(fit.loss[-10:]) < sum(fit.loss[:10]) and not fit.skipped
-    found = ph.draws(model, model.guide(), held_out.episode().support, 20)["omega"].mean(0)
+    found = ph.draws(model, model.guide(), held_out.episode(), 20)["omega"].mean(0)
     assert torch.corrcoef(torch.cat([found, held_out.truth["omega"]], -1).T)[0, 1] > 0.6  # chance: 0.13
 
 

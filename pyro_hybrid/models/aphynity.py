@@ -47,9 +47,9 @@ class APHYNITY(HybridModel):
     keep it, as the buffer ``constraint.weight``.
 
     The paper knows one system; latents of many with their KL, a learned noise and inferred initial states are
-    additions. As published, latents come from one trajectory at a time: ``dataclasses.replace(tasks,
-    num_support=shots - 1)`` are tasks whose query is one. A support is read as if it were the query:
-    ``ph.draws(model, guide, episode.support, n)``.
+    additions. The guide reads the query, and never the support. As published, that is one trajectory at a time:
+    ``dataclasses.replace(tasks, num_support=shots - 1)`` are tasks whose query is one. A support is read as if it were
+    the query: ``ph.draws(model, guide, episode.support, n)``.
 
     References:
         Augmenting Physical Models with Deep Networks for Complex Dynamics Forecasting (Yin et al., 2021),
@@ -57,7 +57,6 @@ class APHYNITY(HybridModel):
 
     Arguments:
         system: gives the known equations and where the neural force enters.
-        support: latents come from a set of shots, as those of a support-conditioned prior do, and not from one.
         latents: number of neural latents; by default as many as the system has.
         linear: whether the force is linear in its latents.
         weight, growth: :math:`\lambda_0` and :math:`\tau_2`. By default those of the paper's pendulum, made for 50 000
@@ -69,11 +68,11 @@ class APHYNITY(HybridModel):
     noise: Any  # set as a PyroParam, read as a Tensor
     start_noise: Any
 
-    def __init__(self, system: System, *, support: bool = False, latents: int | None = None, linear: bool = True,
-                 weight: float = 1.0, growth: float = 1.0, noise: float = 3.0, width: int = 32, depth: int = 1,
-                 substeps: int = 1, step: float | None = None, compile: bool = False) -> None:
+    def __init__(self, system: System, *, latents: int | None = None, linear: bool = True, weight: float = 1.0,
+                 growth: float = 1.0, noise: float = 3.0, width: int = 32, depth: int = 1, substeps: int = 1,
+                 step: float | None = None, compile: bool = False) -> None:
         super().__init__()
-        self.system, self.support = system, support
+        self.system = system
         self.steps: dict[str, Any] = {"substeps": substeps, "step": step, "compile": compile}
         sites = {**system.physics, "unknown": Normal(latents or len(system.unknown))}
         self.prior = UnconditionalPrior(None, **sites)
@@ -84,13 +83,10 @@ class APHYNITY(HybridModel):
         self.start_noise = PyroParam(torch.tensor(system.start_noise), constraints.positive)
 
     def guide(self) -> AmortizedGuide:
-        """A guide that reads the query: one trajectory, or with ``support`` the set of them."""
+        """A guide that reads the query, one trajectory or a set of them."""
         return AmortizedGuide(self.prior, SetEncoder(self.system.sensors, self.system.points, features=64))
 
     def forward(self, episode: Episode) -> Tensor:
-        shots = (episode.whole or episode).shape[1]
-        require(self.support or shots == 1, "one trajectory of each task at a time", shots,
-                "Train on dataclasses.replace(tasks, num_support=shots - 1), or pass support=True.")
         p = self.prior(None)
         with episode.plate:
             physics = {name: pyro.sample(name, p[name])[..., None, 0] for name in self.system.physics}

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro import poutine
 from pyro.distributions import constraints
 from pyro.nn import PyroParam
 from torch import Tensor, nn
@@ -50,7 +49,9 @@ class HybridVAE(HybridModel):
     of leaving them out); its gradient goes everywhere. Only the encoder learns from R₂ and R₃: :math:`m_P` is given.
     Unlike in the paper, population and noise are learned; weights are relative to the likelihood, as there.
 
-    For predictions the guide reads the support as if it were the query: ``ph.draws(model, guide, episode.support, n)``.
+    The guide reads the query, and never the support. As published, that is one trajectory at a time:
+    ``dataclasses.replace(tasks, num_support=shots - 1)`` are tasks whose query is one. A support is read as if it were
+    the query: ``ph.draws(model, guide, episode.support, n)``.
 
     References:
         Physics-Integrated Variational Autoencoders for Robust and Interpretable Generative Modeling (Takeishi and
@@ -60,7 +61,6 @@ class HybridVAE(HybridModel):
         system: gives the known equations and where the neural force enters.
         latents: number of neural latents; by default as many as the system has.
         outside: number of latents of the correction b of the observation; 0 for no such correction.
-        support: whether the guide reads the support too. False as published: each set of shots by itself.
         linear: whether the force is linear in its latents.
         discrepancy, unmixing, recovery: weights of R₁, R₂ and R₃.
         noise: where the learned noise starts, in units of the system's.
@@ -70,8 +70,8 @@ class HybridVAE(HybridModel):
 
     noise: Any  # set as a PyroParam, read as a Tensor
 
-    def __init__(self, system: System, *, latents: int | None = None, outside: int = 0, support: bool = False,
-                 linear: bool = False, discrepancy: float = 0.01, unmixing: float = 0.001, recovery: float = 100.0,
+    def __init__(self, system: System, *, latents: int | None = None, outside: int = 0, linear: bool = False,
+                 discrepancy: float = 0.01, unmixing: float = 0.001, recovery: float = 100.0,
                  noise: float = 3.0, width: int = 32, depth: int = 1, substeps: int = 1) -> None:
         super().__init__()
         require(min(discrepancy, unmixing, recovery, outside) >= 0, "weights and outside of 0 or more",
@@ -83,7 +83,7 @@ class HybridVAE(HybridModel):
         self.residual = Residual(len(system.inputs), sites["unknown"].n, system.outputs, linear, width=width,
                                  depth=depth, scale=system.inputs, periodic=system.periodic)
         self.correction = _correction(system, outside, width, depth) if outside else None
-        self.encoder = PhysicsGuide(self.prior, system, support)
+        self.encoder = PhysicsGuide(self.prior, system)
         self.noise = PyroParam(noise * torch.tensor(system.noise), constraints.positive)
 
     def guide(self) -> PhysicsGuide:
@@ -107,15 +107,11 @@ class HybridVAE(HybridModel):
                 pyro.factor("unmixing", -self.unmixing * self.mixed(physics, read))
             if read and self.recovery:
                 pyro.factor("recovery", -self.recovery * self.misread(read))
-            with poutine.scale(scale=read.share if read else 1.0):
-                x = dist.Normal(mean, self.noise).mask(episode.mask)
-                return pyro.sample("x", x.to_event(3), obs=episode.query)
+            x = dist.Normal(mean, self.noise).mask(episode.mask)
+            return pyro.sample("x", x.to_event(3), obs=episode.query)
 
     def to_answer_for(self, episode: Episode) -> Reading | None:
-        """While training, what the guide has read: the latents have to explain all of it.
-
-        Who is support and who query is drawn anew at every step, so the query, scaled up, stands for both.
-        """
+        """What the guide has read, while training."""
         training = self.training and torch.is_grad_enabled() and episode.query is not None
         return self.encoder.read(episode) if training else None
 
@@ -179,7 +175,6 @@ class Reading(NamedTuple):
     """What a guide made of the shots that it read, all of them whole."""
 
     shots: Episode
-    share: float  # how many shots were read for each one of the query
     natural: dict[str, Natural]
     unmixed: Trajectories
 
@@ -196,12 +191,11 @@ class PhysicsGuide(nn.Module):
     Arguments:
         prior: the model's own prior.
         system: says which sites are physics, and what a trajectory looks like.
-        support: whether the support is read together with the query.
     """
 
-    def __init__(self, prior: Prior, system: System, support: bool = False) -> None:
+    def __init__(self, prior: Prior, system: System) -> None:
         super().__init__()
-        self.prior, self.support = prior, support
+        self.prior = prior
         self.physics = tuple(system.physics)
         self.neural = tuple(name for name in prior.sites if name not in self.physics)
         self.first, self.second = (SetEncoder(system.sensors, system.points, FEATURES, WIDTH) for _ in range(2))
@@ -223,23 +217,23 @@ class PhysicsGuide(nn.Module):
         return self.prior.natural(None) if read is None else read.natural
 
     def read(self, episode: Episode) -> Reading | None:
-        """What it makes of the query, and of the support if it reads that; None where neither is there."""
-        parts = [part.whole or part for part in (episode, episode.support if self.support else None) if part]
-        parts = [part for part in parts if part.query is not None]
-        return once(self, "shots", episode, lambda: self._read(_joined(parts), parts[0].shape[1])) if parts else None
+        """What it makes of the query; None where there is none."""
+        whole = episode.whole or episode
+        return None if whole.query is None else once(self, "shots", episode, lambda: self._read(whole))
 
     def recovered(self, values: Trajectories) -> dict[str, Latent]:
         """Unconstrained physics latents that it sees in unmixed trajectories, (task, shot, component)."""
         features = self._features(self.second, values, True)
         return {name: self.prior.sites[name].gaussian(self._evidence(name, features))[0] for name in self.physics}
 
-    def _read(self, shots: Episode, query: int) -> Reading:
-        values, seen, counts = (torch.as_tensor(x) for x in (shots.query, shots.seen, shots.mask))
+    def _read(self, shots: Episode) -> Reading:
+        values = torch.as_tensor(shots.query)
+        seen, counts = (torch.as_tensor(x, device=values.device).expand_as(values) for x in (shots.seen, shots.mask))
         neural = self._believed(self.neural, self._features(self.first, values, seen), counts)
         latents = torch.cat([self.prior.sites[name].gaussian(neural[name])[0] for name in self.neural], -1)
         unmixed = self._unmixed(values, seen, latents)
         physics = self._believed(self.physics, self._features(self.second, unmixed, True), counts)
-        return Reading(shots, shots.shape[1] / query, physics | neural, unmixed)
+        return Reading(shots, physics | neural, unmixed)
 
     def _unmixed(self, values: Tensor, seen: Tensor, latents: Tensor) -> Trajectories:
         centre, scale = self.second.get_buffer("centre"), self.second.get_buffer("scale")
@@ -262,14 +256,3 @@ class PhysicsGuide(nn.Module):
         seen = seen.flatten(0, 1).unsqueeze(1) if isinstance(seen, Tensor) else seen
         starts = one_by_one[:, :, 0].unbind(-1)
         return encoder(Episode(values[0, 0, :, 0], one_by_one, starts, seen=seen)).unflatten(0, values.shape[:2])
-
-
-def _joined(parts: list[Episode]) -> Episode:
-    """The shots of all, as one set."""
-    def every(name: str) -> Tensor:
-        values = [torch.as_tensor(getattr(part, name), device=part.times.device) for part in parts]
-        return torch.cat([x.expand_as(torch.as_tensor(part.query)) for x, part in zip(values, parts, strict=True)], 1)
-
-    starts = torch.cat([part.measured for part in parts], 1)
-    return Episode(parts[0].times, every("query"), starts.unbind(-1) if isinstance(parts[0].initial, tuple) else starts,
-                   mask=every("mask"), seen=every("seen"))
