@@ -86,6 +86,7 @@ class AmortizedGuide(nn.Module):
     def _computed(self, episode: Episode) -> tuple[Problem, Belief]:
         assert self.evidence is not None
         mean, precision = self.prior.gaussian(episode.support)
+        mean, precision = mean.expand(episode.shape[0], -1), precision.expand(episode.shape[0], -1, -1)
         problem = Problem(self.prior.program, replace(episode, support=None), self.prior.sites, mean, precision)
         return problem, self.prior.tempered(self.evidence(problem, mean), precision)
 

@@ -48,7 +48,7 @@ def draws(model: Program, guide: Program, episode: Episode, num_samples: int) ->
     return _latent(_sites(guide, checked(episode), num_samples))
 
 
-def predict(model: nn.Module, episode: Episode, num_samples: int) -> dict[str, Tensor]:
+def predict(model: Program, episode: Episode, num_samples: int) -> dict[str, Tensor]:
     """Draws of every site, observations included, from the support and the initial states alone."""
     _require_some(num_samples)
     return _latent(_sites(model, checked(episode).simulation(), num_samples))

@@ -1,0 +1,1 @@
+"""The published claims, rerun: ``python -m pyro_hybrid.experiments NAME``, one module an experiment."""
