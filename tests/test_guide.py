@@ -43,6 +43,15 @@ def divergence(guide: ph.AmortizedGuide, episode: ph.Episode) -> Tensor:
 # ---- zero evidence -------------------------------------------------------------------------------------------------
 
 
+def test_a_deaf_prior_needs_no_support_for_its_guide_to_read_by() -> None:
+    model = Line(prior=ph.UnconditionalPrior(slope=Normal(1), bend=Normal(2))).double()
+    guide = ph.AmortizedGuide(model.prior, evidence=EVIDENCE)
+    episode = make_tasks(3, 4, num_support=2).episode()
+    alone, with_support = (guide.natural(replace(episode, support=s)) for s in (None, episode.support))
+    assert all(torch.equal(alone[name], with_support[name]) for name in alone)
+    assert ph.draws(model, guide, replace(episode, support=None), 7)["bend"].shape == (7, 3, 2)
+
+
 @READINGS
 def test_with_nothing_to_explain_the_guide_is_the_prior_exactly(reading: str) -> None:
     model, guide = pair(reading)

@@ -8,7 +8,7 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import pyro
 import torch
@@ -58,6 +58,7 @@ def digits(value: Tensor) -> float | None:
     return float(f"{float(value):.4g}") if bool(value.isfinite()) else None
 
 
+@runtime_checkable
 class Experiment(Protocol):
     """A module of this package: the runs it consists of, and a table and a figure made from their results alone."""
 

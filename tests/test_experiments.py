@@ -1,0 +1,199 @@
+"""Experiments: done once, resumed, judged by what is known in closed form, and shown."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from matplotlib.figure import Figure
+from toys import Line, exact, make_tasks
+
+import pyro_hybrid as ph
+from pyro_hybrid.experiments import __main__ as command
+from pyro_hybrid.experiments import beyond, enough, identify, longer, two_runs
+from pyro_hybrid.experiments.cases import CASES, MODELS, OURS
+from pyro_hybrid.experiments.run import Choice, Run, carry_out, results
+from pyro_hybrid.experiments.trained import Trained, data, exactly, trained
+from pyro_hybrid.families import Normal
+
+SYSTEM = "double pendulum"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One for all tests here: models are trained once."""
+    return tmp_path_factory.mktemp("experiments")
+
+
+@pytest.fixture
+def one_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in set(CASES) - {SYSTEM}:
+        monkeypatch.delitem(CASES, name)
+
+
+# ---- runs ----------------------------------------------------------------------------------------------------------
+
+
+def experiment(computed: list[str], fails: str = "") -> Any:
+    def run(name: str) -> Run:
+        def compute() -> dict[str, Any]:
+            if name == fails:
+                raise KeyboardInterrupt
+            computed.append(name)
+            return {"of": name}
+
+        return Run(name, compute)
+
+    return SimpleNamespace(__name__="package.toy", runs=lambda choice: [run("b"), run("a"), run("c")], table=str,
+                           figure=Figure)
+
+
+def test_what_was_done_is_not_done_again(tmp_path: Path) -> None:
+    done: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        carry_out(experiment(done, fails="c"), Choice(folder=tmp_path))
+    assert done == ["b", "a"] and [one["of"] for one in results(experiment(done), Choice(folder=tmp_path))] == done
+    found = carry_out(experiment(done), Choice(folder=tmp_path))
+    assert done == ["b", "a", "c"] == [one["of"] for one in found]
+    assert all(one["seconds"] >= 0.0 and one["versions"]["torch"] == torch.__version__ for one in found)
+    assert sorted(path.name for path in (tmp_path / "toy").iterdir()) == ["a.json", "b.json", "c.json"]
+
+
+def test_a_damaged_result_is_not_taken_for_one(tmp_path: Path) -> None:
+    carry_out(experiment([]), Choice(folder=tmp_path))
+    (tmp_path / "toy" / "a.json").write_text('{"of"')
+    with pytest.raises(json.JSONDecodeError):
+        results(experiment([]), Choice(folder=tmp_path))
+
+
+# ---- trained models ------------------------------------------------------------------------------------------------
+
+
+def test_the_program_reads_the_exact_posterior_from_wherever_the_encoder_points() -> None:
+    prior = ph.UnconditionalPrior(slope=Normal(1), bend=Normal(2))
+    model = Line(prior=prior).double()
+    guide = ph.AmortizedGuide(prior, ph.SetEncoder(1, 6, 8, width=16)).double()
+    found = Trained("any, sets", model, guide, ph.Fit(), ph.Linearised(8))
+    episode = make_tasks(5, 4, num_support=3).episode()
+    torch.manual_seed(0)
+    read = torch.cat([value for _, value in sorted(found.read(episode.support, 20_000).items(), reverse=True)], -1)
+    true = exact(episode.support, loc=(0.0, 0.0, 0.0), scale=(1.0, 1.0, 1.0))
+    spread = true.covariance[:, :3, :3].diagonal(dim1=-2, dim2=-1).sqrt()
+    assert ((read.mean(0) - true.mean[:, :3]).abs() < 0.05 * spread).all()
+    assert ((read.std(0) / spread - 1.0).abs() < 0.05).all()
+
+
+@pytest.mark.parametrize("model", MODELS[2:])
+def test_as_published_one_trajectory_is_read_and_with_sets_all_of_them(model: str, folder: Path) -> None:
+    found = trained(SYSTEM, model, 0, Choice(fast=True, folder=folder))
+    support = data(SYSTEM, 0, Choice(fast=True))[1].episode().support
+
+    def read(shots: ph.Episode) -> torch.Tensor:
+        torch.manual_seed(0)
+        return found.read(shots, 3)["unknown"]
+
+    assert support is not None and support.query is not None
+    changed = support.query.clone()
+    changed[:, 1:] += 0.5
+    same = torch.equal(read(support), read(replace(support, query=changed)))
+    assert same == ("sets" not in model)
+
+
+def test_a_model_is_trained_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    choice = Choice(fast=True, folder=folder)
+    one = trained(SYSTEM, OURS, 0, choice)
+    monkeypatch.setattr("pyro_hybrid.experiments.trained.meta_train", None)
+    other = trained(SYSTEM, OURS, 0, choice)
+    assert all(torch.equal(a, b) for a, b in zip(one.model.parameters(), other.model.parameters(), strict=True))
+
+
+def test_exactly_is_what_was_simulated_without_the_noise() -> None:
+    system = ph.systems.DoublePendulum()
+    seen, clear = system.simulate(30, 4, 0), exactly(system, 30, 4, 0)
+    assert all(torch.equal(value, clear.truth[name]) for name, value in seen.truth.items())
+    assert torch.allclose((seen.values - clear.values).std((0, 1, 2)), torch.tensor(system.noise), rtol=0.05)
+
+
+def test_who_knows_everything_misses_one_noise_variance_and_truth_misses_what_was_measured() -> None:
+    system = ph.systems.DoublePendulum()
+    tasks, clear = system.simulate(30, 4, 0), exactly(system, 30, 4, 0)
+
+    class Knowing(Trained):
+        def predicted(self, *whatever: Any) -> Any:
+            return clear.episode().query
+
+        reconstructed = predicted
+
+    found = identify.errors(Knowing("all", ph.models.MetaHybridVAE(system), None, ph.Fit()), tasks, clear)
+    assert found["prediction"] == found["reconstruction"] == pytest.approx(1.0, abs=0.03)
+    assert found["truth_from_measured"] > found["prediction"]
+
+
+# ---- judgements ----------------------------------------------------------------------------------------------------
+
+
+def test_relative_errors_are_in_standard_deviations_and_nothing_is_drowned() -> None:
+    seen = torch.randn(9, 4, 81, 2, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 100.0])
+    off = seen + 0.3 * seen.std((0, 1, 2))
+    off[0] = torch.nan
+    assert float(longer.relative(off, seen)) == pytest.approx(0.3, abs=1e-4)
+    late = seen.clone()
+    late[:, :, 41:] += 2.0 * seen.std((0, 1, 2))
+    assert [float(x) for x in longer.by_stretch(late, seen)] == pytest.approx([0.0, 0.0, 0.0, 2.0], abs=1e-4)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_beyond_is_where_training_never_was(name: str) -> None:
+    before = dict(CASES[name].system().ranges)
+    latents = {*CASES[name].system().physics, *CASES[name].system().unknown}
+    for where, moved in (("initial states beyond", set(before) - latents), ("latents beyond", latents)):
+        after = beyond.beyond(CASES[name].system(), where).ranges
+        assert {key for key in before if after[key] != before[key]} == moved
+        assert all(after[key][0] >= before[key][1] for key in moved)
+    assert CASES[name].system().ranges == before
+
+
+def test_two_runs_agree_where_one_is_a_linear_map_of_the_other() -> None:
+    random = torch.Generator().manual_seed(0)
+    z, other = (torch.rand(400, 2, generator=random) for _ in range(2))
+    mapped = two_runs.agreement(z, z @ torch.tensor([[1.0, 1.0], [-1.0, 2.0]]))
+    assert mapped["linear_r"] > 0.999 and mapped["strong"] < 0.95 < mapped["strong_disentangled"]
+    assert two_runs.agreement(z, other)["linear_r"] < 0.3
+
+
+# ---- as a stranger runs them ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("module", [identify, longer, beyond, enough, two_runs])
+def test_a_fast_run_ends_in_a_table_and_a_figure(module: Any, folder: Path, one_system: None,
+                                                 capsys: pytest.CaptureFixture[str]) -> None:
+    name = module.__name__.rpartition(".")[2]
+    seeds = "2" if module is two_runs else "1"
+    command.main([name, "--fast", "--seeds", seeds, "--out", str(folder)])
+    text = capsys.readouterr().out
+    assert f"{name}.png" in text and (folder / f"{name}.png").stat().st_size > 5000
+    rows = (folder / f"{name}.md").read_text(encoding="utf-8").splitlines()
+    assert len({row.count("|") for row in rows}) == 1 and len(rows) == 2 + (3 if module is enough else len(MODELS))
+    assert "nan" not in "\n".join(rows)
+
+
+def test_the_threshold_is_that_of_the_theorem(folder: Path, one_system: None) -> None:
+    (tasks, *_) = carry_out(enough, Choice((0,), True, folder))
+    assert tasks["threshold"] == 4 * 2 + 1
+
+
+def test_a_report_runs_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command.main(["longer", "--report", "--out", str(tmp_path)])
+    assert "no results" in capsys.readouterr().out and not list(tmp_path.iterdir())
+
+
+def test_help_names_every_experiment(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        command.parsed(["--help"])
+    text = capsys.readouterr().out
+    assert all(f"\n  {name} " in text for name in command.NAMES)
