@@ -78,7 +78,7 @@ def test_the_program_reads_the_exact_posterior_from_wherever_the_encoder_points(
     prior = ph.UnconditionalPrior(slope=Normal(1), bend=Normal(2))
     model = Line(prior=prior).double()
     guide = ph.AmortizedGuide(prior, ph.SetEncoder(1, 6, 8, width=16)).double()
-    found = Trained("any, sets", model, guide, ph.Fit(), ph.Linearised(8))
+    found = Trained("any, sets", model, guide, ph.Fit(), 0.0, ph.Linearised(8))
     episode = make_tasks(5, 4, num_support=3).episode()
     torch.manual_seed(0)
     read = torch.cat([value for _, value in sorted(found.read(episode.support, 20_000).items(), reverse=True)], -1)
@@ -129,7 +129,7 @@ def test_who_knows_everything_misses_one_noise_variance_and_truth_misses_what_wa
 
         reconstructed = predicted
 
-    found = identify.errors(Knowing("all", ph.models.MetaHybridVAE(system), None, ph.Fit()), tasks, clear)
+    found = identify.errors(Knowing("all", ph.models.MetaHybridVAE(system), None, ph.Fit(), 0.0), tasks, clear)
     assert found["prediction"] == found["reconstruction"] == pytest.approx(1.0, abs=0.03)
     assert found["truth_from_measured"] > found["prediction"]
 

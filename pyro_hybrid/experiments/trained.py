@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import pyro
@@ -59,6 +60,7 @@ class Trained:
     model: Any
     guide: Any
     fit: Fit
+    processor_seconds: float  # of its training
     reading: Linearised | None = None
 
     @property
@@ -137,24 +139,23 @@ def trained(system: str, model: str, seed: int, choice: Choice, tasks: int | Non
     learn = data(system, seed, choice, tasks)[0]
     torch.manual_seed(seed)
     made, guide = _made(case.system(), model, setting)
-    place = _place(choice, system, model, seed, tasks)
-    if place.exists():
+    place = choice.folder / "models" / slug(system, model, *([f"{tasks} tasks"] if tasks else []), seed)
+    cost = place.with_name(f"{place.name}.seconds")
+    if place.exists() and cost.exists():
         fit = load(place, made, guide)
     else:
         seen = replace(learn, num_support=learn.values.shape[1] - 1) if model in ONE_BY_ONE else learn
+        began = time.process_time()
         fit = _train(made, guide, seen, setting, seed, choice.fast)
         fit.save(place, made, guide)
-    out = Trained(model, made.eval(), guide.eval(), fit)
+        cost.write_text(json.dumps(round(time.process_time() - began, 1)))
+    out = Trained(model, made.eval(), guide.eval(), fit, json.loads(cost.read_text()))
     if model == OURS:
         made.prior.evidence, out.guide = case.final, made.guide(case.query)
         calibrate(made, learn[:300])
     elif model == DEAF:
         out.reading = case.final
     return out
-
-
-def _place(choice: Choice, system: str, model: str, seed: int, tasks: int | None) -> Path:
-    return choice.folder / "models" / slug(system, model, *([f"{tasks} tasks"] if tasks else []), seed)
 
 
 def _made(system: System, model: str, setting: Setting) -> tuple[Any, nn.Module]:
