@@ -70,8 +70,7 @@ CASES = {
         final=Linearised(3, segments=(7, 7)), query=Linearised(2)),
     "rod": Case(
         AdvectionDiffusion, 300,
-        ours=Setting({"noise": 5.0}, 400, 4, 5e-3, {0.0: 7}, 0.3, correction=1e5,
-                     evidence=(Linearised(1, segments=(7,)), Linearised(1))),
+        ours=Setting({"noise": 10.0}, 1500, 16, 3e-3, {0.0: 7}, segments=8, correction=1e5),
         vae=Setting({"linear": True, "noise": 10.0}, 1000, 16, 3e-3, {0.0: 7}, segments=8),
         aphynity=Setting({"noise": 10.0, "growth": 100.0}, 2000, 16, 3e-3, {0.0: 7}, segments=8),
         final=Linearised(2, segments=(7,)), query=Linearised(1)),

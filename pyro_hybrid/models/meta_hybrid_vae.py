@@ -94,7 +94,7 @@ class MetaHybridVAE(HybridModel):
                            episode.times, **self.steps)
             if self.training and torch.is_grad_enabled() and (self.correction or self.straightness):
                 latents = {name: value.detach() for name, value in physics.items()}, unknown.detach()
-                pyro.factor("preference", -self.objections(*latents, episode.times, states.detach()))
+                pyro.factor("preference", -self.objections(*latents, *self.places(episode, states.detach())))
             x = dist.Normal(self.system.observe(states), self.noise).mask(episode.mask)
             return pyro.sample("x", x.to_event(3), obs=episode.query)
 
@@ -102,12 +102,17 @@ class MetaHybridVAE(HybridModel):
         """The neural force, given neural latents (..., task, component)."""
         return self.residual.given(unknown[..., None, None, :] if self.system.grid else unknown[..., None, :])
 
+    def places(self, episode: Episode, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Times and states at which a neural force is judged: along the trajectories; of fields, the initial ones."""
+        whole = episode.whole or episode
+        return (whole.times[:1], whole.measured.unsqueeze(-2)) if self.system.grid else (episode.times, states)
+
     def objections(self, physics: dict[str, Tensor], unknown: Tensor, times: Tensor, states: Tensor) -> Tensor:
         """What is held against the neural force of each task, beyond its fit: see ``correction`` and ``straightness``.
 
-        Both are judged where time and the components of the state come from unrelated trajectories: along its own, a
-        true correction is correlated with the known terms (friction shrinks the angles that gravity acts on), and the
-        least one would be biased.
+        Both are judged where time and the components of the state come from unrelated trajectories, and fields, which
+        can't be taken apart, as they were before anything acted on them: along its own, a true correction is correlated
+        with the known terms (friction shrinks the angles that gravity acts on), and the least one would be biased.
         """
         copies = 1 if self.system.grid else SHUFFLES
         clock = times.expand(states.shape[-3], -1).flatten().repeat(copies)
