@@ -20,7 +20,7 @@ demo: .venv/.installed ## identify a double pendulum; figures and numbers go to 
 
 test: .venv/.installed ## run the tests (ARGS="-k guide" and the like are passed on)
 	@echo "test: pytest $(ARGS)"
-	@$(BIN)/python -m pytest -m "not long" $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not long" -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 test-slow: .venv/.installed ## try hard to break it, and write docs/reliability.md's table (ten minutes or so)
 	@echo "test-slow: pytest --figures docs/results/reliability.json $(ARGS)"

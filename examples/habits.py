@@ -27,8 +27,9 @@ PROB = 0.9
 BLUE, ORANGE, GREY = "#2a6fbb", "#d9702b", "#8a8a8a"
 
 
-def options(description: str, name: str, tasks: int, steps: int, **flags: str) -> argparse.Namespace:
-    """The options that every example understands, and further flags with their help."""
+def options(description: str, name: str, tasks: int, steps: int, data: str | None = None,
+            **flags: str) -> argparse.Namespace:
+    """The options that every example understands, a folder of data where there are some, and flags with their help."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--tasks", type=int, default=tasks, help="systems to train on")
     parser.add_argument("--held-out", type=int, default=300, help="systems to judge on")
@@ -39,6 +40,8 @@ def options(description: str, name: str, tasks: int, steps: int, **flags: str) -
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--out", type=Path, default=Path("out") / name, help="folder for figures and numbers")
     parser.add_argument("--fast", action="store_true", help="a tiny run that shows the way, not the result")
+    if data:
+        parser.add_argument("--data", type=Path, metavar="DIR", help=data)
     for flag, text in flags.items():
         parser.add_argument(f"--{flag}", action="store_true", help=text)
     choice = parser.parse_args()
@@ -199,7 +202,7 @@ def export(choice: argparse.Namespace, model: ph.models.MetaHybridVAE, guide: ph
     _figures(choice.out, model, guide, held_out, report, fit)
     metrics = {
         **report.numbers,
-        "settings": {k: v for k, v in vars(choice).items() if k != "out"},
+        "settings": {k: v for k, v in vars(choice).items() if k not in ("out", "data")},
         "training_seconds": round(fit.seconds, 1),
         "seconds": round(time.perf_counter() - started, 1),
         "skipped_steps": fit.skipped,

@@ -27,6 +27,7 @@ SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem not in
 RUNS = [*((script,) for script in SCRIPTS), ("pendulum", "--unconditional")]
 OPTIONS = ("--tasks", "--held-out", "--shots", "--steps", "--seed", "--device", "--threads", "--out", "--fast")
 FIGURES = ("certificate.png", "latents.png", "loss.png", "prior_posterior.png", "trajectories.png")
+FOLDERS = {"double_pendulum": ("--data",)}  # of what was recorded
 SPRINGS = ("--systems", "--steps", "--seed", "--out", "--fast")  # of the example that is refused
 GROUPS = {"posterior", "prior", "posterior_predictive", "log_likelihood", "observed_data", "constant_data"}
 SYSTEMS = ("double_pendulum", "pendulum", "advection_diffusion")
@@ -207,7 +208,8 @@ def test_help_names_every_option_and_its_default(script: str, tmp_path: Path) ->
     assert done.returncode == 0 and done.stderr == "" and not list(tmp_path.iterdir())
     said, summary = " ".join(done.stdout.split()), ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
     named = options(done.stdout)
-    assert set(named) == {*OPTIONS, *(flag for name, *flags in RUNS if name == script for flag in flags)}
+    assert set(named) == {*OPTIONS, *FOLDERS.get(script, ()),
+                          *(flag for name, *flags in RUNS if name == script for flag in flags)}
     assert said.count("(default: ") == len(named)
     assert summary is not None and summary.splitlines()[0] in said and f"out/{script}" in said
 

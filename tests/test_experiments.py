@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from matplotlib.figure import Figure
+from scripts import load
 from toys import Line, exact, make_tasks
 
 import pyro_hybrid as ph
@@ -21,7 +22,7 @@ from pyro_hybrid.experiments.run import Choice, Run, carry_out, results
 from pyro_hybrid.experiments.trained import Trained, data, exactly, trained
 from pyro_hybrid.families import Normal
 
-SYSTEM = "double pendulum"
+ROOT, SYSTEM = Path(__file__).parents[1], "double pendulum"
 
 
 @pytest.fixture(scope="module")
@@ -197,3 +198,23 @@ def test_help_names_every_experiment(capsys: pytest.CaptureFixture[str]) -> None
         command.parsed(["--help"])
     text = capsys.readouterr().out
     assert all(f"\n  {name} " in text for name in command.NAMES)
+
+
+# ---- the page ------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_shows_what_the_committed_results_say() -> None:
+    script = load(ROOT / "docs" / "results" / "experiments.py")
+    page = script.PAGE.read_text(encoding="utf-8")
+    assert script.filled(page) == page
+    assert all(f"<!-- {name} -->" in page and f"<!-- /{name} -->" in page for name in command.NAMES)
+    for name in command.NAMES:
+        found, image = script.kept(name), f"experiments_{name}.png"
+        assert (image in page) == bool(found) == (script.IMAGES / image).exists()
+        assert not any(one["fast"] for one in found)
+
+
+def test_tiny_runs_are_not_taken_for_results(folder: Path, one_system: None) -> None:
+    command.main(["longer", "--fast", "--seeds", "1", "--out", str(folder)])
+    with pytest.raises(SystemExit, match="expected full runs .*--fast"):
+        load(ROOT / "docs" / "results" / "experiments.py").gathered("longer", folder, 1)

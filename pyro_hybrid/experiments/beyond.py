@@ -84,7 +84,7 @@ def table(results: Sequence[Result]) -> str:
 
 def figure(results: Sequence[Result]) -> Figure:
     """Errors within and beyond: a dot for each seed."""
-    drawn, axes = panels([system for system, in grouped(results, "system")], MODELS, "median error, in sd of the data")
+    drawn, axes = panels([system for system, in grouped(results, "system")], MODELS, "median error, in sd")
     for one in results:
         at = MODELS.index(one["model"])
         places = [k + 0.11 * (at - 2.5) for k in range(3)]

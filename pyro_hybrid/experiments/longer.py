@@ -73,7 +73,7 @@ def table(results: Sequence[Result]) -> str:
 
 def figure(results: Sequence[Result]) -> Figure:
     """Errors against time, a line for each model: the mean over seeds."""
-    drawn, axes = panels([system for system, in grouped(results, "system")], MODELS, "median error, in sd of the data")
+    drawn, axes = panels([system for system, in grouped(results, "system")], MODELS, "median error, in sd")
     for (system, model), found in grouped(results, "system", "model").items():
         errors = torch.tensor([[float("nan") if x is None else x for x in one["error"]] for one in found]).mean(0)
         axes[system].loglog(TIMES, errors, "o-", ms=4, color=f"C{MODELS.index(model)}")

@@ -49,7 +49,7 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def panels(names: Sequence[str], models: Sequence[str], label: str) -> tuple[Figure, dict[str, Axes]]:
     """A panel for each system side by side, and a legend of the models' colours below."""
-    drawn = Figure(figsize=(9.0, 2.8), layout="constrained")
+    drawn = Figure(figsize=(9.0, 3.2), layout="constrained")
     axes = drawn.subplots(1, len(names), squeeze=False)[0]
     for axis, name in zip(axes, names, strict=True):
         axis.set_title(name)

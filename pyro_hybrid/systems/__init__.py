@@ -5,6 +5,7 @@ from .double_pendulum import DoublePendulum
 from .forced_pendulum import ForcedPendulum
 from .pendulum import Pendulum
 from .real_double_pendulum import Recordings, ibm_double_pendulum
+from .recorded_double_pendulum import RecordedDoublePendulum
 from .system import System
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "DoublePendulum",
     "ForcedPendulum",
     "Pendulum",
+    "RecordedDoublePendulum",
     "Recordings",
     "System",
     "ibm_double_pendulum",
