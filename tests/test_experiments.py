@@ -215,6 +215,7 @@ def test_the_page_shows_what_the_committed_results_say() -> None:
         found, image = script.kept(name), f"experiments_{name}.png"
         assert (image in page) == bool(found) == (script.IMAGES / image).exists()
         assert not any(one["fast"] for one in found)
+        assert not found or f"\n{command.experiment(name).table(found)}\n" in page
 
 
 def test_tiny_runs_are_not_taken_for_results(folder: Path, small: None) -> None:

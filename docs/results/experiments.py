@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from pathlib import Path
 
 from pyro_hybrid.experiments.__main__ import NAMES, experiment
@@ -37,9 +36,9 @@ def filled(page: str) -> str:
     """The page with every table in its place."""
     for name in NAMES:
         if found := kept(name):
-            part = re.compile(f"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.DOTALL)
-            table = experiment(name).table(found)
-            page = part.sub(lambda match, table=table: f"{match[1]}\n{table}\n{match[2]}", page)
+            begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+            before, _, after = page.partition(begin)
+            page = f"{before}{begin}\n\n{experiment(name).table(found)}\n\n{end}{after.partition(end)[2]}"
     return page
 
 

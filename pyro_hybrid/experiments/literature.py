@@ -272,7 +272,8 @@ def figure(results: Sequence[Result]) -> Figure:
             published = numbers.get("strong" if key == "disentangled" else key)
             if published is not None:
                 axis.axhline(published, color="grey", ls=("-", ":")[at], lw=1, label=name)
-        axis.set_xticks(range(len(results[0]["by_shots"])), [f"{k} shots" for k in results[0]["by_shots"]])
+        shots = list(results[0]["by_shots"])
+        axis.set_xticks(range(len(shots)), [f"{k} shot{'s' * (k != '1')}" for k in shots])
         axis.set(title=label, xlim=(-0.5, 1.5), **({"ylim": (0.0, 1.03)} if key == "disentangled" else
                                                    {"yscale": "log"}))
     drawn.legend(*drawn.axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8,
