@@ -218,7 +218,8 @@ class Linearised:
         restarts: further starts, spread over the prior; by task the best end counts. For the final answer: each costs
             as much as the first.
         damping: first Levenberg-Marquardt damping, relative to the precision's diagonal.
-        reach: the longest step of a latent, in unconstrained coordinates.
+        reach: the longest step of a latent in unconstrained coordinates, in standard deviations of the prior where
+            these are more than one.
     """
 
     def __init__(self, iterations: int = 2, *, segments: Sequence[int] = (), restarts: int = 0,
@@ -272,7 +273,8 @@ class Linearised:
             move = move + _times(normal.cross.mT, inner[..., 0]).sum(1)
             normal = normal._replace(task=normal.task - (normal.cross.mT @ inner[..., 1:]).sum(1))
         move = _solve(normal.task, move.unsqueeze(-1)).squeeze(-1)
-        move = move * (self.reach / move.abs().amax(-1, keepdim=True).clamp(min=self.reach))
+        far = move.abs() * problem.precision.diagonal(dim1=-2, dim2=-1).sqrt().clamp(max=1.0)
+        move = move * (self.reach / far.amax(-1, keepdim=True).clamp(min=self.reach))
         if problem.m:
             shift = -inner[..., 0] - _times(inner[..., 1:], move.unsqueeze(1))
         return point.task + move.to(point.task.dtype), point.shot + shift.to(point.shot.dtype)

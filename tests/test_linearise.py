@@ -190,6 +190,20 @@ def test_a_step_is_no_longer_than_its_reach() -> None:
         assert (moved.abs() <= reach * (1 + 1e-12)).all() and (moved.abs() > 0).any()
 
 
+def test_a_latent_of_large_units_is_as_near_as_any_other() -> None:
+    # A neural latent has the units that training left it with: what is 70 in some is 0.7 in others.
+    def proportional(episode: ph.Episode) -> None:
+        with episode.plate:
+            z = pyro.sample("z", dist.Normal(torch.zeros(1, dtype=torch.float64), 100.0).to_event(1))
+            mean = (z * FIVE)[..., None, :, None]
+            pyro.sample("x", dist.Normal(mean, 0.1).to_event(3), obs=episode.query)
+
+    query = 70.0 * FIVE.view(1, 1, -1, 1)
+    episode, zero = ph.Episode(FIVE, query, (torch.zeros(1, 1, dtype=torch.float64),)), query.new_zeros(1, 1)
+    problem = Problem(proportional, episode, {"z": ph.families.Normal(1)}, zero, 1e-4 * query.new_ones(1, 1, 1))
+    assert_close(ph.Linearised(1, damping=0.0)(problem, zero).mean, zero + 70.0, rtol=1e-4, atol=0.0)
+
+
 def runaway(episode: ph.Episode) -> None:
     """y' = z y²: ends in infinity before the last time where z y(0) is large."""
     with episode.plate:
