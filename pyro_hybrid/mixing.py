@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ._checks import require
 from ._types import Latent
 
-__all__ = ["Mixing", "Residual", "overlap"]
+__all__ = ["Mixing", "Residual", "explained", "overlap"]
 
 
 class Residual(nn.Module):
@@ -142,6 +142,23 @@ def overlap(correction: Tensor, tangents: Sequence[Tensor]) -> Tensor:
         square = (products.sum(-1).square() - products.square().sum(-1)) / (n * (n - 1))
         total = total + square / tangent.square().sum(-1).mean(-1).clamp(min=1e-12)
     return total
+
+
+def explained(correction: Tensor, tangents: Sequence[Tensor]) -> Tensor:
+    r"""The change of each physics latent that does most of a neural term's work: least squares over sampled states.
+
+    .. math:: \arg\min_c \bigl\lVert f_N - \sum_j c_j\, \partial_j f_P \bigr\rVert^2
+
+    Arguments:
+        correction, tangents: as in :func:`overlap`.
+
+    Returns:
+        The changes ``(..., task, latent)``, in units of those that gave the tangents.
+    """
+    mine, *others = (x.flatten(-2) for x in torch.broadcast_tensors(correction, *tangents))
+    basis = torch.stack(others, -2).double()
+    change = torch.linalg.solve_ex(basis @ basis.mT, basis @ mine.double().unsqueeze(-1)).result
+    return change.squeeze(-1).to(correction.dtype)
 
 
 class Mixing(nn.Module):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from torch import Tensor
 
 import pyro_hybrid as ph
 from pyro_hybrid.experiments.trained import exactly
+from pyro_hybrid.systems.system import Force
 
 
 def test_the_true_force_of_a_field_overlaps_with_the_physics_along_its_trajectory_and_not_where_it_began(
@@ -36,3 +40,64 @@ def test_others_are_judged_along_their_trajectories() -> None:
     episode = system.simulate(3, 4, 0).episode().cut(7)
     times, places = ph.models.MetaHybridVAE(system).places(episode, episode.query)
     assert times is episode.times and places is episode.query
+
+
+# ---- settled: what the neural force does in the physics' place counts as physics -------------------------------------
+
+
+def pushed(share: float) -> tuple[ph.models.MetaHybridVAE, ph.Tasks]:
+    """A model whose neural force is the true friction and push, and so much of gravity's work besides."""
+    system = ph.systems.Pendulum()
+    model = ph.models.MetaHybridVAE(system).double()
+
+    def force(unknown: Tensor) -> Force:
+        true = system.truth(unknown[..., None, :])
+        return lambda t, angle, speed: true(t, angle, speed) - share * angle.sin()
+
+    model.force = force  # type: ignore[method-assign]
+    return model, exactly(system, 200, 4, 0)
+
+
+def trajectories(model: ph.models.MetaHybridVAE, tasks: ph.Tasks) -> Tensor:
+    episode, truth = tasks.shots(slice(None)), {name: value.double() for name, value in tasks.truth.items()}
+    return model.trajectories({"omega": truth["omega"]}, truth["unknown"], episode.measured.double(),
+                              episode.times.double())
+
+
+def test_once_settled_physics_latents_mean_what_they_say() -> None:
+    model, tasks = pushed(0.01)
+    wrong = trajectories(model, tasks)
+    model.settle(tasks)
+    right = trajectories(model, tasks)
+    truth = tasks.shots(slice(None)).query
+    assert (right - truth).square().mean().sqrt() < 0.2 * (wrong - truth).square().mean().sqrt()
+
+
+def test_settling_leaves_the_true_force_as_it_is() -> None:
+    model, tasks = pushed(0.0)
+    model.settle(tasks)
+    omega = tasks.truth["omega"].double()
+    settled = model.settled({"omega": omega}, tasks.truth["unknown"].double())["omega"]
+    assert (settled / omega - 1.0).square().mean().sqrt() < 3e-3 and (settled / omega).mean() - 1.0 < 3e-4
+
+
+def test_a_settled_model_trains_saves_and_loads_as_before(tmp_path: Path) -> None:
+    system = ph.systems.Pendulum()
+    tasks, model = system.simulate(8, 4, 0), ph.models.MetaHybridVAE(system)
+    guide = model.guide()
+    model.settle(tasks, 64)
+    fit = ph.meta_train(model, guide, tasks, steps=1, batch_size=4, progress=False)
+    fit.save(tmp_path / "fit", model, guide)
+    other = ph.models.MetaHybridVAE(system)
+    ph.load(tmp_path / "fit", other, other.guide())
+    assert other.clock is None and model.samples is not None and model.samples.shape == (64, 2)
+
+
+def test_fields_are_settled_where_they_began() -> None:
+    system = ph.systems.AdvectionDiffusion(6)
+    tasks, model = system.simulate(3, 4, 0), ph.models.MetaHybridVAE(system)
+    model.settle(tasks)
+    assert torch.equal(model.samples, tasks.shots(slice(None)).measured.flatten(0, 1))
+    states = model.trajectories({"diffusion": torch.full((3, 1), 0.05)}, torch.zeros(3, 1),
+                                tasks.shots(slice(None)).measured, tasks.times)
+    assert states.shape == (3, 4, len(tasks.times), 6) and states.isfinite().all()

@@ -9,7 +9,7 @@ from torch.autograd import gradcheck
 from torch.testing import assert_close
 
 import pyro_hybrid as ph
-from pyro_hybrid.mixing import overlap
+from pyro_hybrid.mixing import explained, overlap
 
 EXACT = {"rtol": 0.0, "atol": 1e-12}
 INPUTS, LATENTS, SCALE = 2, 3, (0.5, 4.0)
@@ -241,3 +241,20 @@ def test_mixing_refuses_other_states_than_it_was_built_for_with_words() -> None:
         ph.Mixing(3, 2)(torch.zeros(4, 2))
     with pytest.raises(ValueError, match=r"a width of 0 or more; got \(3, 0, 0\)"):
         ph.Mixing(3, 0)
+
+
+# ----------------------------------------------------------------------------------------------------------- explained
+
+
+def test_what_the_physics_explains_of_a_mixture_are_its_shares() -> None:
+    torch.manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(5, 40, 5, dtype=torch.float64)).Q
+    one, other, rest = basis[..., 0], basis[..., 0] + 2.0 * basis[..., 1], basis[..., 2:].sum(-1)
+    tangents = [x.unflatten(-1, (20, 2)) for x in (one, other)]
+    shares = explained((2.0 * one - 3.0 * other + rest).unflatten(-1, (20, 2)), tangents)
+    assert_close(shares, torch.tensor([2.0, -3.0], dtype=torch.float64).expand(5, 2), **EXACT)
+
+
+def test_a_physics_latent_that_does_nothing_explains_nothing() -> None:
+    zero = torch.zeros(3, 10, 1)
+    assert not explained(torch.ones(3, 10, 1), [zero]).nan_to_num(0.0).any()

@@ -150,6 +150,8 @@ def trained(system: str, model: str, seed: int, choice: Choice, tasks: int | Non
         fit.save(place, made, guide)
         cost.write_text(json.dumps(round(time.process_time() - began, 1)))
     out = Trained(model, made.eval(), guide.eval(), fit, json.loads(cost.read_text()))
+    if model in (OURS, DEAF):
+        made.settle(learn[:200])
     if model == OURS:
         made.prior.evidence, out.guide = case.final, made.guide(case.query)
         calibrate(made, learn[:300])

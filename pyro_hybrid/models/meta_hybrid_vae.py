@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyro
 import pyro.distributions as dist
@@ -16,14 +16,21 @@ from ..encoders import SetEncoder
 from ..families import Normal
 from ..guide import AmortizedGuide
 from ..linearise import Linearised
-from ..mixing import Residual, overlap
+from ..mixing import Residual, explained, overlap
 from ..module import HybridModel
 from ..prior import SupportPrior, UnconditionalPrior
 from ..systems import System
 from ..systems.system import Force
-from ..tasks import Episode
+from ..tasks import Episode, Tasks
 
 __all__ = ["MetaHybridVAE"]
+
+
+class Places(NamedTuple):
+    """Where a neural force is judged: times (place,), and states (place, component)."""
+
+    clock: Tensor
+    states: Tensor
 
 
 SHUFFLES = 3  # how often each state is used to judge the neural force, every time with other partners
@@ -38,7 +45,8 @@ class MetaHybridVAE(HybridModel):
 
     Two preferences decide, while training, what the data leave open. ``correction``: the physics explains all it can
     (:func:`~pyro_hybrid.mixing.overlap`). ``straightness``: halfway between two systems lies the average of their
-    neural forces, so that what stays ambiguous about the latents is as nearly linear as it can be.
+    neural forces, so that what stays ambiguous about the latents is as nearly linear as it can be. :meth:`settle` makes
+    the first exact.
 
     References:
         Augmenting Physical Models with Deep Networks for Complex Dynamics Forecasting (Yin et al., 2021),
@@ -55,6 +63,8 @@ class MetaHybridVAE(HybridModel):
         conditional: False for a prior that doesn't look at the support (not identifiable).
     """
 
+    clock: Tensor | None
+    samples: Tensor | None
     noise: Any  # set as a PyroParam, read as a Tensor
     start_noise: Any
 
@@ -71,6 +81,8 @@ class MetaHybridVAE(HybridModel):
                       UnconditionalPrior(None, **sites))
         self.residual = Residual(len(system.inputs), sites["unknown"].n, system.outputs, linear, width=width,
                                  depth=depth, scale=system.inputs, periodic=system.periodic)
+        self.register_buffer("clock", None, persistent=False)
+        self.register_buffer("samples", None, persistent=False)
         self.noise = PyroParam(noise * torch.tensor(system.noise), constraints.positive)
         self.start_noise = PyroParam(torch.tensor(system.start_noise), constraints.positive)
 
@@ -89,14 +101,53 @@ class MetaHybridVAE(HybridModel):
             unknown = pyro.sample("unknown", p["unknown"])
             start = pyro.sample("initial", dist.Normal(episode.measured, self.start_noise).to_event(2))
 
-            force = self.force(unknown)
-            states = solve(self.system.known(physics, force), start if self.system.grid else start.unbind(-1),
-                           episode.times, **self.steps)
+            states = self.trajectories(physics, unknown, start, episode.times)
             if self.training and torch.is_grad_enabled() and (self.correction or self.straightness):
                 latents = {name: value.detach() for name, value in physics.items()}, unknown.detach()
                 pyro.factor("preference", -self.objections(*latents, *self.places(episode, states.detach())))
             x = dist.Normal(self.system.observe(states), self.noise).mask(episode.mask)
             return pyro.sample("x", x.to_event(3), obs=episode.query)
+
+    def trajectories(self, physics: dict[str, Tensor], unknown: Tensor, start: Tensor, times: Tensor) -> Tensor:
+        """States over time, of physics latents (..., task, 1), neural ones and initial states."""
+        field = self.system.known(self.settled(physics, unknown), self.force(unknown))
+        return solve(field, start if self.system.grid else start.unbind(-1), times, **self.steps)
+
+    def settled(self, physics: dict[str, Tensor], unknown: Tensor) -> dict[str, Tensor]:
+        """The physics latents less what the neural force does in their place: see :meth:`settle`."""
+        if self.clock is None or self.samples is None:
+            return physics
+        places = Places(self.clock, self.samples)
+        share = 1e-3 * explained(self.corrections(physics, unknown, places), self.tangents(physics, places))
+        return {name: value * (1.0 - share[..., i, None]) for i, (name, value) in enumerate(physics.items())}
+
+    @torch.no_grad()
+    def settle(self, tasks: Tasks, points: int | None = None) -> None:
+        """From now on the physics explains all it can, exactly, and not as nearly as training got there.
+
+        What the neural force does in the physics' place is a shift of the physics latents, and is taken off: the same
+        trajectories, with other names. Say it after training or loading, with training tasks.
+
+        Arguments:
+            tasks: of which the initial states are used. Components, and time, are spread evenly over the middle nine
+                tenths of what they are on trajectories from there, and independently; fields are taken as they began.
+            points: number of places; by default 2048, or 512 fields.
+        """
+        episode = tasks.shots(slice(None))
+        if self.system.grid:
+            fields = episode.measured.flatten(0, 1)[: points or 512]
+            self.clock, self.samples = episode.times[:1].expand(len(fields)), fields
+            return
+        self.clock = self.samples = None
+        average = {name: fn.mean.expand(len(tasks), -1) for name, fn in self.prior(None).items()}
+        unknown = average.pop("unknown")
+        physics = {name: value[..., None, 0] for name, value in average.items()}
+        states = self.trajectories(physics, unknown, episode.measured, episode.times).flatten(0, -2)
+        states = states[states.isfinite().all(-1)].sort(0).values
+        even = torch.quasirandom.SobolEngine(states.shape[-1] + 1, scramble=True, seed=0).draw(points or 2048)
+        rank = (0.05 + 0.9 * even.to(states.device)).to(states.dtype)
+        self.samples = states.gather(0, (rank[:, 1:] * (len(states) - 1)).round().long())
+        self.clock = episode.times[0] + rank[:, 0] * (episode.times[-1] - episode.times[0])
 
     def force(self, unknown: Tensor) -> Force:
         """The neural force, given neural latents (..., task, component)."""
@@ -117,27 +168,36 @@ class MetaHybridVAE(HybridModel):
         copies = 1 if self.system.grid else SHUFFLES
         clock = times.expand(states.shape[-3], -1).flatten().repeat(copies)
         flat = torch.cat([states.flatten(-3, -2)] * copies, -2)
-        parts = flat if self.system.grid else tuple(_unrelated(x) for x in flat.unbind(-1))
-        clock = clock.unsqueeze(-1) if self.system.grid else clock
-
-        def slopes(physics: dict[str, Tensor], force: Force) -> Tensor:
-            out = self.system.known(physics, force)(clock, parts)
-            return torch.stack(torch.broadcast_tensors(*out), -1) if isinstance(out, tuple) else out
-
-        def nothing(*inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
-            zero = torch.zeros_like(inputs[-1])
-            return zero if self.system.outputs == 1 else (zero,) * self.system.outputs
-
-        with torch.no_grad():
-            without = slopes(physics, nothing)
-            tangents = [slopes(physics | {name: 1.001 * value}, nothing) - without for name, value in physics.items()]
-        mine = slopes(physics, self.force(unknown)) - without
-        total = self.correction * overlap(mine, tangents)
+        places = Places(clock, flat) if self.system.grid else Places(
+            clock, torch.stack([_unrelated(x) for x in flat.unbind(-1)], -1))
+        mine = self.corrections(physics, unknown, places)
+        total = self.correction * overlap(mine, self.tangents(physics, places))
         if self.straightness and not self.residual.linear:
             other = unknown.roll(1, -2)
-            theirs, halfway = (slopes(physics, self.force(z)) - without for z in (other, 0.5 * (unknown + other)))
+            theirs, halfway = (self.corrections(physics, z, places) for z in (other, 0.5 * (unknown + other)))
             total = total + self.straightness * (halfway - 0.5 * (mine + theirs)).square().sum(-1).mean(-1)
         return total
+
+    def corrections(self, physics: dict[str, Tensor], unknown: Tensor, places: Places) -> Tensor:
+        """What the neural force adds to the slopes, (..., task, place, component)."""
+        return self._slopes(physics, self.force(unknown), places) - self._slopes(physics, self._nothing, places)
+
+    @torch.no_grad()
+    def tangents(self, physics: dict[str, Tensor], places: Places) -> list[Tensor]:
+        """What a thousandth more of each physics latent would add to them."""
+        without = self._slopes(physics, self._nothing, places)
+        return [self._slopes(physics | {name: 1.001 * value}, self._nothing, places) - without
+                for name, value in physics.items()]
+
+    def _slopes(self, physics: dict[str, Tensor], force: Force, places: Places) -> Tensor:
+        states = places.states if self.system.grid else places.states.unbind(-1)
+        clock = places.clock.unsqueeze(-1) if self.system.grid else places.clock
+        out = self.system.known(physics, force)(clock, states)
+        return torch.stack(torch.broadcast_tensors(*out), -1) if isinstance(out, tuple) else out
+
+    def _nothing(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+        zero = torch.zeros_like(inputs[-1])
+        return zero if self.system.outputs == 1 else (zero,) * self.system.outputs
 
 
 def _unrelated(values: Tensor) -> Tensor:
