@@ -151,6 +151,12 @@ def test_relative_errors_are_in_standard_deviations_and_nothing_is_drowned() -> 
     assert [float(x) for x in longer.by_stretch(late, seen)] == pytest.approx([0.0, 0.0, 0.0, 2.0], abs=1e-4)
 
 
+def test_what_is_held_at_zero_does_not_count() -> None:
+    torch.manual_seed(0)
+    seen = torch.randn(30, 4, 50, 2) * torch.tensor([1.0, 0.0])
+    assert torch.equal(longer.relative(seen * 1.1, seen), longer.relative(seen[..., :1] * 1.1, seen[..., :1]))
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_beyond_is_where_training_never_was(name: str) -> None:
     before = dict(CASES[name].system().ranges)

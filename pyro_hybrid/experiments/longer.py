@@ -59,8 +59,12 @@ def by_stretch(means: Tensor, seen: Tensor) -> list[Tensor]:
 
 
 def relative(means: Tensor, seen: Tensor, scale: Tensor | None = None) -> Tensor:
-    """Root mean square of the error of each system, in standard deviations of each sensor; the median over systems."""
-    square = ((means - seen) / (seen.std((0, 1, 2)) if scale is None else scale)).square()
+    """Root mean square of the error of each system, in standard deviations of each sensor; the median over systems.
+
+    Sensors that show the same all the time, such as the ends of a rod that are held at zero, don't count.
+    """
+    scale = seen.std((0, 1, 2)) if scale is None else scale
+    square = ((means - seen) / scale)[..., scale > 0.0].square()
     return square.nan_to_num(torch.inf, torch.inf).mean((1, 2, 3)).sqrt().median()
 
 
