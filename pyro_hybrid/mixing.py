@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -144,21 +144,23 @@ def overlap(correction: Tensor, tangents: Sequence[Tensor]) -> Tensor:
     return total
 
 
-def explained(correction: Tensor, tangents: Sequence[Tensor]) -> Tensor:
+def explained(pieces: Iterable[tuple[Tensor, Sequence[Tensor]]]) -> Tensor:
     r"""The change of each physics latent that does most of a neural term's work: least squares over sampled states.
 
     .. math:: \arg\min_c \bigl\lVert f_N - \sum_j c_j\, \partial_j f_P \bigr\rVert^2
 
     Arguments:
-        correction, tangents: as in :func:`overlap`.
+        pieces: corrections and tangents as in :func:`overlap`, of some of the states at a time.
 
     Returns:
         The changes ``(..., task, latent)``, in units of those that gave the tangents.
     """
-    mine, *others = (x.flatten(-2) for x in torch.broadcast_tensors(correction, *tangents))
-    basis = torch.stack(others, -2).double()
-    change = torch.linalg.solve_ex(basis @ basis.mT, basis @ mine.double().unsqueeze(-1)).result
-    return change.squeeze(-1).to(correction.dtype)
+    gram, pull = torch.zeros(()), torch.zeros(())
+    for correction, tangents in pieces:
+        mine, *others = (x.flatten(-2) for x in torch.broadcast_tensors(correction, *tangents))
+        basis = torch.stack(others, -2)
+        gram, pull = gram + (basis @ basis.mT).double(), pull + (basis @ mine.unsqueeze(-1)).double()
+    return torch.linalg.solve_ex(gram, pull).result.squeeze(-1).to(mine.dtype)
 
 
 class Mixing(nn.Module):

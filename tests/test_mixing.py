@@ -251,10 +251,13 @@ def test_what_the_physics_explains_of_a_mixture_are_its_shares() -> None:
     basis = torch.linalg.qr(torch.randn(5, 40, 5, dtype=torch.float64)).Q
     one, other, rest = basis[..., 0], basis[..., 0] + 2.0 * basis[..., 1], basis[..., 2:].sum(-1)
     tangents = [x.unflatten(-1, (20, 2)) for x in (one, other)]
-    shares = explained((2.0 * one - 3.0 * other + rest).unflatten(-1, (20, 2)), tangents)
-    assert_close(shares, torch.tensor([2.0, -3.0], dtype=torch.float64).expand(5, 2), **EXACT)
+    mixture = (2.0 * one - 3.0 * other + rest).unflatten(-1, (20, 2))
+    expected = torch.tensor([2.0, -3.0], dtype=torch.float64).expand(5, 2)
+    assert_close(explained([(mixture, tangents)]), expected, **EXACT)
+    halves = [(mixture[:, part], [x[:, part] for x in tangents]) for part in (slice(0, 7), slice(7, 20))]
+    assert_close(explained(halves), expected, **EXACT)
 
 
 def test_a_physics_latent_that_does_nothing_explains_nothing() -> None:
     zero = torch.zeros(3, 10, 1)
-    assert not explained(torch.ones(3, 10, 1), [zero]).nan_to_num(0.0).any()
+    assert not explained([(torch.ones(3, 10, 1), [zero])]).nan_to_num(0.0).any()
