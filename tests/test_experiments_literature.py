@@ -28,7 +28,7 @@ def told(units: int = 1) -> Driven:
         model.push.amplitude.weight[0, 1] = 1.0
         model.push.frequency.weight[0, 2] = 2.0 * torch.pi * model.system.step
         model.push.phase[0] = 0.5 * torch.pi
-        model.residual.straight[1, 1] = -1.0  # damping times speed, ten times a tenth of it
+        model.residual.straight[1, 1] = -10.0  # damping times speed / 10
         model.noise = torch.tensor([0.01])
         model.prior.base.copy_(torch.tensor([[0.0, 0.0], [0.4, -1.5], [1.0, -0.5], [4.7, -0.1]]).flatten())
     return model
@@ -69,7 +69,7 @@ def test_friction_that_does_gravity_s_work_is_objected_to_and_a_push_never() -> 
 
     assert not objection().any()
     with torch.no_grad():
-        model.residual.straight[0, 0] = 0.15  # ten times of angle / 1.5: v = angle
+        model.residual.straight[0, 0] = 1.5  # of angle / 1.5: v = angle
     angle = states[..., 0].flatten(1)
     expected = 2.0 * (angle * angle.sin()).mean(1).square() / angle.sin().square().mean(1)
     assert_close(objection(), expected, rtol=0.05, atol=0.0)

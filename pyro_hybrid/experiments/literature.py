@@ -99,21 +99,15 @@ class Driven(MetaHybridVAE):
         super().__init__(system, evidence, linear=False, **options)
         latents, state = self.residual.latents, system.inputs[1:]
         self.residual = Residual(2, latents, 1, width=16, depth=1, scale=state)
-        self.rate = state[-1]  # of a friction that stops what moves within a unit of time
         self.push = Oscillation(latents, units, size, system.step)
 
     def force(self, unknown: Tensor) -> Force:
-        push, friction = self.push.given(unknown[..., None, :]), self.friction(unknown)
+        push, friction = self.push.given(unknown[..., None, :]), self.residual.given(unknown[..., None, :])
         return lambda t, angle, speed: (push(t), friction(angle, speed))
-
-    def friction(self, unknown: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-        """The acceleration that goes with the state alone."""
-        units: Any = self.residual.given(unknown[..., None, :])
-        return lambda angle, speed: self.rate * units(angle, speed)
 
     def objections(self, physics: dict[str, Tensor], unknown: Tensor, times: Tensor, states: Tensor) -> Tensor:
         angle, speed = (x.flatten()[torch.randperm(x.numel())].view_as(x) for x in states.flatten(-3, -2).unbind(-1))
-        friction = self.friction(unknown)(angle, speed)
+        friction: Any = self.residual.given(unknown[..., None, :])(angle, speed)
         return self.correction * overlap(friction.unsqueeze(-1), [angle.sin().unsqueeze(-1)])
 
 
