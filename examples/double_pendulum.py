@@ -17,7 +17,7 @@ from dataclasses import replace
 import habits
 
 import pyro_hybrid as ph
-from pyro_hybrid.experiments import real_pendulum
+from pyro_hybrid.experiments import real_learned, real_pendulum
 
 
 def main() -> None:
@@ -49,11 +49,11 @@ def main() -> None:
 def real(choice: argparse.Namespace) -> None:
     """The same on recordings. Whole runs are held out; the rival is a classical fit of six parameters, told s."""
     learn, judge = ph.systems.ibm_double_pendulum(choice.data).split(real_pendulum.HELD_OUT)
-    settings = real_pendulum.FAST if choice.fast else real_pendulum.Settings()
-    rivals = real_pendulum.rivals(learn, settings)
+    settings = real_learned.FAST if choice.fast else real_learned.Settings()
+    rivals = real_learned.rivals(learn, settings)
 
     # Known: point masses. Unknown: torques, those that are the same backwards in time and those of friction.
-    model, guide, fit = real_pendulum.trained(learn, rivals, choice.seed, settings, progress=True)
+    model, guide, fit = real_learned.trained(learn, rivals, choice.seed, settings, progress=True)
 
     # One table: errors of predictions on the same windows, and what was found out about s.
     found = {"seed": choice.seed, **real_pendulum.judged(model, judge, rivals, choice.seed, settings)}
@@ -62,7 +62,7 @@ def real(choice: argparse.Namespace) -> None:
     real_pendulum.figure([found]).savefig(choice.out / "recovered.png", dpi=130)
 
     # Gravity's truth is known up to a factor; the rival's is as good as any.
-    few = real_pendulum.tasks(judge, 4, 8, choice.seed)
+    few = real_learned.tasks(judge, 4, 8, choice.seed)
     few = replace(few, truth={"gravity": rivals.compound[2].float() * few.truth["gravity"]})
     for name, figure in (("loss", habits.loss_figure(fit)),
                          ("trajectories", habits.trajectories_figure(model, guide, few)),

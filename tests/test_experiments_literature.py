@@ -14,7 +14,8 @@ from torch.testing import assert_close
 
 import pyro_hybrid as ph
 from pyro_hybrid.experiments import literature
-from pyro_hybrid.experiments.literature import PUBLISHED, Driven, Growing
+from pyro_hybrid.experiments.driven import Driven, Growing
+from pyro_hybrid.experiments.literature import PUBLISHED
 from pyro_hybrid.experiments.run import Choice, carry_out
 from pyro_hybrid.systems import ForcedPendulum
 

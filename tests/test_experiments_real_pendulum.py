@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import pyro_hybrid as ph
+from pyro_hybrid.experiments import real_learned
 from pyro_hybrid.experiments import real_pendulum as real
 from pyro_hybrid.experiments.run import Choice, carry_out
 from pyro_hybrid.systems import RecordedDoublePendulum, Recordings
@@ -97,11 +98,11 @@ def test_nobody_can_simulate_it() -> None:
 
 
 def test_the_stretch_of_a_window_is_where_it_begins() -> None:
-    settings = real.FAST
+    settings = real_learned.FAST
     time = torch.arange(5600, dtype=torch.float64) / 400.0
     told = Recordings({run: torch.stack([time / 10.0, 0.0 * time + 0.1 * run, 0.0 * time + 0.1, 0.0 * time], -1)
                        for run in (2, 5)})
-    start = real.tasks(told, settings.judged, 4 + settings.queries, 3, points=101).values[:, :, 0]
+    start = real_learned.tasks(told, settings.judged, 4 + settings.queries, 3, points=101).values[:, :, 0]
     expected = (start[..., 1] * 10.0).round() * 1000 + (start[..., 0] * 10.0 / real.STRETCH).floor()
     assert torch.equal(real.stretches(told, settings, 3), expected.long())
 
@@ -153,20 +154,20 @@ class Knowing(ph.models.MetaHybridVAE):
 
 
 def test_a_model_that_knows_everything_errs_as_the_truth_does() -> None:
-    windows = real.tasks(made_up(), 3, 8, 0, points=101)
+    windows = real_learned.tasks(made_up(), 3, 8, 0, points=101)
     assert windows.truth is not None
     model = Knowing(RecordedDoublePendulum(SHARE))
     model.prior = Told(windows.truth["scale"])  # type: ignore[assignment]
     states, latents = real.predicted(model, windows)
     parameters = torch.stack([SHARE * RODS**2 * ONE, TRUE[1], TRUE[2], TRUE[1] * TRUE[2], TRUE[4], TRUE[5]])
     ours = real.errors(states, windows)
-    theirs = real.errors(open_loop(compound, parameters, windows)[0][:, real.SUPPORT:], windows)
+    theirs = real.errors(open_loop(compound, parameters, windows)[0][:, real_learned.SUPPORT:], windows)
     assert_close(ours[:, :3], theirs[:, :3], rtol=0.01, atol=1e-4)
     assert_close(real.damping(model, latents, windows), windows.truth["scale"] * torch.tensor(DAMPED))
 
 
 def test_what_diverged_counts_as_infinitely_wrong() -> None:
-    windows = real.tasks(made_up(), 1, 6, 0, points=101)
+    windows = real_learned.tasks(made_up(), 1, 6, 0, points=101)
     states = torch.full((1, 2, 101, 4), torch.nan)
     assert bool(real.errors(states, windows).isinf().all())
 
@@ -179,7 +180,7 @@ def test_a_fast_run_ends_in_a_table_and_a_figure(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(real, "HELD_OUT", (2, 3))
     (one,) = found = carry_out(real, Choice((0,), True, tmp_path))
     assert one["learned from runs"] == [0, 1] and one["judged on runs"] == [2, 3]
-    assert one["query_windows"] == real.FAST.judged * real.FAST.queries and len(one["ratio"]) == 5
+    assert one["query_windows"] == real_learned.FAST.judged * real_learned.FAST.queries and len(one["ratio"]) == 5
     assert one["log_gravity_strong"] > 0.9
     text = real.table(found)
     assert "hybrid / compound, seed 0" in text and "nan" not in text
