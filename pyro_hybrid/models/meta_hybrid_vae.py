@@ -117,7 +117,8 @@ class MetaHybridVAE(HybridModel):
         """The physics latents less what the neural force does in their place: see :meth:`settle`."""
         if self.clock is None or self.samples is None:
             return physics
-        pieces = map(Places, self.clock.split(256), self.samples.split(256))  # which stay in a processor's cache
+        size = max(1, 256 // (self.samples.shape[-1] if self.system.grid else 1))  # so that a processor's cache holds it
+        pieces = map(Places, self.clock.split(size), self.samples.split(size))
         share = 1e-3 * explained((self.corrections(physics, unknown, piece), self.tangents(physics, piece))
                                  for piece in pieces)
         return {name: value * (1.0 - share[..., i, None]) for i, (name, value) in enumerate(physics.items())}
