@@ -117,7 +117,7 @@ class MetaHybridVAE(HybridModel):
         """The physics latents less what the neural force does in their place: see :meth:`settle`."""
         if self.clock is None or self.samples is None:
             return physics
-        size = max(1, 256 // (self.samples.shape[-1] if self.system.grid else 1))  # so that a processor's cache holds it
+        size = max(1, 256 // self.samples.shape[-1]) if self.system.grid else 256  # what a processor's cache holds
         pieces = map(Places, self.clock.split(size), self.samples.split(size))
         share = 1e-3 * explained((self.corrections(physics, unknown, piece), self.tangents(physics, piece))
                                  for piece in pieces)
