@@ -215,8 +215,12 @@ def figure(results: Sequence[Result]) -> Figure:
             axis.axhline(one[score], color="C1", lw=1, label="one long trajectory each" if one is longs[0] else None)
         axis.set(xlabel="fraction of systems labelled", ylabel=name, ylim=(0.0, 1.03))
     axes[0].legend(fontsize=8)
-    for one in heaps:
+    for one in (one for one in heaps if one["grouping"]):
         history = [step["adjusted_rand"] for step in one["grouping"]]
-        axes[2].plot(range(1, 1 + len(history)), history, "o-", ms=3, color=f"C{FRACTIONS.index(one['labelled'])}")
+        first = one["seed"] == heaps[0]["seed"]
+        axes[2].plot(range(1, 1 + len(history)), history, "o-", ms=3, color=f"C{FRACTIONS.index(one['labelled'])}",
+                     label=f"{one['labelled']:.0%} labelled" if first else None)
+    if axes[2].lines:
+        axes[2].legend(fontsize=8)
     axes[2].set(xlabel="round of grouping", ylabel="adjusted Rand index", ylim=(0.0, 1.03))
     return drawn
