@@ -151,9 +151,10 @@ def test_relative_errors_are_in_standard_deviations_and_nothing_is_drowned() -> 
     assert [float(x) for x in longer.by_stretch(late, seen)] == pytest.approx([0.0, 0.0, 0.0, 2.0], abs=1e-4)
 
 
-def test_what_is_held_at_zero_does_not_count() -> None:
+@pytest.mark.parametrize("rounding", [0.0, 1e-16])
+def test_what_is_held_at_zero_does_not_count(rounding: float) -> None:
     torch.manual_seed(0)
-    seen = torch.randn(30, 4, 50, 2) * torch.tensor([1.0, 0.0])
+    seen = torch.randn(30, 4, 50, 2) * torch.tensor([1.0, rounding])
     assert torch.equal(longer.relative(seen * 1.1, seen), longer.relative(seen[..., :1] * 1.1, seen[..., :1]))
 
 

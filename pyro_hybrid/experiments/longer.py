@@ -64,7 +64,7 @@ def relative(means: Tensor, seen: Tensor, scale: Tensor | None = None) -> Tensor
     Sensors that show the same all the time, such as the ends of a rod that are held at zero, don't count.
     """
     scale = seen.std((0, 1, 2)) if scale is None else scale
-    square = ((means - seen) / scale)[..., scale > 0.0].square()
+    square = ((means - seen) / scale)[..., scale > 1e-6 * scale.max()].square()
     return square.nan_to_num(torch.inf, torch.inf).mean((1, 2, 3)).sqrt().median()
 
 
