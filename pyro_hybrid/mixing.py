@@ -153,14 +153,16 @@ def explained(pieces: Iterable[tuple[Tensor, Sequence[Tensor]]]) -> Tensor:
         pieces: corrections and tangents as in :func:`overlap`, of some of the states at a time.
 
     Returns:
-        The changes ``(..., task, latent)``, in units of those that gave the tangents.
+        The changes ``(..., task, latent)``, in units of those that gave the tangents; zero where nothing determines
+        them.
     """
     gram, pull = torch.zeros(()), torch.zeros(())
     for correction, tangents in pieces:
         mine, *others = (x.flatten(-2) for x in torch.broadcast_tensors(correction, *tangents))
         basis = torch.stack(others, -2)
         gram, pull = gram + (basis @ basis.mT).double(), pull + (basis @ mine.unsqueeze(-1)).double()
-    return torch.linalg.solve_ex(gram, pull).result.squeeze(-1).to(mine.dtype)
+    require(pull.dim() > 0, "one piece or more", "none", "Evaluate both terms at some states of each task.")
+    return torch.linalg.solve_ex(gram, pull).result.squeeze(-1).nan_to_num(0.0, 0.0, 0.0).to(mine.dtype)
 
 
 class Mixing(nn.Module):

@@ -151,7 +151,8 @@ class SupportPrior(Prior):
     def belief(self, support: Episode) -> Belief:
         """The support's posterior by computed evidence, with its full precision; the last one is remembered."""
         assert self.evidence is not None
-        state = id(self.evidence), *_state([*getattr(self.program, "parameters", self.parameters)(), self.spread])
+        owner = self.program if isinstance(self.program, nn.Module) else self
+        state = id(self.evidence), *_state([*owner.parameters(), *owner.buffers(), self.spread])
         if self._last is None or self._last[0] is not support or self._last[1] != state:
             with torch.random.fork_rng(range(torch.cuda.device_count())):  # a remembered belief draws nothing either
                 self._last = support, state, self._computed(support)
@@ -197,10 +198,10 @@ def handed_out(sites: Mapping[str, Family], belief: Belief) -> dict[str, Natural
     return naturals
 
 
-def _state(parameters: Sequence[Tensor]) -> tuple[float, ...]:
-    """What changes when a parameter does: a fused optimizer's steps leave its version as it was, but not its norm."""
-    norms = torch.stack([torch.linalg.vector_norm(p.detach()).double() for p in parameters])
-    return *(float(p._version) for p in parameters), *norms.tolist()
+def _state(tensors: Sequence[Tensor]) -> tuple[float, ...]:
+    """What changes when a tensor does: a fused optimizer's steps leave its version as it was, but not its norm."""
+    norms = torch.stack([torch.linalg.vector_norm(x.detach().double()) for x in tensors])
+    return *(float(x._version) for x in tensors), *norms.tolist()
 
 
 def _divergence(mean: Tensor, scale: Tensor, to_mean: Tensor, to_scale: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from pyro_hybrid.families import Normal
 
 ROOT, SYSTEM = Path(__file__).parents[1], "double pendulum"
 FEW = MODELS[::3]  # ours, and a rival
+THREADS = ("--threads", str(torch.get_num_threads()))  # the command line would leave another number behind
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +186,7 @@ def test_a_fast_run_ends_in_a_table_and_a_figure(module: Any, folder: Path, smal
                                                  capsys: pytest.CaptureFixture[str]) -> None:
     name = module.__name__.rpartition(".")[2]
     seeds = "2" if module is two_runs else "1"
-    command.main([name, "--fast", "--seeds", seeds, "--out", str(folder)])
+    command.main([name, "--fast", "--seeds", seeds, "--out", str(folder), *THREADS])
     text = capsys.readouterr().out
     assert f"{name}.png" in text and (folder / f"{name}.png").stat().st_size > 5000
     rows = (folder / f"{name}.md").read_text(encoding="utf-8").splitlines()
@@ -199,7 +200,7 @@ def test_the_threshold_is_that_of_the_theorem(folder: Path, small: None) -> None
 
 
 def test_a_report_runs_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command.main(["longer", "--report", "--out", str(tmp_path)])
+    command.main(["longer", "--report", "--out", str(tmp_path), *THREADS])
     assert "no results" in capsys.readouterr().out and not list(tmp_path.iterdir())
 
 
@@ -226,6 +227,6 @@ def test_the_page_shows_what_the_committed_results_say() -> None:
 
 
 def test_tiny_runs_are_not_taken_for_results(folder: Path, small: None) -> None:
-    command.main(["longer", "--fast", "--seeds", "1", "--out", str(folder)])
+    command.main(["longer", "--fast", "--seeds", "1", "--out", str(folder), *THREADS])
     with pytest.raises(SystemExit, match="expected full runs .*--fast"):
         load(ROOT / "docs" / "results" / "experiments.py").gathered("longer", folder, 1)

@@ -101,3 +101,18 @@ def test_fields_are_settled_where_they_began() -> None:
     states = model.trajectories({"diffusion": torch.full((3, 1), 0.05)}, torch.zeros(3, 1),
                                 tasks.shots(slice(None)).measured, tasks.times)
     assert states.shape == (3, 4, len(tasks.times), 6) and states.isfinite().all()
+
+
+def test_what_was_read_before_settling_is_read_again() -> None:
+    system = ph.systems.Pendulum()
+    tasks, model = system.simulate(3, 4, 0), ph.models.MetaHybridVAE(system, ph.Linearised(1))
+    support = tasks.episode().support
+    before = model.prior.belief(support)
+    model.settle(tasks, 64)
+    assert not torch.equal(model.prior.belief(support).mean, before.mean)
+
+
+def test_no_place_at_all_is_refused() -> None:
+    system = ph.systems.Pendulum()
+    with pytest.raises(ValueError, match="expected 1 place or more"):
+        ph.models.MetaHybridVAE(system).settle(system.simulate(3, 4, 0), 0)

@@ -260,4 +260,9 @@ def test_what_the_physics_explains_of_a_mixture_are_its_shares() -> None:
 
 def test_a_physics_latent_that_does_nothing_explains_nothing() -> None:
     zero = torch.zeros(3, 10, 1)
-    assert not explained([(torch.ones(3, 10, 1), [zero])]).nan_to_num(0.0).any()
+    assert torch.equal(explained([(torch.ones(3, 10, 1), [zero])]), torch.zeros(3, 1))
+
+
+def test_nothing_can_be_explained_by_no_states() -> None:
+    with pytest.raises(ValueError, match="expected one piece or more"):
+        explained([])

@@ -11,6 +11,7 @@ from pyro.distributions import constraints
 from pyro.nn import PyroParam
 from torch import Tensor
 
+from .._checks import require
 from ..dynamics import solve
 from ..encoders import SetEncoder
 from ..families import Normal
@@ -135,6 +136,7 @@ class MetaHybridVAE(HybridModel):
                 tenths of what they are on trajectories from there, and independently; fields are taken as they began.
             points: number of places; by default 2048, or 512 fields.
         """
+        require(points is None or points >= 1, "1 place or more", points, "Leave points out for as many as are needed.")
         episode = tasks.shots(slice(None))
         if self.system.grid:
             fields = episode.measured.flatten(0, 1)[: points or 512]
