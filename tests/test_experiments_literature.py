@@ -29,7 +29,7 @@ def told(units: int = 1) -> Driven:
         model.push.amplitude.weight[0, 1] = 1.0
         model.push.frequency.weight[0, 2] = 2.0 * torch.pi * model.system.step
         model.push.phase[0] = 0.5 * torch.pi
-        model.residual.straight[1, 1] = -10.0  # damping times speed / 10
+        model.residual.straight[1, 1] = -10.0 / 3.0  # damping times speed / (10 / 3)
         model.noise = torch.tensor([0.01])
         model.prior.base.copy_(torch.tensor([[0.0, 0.0], [0.4, -1.5], [1.0, -0.5], [4.7, -0.1]]).flatten())
     return model
@@ -46,6 +46,18 @@ def test_the_model_contains_the_truth() -> None:
     true_push, true_drag = system.truth(z[:, None, :])(t, angle, speed)
     assert_close(push.expand(4, 3), true_push.expand(4, 3), rtol=1e-4, atol=1e-3)
     assert_close(drag, true_drag)
+
+
+def test_push_s_parameters_and_friction_are_linear_in_the_latents() -> None:
+    torch.manual_seed(0)
+    model, state, z = Driven(ForcedPendulum(), latents=4), torch.randn(2, 1, 5), torch.randn(2, 4)
+
+    def friction(latents: Tensor) -> Tensor:
+        return model.force(latents)(torch.tensor(0.0), *state)[1]
+
+    none = torch.zeros_like(z)
+    assert_close(friction(z) - friction(none), friction(none) - friction(-z))
+    assert not torch.equal(friction(z), friction(none))
 
 
 def test_a_push_is_blind_to_the_state_and_friction_to_time() -> None:
@@ -70,7 +82,7 @@ def test_friction_that_does_gravity_s_work_is_objected_to_and_a_push_never() -> 
 
     assert not objection().any()
     with torch.no_grad():
-        model.residual.straight[0, 0] = 1.5  # of angle / 1.5: v = angle
+        model.residual.straight[0, 0] = 0.5  # of angle / 0.5: v = angle
     angle = states[..., 0].flatten(1)
     expected = 2.0 * (angle * angle.sin()).mean(1).square() / angle.sin().square().mean(1)
     assert_close(objection(), expected, rtol=0.05, atol=0.0)

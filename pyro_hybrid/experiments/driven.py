@@ -58,6 +58,9 @@ class Driven(MetaHybridVAE):
     If both could depend on everything, :math:`v = A\omega^2 \cos(2\pi\phi t)` would explain the data as well as
     :math:`u = A\cos(2\pi\phi t)`, and no latent need mean :math:`A`.
 
+    Both are linear in the latents. A friction that is not may learn to depend on the square of one: it predicts as well,
+    but a strong and a weak friction have become one and the same latent.
+
     What gravity could have explained is held against the friction alone. A push that knows nothing of the angle can't
     do gravity's work, and is so much larger that chance correlations with it would drown the friction's.
 
@@ -69,8 +72,8 @@ class Driven(MetaHybridVAE):
     def __init__(self, system: ForcedPendulum, evidence: Linearised | None = None, *, units: int = 1,
                  size: float = 20.0, **options: Any) -> None:
         super().__init__(system, evidence, linear=False, **options)
-        latents, state = self.residual.latents, system.inputs[1:]
-        self.residual = Residual(2, latents, 1, width=16, depth=1, scale=state)
+        latents, typical = self.residual.latents, tuple(most / 3.0 for most in system.inputs[1:])
+        self.residual = Residual(2, latents, 1, linear=True, width=16, depth=1, scale=typical)
         self.push = Oscillation(latents, units, size, system.step)
 
     def force(self, unknown: Tensor) -> Force:
