@@ -2,8 +2,8 @@
 
 A heap: of a fraction of a thousand pendulums the trajectories are labelled, those of the others lie in one heap. Each
 of these is at first a task by itself, of latents that must not know where it began. Then the program reads every
-trajectory, those that are most probably of one system become one task (clustering in λ: evidence adds up), and
-training goes on with these, several times over. A long trajectory: a single recording of each pendulum, cut into
+trajectory, those that are most probably of one system become one task (clustering in λ: evidence adds up), and a model
+that never saw a trajectory alone is trained on these, and groups them better, several times over. A long trajectory: a single recording of each pendulum, cut into
 pieces that know what time it is; some are the support and others the query.
 
 Judged like all others: on 300 pendulums never seen, from four support trajectories; what unmixes the neural latents is
@@ -45,22 +45,25 @@ OPTIONS: dict[str, Any] = {"linear": False, "straightness": 0.3, "noise": 10.0}
 READING, FINAL = Linearised(3, segments=(2, 2, 2, 7)), Linearised(3, segments=(2, 2, 2, 7), restarts=4)
 TINY = Linearised(1)
 CORRECTION, INDEPENDENCE = 30.0, 30.0
-SPARE = 4  # latents at the end, as in the example; to recover tasks, what is superfluous would only confuse
+SPARE = 4  # latents, as in the example; of single trajectories, what is superfluous would learn where they began
 PIECES = 2
 
 
 class Steps(NamedTuple):
-    """Training steps: ``alone``, of single trajectories; ``rounds`` times ``grouped``, in pairs; ``last``, on sets."""
+    """Training steps: ``alone``, of single trajectories; ``afresh``, of pairs, and ``rounds`` times ``grouped`` more of
+    better ones; ``last``, on sets.
+    """
 
     alone: int = 1000
+    afresh: int = 1500
     grouped: int = 600
-    rounds: int = 3
-    last: int = 1500
+    rounds: int = 4
+    last: int = 2000
 
     @property
     def total(self) -> int:
         """All of them."""
-        return self.alone + self.rounds * self.grouped + self.last
+        return self.alone + self.afresh + self.rounds * self.grouped + self.last
 
 
 def runs(choice: Choice) -> list[Run]:
@@ -71,7 +74,7 @@ def runs(choice: Choice) -> list[Run]:
 
 
 def _steps(choice: Choice) -> Steps:
-    return Steps(2, 1, 1, 2) if choice.fast else Steps()
+    return Steps(2, 1, 1, 1, 2) if choice.fast else Steps()
 
 
 def _final(choice: Choice) -> Linearised:
@@ -109,13 +112,17 @@ def scattered(tasks: Tasks) -> Tasks:
 def _recovered(heap: Tasks, truth: Tensor, known: int, steps: Steps, seed: int) -> tuple[Tensor, list[Result]]:
     """Labels of all trajectories, the first ``known`` of which are given, and after each round how good the others are.
 
-    After the first, a round learns only from what is in a group.
+    After the first, a round learns only from what is in a group, and with a model of its own: the first one's latents
+    are of what a trajectory alone can tell, and it wouldn't part with them.
     """
     labels, history = torch.cat([truth[:known], len(truth) + torch.arange(len(truth) - known)]), list[Result]()
-    model = Unpaired(Pendulum(), INDEPENDENCE, **OPTIONS)
+    model: MetaHybridVAE = Unpaired(Pendulum(), INDEPENDENCE, **OPTIONS)
     guide = model.guide()
-    for k in range(1 + steps.rounds):
-        _train(model, guide, pairs(heap, labels, loners=k == 0), steps.grouped if k else steps.alone, seed + k, k > 0)
+    for k, number in enumerate([steps.alone, steps.afresh, *[steps.grouped] * steps.rounds]):
+        if k == 1:
+            model = MetaHybridVAE(Pendulum(), latents=SPARE, **OPTIONS)
+            guide = model.guide()
+        _train(model, guide, pairs(heap, labels, loners=k == 0), number, seed + k, again=k > 1)
         found = groups_in(model, heap[known:], READING)
         labels = torch.cat([truth[:known], len(truth) + found])
         history.append(grouping_scores(found, truth[known:]))
