@@ -58,8 +58,8 @@ class Driven(MetaHybridVAE):
     If both could depend on everything, :math:`v = A\omega^2 \cos(2\pi\phi t)` would explain the data as well as
     :math:`u = A\cos(2\pi\phi t)`, and no latent need mean :math:`A`.
 
-    Both are linear in the latents. A friction that is not may learn to depend on the square of one: it predicts as well,
-    but a strong and a weak friction have become one and the same latent.
+    Both are linear in the latents. A friction that is not may learn to depend on the square of one: it predicts as
+    well, but a strong and a weak friction have become one and the same latent.
 
     What gravity could have explained is held against the friction alone. A push that knows nothing of the angle can't
     do gravity's work, and is so much larger that chance correlations with it would drown the friction's.

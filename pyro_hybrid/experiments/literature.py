@@ -57,8 +57,8 @@ class Stage(NamedTuple):
     free: bool
 
 
-# Chosen on seeds 100 and 101, which no table shows. From 24 steps to all at once was too far: where friction hadn't been
-# learned by then, some systems were misread, and the noise grew until it hid what friction does.
+# Chosen on seeds 100 to 102, which no table shows. From 24 steps to all at once was too far: where friction hadn't
+# been learned by then, some systems were misread, and the noise grew until it hid what friction does.
 STAGES = (Stage(300, 2e-2, {0.0: (None, 4), 0.2: (None, 6), 0.4: (None, 9)}, 2, 0.1, False),
           Stage(500, 1e-2, {0.0: (None, 14), 0.1: (None, 24), 0.5: (None, 34), 0.7: None}, 2, 0.2, True))
 TASKS, BATCH, CORRECTION, NOISE = 1000, 16, 30.0, 5.0

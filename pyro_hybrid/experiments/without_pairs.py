@@ -3,8 +3,8 @@
 A heap: of a fraction of a thousand pendulums the trajectories are labelled, those of the others lie in one heap. Each
 of these is at first a task by itself, of latents that must not know where it began. Then the program reads every
 trajectory, those that are most probably of one system become one task (clustering in λ: evidence adds up), and a model
-that never saw a trajectory alone is trained on these, and groups them better, several times over. A long trajectory: a single recording of each pendulum, cut into
-pieces that know what time it is; some are the support and others the query.
+that never saw a trajectory alone is trained on these and groups them better, several times over. A long trajectory: a
+single recording of each pendulum, cut into pieces that know what time it is; some are the support and others the query.
 
 Judged like all others: on 300 pendulums never seen, from four support trajectories; what unmixes the neural latents is
 read in the tasks as they were recovered.
