@@ -2,19 +2,25 @@
 
 With ``--results``, what ``python -m pyro_hybrid.experiments all`` wrote there is first gathered into
 ``docs/results/experiments/``, one file an experiment. From these files, and nothing else, come the tables of
-``docs/experiments.md``, each between two markers, and the figures in ``docs/images``.
+``docs/experiments.md``, each between two markers, and the figures in ``docs/images``. APHYNITY's own pendulum is that
+of ``docs/results/aphynity.json``.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+import statistics
 from pathlib import Path
 
 from pyro_hybrid.experiments.__main__ import NAMES, experiment
 from pyro_hybrid.experiments.run import Choice, Result, results
+from pyro_hybrid.experiments.tables import markdown
 
 FOLDER = Path(__file__).parent / "experiments"
+PUBLISHED = (("pendulum without friction", "undamped", "-7.86 ± 0.60", "4.0%"),
+             ("damped pendulum", "damped", "-8.31 ± 0.30", "0.39%"))
 PAGE, IMAGES = (FOLDER.parents[1] / name for name in ("experiments.md", "images"))
 
 
@@ -34,12 +40,25 @@ def kept(name: str) -> list[Result]:
 
 def filled(page: str) -> str:
     """The page with every table in its place."""
-    for name in NAMES:
-        if found := kept(name):
-            begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-            before, _, after = page.partition(begin)
-            page = f"{before}{begin}\n\n{experiment(name).table(found)}\n\n{end}{after.partition(end)[2]}"
+    tables = {name: experiment(name).table(found) for name in NAMES if (found := kept(name))}
+    for name, table in {**tables, "aphynity": aphynity()}.items():
+        begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+        before, _, after = page.partition(begin)
+        page = f"{before}{begin}\n\n{table}\n\n{end}{after.partition(end)[2]}"
     return page
+
+
+def aphynity() -> str:
+    """APHYNITY on the pendulum of its own paper, beside what was published: logarithms of both bases."""
+    ours, rows = json.loads((FOLDER.parent / "aphynity.json").read_text(encoding="utf-8")), []
+    for name, physics, mse, error in PUBLISHED:
+        found = ours[physics]
+        errors = [found["error_percent_of_omega_squared"], found["error_percent"].get("friction")]
+        percent = statistics.mean(abs(e) for e in errors if e is not None)
+        rows.append([name, f"{found['log10_mse'] * math.log(10.0):.1f}", f"{found['log10_mse']:.1f}", mse,
+                     f"{percent:.2g}%", error])
+    return markdown(["known physics", "ours, ln MSE", "ours, log10 MSE", "published, log MSE",
+                     "ours, error of parameters", "published"], rows)
 
 
 def main() -> None:
