@@ -58,7 +58,7 @@ class Steps(NamedTuple):
     afresh: int = 1500
     grouped: int = 600
     rounds: int = 4
-    last: int = 2000
+    last: int = 4000
 
     @property
     def total(self) -> int:
