@@ -218,12 +218,19 @@ def test_the_page_shows_what_the_committed_results_say() -> None:
     script = load(ROOT / "docs" / "results" / "experiments.py")
     page = script.PAGE.read_text(encoding="utf-8")
     assert script.filled(page) == page
-    assert all(f"<!-- {name} -->" in page and f"<!-- /{name} -->" in page for name in command.NAMES)
+    assert all(f"<!-- {name} -->" in page and f"<!-- /{name} -->" in page for name in (*command.NAMES, "aphynity"))
     for name in command.NAMES:
         found, image = script.kept(name), f"experiments_{name}.png"
         assert (image in page) == bool(found) == (script.IMAGES / image).exists()
         assert not any(one["fast"] for one in found)
         assert not found or f"\n{command.experiment(name).table(found)}\n" in page
+
+
+def test_what_a_published_error_of_parameters_implies_is_what_the_page_says() -> None:
+    script, choice = load(ROOT / "docs" / "results" / "aphynity.py"), SimpleNamespace(period=6.0, seed=0, substeps=3)
+    said = json.loads((ROOT / "docs" / "results" / "aphynity.json").read_text(encoding="utf-8"))
+    assert script.implied(choice, 0.39) == pytest.approx(said["log10_mse_implied_by_published_error"], abs=2e-3)
+    assert script.implied(choice, 0.0)["worst"] < -9.0  # the solver's own
 
 
 def test_tiny_runs_are_not_taken_for_results(folder: Path, small: None) -> None:
