@@ -71,20 +71,20 @@ def table(results: Sequence[Result]) -> str:
 
 
 def figure(results: Sequence[Result]) -> Figure:
-    """Mean linear R against the number of systems, with the threshold, and against that of shots."""
+    """Linear R, of all latents and of the worst, against the number of systems, with the threshold, and of shots."""
     drawn = Figure(figsize=(8.0, 2.8), layout="constrained")
     axes = drawn.subplots(1, 2, sharey=True)
+    shown = {"linear R, mean over latents": lambda one: sum(one["linear_r"]) / len(one["linear_r"]),
+             "linear R, worst latent": lambda one: min(one["linear_r"]), "strong MCC": lambda one: one["strong_mcc"]}
     for axis, of in zip(axes, ("tasks", "shots"), strict=True):
-        for size, found in _points(results, of).items():
-            for key, colour in (("linear_r", "C0"), ("strong_mcc", "C1")):
-                values = [sum(one[key]) / len(one[key]) if key == "linear_r" else one[key] for one in found]
-                axis.plot([size] * len(values), values, "o", ms=4, alpha=0.8, color=colour)
-        axis.set(xscale="log", ylim=(0.0, 1.03), xlabel="systems trained on" if of == "tasks" else "support shots")
+        for at, (label, value) in enumerate(shown.items()):
+            points = [(size, value(one)) for size, found in _points(results, of).items() for one in found]
+            axis.plot(*zip(*points, strict=True), "o^s"[at], ms=5, alpha=0.7, color=f"C{at}", label=label)
+        axis.set(ylim=(-0.03, 1.03), xlabel="systems trained on" if of == "tasks" else "support shots")
+    axes[0].set(xscale="log")
     for one in results[:1]:
         if one["of"] == "tasks":
             axes[0].axvline(one["threshold"], color="grey", ls=":", lw=1)
             axes[0].annotate(" n·k + 1", (one["threshold"], 0.03), fontsize=8, color="grey")
-    axes[0].plot([], [], "oC0", label="linear R, mean over latents")
-    axes[0].plot([], [], "oC1", label="strong MCC")
-    axes[0].legend(fontsize=8, frameon=False, loc="center right")
+    axes[1].legend(fontsize=8, frameon=False, loc="center right")
     return drawn
