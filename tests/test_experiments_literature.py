@@ -48,7 +48,7 @@ def test_the_model_contains_the_truth() -> None:
     assert_close(drag, true_drag)
 
 
-def test_push_s_parameters_and_friction_are_linear_in_the_latents() -> None:
+def test_friction_is_linear_in_the_latents() -> None:
     torch.manual_seed(0)
     model, state, z = Driven(ForcedPendulum(), latents=4), torch.randn(2, 1, 5), torch.randn(2, 4)
 
