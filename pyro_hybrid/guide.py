@@ -25,20 +25,22 @@ class AmortizedGuide(nn.Module):
 
     .. math:: q(z \mid S, x) \propto \exp \langle T(z), \lambda(S) + \eta(x, S) \rangle
 
-    With ``evidence``, :math:`\eta` is computed from the program, linearised around the prior's mean, and the latents of
-    shots (initial states) are drawn from their Gaussian posterior given the task's. Without, the encoder says
-    :math:`\eta`, and the shots' latents keep their prior. Where nothing is observed the guide is the prior.
+    With ``evidence``, :math:`\eta` is computed from the program, linearised where the encoder points or, without one,
+    around the prior's mean, and the latents of shots (initial states) are drawn from their Gaussian posterior given the
+    task's. Without, the encoder says :math:`\eta`, and the shots' latents keep their prior. Where nothing is observed
+    the guide is the prior.
 
     Arguments:
         prior: the model's own prior.
         encoder: reads the query; not needed with ``evidence``.
-        evidence: :class:`~pyro_hybrid.Linearised`, or None for the encoder alone.
+        evidence: :class:`~pyro_hybrid.Linearised`, or None for the encoder alone. It can be set after a training with
+            the encoder, and trains no encoder itself.
     """
 
     def __init__(self, prior: Prior, encoder: SetEncoder | None = None, evidence: Linearised | None = None) -> None:
         super().__init__()
-        require((encoder is None) != (evidence is None), "an encoder or evidence=ph.Linearised(...)",
-                "both" if encoder else "neither", "Pass the one that the query should be read with.")
+        require(encoder is not None or evidence is not None, "an encoder or evidence=ph.Linearised(...)", "neither",
+                "Pass what the query should be read with.")
         self.prior, self.encoder, self.evidence = prior, encoder, evidence
         if encoder is not None:
             features = encoder.features * (2 if isinstance(prior, SupportPrior) else 1)
@@ -88,7 +90,8 @@ class AmortizedGuide(nn.Module):
         mean, precision = self.prior.gaussian(episode.support)
         mean, precision = mean.expand(episode.shape[0], -1), precision.expand(episode.shape[0], -1, -1)
         problem = Problem(self.prior.program, replace(episode, support=None), self.prior.sites, mean, precision)
-        return problem, self.prior.tempered(self.evidence(problem, mean), precision)
+        start = mean if self.encoder is None else self.prior.unconstrained(self._learned(episode))[0]
+        return problem, self.prior.tempered(self.evidence(problem, start), precision)
 
     def _shots(self, values: dict[str, Tensor], problem: Problem, belief: Belief) -> dict[str, Tensor]:
         """Latents of shots, site by site, each given the task's and the sites before it."""

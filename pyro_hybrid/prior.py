@@ -62,7 +62,7 @@ class Prior(nn.Module):
 
     def gaussian(self, support: Episode | None) -> tuple[Tensor, Tensor]:
         """Mean (task, d) and precision (task, d, d) of all sites in unconstrained coordinates."""
-        mean, scale = (x.detach() for x in self._coordinates(self.natural(support)))
+        mean, scale = (x.detach() for x in self.unconstrained(self.natural(support)))
         if support is not None and mean.dim() == 1:
             mean, scale = (x.expand(support.shape[0], -1) for x in (mean, scale))
         return mean, torch.diag_embed(scale.square().reciprocal())
@@ -82,7 +82,8 @@ class Prior(nn.Module):
     def _split(self, raw: Tensor) -> dict[str, Natural]:
         return {name: self.sites[name].from_raw(piece) for name, piece in self.pieces(raw).items()}
 
-    def _coordinates(self, naturals: Mapping[str, Natural]) -> tuple[Tensor, Tensor]:
+    def unconstrained(self, naturals: Mapping[str, Natural]) -> tuple[Tensor, Tensor]:
+        """Means and standard deviations of all sites side by side, in unconstrained coordinates."""
         parts = [self.sites[name].gaussian(natural) for name, natural in naturals.items()]
         mean, scale = (torch.cat(part, -1) for part in zip(*parts, strict=True))
         return mean, scale
@@ -164,13 +165,13 @@ class SupportPrior(Prior):
         tasks = support.shape[0]
         problem = Problem(self.program, support.canonical, self.sites, mean.expand(tasks, -1),
                           precision.expand(tasks, -1, -1))
-        start = self._coordinates(self._split(self.propose(support)))[0]
+        start = self.unconstrained(self._split(self.propose(support)))[0]
         return self.tempered(self.evidence(problem, start), problem.precision)
 
     def _train_aside(self, support: Episode) -> None:
         """Train the population, and the encoder where it only proposes, towards what is believed of these tasks."""
-        proposed = self._coordinates(self._split(self.propose(support)))
-        targets = [self._coordinates(self._split(self.base))]
+        proposed = self.unconstrained(self._split(self.propose(support)))
+        targets = [self.unconstrained(self._split(self.base))]
         if self.evidence is None:
             mean, scale = (x.detach() for x in proposed)
         else:

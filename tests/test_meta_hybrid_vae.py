@@ -112,6 +112,20 @@ def test_what_was_read_before_settling_is_read_again() -> None:
     assert not torch.equal(model.prior.belief(support).mean, before.mean)
 
 
+def test_copies_that_are_the_same_are_settled_once_and_gradients_stay() -> None:
+    model, tasks = pushed(0.01)
+    model.settle(tasks, 64)
+    omega, unknown = tasks.truth["omega"].double(), tasks.truth["unknown"].double()
+    moved = torch.tensor([0.0, 0.1, 0.1, 0.0], dtype=torch.float64)[:, None, None]
+    copies = (unknown + moved).requires_grad_()
+    both = model.settled({"omega": omega.expand(4, -1, -1)}, copies)["omega"]
+    for k in range(4):
+        assert torch.allclose(both[k], model.settled({"omega": omega}, copies[k])["omega"], rtol=1e-12)
+    alone, = torch.autograd.grad(model.settled({"omega": omega}, copies[2])["omega"].sum(), copies)
+    grad, = torch.autograd.grad(both[2].sum(), copies)
+    assert torch.allclose(grad[1:3].sum(0), alone[2], rtol=1e-9) and alone.abs().sum() > 0.0
+
+
 def test_no_place_at_all_is_refused() -> None:
     system = ph.systems.Pendulum()
     with pytest.raises(ValueError, match="expected 1 place or more"):

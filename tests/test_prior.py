@@ -190,7 +190,7 @@ def test_the_encoder_and_the_base_are_trained_towards_the_computed_evidence() ->
 
     def distance() -> float:
         with torch.no_grad():
-            return float((prior._coordinates(prior._split(prior.propose(episode.support)))[0] - goal).square().mean())
+            return float((prior.unconstrained(prior._split(prior.propose(episode.support)))[0] - goal).square().mean())
 
     before, optim = distance(), torch.optim.Adam(model.prior.parameters(), 3e-2)
     for _ in range(20):
@@ -235,8 +235,8 @@ def test_without_evidence_the_population_follows_what_the_encoder_says() -> None
         (-poutine.trace(model.prior).get_trace(episode.support).log_prob_sum()).backward()
         optim.step()
     with torch.no_grad():
-        mean, scale = model.prior._coordinates(model.prior.natural(episode.support))
-        centre, width = model.prior._coordinates(model.prior.natural(None))
+        mean, scale = model.prior.unconstrained(model.prior.natural(episode.support))
+        centre, width = model.prior.unconstrained(model.prior.natural(None))
     assert_close(centre, mean.mean(0), atol=0.02, rtol=0.0)  # the best Normal for a mixture has its moments
     assert_close(width.square(), scale.square().mean(0) + mean.var(0, correction=0), atol=0.0, rtol=0.1)
 

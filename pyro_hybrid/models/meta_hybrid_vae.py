@@ -120,8 +120,10 @@ class MetaHybridVAE(HybridModel):
             return physics
         size = max(1, 256 // self.samples.shape[-1]) if self.system.grid else 256  # what a processor's cache holds
         pieces = map(Places, self.clock.split(size), self.samples.split(size))
-        share = 1e-3 * explained((self.corrections(physics, unknown, piece), self.tangents(physics, piece))
-                                 for piece in pieces)
+        first, back = _distinct(*physics.values(), unknown)  # a Jacobian moves the shots' latents in most of its copies
+        few = {name: value.expand(*unknown.shape[:-1], 1)[first] for name, value in physics.items()}
+        share = 1e-3 * explained((self.corrections(few, unknown[first], piece), self.tangents(few, piece))
+                                 for piece in pieces)[back]
         return {name: value * (1.0 - share[..., i, None]) for i, (name, value) in enumerate(physics.items())}
 
     @torch.no_grad()
@@ -206,3 +208,10 @@ class MetaHybridVAE(HybridModel):
 
 def _unrelated(values: Tensor) -> Tensor:
     return values.flatten()[torch.randperm(values.numel(), device=values.device)].view_as(values)
+
+
+def _distinct(*values: Tensor) -> tuple[Tensor, Tensor]:
+    """Of values side by side, the rows that differ from the one before; and for every row, which of these it is."""
+    rows = torch.cat([value.detach().expand(*values[-1].shape[:-1], -1) for value in values], -1)
+    _, back, counts = torch.unique_consecutive(rows, dim=0, return_inverse=True, return_counts=True)
+    return counts.cumsum(0) - counts, back
