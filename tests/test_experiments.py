@@ -237,3 +237,15 @@ def test_tiny_runs_are_not_taken_for_results(folder: Path, small: None) -> None:
     command.main(["longer", "--fast", "--seeds", "1", "--out", str(folder), *THREADS])
     with pytest.raises(SystemExit, match="expected full runs .*--fast"):
         load(ROOT / "docs" / "results" / "experiments.py").gathered("longer", folder, 1)
+
+
+def test_what_was_run_replaces_what_was_kept_and_the_rest_stays(tmp_path: Path) -> None:
+    script = load(ROOT / "docs" / "results" / "experiments.py")
+    before = script.kept("two_runs")
+    new = {**next(one for one in before if one["pair"] == [0, 1]), "linear_r": 0.5}
+    (tmp_path / "two_runs").mkdir()
+    (tmp_path / "two_runs" / f"{new['run']}.json").write_text(json.dumps(new), encoding="utf-8")
+    expected = {one["run"]: one for one in (*before, new)}
+    for seeds in (2, 3):  # two know of one pair of each model
+        after = script.gathered("two_runs", tmp_path, seeds)
+        assert {one["run"]: one for one in after} == expected and len(after) == len(before)

@@ -1,9 +1,9 @@
 """The page of the experiments, from their results: ``python docs/results/experiments.py [--results out/experiments]``.
 
 With ``--results``, what ``python -m pyro_hybrid.experiments all`` wrote there is first gathered into
-``docs/results/experiments/``, one file an experiment. From these files, and nothing else, come the tables of
-``docs/experiments.md``, each between two markers, and the figures in ``docs/images``. APHYNITY's own pendulum is that
-of ``docs/results/aphynity.json``.
+``docs/results/experiments/``, one file an experiment; runs that aren't there stay as they were. From these files, and
+nothing else, come the tables of ``docs/experiments.md``, each between two markers, and the figures in ``docs/images``.
+APHYNITY's own pendulum is that of ``docs/results/aphynity.json``.
 """
 
 from __future__ import annotations
@@ -25,11 +25,14 @@ PAGE, IMAGES = (FOLDER.parents[1] / name for name in ("experiments.md", "images"
 
 
 def gathered(name: str, folder: Path, seeds: int) -> list[Result]:
-    """What the runs of an experiment wrote; tiny ones are refused."""
-    found = results(experiment(name), Choice(range(seeds), folder=folder))
+    """What the runs of an experiment wrote, and in their places those that were kept; tiny ones are refused."""
+    choice = Choice(range(seeds), folder=folder)
+    found = results(experiment(name), choice)
     if any(one["fast"] for one in found):
         raise SystemExit(f"expected full runs in {folder / name}; got some with --fast. Run them without.")
-    return found
+    by_name = {one["run"]: one for one in (*kept(name), *found)}
+    ordered = [by_name.pop(run.name) for run in experiment(name).runs(choice) if run.name in by_name]
+    return ordered + list(by_name.values())
 
 
 def kept(name: str) -> list[Result]:

@@ -88,7 +88,7 @@ CASES = {
     "rod": Case(
         AdvectionDiffusion, 300,
         ours=Setting({"noise": 10.0}, 1500, 16, 3e-3, {0.0: 7}, segments=8, correction=1e5,
-                     polish=Polish(250, 16, 1e-3, {0.0: 7}, (Linearised(1), Linearised(1)))),
+                     polish=Polish(250, 16, 1e-3, {0.0: 7}, (Linearised(2), Linearised(1)))),
         vae=Setting({"linear": True, "noise": 10.0}, 1000, 16, 3e-3, {0.0: 7}, segments=8),
         aphynity=Setting({"noise": 10.0, "growth": 100.0}, 2000, 16, 3e-3, {0.0: 7}, segments=8),
         final=Linearised(2, segments=(7,)), query=Linearised(1)),
