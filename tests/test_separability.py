@@ -117,6 +117,43 @@ def test_disentangle_warns_in_its_own_words_when_no_run_converges(monkeypatch: p
         disentangle(uniform(200, 4))
 
 
+def spared(seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Three sources turned into four latents; in one direction tasks differ little, as a function of the sources."""
+    rng = np.random.default_rng(seed)
+    sources = rng.uniform(-1, 1, (600, 3))
+    spare = 0.05 * np.abs(sources[:, :1] + sources[:, 1:2])
+    turn, mixing = (np.linalg.qr(rng.normal(size=(n, n)))[0] for n in (4, 3))
+    return np.concatenate([sources @ (mixing * [1.0, 0.6, 0.4]), spare], 1) @ turn, sources
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_disentangle_leaves_a_spare_latent_out_where_it_is_told_how_many_there_are(seed: int) -> None:
+    z, sources = spared(seed)
+    found = disentangle(z[300:], components=3, fit=z[:300])
+    assert found.shape == (300, 3) and mcc(found, sources[300:]).strong > 0.98
+    assert mcc(z[300:], sources[300:]).linear_r.min() > 0.99
+    assert mcc(disentangle(z[300:], fit=z[:300]), sources[300:]).strong < 0.95  # nothing unmixes all four
+
+
+def test_fewer_components_come_in_the_order_and_with_the_signs_of_the_latents_they_resemble() -> None:
+    sources = uniform(500, 3)
+    z = torch.cat([0.01 * sources.sum(1, keepdim=True).square(), sources * torch.tensor([1.0, -2.0, 0.5])], 1)
+    found = disentangle(z, components=3)
+    together = torch.corrcoef(torch.cat([found, z[:, 1:]], 1).T)[:3, 3:]
+    assert (together.diagonal() > 0.99).all()
+
+
+def test_disentangle_of_all_components_is_the_same_whether_or_not_it_is_told() -> None:
+    z = uniform(300, 3) @ torch.tensor([[1.0, 1.0, 0.0], [0.0, 1.0, 1.0], [1.0, 0.0, 1.0]], dtype=torch.float64)
+    assert torch.equal(disentangle(z), disentangle(z, components=3))
+
+
+@pytest.mark.parametrize("components", [0, 5])
+def test_disentangle_refuses_more_components_than_latents_and_none(components: int) -> None:
+    with pytest.raises(ValueError, match=f"expected 1 to 4 components; got {components}"):
+        disentangle(spared(0)[0], components=components)
+
+
 def test_disentangle_refuses_a_fit_of_other_width() -> None:
     with pytest.raises(ValueError, match="fit with as many components as latents; got 2 and 3"):
         disentangle(uniform(50, 3), fit=uniform(50, 2))

@@ -33,15 +33,16 @@ def runs(choice: Choice) -> list[Run]:
 def _run(system: str, model: str, pair: tuple[int, int], choice: Choice) -> Result:
     tasks = CASES[system].system().simulate(*(48, 4) if choice.fast else (400, 8), 40_000)
     one, other = (trained(system, model, seed, choice).latents(tasks) for seed in pair)
-    known = len(CASES[system].system().physics)
-    return {"system": system, "model": model, "pair": pair, **agreement(one[:, known:], other[:, known:])}
+    known, number = len(CASES[system].system().physics), len(CASES[system].system().unknown)
+    return {"system": system, "model": model, "pair": pair, **agreement(one[:, known:], other[:, known:], number)}
 
 
-def agreement(one: Tensor, other: Tensor) -> Result:
-    """Scores of two trainings' neural latents; what unmixes them comes from the first half of the systems."""
+def agreement(one: Tensor, other: Tensor, number: int | None = None) -> Result:
+    """Scores of two trainings' neural latents, of which there should be so many; what unmixes them comes from the first
+    half of the systems."""
     half = len(one) // 2
     there, back = mcc(one[half:], other[half:]), mcc(other[half:], one[half:])
-    alone = mcc(*(disentangle(z[half:], fit=z[:half]) for z in (one, other)))
+    alone = mcc(*(disentangle(z[half:], components=number, fit=z[:half]) for z in (one, other)))
     return {"linear_r": round(0.5 * float(there.linear_r.mean() + back.linear_r.mean()), 4),
             "weak": round(there.weak, 4), "strong": round(there.strong, 4),
             "strong_disentangled": round(alone.strong, 4)}

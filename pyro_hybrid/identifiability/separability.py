@@ -77,7 +77,8 @@ class Separability(NamedTuple):
     stability_interval: Interval
 
 
-def disentangle(latents: Latents, *, seed: int = 0, fit: Latents | None = None) -> Latents:
+def disentangle(latents: Latents, *, components: int | None = None, seed: int = 0,
+                fit: Latents | None = None) -> Latents:
     r"""Independent components of latents over tasks (ICA): undoes a linear mixing up to order, sign and scale.
 
     .. math::
@@ -89,6 +90,8 @@ def disentangle(latents: Latents, *, seed: int = 0, fit: Latents | None = None) 
     FastICA proposes, from several starts with contrasts for light tails, heavy tails and skew; kept is the
     proposal with the lowest total entropy, which of the whitened mixtures has the least mutual information.
     Component i is the one that resembles column i of the input most, with its sign; variances over ``fit`` are 1.
+    A model with more latents than its system has leaves directions in which tasks hardly differ, and where they do, as
+    a function of the others, so that nothing unmixes them all: say how many ``components`` there are.
 
     References:
         | Fast and Robust Fixed-Point Algorithms for Independent Component Analysis (Hyvärinen, 1999)
@@ -98,11 +101,14 @@ def disentangle(latents: Latents, *, seed: int = 0, fit: Latents | None = None) 
 
     Arguments:
         latents: Mixed latents :math:`z`, of shape :math:`(T, D)`, one row a task; several hundred tasks are wanted.
+        components: How many to look for, :math:`K`, in the directions in which the tasks differ most, in the latents'
+            own units; by default :math:`D`.
         seed: Starting points; the global random state is neither read nor changed.
         fit: Other latents, of shape :math:`(T', D)`, to estimate :math:`W` on, say of the training tasks.
 
     Returns:
-        The components :math:`\hat s`, of shape :math:`(T, D)`; tensor in, tensor out, without gradient.
+        The components :math:`\hat s`, of shape :math:`(T, K)`, in the order of the columns that they resemble; tensor
+        in, tensor out, without gradient.
 
     Example:
         >>> import torch
@@ -117,13 +123,20 @@ def disentangle(latents: Latents, *, seed: int = 0, fit: Latents | None = None) 
     require(z.shape[1] == reference.shape[1], "fit with as many components as latents",
             f"{reference.shape[1]} and {z.shape[1]}", "Pass the same latents of other tasks.")
     _require_tasks(name, *reference.shape)
+    columns = reference.shape[1]
+    require(components is None or 1 <= components <= columns, f"1 to {columns} components", components,
+            "Ask for at most as many as there are latents, or leave it out for all.")
     mean, scale = reference.mean(0), reference.std(0)
-    rows, converged = _unmixing((reference - mean) / scale, np.random.default_rng(seed))
+    standard = (reference - mean) / scale
+    widest = np.eye(columns)
+    if components not in (None, columns):
+        widest = scale[:, None] * np.linalg.svd(reference - mean, full_matrices=False)[2][:components].T
+    rows, converged = _unmixing(standard @ widest, np.random.default_rng(seed), standard)
     if not converged:
         warnings.warn(f"expected ICA to converge; got {RESTARTS * len(CONTRASTS)} runs of {PATIENCE} iterations that "
                       "didn't. The best is returned, don't rely on it: pass more tasks, and ask separable(latents) "
                       "whether they are too Gaussian.", RuntimeWarning, stacklevel=2)
-    return _like(latents, (z - mean) / scale @ rows.T)
+    return _like(latents, (z - mean) / scale @ widest @ rows.T)
 
 
 def separable(latents: Tensor | NDArray[Any], *, seed: int = 0) -> Separability:
@@ -235,8 +248,9 @@ def _named(components: NDArray[np.int64]) -> str:
     return f"components {', '.join(first)} and {last}"
 
 
-def _unmixing(x: Array, rng: np.random.Generator) -> tuple[Array, bool]:
-    """Rows that unmix a standardised ``x``, with the order and signs of its columns; did any run converge?"""
+def _unmixing(x: Array, rng: np.random.Generator, like: Array | None = None) -> tuple[Array, bool]:
+    """Rows that unmix ``x``, with the order and signs of its columns, or of ``like``; did any run converge?"""
+    like = x if like is None else like
     rank = int(np.linalg.matrix_rank(x, tol=SMALLEST * np.sqrt(len(x))))
     require(rank == x.shape[1], f"{x.shape[1]} linearly independent components", f"rank {rank}",
             "Drop the redundant columns before disentangling.")
@@ -244,8 +258,10 @@ def _unmixing(x: Array, rng: np.random.Generator) -> tuple[Array, bool]:
     rows, converged = _least_entropy(x, starts, ITERATIONS)
     if not converged:
         rows, converged = _least_entropy(x, starts, PATIENCE)
-    _, order = _match(x @ rows.T, x)
-    flipped = np.diag(_correlation(x @ rows[order].T, x)) < 0
+    _, order = _match(x @ rows.T, like)
+    matched = order >= 0
+    order = order[matched]
+    flipped = np.diag(_correlation(x @ rows[order].T, like[:, matched])) < 0
     return np.where(flipped, -1.0, 1.0)[:, None] * rows[order], converged
 
 
