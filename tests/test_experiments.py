@@ -17,6 +17,7 @@ from toys import Line, exact, make_tasks
 import pyro_hybrid as ph
 from pyro_hybrid.experiments import __main__ as command
 from pyro_hybrid.experiments import beyond, enough, identify, longer, two_runs
+from pyro_hybrid.experiments import trained as trainer
 from pyro_hybrid.experiments.cases import CASES, MODELS, OURS
 from pyro_hybrid.experiments.run import Choice, Run, carry_out, results
 from pyro_hybrid.experiments.trained import Trained, data, exactly, trained
@@ -115,6 +116,30 @@ def test_a_model_is_trained_once(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("pyro_hybrid.experiments.trained.meta_train", None)
     other = trained(SYSTEM, OURS, 0, choice)
     assert all(torch.equal(a, b) for a, b in zip(one.model.parameters(), other.model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("model", MODELS[:2])
+def test_after_the_encoders_computed_evidence_goes_on_and_hands_back(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setting = CASES["pendulum"].ours
+    program, guide = trainer._made(ph.systems.Pendulum(), model, setting)
+    tasks, seen = program.system.simulate(8, 8, 0), []
+
+    def spy(*who: Any, **how: Any) -> ph.Fit:
+        evidence = getattr(program.prior, "evidence", None), guide.evidence
+        seen.append((evidence, how["learning_rate"], program.noise[0].item() / program.system.noise[0]))
+        return ph.meta_train(*who, **how)
+
+    monkeypatch.setattr(trainer, "meta_train", spy)
+    fit = trainer._train(program, guide, tasks, setting, 0, fast=True)
+    (before, _, noise), (after, rate, again) = seen
+    support, query = setting.polish.evidence
+    assert before == (None, None) and after == ((support, query) if model == OURS else (None, support))
+    assert (noise, again) == pytest.approx((setting.options["noise"], setting.polish.noise))
+    assert rate == setting.polish.learning_rate and len(fit.loss) == 6
+    assert guide.evidence is None and getattr(program.prior, "evidence", None) is None
+    assert program.correction == setting.correction
 
 
 def test_exactly_is_what_was_simulated_without_the_noise() -> None:

@@ -186,7 +186,7 @@ def _train(model: Any, guide: nn.Module, tasks: Tasks, setting: Setting, seed: i
 
 
 def _polish(model: Any, guide: Any, tasks: Tasks, how: Polish, seed: int, fast: bool) -> Fit:
-    """Further steps, read by computed evidence that starts at the encoders' answers; these stay as they are."""
+    """Further steps, read by computed evidence that starts at the encoders' answers."""
     if isinstance(model.prior, SupportPrior):
         model.prior.evidence, guide.evidence = how.evidence
     else:
