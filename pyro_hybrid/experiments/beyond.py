@@ -90,4 +90,5 @@ def figure(results: Sequence[Result]) -> Figure:
         places = [k + 0.11 * (at - 2.5) for k in range(3)]
         axes[one["system"]].semilogy(places, one["error"], "o", ms=4, alpha=0.8, color=f"C{at}")
         axes[one["system"]].set_xticks(range(3), ("within", "initial states\nbeyond", "latents\nbeyond"), fontsize=8)
+        axes[one["system"]].set_xlim(-0.45, 2.45)
     return drawn
