@@ -126,6 +126,15 @@ def test_copies_that_are_the_same_are_settled_once_and_gradients_stay() -> None:
     assert torch.allclose(grad[1:3].sum(0), alone[2], rtol=1e-9) and alone.abs().sum() > 0.0
 
 
+def test_physics_latents_with_draws_are_settled_beside_neural_ones_without() -> None:
+    model, tasks = pushed(0.01)
+    model.settle(tasks, 64)
+    omega, unknown = tasks.truth["omega"].double(), tasks.truth["unknown"].double()
+    draws = torch.stack([omega, 1.1 * omega])
+    both = model.settled({"omega": draws}, unknown)["omega"]
+    assert all(torch.allclose(both[k], model.settled({"omega": draws[k]}, unknown)["omega"]) for k in range(2))
+
+
 def test_no_place_at_all_is_refused() -> None:
     system = ph.systems.Pendulum()
     with pytest.raises(ValueError, match="expected 1 place or more"):

@@ -120,8 +120,10 @@ class MetaHybridVAE(HybridModel):
             return physics
         size = max(1, 256 // self.samples.shape[-1]) if self.system.grid else 256  # what a processor's cache holds
         pieces = map(Places, self.clock.split(size), self.samples.split(size))
-        first, back = _distinct(*physics.values(), unknown)  # a Jacobian moves the shots' latents in most of its copies
-        few = {name: value.expand(*unknown.shape[:-1], 1)[first] for name, value in physics.items()}
+        shape = torch.broadcast_shapes(unknown.shape[:-1], *(value.shape[:-1] for value in physics.values()))
+        unknown, few = unknown.expand(*shape, -1), {name: value.expand(*shape, 1) for name, value in physics.items()}
+        first, back = _distinct(*few.values(), unknown)  # a Jacobian moves the shots' latents in most of its copies
+        few = {name: value[first] for name, value in few.items()}
         share = 1e-3 * explained((self.corrections(few, unknown[first], piece), self.tangents(few, piece))
                                  for piece in pieces)[back]
         return {name: value * (1.0 - share[..., i, None]) for i, (name, value) in enumerate(physics.items())}
@@ -212,6 +214,6 @@ def _unrelated(values: Tensor) -> Tensor:
 
 def _distinct(*values: Tensor) -> tuple[Tensor, Tensor]:
     """Of values side by side, the rows that differ from the one before; and for every row, which of these it is."""
-    rows = torch.cat([value.detach().expand(*values[-1].shape[:-1], -1) for value in values], -1)
+    rows = torch.cat(values, -1).detach()
     _, back, counts = torch.unique_consecutive(rows, dim=0, return_inverse=True, return_counts=True)
     return counts.cumsum(0) - counts, back
