@@ -15,6 +15,7 @@ from .mixing import Mixing, Residual, overlap
 from .module import HybridModel
 from .posterior import calibrate, draws, load_arviz, pareto_k, predict, save_arviz, summary, to_arviz
 from .prior import SupportPrior, UnconditionalPrior
+from .sharpening import sharpen
 from .storage import CheckpointError
 from .svi import SVI
 from .tasks import Episode, Tasks
@@ -28,5 +29,5 @@ __all__ = [
     "HybridModel", "Linearised", "Mixing", "Residual", "SetEncoder", "SolverError", "SupportPrior", "Tasks",
     "TrainingError", "UnconditionalPrior", "calibrate", "certify", "check_calibration", "check_hybrid_model",
     "disentangle", "draws", "families", "load", "load_arviz", "mcc", "meta_train", "models", "overlap", "pareto_k",
-    "predict", "save_arviz", "solve", "step_error", "summary", "systems", "to_arviz",
+    "predict", "save_arviz", "sharpen", "solve", "step_error", "summary", "systems", "to_arviz",
 ]

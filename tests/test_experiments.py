@@ -118,28 +118,25 @@ def test_a_model_is_trained_once(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     assert all(torch.equal(a, b) for a, b in zip(one.model.parameters(), other.model.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("model", MODELS[:2])
-def test_after_the_encoders_computed_evidence_goes_on_and_hands_back(
+@pytest.mark.parametrize("model", MODELS)
+def test_our_own_models_end_by_second_order_and_rivals_as_published(
     model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    setting = CASES["pendulum"].ours
-    program, guide = trainer._made(ph.systems.Pendulum(), model, setting)
+    setting = CASES["rod"].setting(model)
+    program, guide = trainer._made(ph.systems.AdvectionDiffusion(), model, setting)
     tasks, seen = program.system.simulate(8, 8, 0), []
 
-    def spy(*who: Any, **how: Any) -> ph.Fit:
-        evidence = getattr(program.prior, "evidence", None), guide.evidence
-        seen.append((evidence, how["learning_rate"], program.noise[0].item() / program.system.noise[0]))
-        return ph.meta_train(*who, **how)
+    def spy(*who: Any, **how: Any) -> list[float]:
+        before = [weight.clone() for weight in program.residual.parameters()]
+        costs = ph.sharpen(*who, **how)
+        changed = [not torch.equal(a, b) for a, b in zip(before, program.residual.parameters(), strict=True)]
+        seen.append((all(changed), how["width"], how["reading"]))
+        return costs
 
-    monkeypatch.setattr(trainer, "meta_train", spy)
-    fit = trainer._train(program, guide, tasks, setting, 0, fast=True)
-    (before, _, noise), (after, rate, again) = seen
-    support, query = setting.polish.evidence
-    assert before == (None, None) and after == ((support, query) if model == OURS else (None, support))
-    assert (noise, again) == pytest.approx((setting.options["noise"], setting.polish.noise))
-    assert rate == setting.polish.learning_rate and len(fit.loss) == 6
-    assert guide.evidence is None and getattr(program.prior, "evidence", None) is None
-    assert program.correction == setting.correction
+    monkeypatch.setattr(trainer, "sharpen", spy)
+    trainer._train(program, guide, tasks, setting, 0, fast=True)
+    end = setting.sharpening
+    assert seen == ([(True, end.width, end.reading)] if model in MODELS[:2] else [])
 
 
 def test_exactly_is_what_was_simulated_without_the_noise() -> None:

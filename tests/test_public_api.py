@@ -280,6 +280,10 @@ MISUSES: dict[str, tuple[Callable[[], object], str]] = {
     "pareto_k": (lambda: ph.pareto_k(Empty(), Empty(), episode(), 0), "expected num_samples of 1 or more; got 0"),
     "predict": (lambda: ph.predict(Empty(), episode(), 0), "expected num_samples of 1 or more; got 0"),
     "save_arviz": (lambda: ph.save_arviz(arviz_data(), "/nowhere/posterior.nc"), r"/nowhere/posterior\.nc"),
+    "sharpen": (
+        lambda: ph.sharpen(Empty(), Empty(), tasks(torch.zeros(2, 3, 3, 1))),  # type: ignore[arg-type]
+        r"expected a network; got Empty without a residual\. Pass network=",
+    ),
     "solve": (
         lambda: ph.solve(lambda t, y: y, (torch.ones(2, 2),), torch.tensor([0.0, 2.0, 1.0])),
         r"expected two or more strictly increasing times; got \[0\.0, 2\.0, 1\.0\]\. Sort the times",

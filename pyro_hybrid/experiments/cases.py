@@ -9,32 +9,26 @@ from ..linearise import Linearised
 from ..loop import Length
 from ..systems import AdvectionDiffusion, DoublePendulum, Pendulum, System
 
-__all__ = ["CASES", "DEAF", "MODELS", "ONE_BY_ONE", "OURS", "Case", "Polish", "Setting"]
+__all__ = ["CASES", "DEAF", "MODELS", "ONE_BY_ONE", "OURS", "Case", "Setting", "Sharpening"]
 
 OURS, DEAF = "MetaHybridVAE", "MetaHybridVAE, unconditional prior"
 ONE_BY_ONE = ("HybridVAE", "APHYNITY")  # as published: of one trajectory at a time
 MODELS = (OURS, DEAF, "HybridVAE", "HybridVAE, sets", "APHYNITY", "APHYNITY, sets")
 
 
-class Polish(NamedTuple):
-    """How a training that began with encoders goes on with computed evidence from where they point.
-
-    ``evidence``: how support and query are read; ``noise``: where the learned one starts again, in the system's units.
-    """
+class Sharpening(NamedTuple):
+    """How a training ends, by second order: see ``ph.sharpen``. ``reading``: how its batches are read."""
 
     steps: int
     batch_size: int
-    learning_rate: float
-    curriculum: Mapping[float, Length]
-    evidence: tuple[Linearised, Linearised]
-    noise: float = 1.1
-    average: float = 0.4
+    width: float
+    reading: Linearised
 
 
 class Setting(NamedTuple):
     """How one kind of model is trained on one system; ``correction`` grows with the square of time to its last value.
 
-    ``evidence``: how support and query are read while training; None for the encoder alone, till a ``polish``.
+    ``evidence``: how support and query are read while training; None for the encoder alone.
     """
 
     options: Mapping[str, Any]
@@ -46,7 +40,7 @@ class Setting(NamedTuple):
     segments: int | None = None
     correction: float = 0.0
     evidence: tuple[Linearised, Linearised] | None = None
-    polish: Polish | None = None
+    sharpening: Sharpening | None = None
 
 
 class Case(NamedTuple):
@@ -71,9 +65,9 @@ class Case(NamedTuple):
 CASES = {
     "pendulum": Case(
         Pendulum, 1000,
-        ours=Setting({"latents": 4, "linear": False, "straightness": 0.3, "noise": 10.0}, 9000, 48, 3e-3, {0.0: 1},
+        ours=Setting({"latents": 4, "linear": False, "straightness": 0.3, "noise": 10.0}, 4000, 48, 3e-3, {0.0: 1},
                      segments=8, correction=30.0,
-                     polish=Polish(600, 24, 2e-4, {0.0: 7}, (Linearised(2), Linearised(1)), noise=1.4)),
+                     sharpening=Sharpening(8, 96, 0.02, Linearised(2, segments=(2, 2, 7)))),
         vae=Setting({"latents": 4, "noise": 10.0}, 1500, 48, 3e-3, {0.0: 1}, segments=8),
         aphynity=Setting({"latents": 4, "linear": False, "noise": 10.0, "growth": 100.0}, 3000, 48, 3e-3, {0.0: 1},
                          segments=8),
@@ -81,14 +75,15 @@ CASES = {
     "double pendulum": Case(
         DoublePendulum, 1000,
         ours=Setting({}, 900, 16, 8e-3, {0.0: 7, 0.4: 14}, 0.3, correction=1000.0,
-                     evidence=(Linearised(1, segments=(7, 7)), Linearised(1))),
+                     evidence=(Linearised(1, segments=(7, 7)), Linearised(1)),
+                     sharpening=Sharpening(6, 48, 0.1, Linearised(2, segments=(7, 7)))),
         vae=Setting({"linear": True, "noise": 10.0}, 1500, 48, 3e-3, {0.0: 1, 0.5: 7}, segments=8),
         aphynity=Setting({"noise": 10.0, "growth": 100.0}, 3000, 48, 3e-3, {0.0: 1, 0.5: 7}, segments=8),
         final=Linearised(3, segments=(7, 7)), query=Linearised(2)),
     "rod": Case(
         AdvectionDiffusion, 300,
         ours=Setting({"noise": 10.0}, 1500, 16, 3e-3, {0.0: 7}, segments=8, correction=1e5,
-                     polish=Polish(250, 16, 1e-3, {0.0: 7}, (Linearised(2), Linearised(1)))),
+                     sharpening=Sharpening(6, 24, 0.1, Linearised(2, segments=(7,)))),
         vae=Setting({"linear": True, "noise": 10.0}, 1000, 16, 3e-3, {0.0: 7}, segments=8),
         aphynity=Setting({"noise": 10.0, "growth": 100.0}, 2000, 16, 3e-3, {0.0: 7}, segments=8),
         final=Linearised(2, segments=(7,)), query=Linearised(1)),

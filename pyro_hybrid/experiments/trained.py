@@ -22,10 +22,11 @@ from ..models import APHYNITY, HybridVAE, MetaHybridVAE
 from ..module import local_parameters
 from ..posterior import calibrate, draws, predict
 from ..prior import SupportPrior, handed_out
+from ..sharpening import sharpen
 from ..systems import System
 from ..tasks import Episode, Tasks
 from ..training import meta_train
-from .cases import CASES, DEAF, ONE_BY_ONE, OURS, Polish, Setting
+from .cases import CASES, DEAF, ONE_BY_ONE, OURS, Setting
 from .run import Choice, slug
 
 __all__ = ["Trained", "data", "exactly", "trained"]
@@ -173,32 +174,16 @@ def _made(system: System, model: str, setting: Setting) -> tuple[Any, nn.Module]
     return made, made.guide()
 
 
-def _train(model: Any, guide: nn.Module, tasks: Tasks, setting: Setting, seed: int, fast: bool) -> Fit:
+def _train(model: Any, guide: Any, tasks: Tasks, setting: Setting, seed: int, fast: bool) -> Fit:
     steps = 3 if fast else setting.steps
     fit = meta_train(model, guide, tasks, steps=steps, batch_size=4 if fast else setting.batch_size,
                      learning_rate=setting.learning_rate, seed=seed, curriculum=setting.curriculum,
                      segments=setting.segments, average=setting.average, progress=False,
                      callback=_growing(model, setting.correction, steps) if setting.correction else None)
-    if setting.polish:
-        more = _polish(model, guide, tasks, setting.polish, seed, fast)
-        fit.loss, fit.skipped = fit.loss + more.loss, fit.skipped + more.skipped
-    return fit
-
-
-def _polish(model: Any, guide: Any, tasks: Tasks, how: Polish, seed: int, fast: bool) -> Fit:
-    """Further steps, read by computed evidence that starts at the encoders' answers."""
-    if isinstance(model.prior, SupportPrior):
-        model.prior.evidence, guide.evidence = how.evidence
-    else:
-        guide.evidence = how.evidence[0]
-    with torch.no_grad():
-        model.noise = how.noise * model.noise.new_tensor(model.system.noise)
-    fit = meta_train(model, guide, tasks, steps=3 if fast else how.steps, batch_size=4 if fast else how.batch_size,
-                     learning_rate=how.learning_rate, seed=seed + 1, curriculum=how.curriculum,
-                     average=how.average, progress=False)
-    guide.evidence = None
-    if isinstance(model.prior, SupportPrior):
-        model.prior.evidence = None
+    if setting.sharpening:
+        end = setting.sharpening
+        sharpen(model, guide, tasks, steps=1 if fast else end.steps, batch_size=4 if fast else end.batch_size,
+                width=end.width, reading=end.reading, seed=seed, progress=False)
     return fit
 
 

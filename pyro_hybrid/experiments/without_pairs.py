@@ -171,7 +171,8 @@ def scores(model: MetaHybridVAE, learn: Tasks, judge: Tasks, reading: Linearised
     some = torch.from_numpy(np.random.default_rng(0).permutation(len(learn))[:500])
     seen, new = _latents(model, learn[some]), _latents(model, judge)
     truth = torch.cat([judge.truth[name] for name in (*model.system.physics, "unknown")], -1)
-    everything, neural = mcc(new, truth), mcc(disentangle(new[:, 1:], fit=seen[:, 1:]), truth[:, 1:])
+    unmixed = disentangle(new[:, 1:], components=len(model.system.unknown), fit=seen[:, 1:])
+    everything, neural = mcc(new, truth), mcc(unmixed, truth[:, 1:])
     return {"latents": [*model.system.physics, *model.system.unknown],
             "strong_neural": round(neural.strong, 4), "strong": neural.matched.round(4).tolist(),
             "linear_r_mean": round(float(everything.linear_r.mean()), 4),

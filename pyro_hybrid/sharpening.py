@@ -1,0 +1,217 @@
+"""sharpen: a network's weights by Gauss-Newton, all systems' evidence added up: the last digits of a training."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ._checks import fail, require
+from .guide import AmortizedGuide
+from .linearise import Linearised, Point, Problem, observed
+from .module import HybridModel, local_parameters
+from .tasks import Tasks
+
+__all__ = ["sharpen"]
+
+AT_ONCE = 32  # weights that are moved side by side
+LOST = 10.0  # so many times the usual cost: a task that wasn't read, and can't be linearised
+
+
+@torch.no_grad()
+def sharpen(model: HybridModel, guide: AmortizedGuide, tasks: Tasks, *, network: nn.Module | None = None,
+            noise: str | None = "noise", steps: int = 8, batch_size: int = 8, reading: Linearised | None = None,
+            memory: float = 0.9, width: float = 0.1, seed: int = 0, progress: bool = True) -> list[float]:
+    r"""Bring a trained network to where the data want it, by a method of second order.
+
+    Stochastic gradients leave weights scattered in directions that cost the likelihood little and physics latents
+    much. Here weights :math:`w` are latents that all systems share, with a Gaussian belief of precision :math:`H`: each
+    batch of systems is read and linearised in its systems', its shots' and the network's unknowns at once, the
+    former two are eliminated, and what is left is added up (a Kalman filter whose state is the network),
+
+    .. math:: H \leftarrow \gamma H + (1 - \gamma) s^{-2} I + \sum_i J_i^\top J_i, \qquad
+              w \leftarrow w - H^{-1} \sum_i J_i^\top r_i,
+
+    with memory :math:`\gamma`, for earlier batches were linearised elsewhere, and width :math:`s`. A step is shortened
+    until its batch is explained better. Whole trajectories are used, whose late parts know best. Say it after
+    :func:`~pyro_hybrid.training.meta_train` has come near, and before ``model.settle`` and
+    :func:`~pyro_hybrid.posterior.calibrate`.
+
+    It costs as many solves of a batch as there are weights: for networks of up to a few thousand.
+
+    References:
+        An Iterated Kalman filter view of incremental least squares: Incremental Least Squares Methods and the Extended
+        Kalman Filter (Bertsekas, 1996)
+
+    Arguments:
+        model: a program whose ``prior`` holds the systems' latents; changed in place.
+        guide: says where reading begins, with its encoder or by computed evidence.
+        tasks: the training data.
+        network: whose weights; by default ``model.residual``. All else stays as it was.
+        noise: the attribute that is the observations' standard deviation, by sensor: it is set to what is left
+            unexplained. None to leave it.
+        steps, batch_size: number of batches, and systems in each.
+        reading: how a batch is read, from where the guide points; by default ``Linearised(2)``.
+        memory, width: see above.
+        seed: of the batches.
+        progress: show a progress bar.
+
+    Returns:
+        For each batch, how badly it was explained when it came: squared errors in noise variances, per observation.
+    """
+    require(steps >= 1 and batch_size >= 1, "steps and batch_size of 1 or more", (steps, batch_size),
+            "Check the arguments.")
+    require(0.0 < memory <= 1.0 and width > 0.0, "a memory in (0, 1] and a positive width", (memory, width),
+            "1 forgets nothing; a width is how far off the weights may be.")
+    network = network if network is not None else getattr(model, "residual", None)
+    if network is None:
+        fail("a network", f"{type(model).__name__} without a residual", "Pass network=, such as model.force.")
+    weights = list(network.parameters())
+    require(bool(weights), "a network with weights", type(network).__name__, "Pass the part that was trained.")
+    first = torch.eye(sum(w.numel() for w in weights), dtype=torch.float64, device=weights[0].device) / width**2
+    known, unexplained, costs, was_training = first, _Unexplained(), list[float](), model.training
+    model.eval()
+    bar = tqdm(range(steps), desc="sharpening", unit="batch", disable=not progress, delay=2.0, dynamic_ncols=True)
+    for _, (rows, _) in zip(bar, tasks.numbered_batches(batch_size, seed), strict=False):
+        with local_parameters():
+            problem, point = _read(model, guide, tasks[rows], reading or Linearised(2))
+            believed = memory * known + (1.0 - memory) * first
+            evidence = _evidence(problem, point, network)
+            costs.append(evidence.cost)
+            known = believed + evidence.precision
+            point = _moved(problem, point, network, evidence, believed)
+        if noise is not None:
+            _set_noise(model, noise, unexplained.after(problem, point, evidence.kept))
+        bar.set_postfix_str(f"squared error {evidence.cost:.4g} noise variances")
+    model.train(was_training)
+    return costs
+
+
+class _Evidence(NamedTuple):
+    """What a batch says of the weights, all else eliminated, of those of its tasks that are ``kept``."""
+
+    precision: Tensor
+    slope: Tensor
+    kept: Tensor
+    cost: float
+
+
+def _read(model: HybridModel, guide: AmortizedGuide, tasks: Tasks, reading: Linearised) -> tuple[Problem, Point]:
+    """All shots of some tasks, given nothing but the population, and where their latents are."""
+    prior = model.prior
+    start = prior.unconstrained(guide.natural(tasks.episode()))[0]
+    mean, precision = prior.gaussian(None)
+    problem = Problem(model, tasks.shots(slice(None)), prior.sites, mean.expand(len(tasks), -1),
+                      precision.expand(len(tasks), -1, -1))
+    belief = reading(problem, start.expand(len(tasks), -1))
+    return problem, reading.descend(problem, belief.mean, reading.iterations, belief.shot_mean)
+
+
+def _evidence(problem: Problem, point: Point, network: nn.Module) -> _Evidence:
+    """Gram matrices of all unknowns, task by task, reduced to those of the weights (a Schur complement, twice)."""
+    errors, slopes = problem.jacobian(point.task, point.shot)
+    by_weight = _by_weight(problem, point, network, errors)
+    usual = point.cost[point.cost.isfinite()].median() if bool(point.cost.isfinite().any()) else torch.inf
+    kept = (point.cost < LOST * usual) & slopes.isfinite().flatten(1).all(1) & by_weight.isfinite().flatten(1).all(1)
+    n, d = by_weight.shape[2], problem.d
+    precision, slope = torch.zeros(n, n).to(slopes).double(), torch.zeros(n).to(slopes).double()
+    for task in kept.nonzero().squeeze(1).tolist():
+        every = torch.cat([by_weight[task], slopes[task]], 1).double()  # (shot, unknown, number)
+        gram, pull = every @ every.mT, (every @ errors[task].double().unsqueeze(-1)).squeeze(-1)
+        if problem.m:
+            weight, away = problem.shot_weight[task].double(), (point.shot - problem.shot_mean)[task].double()
+            pull[:, n + d:] += weight * away
+            gram[:, n + d:, n + d:] += torch.diag_embed(weight)
+        gram, pull = _without(gram, pull, n + d)
+        gram, pull = gram.sum(0), pull.sum(0)
+        pull[n:] += problem.precision[task].double() @ (point.task - problem.mean)[task].double()
+        gram[n:, n:] += problem.precision[task].double()
+        gram, pull = _without(gram, pull, n)
+        precision, slope = precision + gram, slope + pull
+    counted = int(errors[kept].count_nonzero())
+    return _Evidence(precision, slope, kept, float(errors[kept].double().square().sum()) / max(counted, 1))
+
+
+class _Errors(nn.Module):
+    """A problem's errors as a function that knows its network."""
+
+    def __init__(self, network: nn.Module, problem: Problem) -> None:
+        super().__init__()
+        self.network, self.problem = network, problem
+
+    def forward(self, point: Point) -> Tensor:
+        return self.problem.errors(point.task[None], point.shot[None])[0]
+
+
+def _by_weight(problem: Problem, point: Point, network: nn.Module, errors: Tensor) -> Tensor:
+    """Derivatives of the errors by every weight, (task, shot, weight, number): as many solves, many at a time."""
+    program, h = _Errors(network, problem), 10.0 * math.sqrt(torch.finfo(errors.dtype).eps)
+    weights = {f"network.{name}": weight for name, weight in network.named_parameters()}
+    sizes = [weight.numel() for weight in weights.values()]
+
+    def moved(move: Tensor) -> Tensor:
+        pieces = zip(weights.items(), move.split(sizes), strict=True)
+        return torch.func.functional_call(
+            program, {name: weight + piece.view_as(weight) for (name, weight), piece in pieces}, (point,))
+
+    moves = h * torch.eye(sum(sizes), dtype=errors.dtype, device=errors.device)
+    return torch.cat([(torch.vmap(moved)(some) - errors) / h for some in moves.split(AT_ONCE)]).permute(1, 2, 0, 3)
+
+
+def _without(gram: Tensor, pull: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Normal equations of the first unknowns, whatever the others turn out to be."""
+    if gram.shape[-1] == size:
+        return gram, pull
+    cross = gram[..., size:, :size]
+    solved = torch.linalg.solve(gram[..., size:, size:], torch.cat([pull[..., size:, None], cross], -1))
+    return (gram[..., :size, :size] - cross.mT @ solved[..., 1:],
+            pull[..., :size] - (cross.mT @ solved[..., :1]).squeeze(-1))
+
+
+def _moved(problem: Problem, point: Point, network: nn.Module, evidence: _Evidence, believed: Tensor) -> Point:
+    """Take the step, the longest of a few that explains the batch better than before, and read again."""
+    weights = list(network.parameters())
+    old, before = nn.utils.parameters_to_vector(weights), float(point.cost[evidence.kept].double().sum())
+    for damping in (0.0, 3e-3, 0.1, 3.0):
+        damped = believed + evidence.precision + torch.diag(damping * evidence.precision.diagonal())
+        move = -torch.linalg.solve(damped, evidence.slope)
+        nn.utils.vector_to_parameters(old + move.to(old), weights)
+        new = Linearised(2).descend(problem, point.task, 2, point.shot)
+        if float(new.cost[evidence.kept].double().sum() + move @ believed @ move) < before:
+            return new
+    nn.utils.vector_to_parameters(old, weights)
+    return point
+
+
+class _Unexplained:
+    """Variances of the observations by sensor, of the last few batches: squared errors over the numbers left free."""
+
+    def __init__(self) -> None:
+        self.squares, self.free = torch.zeros(()), torch.zeros(())
+
+    def after(self, problem: Problem, point: Point, kept: Tensor) -> Tensor:
+        """Standard deviations, with one more batch."""
+        sites = observed(problem.program, problem.episode, problem.values(point.task[None], point.shot[None]))[0]
+        require(len(sites) == 1, "a program with one observed site", len(sites), "Pass noise=None.")
+        error = sites[0].value - sites[0].mean  # (1, task, shot, time, sensor)
+        counts = sites[0].mask.expand_as(error)[0][kept].double()
+        error = error[0][kept].double()
+        gram = problem.jacobian(point.task, point.shot)[1][kept].double()[:, :, problem.d:]
+        gram, weight = gram @ gram.mT, torch.diag_embed(problem.shot_weight[kept].double())
+        by_shot = torch.linalg.solve(gram + weight, gram).diagonal(dim1=-2, dim2=-1).sum() if problem.m else 0.0
+        free = 1.0 - (problem.d * int(kept.sum()) + by_shot) / counts.sum()
+        self.squares = 0.5 * self.squares + (counts * error.square()).sum((0, 1, 2))
+        self.free = 0.5 * self.free + counts.sum((0, 1, 2)) * free
+        return (self.squares / self.free).sqrt()
+
+
+def _set_noise(model: HybridModel, name: str, value: Tensor) -> None:
+    old = getattr(model, name, None)
+    if not isinstance(old, Tensor) or old.numel() not in (1, len(value)):
+        fail(f"{name!r}, a standard deviation of {len(value)} sensors, or of all",
+             getattr(old, "shape", type(old).__name__), "Pass the attribute's name, or noise=None.")
+    new = (value if old.numel() == len(value) else value.square().mean().sqrt()).reshape(old.shape).to(old)
+    setattr(model, name, torch.where(new > 0.0, new, old))  # false where it isn't a number
