@@ -18,6 +18,7 @@ from .tasks import Tasks
 __all__ = ["sharpen"]
 
 AT_ONCE = 32  # weights that are moved side by side
+LARGEST = 10_000  # weights; their precision has the square of it, in float64
 LOST = 10.0  # so many times the usual cost: a task that wasn't read, and can't be linearised
 
 
@@ -40,7 +41,7 @@ def sharpen(model: HybridModel, guide: AmortizedGuide, tasks: Tasks, *, network:
     :func:`~pyro_hybrid.training.meta_train` has come near, and before ``model.settle`` and
     :func:`~pyro_hybrid.posterior.calibrate`.
 
-    It costs as many solves of a batch as there are weights: for networks of up to a few thousand.
+    It costs as many solves of a batch as there are weights: for networks of up to a thousand or so.
 
     References:
         An Iterated Kalman filter view of incremental least squares: Incremental Least Squares Methods and the Extended
@@ -71,22 +72,26 @@ def sharpen(model: HybridModel, guide: AmortizedGuide, tasks: Tasks, *, network:
         fail("a network", f"{type(model).__name__} without a residual", "Pass network=, such as model.force.")
     weights = list(network.parameters())
     require(bool(weights), "a network with weights", type(network).__name__, "Pass the part that was trained.")
-    first = torch.eye(sum(w.numel() for w in weights), dtype=torch.float64, device=weights[0].device) / width**2
+    size = sum(weight.numel() for weight in weights)
+    require(size <= LARGEST, f"a network of up to {LARGEST} weights", size, "Sharpen a part of it, or train longer.")
+    first = torch.eye(size, dtype=torch.float64, device=weights[0].device) / width**2
     known, unexplained, costs, was_training = first, _Unexplained(), list[float](), model.training
-    model.eval()
     bar = tqdm(range(steps), desc="sharpening", unit="batch", disable=not progress, delay=2.0, dynamic_ncols=True)
-    for _, (rows, _) in zip(bar, tasks.numbered_batches(batch_size, seed), strict=False):
-        with local_parameters():
-            problem, point = _read(model, guide, tasks[rows], reading or Linearised(2))
-            believed = memory * known + (1.0 - memory) * first
-            evidence = _evidence(problem, point, network)
-            costs.append(evidence.cost)
-            known = believed + evidence.precision
-            point = _moved(problem, point, network, evidence, believed)
-        if noise is not None:
-            _set_noise(model, noise, unexplained.after(problem, point, evidence.kept))
-        bar.set_postfix_str(f"squared error {evidence.cost:.4g} noise variances")
-    model.train(was_training)
+    try:
+        model.eval()
+        for _, (rows, _) in zip(bar, tasks.numbered_batches(batch_size, seed), strict=False):
+            with local_parameters():
+                problem, point = _read(model, guide, tasks[rows], reading or Linearised(2))
+                believed = memory * known + (1.0 - memory) * first
+                evidence = _evidence(problem, point, network)
+                costs.append(evidence.cost)
+                known = believed + evidence.precision
+                point = _moved(problem, point, network, evidence, believed)
+            if noise is not None:
+                _set_noise(model, noise, unexplained.after(problem, point, evidence.kept))
+            bar.set_postfix_str(f"squared error {evidence.cost:.4g} noise variances")
+    finally:
+        model.train(was_training)
     return costs
 
 

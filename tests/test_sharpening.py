@@ -150,6 +150,7 @@ def test_the_same_seed_gives_the_same_and_draws_nothing() -> None:
         ({"memory": 0.0}, r"expected a memory in \(0, 1\] and a positive width; got \(0\.0, 0\.1\)"),
         ({"width": 0.0}, r"expected a memory in \(0, 1\] and a positive width; got \(0\.9, 0\.0\)"),
         ({"network": nn.Tanh()}, r"expected a network with weights; got Tanh"),
+        ({"network": nn.Linear(100, 101)}, r"expected a network of up to 10000 weights; got 10201\. Sharpen a part"),
         ({"noise": "sigma"}, r"expected 'sigma', a standard deviation of 1 sensors, or of all; got NoneType"),
     ],
 )
