@@ -65,7 +65,7 @@ class Case(NamedTuple):
 CASES = {
     "pendulum": Case(
         Pendulum, 1000,
-        ours=Setting({"latents": 4, "linear": False, "straightness": 0.3, "noise": 10.0}, 4000, 48, 3e-3, {0.0: 1},
+        ours=Setting({"latents": 4, "linear": False, "straightness": 0.3, "noise": 10.0}, 9000, 48, 3e-3, {0.0: 1},
                      segments=8, correction=30.0,
                      sharpening=Sharpening(8, 96, 0.02, Linearised(2, segments=(2, 2, 7)))),
         vae=Setting({"latents": 4, "noise": 10.0}, 1500, 48, 3e-3, {0.0: 1}, segments=8),
