@@ -110,6 +110,26 @@ def test_as_published_one_trajectory_is_read_and_with_sets_all_of_them(model: st
     assert same == ("sets" not in model)
 
 
+@pytest.mark.parametrize("model", MODELS[:2])
+def test_reconstructions_begin_where_the_shots_say_and_not_where_they_were_measured(
+    model: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = trained("double pendulum", model, 0, Choice(fast=True, folder=folder))
+    episode, begun = data("double pendulum", 0, Choice(fast=True))[1].episode(), []
+
+    def spy(latents: dict[str, torch.Tensor], shots: ph.Episode, samples: int) -> torch.Tensor:
+        begun.append(latents["initial"] - shots.measured)
+        return begun[-1]
+
+    monkeypatch.setattr(found, "_run", spy)
+    found.reconstructed(episode, 50)
+    found.predicted(episode, episode.initial, 50)
+    measured = found.model.start_noise.mean()
+    assert begun[0].std(0).mean() < 0.8 * measured  # the shots know more than the measurement of their beginnings
+    assert begun[0].mean(0).abs().mean() > 0.1 * measured  # and disagree with it
+    assert (begun[1] == 0.0).all()
+
+
 def test_a_model_is_trained_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     choice = Choice(fast=True, folder=folder)
     one = trained(SYSTEM, OURS, 0, choice)

@@ -53,8 +53,8 @@ class Trained:
     """A trained model, and what it can be asked.
 
     A prior that is conditioned on the support says what it believes. Other models read the support as if it were the
-    query: with their encoder, or with ``reading``, which takes the encoder's answer for a start and lets the program
-    itself do the rest.
+    query: with their guide, or with ``reading``, which takes the guide's answer for a start and lets the program itself
+    do the rest.
     """
 
     name: str
@@ -123,9 +123,12 @@ class Trained:
     @torch.no_grad()
     def reconstructed(self, episode: Episode, samples: int = 20) -> Tensor:
         """Mean trajectories of shots that it has read, together with the support if it can."""
-        if self.conditional:
-            return self._run(draws(self.model, self.guide, episode, samples), episode, samples)
-        return self._run(self.read(replace(episode, support=None), samples), self.given(episode), samples)
+        if not self.conditional:
+            episode = replace(self.given(episode), support=None)
+        found = draws(self.model, self.guide, episode, samples)
+        if self.reading is not None:
+            found |= self.read(episode, samples)
+        return self._run(found, episode, samples)
 
     def _run(self, latents: dict[str, Tensor], episode: Episode, samples: int) -> Tensor:
         blank = episode if self.conditional else replace(episode, support=None)
@@ -157,7 +160,7 @@ def trained(system: str, model: str, seed: int, choice: Choice, tasks: int | Non
         made.prior.evidence, out.guide = case.final, made.guide(case.query)
         calibrate(made, learn[:300])
     elif model == DEAF:
-        out.reading = case.final
+        guide.evidence = case.final
     return out
 
 
