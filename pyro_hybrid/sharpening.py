@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -12,6 +14,7 @@ from tqdm.auto import tqdm
 from ._checks import fail, require
 from .guide import AmortizedGuide
 from .linearise import Linearised, Point, Problem, observed
+from .mixing import Residual
 from .module import HybridModel, local_parameters
 from .tasks import Tasks
 
@@ -41,7 +44,8 @@ def sharpen(model: HybridModel, guide: AmortizedGuide, tasks: Tasks, *, network:
     :func:`~pyro_hybrid.training.meta_train` has come near, and before ``model.settle`` and
     :func:`~pyro_hybrid.posterior.calibrate`.
 
-    It costs as many solves of a batch as there are weights: for networks of up to a thousand or so.
+    It costs as many solves of a batch as there are weights, or as a :class:`~pyro_hybrid.mixing.Residual` is called in
+    one, whichever are fewer: for networks of up to a thousand weights or so.
 
     References:
         An Iterated Kalman filter view of incremental least squares: Incremental Least Squares Methods and the Extended
@@ -152,7 +156,17 @@ class _Errors(nn.Module):
 
 
 def _by_weight(problem: Problem, point: Point, network: nn.Module, errors: Tensor) -> Tensor:
-    """Derivatives of the errors by every weight, (task, shot, weight, number): as many solves, many at a time."""
+    """Derivatives of the errors by every weight, (task, shot, weight, number)."""
+    if isinstance(network, Residual):
+        calls = _pushed(problem, point, network, None)[1]
+        by_trajectory = {call.shape[1:-1] for call in calls} == {errors.shape[:2]}
+        if by_trajectory and len(calls) * network.outputs < sum(weight.numel() for weight in network.parameters()):
+            return _by_call(problem, point, network, errors, torch.stack(calls)[:, 0])
+    return _one_by_one(problem, point, network, errors)
+
+
+def _one_by_one(problem: Problem, point: Point, network: nn.Module, errors: Tensor) -> Tensor:
+    """As many solves as there are weights, many at a time."""
     program, h = _Errors(network, problem), 10.0 * math.sqrt(torch.finfo(errors.dtype).eps)
     weights = {f"network.{name}": weight for name, weight in network.named_parameters()}
     sizes = [weight.numel() for weight in weights.values()]
@@ -164,6 +178,65 @@ def _by_weight(problem: Problem, point: Point, network: nn.Module, errors: Tenso
 
     moves = h * torch.eye(sum(sizes), dtype=errors.dtype, device=errors.device)
     return torch.cat([(torch.vmap(moved)(some) - errors) / h for some in moves.split(AT_ONCE)]).permute(1, 2, 0, 3)
+
+
+def _by_call(problem: Problem, point: Point, network: Residual, errors: Tensor, calls: Tensor) -> Tensor:
+    """As many solves as the term is called: how errors move with what a call returns, and that with the weights."""
+    number, outputs = len(calls), network.outputs
+    h = 10.0 * math.sqrt(number * torch.finfo(errors.dtype).eps)  # of one call among many
+    pushes = h * torch.eye(number * outputs, dtype=errors.dtype, device=errors.device).view(-1, number, outputs)
+
+    def pushed(push: Tensor) -> Tensor:
+        return _pushed(problem, point, network, push)[0]
+
+    by_output = torch.cat([(torch.vmap(pushed)(some) - errors) / h for some in pushes.split(AT_ONCE)])
+    term, weights = _Term(network), dict(_Term(network).named_parameters())
+    slopes = torch.vmap(torch.func.jacrev(partial(torch.func.functional_call, term)), (None, 0))
+    found = []
+    for task in range(len(errors)):
+        samples = calls[:, task].transpose(0, 1).flatten(0, 1)  # (shot and call, latent and input)
+        by_weight = torch.cat([part.flatten(2) for part in slopes(weights, samples).values()], -1)
+        by_weight = by_weight.unflatten(0, (-1, number)).flatten(1, 2)  # (shot, call and output, weight)
+        found.append(by_weight.mT @ by_output[:, task].transpose(0, 1))
+    return torch.stack(found)
+
+
+class _Term(nn.Module):
+    """A residual as a function of one latent vector and its inputs, side by side in one tensor."""
+
+    def __init__(self, network: Residual) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, sample: Tensor) -> Tensor:
+        z, x = sample.split([self.network.latents, self.network.inputs])
+        out = self.network.given(z.view(1, 1, -1))(*x.view(-1, 1, 1))
+        return torch.stack(out if isinstance(out, tuple) else (out,)).flatten()
+
+
+def _pushed(problem: Problem, point: Point, network: Residual, push: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+    """Errors when something (call, output) is added to what the term returns, and the latents and inputs of each call.
+    """
+    calls: list[Tensor] = []
+
+    def given(latents: Tensor) -> Callable[..., Tensor | tuple[Tensor, ...]]:
+        term = type(network).given(network, latents)
+
+        def pushed(*inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+            out = term(*inputs)
+            parts = out if isinstance(out, tuple) else (out,)
+            calls.append(torch.stack(torch.broadcast_tensors(parts[0], *latents.unbind(-1), *inputs)[1:], -1))
+            if push is not None:
+                parts = tuple(part + more for part, more in zip(parts, push[len(calls) - 1], strict=True))
+            return parts if isinstance(out, tuple) else parts[0]
+
+        return pushed
+
+    network.given = given  # type: ignore[method-assign]  # of this instance, and until the errors are there
+    try:
+        return problem.errors(point.task[None], point.shot[None])[0], calls
+    finally:
+        del network.given
 
 
 def _without(gram: Tensor, pull: Tensor, size: int) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -11,8 +13,8 @@ from toys import NOISE, POINTS, START_NOISE, TIMES, Line, features, make_tasks
 
 import pyro_hybrid as ph
 from pyro_hybrid.families import Normal
-from pyro_hybrid.linearise import Problem
-from pyro_hybrid.sharpening import _evidence, _read
+from pyro_hybrid.linearise import Linearised, Point, Problem
+from pyro_hybrid.sharpening import _by_call, _by_weight, _evidence, _one_by_one, _pushed, _read
 
 BEND = torch.tensor([[0.7, -0.4]], dtype=torch.float64)
 SITES = {"slope": Normal(1, loc=0.5, scale=2.0)}
@@ -127,6 +129,46 @@ def test_a_force_is_sharpened_until_systems_are_explained() -> None:
     again = ph.sharpen(model, guide, tasks, steps=1, batch_size=12, noise=None, progress=False)
     spread = model.noise / torch.tensor(system.noise)
     assert 0.8 < spread.mean().item() < 1.3 and again[0] == pytest.approx(1.0, abs=0.2)
+
+
+def forced(system: ph.systems.System, *, points: int = 5, settled: bool = False, **options: Any,
+           ) -> tuple[Any, Problem, Point]:
+    torch.manual_seed(0)
+    system.points = points
+    model, tasks = ph.models.MetaHybridVAE(system, **options).double(), system.simulate(3, 2, seed=0)
+    if settled:
+        model.settle(tasks, 64)
+    start = tuple(part.double() for part in tasks.shots(slice(None)).initial)
+    episode = ph.Episode(tasks.times.double(), tasks.values.double(), start)
+    mean, precision = model.prior.gaussian(None)
+    mean = mean + 0.3 * torch.randn(3, mean.shape[-1]).double()
+    problem = Problem(model, episode, model.prior.sites, mean, precision.expand(3, -1, -1))
+    return model, problem, Linearised(1).descend(problem, mean, 1, problem.shot_mean)
+
+
+@pytest.mark.parametrize("system", [ph.systems.Pendulum, ph.systems.DoublePendulum])
+@torch.no_grad()
+def test_derivatives_by_what_a_term_returns_are_those_by_its_weights(system: type[ph.systems.System]) -> None:
+    model, problem, point = forced(system(), linear=False, width=9)
+    errors = problem.errors(point.task[None], point.shot[None])[0]
+    calls = _pushed(problem, point, model.residual, None)[1]
+    assert len(calls) == 4 * 4  # Runge-Kutta's four, for each of four steps
+    expected = _one_by_one(problem, point, model.residual, errors)
+    found = _by_call(problem, point, model.residual, errors, torch.stack(calls)[:, 0])
+    assert expected.abs().max() > 1.0
+    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+    chosen = _by_weight(problem, point, model.residual, errors)
+    assert torch.equal(chosen, found)  # fewer calls than weights
+    assert "given" not in vars(model.residual)
+
+
+@pytest.mark.parametrize("options", [{"width": 1, "points": 9}, {"width": 9, "settled": True}])
+@torch.no_grad()
+def test_a_term_of_few_weights_or_called_elsewhere_too_is_moved_weight_by_weight(options: dict[str, Any]) -> None:
+    model, problem, point = forced(ph.systems.Pendulum(), **options)
+    errors = problem.errors(point.task[None], point.shot[None])[0]
+    expected = _one_by_one(problem, point, model.residual, errors)
+    assert torch.equal(_by_weight(problem, point, model.residual, errors), expected)
 
 
 def test_the_same_seed_gives_the_same_and_draws_nothing() -> None:

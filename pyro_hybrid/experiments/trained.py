@@ -12,7 +12,7 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from torch import Tensor, nn
+from torch import Tensor
 
 from .._types import State, Stock
 from ..checkpoint import Fit, load
@@ -164,7 +164,7 @@ def trained(system: str, model: str, seed: int, choice: Choice, tasks: int | Non
     return out
 
 
-def _made(system: System, model: str, setting: Setting) -> tuple[Any, nn.Module]:
+def _made(system: System, model: str, setting: Setting) -> tuple[Any, Any]:
     """The program and its guide, untrained."""
     if model == OURS:
         prior, query = setting.evidence or (None, None)
