@@ -144,24 +144,30 @@ def overlap(correction: Tensor, tangents: Sequence[Tensor]) -> Tensor:
     return total
 
 
-def explained(pieces: Iterable[tuple[Tensor, Sequence[Tensor]]]) -> Tensor:
+def explained(pieces: Iterable[tuple[Tensor, Sequence[Tensor]]], centred: bool = False) -> Tensor:
     r"""The change of each physics latent that does most of a neural term's work: least squares over sampled states.
 
     .. math:: \arg\min_c \bigl\lVert f_N - \sum_j c_j\, \partial_j f_P \bigr\rVert^2
 
     Arguments:
         pieces: corrections and tangents as in :func:`overlap`, of some of the states at a time.
+        centred: not counting what a constant could explain, component by component: over states whose components are
+            independent, a function of some then shares nothing with tangents that depend on the others.
 
     Returns:
         The changes ``(..., task, latent)``, in units of those that gave the tangents; zero where nothing determines
         them.
     """
-    gram, pull = torch.zeros(()), torch.zeros(())
+    gram, pull, sums, total, places = *[torch.zeros(())] * 4, 0
     for correction, tangents in pieces:
-        mine, *others = (x.flatten(-2) for x in torch.broadcast_tensors(correction, *tangents))
-        basis = torch.stack(others, -2)
-        gram, pull = gram + (basis @ basis.mT).double(), pull + (basis @ mine.unsqueeze(-1)).double()
+        mine, *others = torch.broadcast_tensors(correction, *tangents)
+        basis = torch.stack(others, -3)  # (..., latent, place, component)
+        flat = basis.flatten(-2)
+        gram, pull = gram + (flat @ flat.mT).double(), pull + (flat @ mine.flatten(-2).unsqueeze(-1)).double()
+        sums, total, places = sums + basis.sum(-2).double(), total + mine.sum(-2).double(), places + mine.shape[-2]
     require(pull.dim() > 0, "one piece or more", "none", "Evaluate both terms at some states of each task.")
+    if centred:
+        gram, pull = gram - sums @ sums.mT / places, pull - sums @ total.unsqueeze(-1) / places
     return torch.linalg.solve_ex(gram, pull).result.squeeze(-1).nan_to_num(0.0, 0.0, 0.0).to(mine.dtype)
 
 

@@ -78,7 +78,7 @@ def test_settling_leaves_the_true_force_as_it_is() -> None:
     model.settle(tasks)
     omega = tasks.truth["omega"].double()
     settled = model.settled({"omega": omega}, tasks.truth["unknown"].double())["omega"]
-    assert (settled / omega - 1.0).square().mean().sqrt() < 3e-3 and (settled / omega).mean() - 1.0 < 3e-4
+    assert (settled / omega - 1.0).square().mean().sqrt() < 1e-4
 
 
 def test_a_settled_model_trains_saves_and_loads_as_before(tmp_path: Path) -> None:

@@ -258,6 +258,21 @@ def test_what_the_physics_explains_of_a_mixture_are_its_shares() -> None:
     assert_close(explained(halves), expected, **EXACT)
 
 
+def test_centred_shares_are_those_beside_a_constant_and_of_functions_of_other_components_none() -> None:
+    torch.manual_seed(0)
+    angle, clock = 0.3 + torch.rand(2, 1, 30, dtype=torch.float64)
+    grid_angle, grid_clock = (x.flatten() for x in torch.meshgrid(angle[0], clock[0], indexing="ij"))  # independent
+    tangent = grid_angle.sin().view(1, -1, 1)
+    push = (2.0 + (7.0 * grid_clock).cos()).view(1, -1, 1)
+    force, halves = push + 0.5 * tangent, (slice(400), slice(400, 900))
+    pieces = [(force[:, half], [tangent[:, half]]) for half in halves]
+    assert_close(explained(pieces, centred=True), torch.tensor([[0.5]], dtype=torch.float64), **EXACT)
+    assert float(explained(pieces)) > 2.0  # a constant looks like a sine that is never zero
+    two = torch.randn(4, 50, 2, dtype=torch.float64), [torch.randn(4, 50, 2, dtype=torch.float64) for _ in range(2)]
+    ones = [torch.tensor([1.0, 0.0]).expand(4, 50, 2), torch.tensor([0.0, 1.0]).expand(4, 50, 2)]  # by component
+    assert_close(explained([two], centred=True), explained([(two[0], [*two[1], *ones])])[:, :2], **EXACT)
+
+
 def test_a_physics_latent_that_does_nothing_explains_nothing() -> None:
     zero = torch.zeros(3, 10, 1)
     assert torch.equal(explained([(torch.ones(3, 10, 1), [zero])]), torch.zeros(3, 1))

@@ -23,6 +23,7 @@ class Sharpening(NamedTuple):
     batch_size: int
     width: float
     reading: Linearised
+    memory: float = 0.9
 
 
 class Setting(NamedTuple):
@@ -65,9 +66,9 @@ class Case(NamedTuple):
 CASES = {
     "pendulum": Case(
         Pendulum, 1000,
-        ours=Setting({"latents": 4, "linear": False, "straightness": 0.3, "noise": 10.0}, 9000, 48, 3e-3, {0.0: 1},
-                     segments=8, correction=30.0,
-                     sharpening=Sharpening(8, 96, 0.02, Linearised(2, segments=(2, 2, 7)))),
+        ours=Setting({"linear": False, "straightness": 0.3, "noise": 10.0}, 3000, 48, 3e-3, {0.0: 1}, segments=8,
+                     correction=30.0,
+                     sharpening=Sharpening(24, 32, 0.02, Linearised(2, segments=(2, 2, 7)), 0.95)),
         vae=Setting({"latents": 4, "noise": 10.0}, 1500, 48, 3e-3, {0.0: 1}, segments=8),
         aphynity=Setting({"latents": 4, "linear": False, "noise": 10.0, "growth": 100.0}, 3000, 48, 3e-3, {0.0: 1},
                          segments=8),

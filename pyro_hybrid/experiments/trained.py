@@ -186,7 +186,7 @@ def _train(model: Any, guide: Any, tasks: Tasks, setting: Setting, seed: int, fa
     if setting.sharpening:
         end = setting.sharpening
         sharpen(model, guide, tasks, steps=1 if fast else end.steps, batch_size=4 if fast else end.batch_size,
-                width=end.width, reading=end.reading, seed=seed, progress=False)
+                width=end.width, memory=end.memory, reading=end.reading, seed=seed, progress=False)
     return fit
 
 

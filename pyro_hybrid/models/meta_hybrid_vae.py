@@ -124,8 +124,8 @@ class MetaHybridVAE(HybridModel):
         unknown, few = unknown.expand(*shape, -1), {name: value.expand(*shape, 1) for name, value in physics.items()}
         first, back = _distinct(*few.values(), unknown)  # a Jacobian moves the shots' latents in most of its copies
         few = {name: value[first] for name, value in few.items()}
-        share = 1e-3 * explained((self.corrections(few, unknown[first], piece), self.tangents(few, piece))
-                                 for piece in pieces)[back]
+        share = 1e-3 * explained(((self.corrections(few, unknown[first], piece), self.tangents(few, piece))
+                                  for piece in pieces), centred=not self.system.grid)[back]
         return {name: value * (1.0 - share[..., i, None]) for i, (name, value) in enumerate(physics.items())}
 
     @torch.no_grad()
