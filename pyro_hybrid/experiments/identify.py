@@ -51,7 +51,7 @@ def scores(found: Trained, learn: Tasks, judge: Tasks, clear: Tasks) -> Result:
     seen, new, truth = found.latents(learn), found.latents(judge), true_latents(found, judge)
     neural = [z[:, known:] for z in (seen, new, truth)]
     everything, raw = mcc(new, truth), mcc(neural[1], neural[2])
-    number = len(found.system.unknown)  # on the pendulum, models have a latent to spare
+    number = len(found.system.unknown)  # on the pendulum, the rivals have a latent to spare
     alone = mcc(disentangle(neural[1], components=number, fit=neural[0]), neural[2])
     error = (new[:, :known] - truth[:, :known]).square().mean(0)
     support = judge.episode().support
