@@ -479,7 +479,7 @@ def test_no_failure_hangs_the_solver_with_or_without_asserts(flags: list[str], f
     for name, (expected, came, seconds) in said.items():
         assert expected in came, f"{name}: {came}"
         assert came.startswith("SolverError") or name.split(",")[0] in REFUSED, f"{name}: {came}"
-        assert seconds < 5.0, f"{name} took {seconds:.1f} s"
+        assert seconds < 30.0, f"{name} took {seconds:.1f} s"  # a thousand steps are 2 s, or 6 on a slow machine
         if came.startswith("SolverError"):
             figure("stuck solver", errors=1, seconds=float(seconds))
 
