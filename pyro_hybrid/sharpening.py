@@ -22,13 +22,13 @@ __all__ = ["sharpen"]
 
 AT_ONCE = 32  # weights, or calls, that are moved side by side
 LARGEST = 10_000  # weights; their precision has the square of it, in float64
-LOST = 10.0  # so many times the usual cost: a task that wasn't read, and can't be linearised
 
 
 @torch.no_grad()
 def sharpen(model: HybridModel, guide: AmortizedGuide, tasks: Tasks, *, network: nn.Module | None = None,
             noise: str | None = "noise", steps: int = 8, batch_size: int = 8, reading: Linearised | None = None,
-            memory: float = 0.9, width: float = 0.1, seed: int = 0, progress: bool = True) -> list[float]:
+            memory: float = 0.9, width: float = 0.1, misread: float = 10.0, seed: int = 0,
+            progress: bool = True) -> list[float]:
     r"""Bring a trained network to where the data want it, by a method of second order.
 
     Stochastic gradients leave weights scattered in directions that cost the likelihood little and physics latents
@@ -61,6 +61,8 @@ def sharpen(model: HybridModel, guide: AmortizedGuide, tasks: Tasks, *, network:
         steps, batch_size: number of batches, and systems in each.
         reading: how a batch is read, from where the guide points; by default ``Linearised(2)``.
         memory, width: see above.
+        misread: a task teaches nothing that costs so many times what the batch's median one does: it wasn't read and
+            can't be linearised, or its trajectories are not of one system.
         seed: of the batches.
         progress: show a progress bar.
 
@@ -71,6 +73,7 @@ def sharpen(model: HybridModel, guide: AmortizedGuide, tasks: Tasks, *, network:
             "Check the arguments.")
     require(0.0 < memory <= 1.0 and width > 0.0, "a memory in (0, 1] and a positive width", (memory, width),
             "1 forgets nothing; a width is how far off the weights may be.")
+    require(misread > 1.0, "misread above 1", misread, "At 1, half of all tasks would be left out.")
     network = network if network is not None else getattr(model, "residual", None)
     if network is None:
         fail("a network", f"{type(model).__name__} without a residual", "Pass network=, such as model.force.")
@@ -87,7 +90,7 @@ def sharpen(model: HybridModel, guide: AmortizedGuide, tasks: Tasks, *, network:
             with local_parameters():
                 problem, point = _read(model, guide, tasks[rows], reading or Linearised(2))
                 believed = memory * known + (1.0 - memory) * first
-                evidence = _evidence(problem, point, network)
+                evidence = _evidence(problem, point, network, misread)
                 costs.append(evidence.cost)
                 known = believed + evidence.precision
                 point = _moved(problem, point, network, evidence, believed)
@@ -119,12 +122,12 @@ def _read(model: HybridModel, guide: AmortizedGuide, tasks: Tasks, reading: Line
     return problem, reading.descend(problem, belief.mean, reading.iterations, belief.shot_mean)
 
 
-def _evidence(problem: Problem, point: Point, network: nn.Module) -> _Evidence:
+def _evidence(problem: Problem, point: Point, network: nn.Module, misread: float) -> _Evidence:
     """Gram matrices of all unknowns, task by task, reduced to those of the weights (a Schur complement, twice)."""
     errors, slopes = problem.jacobian(point.task, point.shot)
     by_weight = _by_weight(problem, point, network, errors)
     usual = point.cost[point.cost.isfinite()].median() if bool(point.cost.isfinite().any()) else torch.inf
-    kept = (point.cost < LOST * usual) & slopes.isfinite().flatten(1).all(1) & by_weight.isfinite().flatten(1).all(1)
+    kept = (point.cost < misread * usual) & slopes.isfinite().flatten(1).all(1) & by_weight.isfinite().flatten(1).all(1)
     n, d = by_weight.shape[2], problem.d
     precision, slope = torch.zeros(n, n).to(slopes).double(), torch.zeros(n).to(slopes).double()
     for task in kept.nonzero().squeeze(1).tolist():

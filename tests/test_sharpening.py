@@ -111,11 +111,24 @@ def test_a_task_that_cannot_be_read_teaches_nothing() -> None:
         problem, point = _read(model, guide, spoilt, ph.Linearised(2))
     assert isinstance(problem, Problem)
     with torch.no_grad():
-        kept = _evidence(problem, point, model.residual).kept
+        kept = _evidence(problem, point, model.residual, 10.0).kept
     assert (~kept).nonzero().flatten().tolist() == [7]
     ph.sharpen(model, guide, spoilt, steps=1, batch_size=20, width=1.0, progress=False)
     assert (model.residual.weight - BEND).abs().max() < 0.1
     assert model.noise.item() == pytest.approx(NOISE, rel=0.1)
+
+
+def test_how_much_worse_a_task_may_be_is_the_users_choice() -> None:
+    (model, guide), tasks = ready(), shared(20)
+    values = tasks.values.clone()
+    values[7, 1:] += 3.0 * features(TIMES)[:, :1]  # its shots are of two systems
+    mixed = ph.Tasks.from_trajectories(TIMES, values, num_support=1)
+    with torch.no_grad():
+        problem, point = _read(model, guide, mixed, ph.Linearised(2))
+        ratio = float(point.cost[7] / point.cost.median())
+        dropped = [(~_evidence(problem, point, model.residual, misread).kept).nonzero().flatten().tolist()
+                   for misread in (1.01 * ratio, 0.99 * ratio)]
+    assert ratio > 2.0 and dropped[0] == [] and 7 in dropped[1]
 
 
 def test_a_force_is_sharpened_until_systems_are_explained() -> None:
@@ -191,6 +204,7 @@ def test_the_same_seed_gives_the_same_and_draws_nothing() -> None:
         ({"steps": 0}, r"expected steps and batch_size of 1 or more; got \(0, 8\)"),
         ({"memory": 0.0}, r"expected a memory in \(0, 1\] and a positive width; got \(0\.0, 0\.1\)"),
         ({"width": 0.0}, r"expected a memory in \(0, 1\] and a positive width; got \(0\.9, 0\.0\)"),
+        ({"misread": 1.0}, r"expected misread above 1; got 1\.0"),
         ({"network": nn.Tanh()}, r"expected a network with weights; got Tanh"),
         ({"network": nn.Linear(100, 101)}, r"expected a network of up to 10000 weights; got 10201\. Sharpen a part"),
         ({"noise": "sigma"}, r"expected 'sigma', a standard deviation of 1 sensors, or of all; got NoneType"),

@@ -24,6 +24,7 @@ class Sharpening(NamedTuple):
     width: float
     reading: Linearised
     memory: float = 0.9
+    misread: float = 10.0
 
 
 class Setting(NamedTuple):

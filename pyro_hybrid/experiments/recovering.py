@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pyro
 import torch
 from torch import Tensor
 
-from ..linearise import Linearised
 from ..models import MetaHybridVAE
 from ..systems import System
 from ..tasks import Episode, Tasks
@@ -84,14 +84,16 @@ def pairs(heap: Tasks, labels: Tensor, loners: bool = True) -> Tasks:
 
 
 def sets(heap: Tasks, labels: Tensor, shots: int) -> Tasks:
-    """Each group of two or more as a task of so many shots: repeated in turn where there are fewer.
+    """Each group of two or more as a task of so many shots, dealt to support and query in turn; what is missing in
+    small ones is masked.
 
     Loners are left out, if others are not.
     """
     order, first, sizes = _dealt(labels)
     heads = (torch.arange(len(order)) == first) & ((sizes > 1) | (sizes == 1).all())
-    place = first[heads].unsqueeze(1) + torch.arange(shots) % sizes[heads].unsqueeze(1)
-    return _together(heap, order[place], shots // 2)
+    member = torch.cat([torch.arange(0, shots, 2), torch.arange(1, shots, 2)])
+    place, size = first[heads].unsqueeze(1), sizes[heads].unsqueeze(1)
+    return _together(heap, order[place + member % size], (shots + 1) // 2, member < size)
 
 
 def _dealt(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -103,10 +105,11 @@ def _dealt(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return order, (sizes.cumsum(0) - sizes)[labels], sizes[labels]
 
 
-def _together(heap: Tasks, rows: Tensor, num_support: int) -> Tasks:
+def _together(heap: Tasks, rows: Tensor, num_support: int, counts: Tensor | None = None) -> Tasks:
     states = heap.states if isinstance(heap.states, tuple) else (heap.states,)
-    return Tasks.from_trajectories(heap.times, heap.values[rows, 0], num_support=num_support,
+    made = Tasks.from_trajectories(heap.times, heap.values[rows, 0], num_support=num_support,
                                    initial=tuple(part[rows, 0] for part in states))
+    return made if counts is None else replace(made, mask=torch.as_tensor(made.mask) & counts[..., None, None])
 
 
 @torch.no_grad()
@@ -118,9 +121,8 @@ def read(model: MetaHybridVAE, heap: Tasks, size: int = 500) -> tuple[Tensor, Te
     return (location - location.mean(0)) @ white.T, white @ torch.linalg.inv(precision) @ white.T
 
 
-def groups_in(model: MetaHybridVAE, heap: Tasks, reading: Linearised) -> Tensor:
-    """Labels of a heap's trajectories, from what the program reads in each: clustering, the misfit, and again."""
-    model.prior.evidence = reading
+def groups_in(model: MetaHybridVAE, heap: Tasks) -> Tensor:
+    """Labels of a heap's trajectories, from what its prior reads in each: clustering, the misfit, and again."""
     location, covariance = read(model, heap)
     extra = MISFIT**2 * torch.eye(location.shape[1], dtype=location.dtype)
     labels, alpha = torch.arange(len(heap)), len(heap) / 8.0

@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pyro
@@ -26,10 +27,10 @@ from ..sharpening import sharpen
 from ..systems import System
 from ..tasks import Episode, Tasks
 from ..training import meta_train
-from .cases import CASES, DEAF, ONE_BY_ONE, OURS, Setting
+from .cases import CASES, DEAF, ONE_BY_ONE, OURS, Case, Setting, Sharpening
 from .run import Choice, slug
 
-__all__ = ["Trained", "data", "exactly", "trained"]
+__all__ = ["Trained", "data", "exactly", "learnt", "sharpened", "taught", "trained"]
 
 HELD_OUT, SHOTS, HELD_OUT_SEED = 300, 8, 10_000
 
@@ -138,29 +139,35 @@ class Trained:
 
 def trained(system: str, model: str, seed: int, choice: Choice, tasks: int | None = None) -> Trained:
     """A model trained on a system: now, or at an earlier call that left it in the folder."""
-    case = CASES[system]
+    place = choice.folder / "models" / slug(system, model, *([f"{tasks} tasks"] if tasks else []), seed)
+    return learnt(CASES[system], model, data(system, seed, choice, tasks)[0], seed, choice.fast, place)
+
+
+def learnt(case: Case, model: str, learn: Tasks, seed: int, fast: bool = False, place: Path | None = None) -> Trained:
+    """A model trained on some tasks and ready to be asked: as it lies in its place, if it does already."""
     setting = case.setting(model)
-    learn = data(system, seed, choice, tasks)[0]
     torch.manual_seed(seed)
     made, guide = _made(case.system(), model, setting)
-    place = choice.folder / "models" / slug(system, model, *([f"{tasks} tasks"] if tasks else []), seed)
-    cost = place.with_name(f"{place.name}.seconds")
-    if place.exists() and cost.exists():
-        fit = load(place, made, guide)
+    cost = place and place.with_name(f"{place.name}.seconds")
+    if place and cost and place.exists() and cost.exists():
+        fit, seconds = load(place, made, guide), json.loads(cost.read_text())
     else:
         seen = replace(learn, num_support=learn.values.shape[1] - 1) if model in ONE_BY_ONE else learn
         began = time.process_time()
-        fit = _train(made, guide, seen, setting, seed, choice.fast)
-        fit.save(place, made, guide)
-        cost.write_text(json.dumps(round(time.process_time() - began, 1)))
-    out = Trained(model, made.eval(), guide.eval(), fit, json.loads(cost.read_text()))
+        fit = taught(made, guide, seen, setting, seed, fast)
+        seconds = round(time.process_time() - began, 1)
+        if place and cost:
+            fit.save(place, made, guide)
+            cost.write_text(json.dumps(seconds))
+    out = Trained(model, made.eval(), guide.eval(), fit, seconds)
+    final = Linearised(1) if fast else case.final
     if model in (OURS, DEAF):
         made.settle(learn[:200])
     if model == OURS:
-        made.prior.evidence, out.guide = case.final, made.guide(case.query)
+        made.prior.evidence, out.guide = final, made.guide(case.query)
         calibrate(made, learn[:300])
     elif model == DEAF:
-        guide.evidence = case.final
+        guide.evidence = final
     return out
 
 
@@ -177,17 +184,22 @@ def _made(system: System, model: str, setting: Setting) -> tuple[Any, Any]:
     return made, made.guide()
 
 
-def _train(model: Any, guide: Any, tasks: Tasks, setting: Setting, seed: int, fast: bool) -> Fit:
+def taught(model: Any, guide: Any, tasks: Tasks, setting: Setting, seed: int, fast: bool = False) -> Fit:
+    """Train a program in place, and sharpen it if the setting says so; ``fast``, for the way and not for the result."""
     steps = 3 if fast else setting.steps
     fit = meta_train(model, guide, tasks, steps=steps, batch_size=4 if fast else setting.batch_size,
                      learning_rate=setting.learning_rate, seed=seed, curriculum=setting.curriculum,
                      segments=setting.segments, average=setting.average, progress=False,
                      callback=_growing(model, setting.correction, steps) if setting.correction else None)
     if setting.sharpening:
-        end = setting.sharpening
-        sharpen(model, guide, tasks, steps=1 if fast else end.steps, batch_size=4 if fast else end.batch_size,
-                width=end.width, memory=end.memory, reading=end.reading, seed=seed, progress=False)
+        sharpened(model, guide, tasks, setting.sharpening, seed, fast)
     return fit
+
+
+def sharpened(model: Any, guide: Any, tasks: Tasks, end: Sharpening, seed: int, fast: bool = False) -> None:
+    """The end of a training, in place."""
+    sharpen(model, guide, tasks, steps=1 if fast else end.steps, batch_size=4 if fast else end.batch_size,
+            reading=end.reading, memory=end.memory, width=end.width, misread=end.misread, seed=seed, progress=False)
 
 
 def _growing(model: MetaHybridVAE, weight: float, steps: int) -> Callable[[int, Fit], None]:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,47 +22,34 @@ from sklearn.metrics import adjusted_rand_score
 from sklearn.metrics.cluster import pair_confusion_matrix
 from torch import Tensor
 
-from ..checkpoint import Fit
-from ..guide import AmortizedGuide
 from ..identifiability.mcc import mcc
 from ..identifiability.separability import disentangle
 from ..linearise import Linearised
 from ..models import MetaHybridVAE
 from ..systems import Pendulum
 from ..tasks import Tasks
-from ..training import meta_train
+from .cases import CASES, OURS, Sharpening
 from .clocked import Clocked, cut, with_clock
+from .identify import true_latents
 from .recovering import Unpaired, groups_in, pairs, sets
 from .run import Choice, Result, Run, slug
 from .tables import grouped, markdown, spread
-from .trained import data
+from .trained import SHOTS, Trained, data, learnt, sharpened, taught, trained
 
 __all__ = ["figure", "grouping_scores", "runs", "scores", "table"]
 
 FRACTIONS = (1.0, 0.5, 0.25, 0.0)
-OPTIONS: dict[str, Any] = {"linear": False, "straightness": 0.3, "noise": 10.0}
-READING, FINAL = Linearised(3, segments=(2, 2, 2, 7)), Linearised(3, segments=(2, 2, 2, 7), restarts=4)
+CASE = CASES["pendulum"]
+ALONE = CASE.ours._replace(steps=1000, batch_size=192, sharpening=None)  # a pair has one shot to explain, not four
+AFRESH = ALONE._replace(steps=1500)
+# What isn't of one system costs more than three times what others do, and teaches nothing.
+BETTER = Sharpening(4, 128, 0.05, Linearised(2, segments=(2, 2, 7)), misread=3.0)
+CAREFUL = CASE._replace(ours=CASE.ours._replace(sharpening=(CASE.ours.sharpening or BETTER)._replace(misread=3.0)))
+ROUNDS = (True, True, False, False)  # so many, of pairs and then of sets
+READING = Linearised(3, segments=(2, 2, 2, 7))
 TINY = Linearised(1)
-CORRECTION, INDEPENDENCE = 30.0, 30.0
-SPARE = 4  # latents, as in the example; of single trajectories, what is superfluous would learn where they began
+INDEPENDENCE = 30.0
 PIECES = 2
-
-
-class Steps(NamedTuple):
-    """Training steps: ``alone``, of single trajectories; ``afresh``, of pairs, and ``rounds`` times ``grouped`` more of
-    better ones; ``last``, on sets.
-    """
-
-    alone: int = 1000
-    afresh: int = 1500
-    grouped: int = 600
-    rounds: int = 4
-    last: int = 4000
-
-    @property
-    def total(self) -> int:
-        """All of them."""
-        return self.alone + self.afresh + self.rounds * self.grouped + self.last
 
 
 def runs(choice: Choice) -> list[Run]:
@@ -73,30 +59,22 @@ def runs(choice: Choice) -> list[Run]:
     return heaps + [Run(slug("long", "seed", seed), partial(_long, seed, choice)) for seed in choice.seeds]
 
 
-def _steps(choice: Choice) -> Steps:
-    return Steps(2, 1, 1, 1, 2) if choice.fast else Steps()
-
-
-def _final(choice: Choice) -> Linearised:
-    return TINY if choice.fast else FINAL
-
-
 def _heap(fraction: float, seed: int, choice: Choice) -> Result:
-    """Recover the tasks, and then train as the example does; where all is known, for as many steps in all."""
+    """Recover the tasks, and train on them as ``identify`` does; where all is known, that is ``identify``'s model."""
     learn, judge = data("pendulum", seed, choice)
-    steps, shots = _steps(choice), learn.values.shape[1]
+    shots = learn.values.shape[1]
     truth = torch.arange(len(learn)).repeat_interleave(shots)
     known = round(fraction * len(learn)) * shots
-    torch.manual_seed(seed)
     history: list[Result] = []
-    if known < len(truth):
-        labels, history = _recovered(scattered(learn), truth, known, steps, seed)
-        learn = sets(scattered(learn), labels, shots)
-    model = MetaHybridVAE(Pendulum(), latents=SPARE, **OPTIONS)
-    _train(model, model.guide(), learn, steps.last if history else steps.total, seed)
-    return {"case": "heap", "labelled": fraction, "seed": seed, "shots": shots, **steps._asdict(),
-            "steps": steps.total, "tasks": len(learn), "grouping": history,
-            **scores(model, learn, judge, _final(choice))}
+    if known == len(truth):
+        found = trained("pendulum", OURS, seed, choice)
+    else:
+        heap = scattered(learn)
+        labels, history = _recovered(heap, truth, known, seed, choice.fast)
+        learn = sets(heap, labels, shots)
+        found = learnt(CAREFUL, OURS, learn, seed, choice.fast)
+    return {"case": "heap", "labelled": fraction, "seed": seed, "shots": shots, "tasks": len(learn),
+            "grouping": history, **scores(found, learn, judge)}
 
 
 def scattered(tasks: Tasks) -> Tasks:
@@ -109,50 +87,44 @@ def scattered(tasks: Tasks) -> Tasks:
                  mask=apart(torch.as_tensor(tasks.mask).expand_as(tasks.values)))
 
 
-def _recovered(heap: Tasks, truth: Tensor, known: int, steps: Steps, seed: int) -> tuple[Tensor, list[Result]]:
+def _recovered(heap: Tasks, truth: Tensor, known: int, seed: int, fast: bool) -> tuple[Tensor, list[Result]]:
     """Labels of all trajectories, the first ``known`` of which are given, and after each round how good the others are.
 
     After the first, a round learns only from what is in a group, and with a model of its own: the first one's latents
     are of what a trajectory alone can tell, and it wouldn't part with them.
     """
+    torch.manual_seed(seed)
     labels, history = torch.cat([truth[:known], len(truth) + torch.arange(len(truth) - known)]), list[Result]()
-    model: MetaHybridVAE = Unpaired(Pendulum(), INDEPENDENCE, **OPTIONS)
-    guide = model.guide()
-    for k, number in enumerate([steps.alone, steps.afresh, *[steps.grouped] * steps.rounds]):
-        if k == 1:
-            model = MetaHybridVAE(Pendulum(), latents=SPARE, **OPTIONS)
-            guide = model.guide()
-        _train(model, guide, pairs(heap, labels, loners=k == 0), number, seed + k, again=k > 1)
-        found = groups_in(model, heap[known:], READING)
-        labels = torch.cat([truth[:known], len(truth) + found])
+
+    def regrouped() -> Tensor:
+        model.prior.evidence = TINY if fast else READING  # the program itself, from here on
+        found = groups_in(model, heap[known:])
         history.append(grouping_scores(found, truth[known:]))
+        return torch.cat([truth[:known], len(truth) + found])
+
+    model: MetaHybridVAE = Unpaired(Pendulum(), INDEPENDENCE, **ALONE.options)
+    taught(model, model.guide(), pairs(heap, labels), ALONE, seed, fast)
+    labels = regrouped()
+    model = MetaHybridVAE(Pendulum(), **AFRESH.options)
+    guide = model.guide()
+    taught(model, guide, pairs(heap, labels, loners=False), AFRESH, seed + 1, fast)
+    labels = regrouped()
+    for k, of_two in enumerate(ROUNDS[::3] if fast else ROUNDS, 2):
+        tasks = pairs(heap, labels, loners=False) if of_two else sets(heap, labels, SHOTS)
+        sharpened(model, guide, tasks, BETTER if of_two else BETTER._replace(batch_size=48), seed + k, fast)
+        labels = regrouped()
     return labels, history
 
 
-def _train(model: MetaHybridVAE, guide: AmortizedGuide, tasks: Tasks, steps: int, seed: int, again: bool = False,
-           ) -> None:
-    """As the example does: 48 tasks a step. Of pairs, which have one shot to explain instead of four, 192."""
-    def grow(step: int, fit: Fit) -> None:
-        model.correction = CORRECTION * (1.0 if again else ((step + 1) / steps) ** 2)
-
-    model.prior.evidence = None
-    meta_train(model, guide, tasks, steps=steps, batch_size=192 // (tasks.values.shape[1] - tasks.num_support),
-               learning_rate=2e-3 if again else 3e-3, seed=seed, curriculum={0.0: 1}, segments=8, average=0.2,
-               callback=grow, progress=False)
-
-
 def _long(seed: int, choice: Choice) -> Result:
-    system, steps = Pendulum(), _steps(choice).total
+    system = Pendulum()
     learn, judge = data("pendulum", seed, choice)
     system.points *= PIECES
     tasks, other = (cut(system.simulate(len(some), 2, seed + start), PIECES)
                     for start, some in ((20_000, learn), (30_000, judge)))
-    torch.manual_seed(seed)
-    model = MetaHybridVAE(Clocked(), latents=SPARE, **OPTIONS)
-    _train(model, model.guide(), tasks, steps, seed)
-    return {"case": "long", "labelled": None, "seed": seed, "systems": len(tasks), "pieces": PIECES, "steps": steps,
-            "grouping": [], **scores(model, tasks, with_clock(judge), _final(choice)),
-            "long": scores(model, tasks, other, _final(choice))}
+    found = learnt(CAREFUL._replace(system=Clocked), OURS, tasks, seed, choice.fast)
+    return {"case": "long", "labelled": None, "seed": seed, "systems": len(tasks), "pieces": PIECES, "grouping": [],
+            **scores(found, tasks, with_clock(judge)), "long": scores(found, tasks, other)}
 
 
 def grouping_scores(found: Tensor, truth: Tensor) -> Result:
@@ -163,29 +135,18 @@ def grouping_scores(found: Tensor, truth: Tensor) -> Result:
             "found_of_right": round(right / max(right + missed, 1), 4), "groups": len(found.unique())}
 
 
-@torch.no_grad()
-def scores(model: MetaHybridVAE, learn: Tasks, judge: Tasks, reading: Linearised) -> Result:
+def scores(found: Trained, learn: Tasks, judge: Tasks) -> Result:
     """What is recovered of unseen systems from their support; the unmixing comes from systems trained on."""
-    assert judge.truth is not None
-    model.prior.evidence = reading
     some = torch.from_numpy(np.random.default_rng(0).permutation(len(learn))[:500])
-    seen, new = _latents(model, learn[some]), _latents(model, judge)
-    truth = torch.cat([judge.truth[name] for name in (*model.system.physics, "unknown")], -1)
-    unmixed = disentangle(new[:, 1:], components=len(model.system.unknown), fit=seen[:, 1:])
-    everything, neural = mcc(new, truth), mcc(unmixed, truth[:, 1:])
-    return {"latents": [*model.system.physics, *model.system.unknown],
+    seen, new, truth = found.latents(learn[some]), found.latents(judge), true_latents(found, judge)
+    system = found.system
+    known = len(system.physics)
+    unmixed = disentangle(new[:, known:], components=len(system.unknown), fit=seen[:, known:])
+    everything, neural = mcc(new, truth), mcc(unmixed, truth[:, known:])
+    return {"latents": [*system.physics, *system.unknown],
             "strong_neural": round(neural.strong, 4), "strong": neural.matched.round(4).tolist(),
             "linear_r_mean": round(float(everything.linear_r.mean()), 4),
             "linear_r": everything.linear_r.round(4).tolist(), "held_out": len(judge)}
-
-
-def _latents(model: MetaHybridVAE, tasks: Tasks) -> Tensor:
-    """Means from the support alone, (task, latent), physics first."""
-    pieces = []
-    for start in range(0, len(tasks), 100):
-        found = model.prior(tasks[start : start + 100].episode().support)
-        pieces.append(torch.cat([found[name].mean for name in (*model.system.physics, "unknown")], -1))
-    return torch.cat(pieces)
 
 
 def table(results: Sequence[Result]) -> str:
