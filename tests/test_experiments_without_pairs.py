@@ -127,7 +127,7 @@ def test_sets_are_whole_groups_and_leave_loners_out() -> None:
 def test_independence_is_held_against_the_program_only_while_training() -> None:
     torch.manual_seed(0)
     system = ph.systems.Pendulum()
-    model = Unpaired(system, independence=1.0, **without_pairs.ALONE.options)
+    model = Unpaired(system, independence=1.0, **without_pairs.PAIRED.options)
     episode, guide = system.simulate(6, 4, 0).episode(), model.guide()
 
     def loss() -> float:

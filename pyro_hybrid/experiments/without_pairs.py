@@ -43,8 +43,7 @@ __all__ = ["figure", "grouping_scores", "runs", "scores", "table"]
 
 FRACTIONS = (1.0, 0.5, 0.25, 0.0)
 CASE = CASES["pendulum"]
-ALONE = CASE.ours._replace(steps=3000, batch_size=192, sharpening=None)  # a pair has one shot to explain, not four
-AFRESH = ALONE._replace(steps=1500)
+PAIRED = CASE.ours._replace(batch_size=192, sharpening=None)  # of two trajectories: one shot to explain, not four
 # What isn't of one system costs more than three times what others do, and teaches nothing.
 BETTER = Sharpening(4, 128, 0.05, Linearised(2, segments=(2, 2, 7)), misread=3.0)
 CAREFUL = CASE._replace(ours=CASE.ours._replace(sharpening=(CASE.ours.sharpening or BETTER)._replace(misread=3.0)))
@@ -104,12 +103,12 @@ def _recovered(heap: Tasks, truth: Tensor, known: int, seed: int, fast: bool) ->
         history.append(grouping_scores(found, truth[known:]))
         return torch.cat([truth[:known], len(truth) + found])
 
-    model: MetaHybridVAE = Unpaired(Pendulum(), INDEPENDENCE, **ALONE.options)
-    taught(model, model.guide(), pairs(heap, labels), ALONE, seed, fast)
+    model: MetaHybridVAE = Unpaired(Pendulum(), INDEPENDENCE, **PAIRED.options)
+    taught(model, model.guide(), pairs(heap, labels), PAIRED, seed, fast)
     labels = regrouped()
-    model = MetaHybridVAE(Pendulum(), **AFRESH.options)
+    model = MetaHybridVAE(Pendulum(), **PAIRED.options)
     guide = model.guide()
-    taught(model, guide, pairs(heap, labels, loners=False), AFRESH, seed + 1, fast)
+    taught(model, guide, pairs(heap, labels, loners=False), PAIRED, seed + 1, fast)
     labels = regrouped()
     sharpened(model, guide, pairs(heap, labels, loners=False), BETTER, seed + 2, fast)
     labels = regrouped()
