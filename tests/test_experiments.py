@@ -154,7 +154,7 @@ def test_our_own_models_end_by_second_order_and_rivals_as_published(
         return costs
 
     monkeypatch.setattr(trainer, "sharpen", spy)
-    trainer._train(program, guide, tasks, setting, 0, fast=True)
+    trainer.taught(program, guide, tasks, setting, 0, fast=True)
     end = setting.sharpening
     assert seen == ([(True, end.width, end.reading)] if model in MODELS[:2] else [])
 

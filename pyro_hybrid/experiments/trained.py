@@ -160,7 +160,7 @@ def learnt(case: Case, model: str, learn: Tasks, seed: int, fast: bool = False, 
             fit.save(place, made, guide)
             cost.write_text(json.dumps(seconds))
     out = Trained(model, made.eval(), guide.eval(), fit, seconds)
-    final = Linearised(1) if fast else case.final
+    final = Linearised(case.final.iterations, segments=case.final.segments) if fast else case.final  # no restarts
     if model in (OURS, DEAF):
         made.settle(learn[:200])
     if model == OURS:
