@@ -27,7 +27,10 @@ html_title = f"{project} {release}"
 
 def setup(app):
     """Leave out "Alias for field number 0": a NamedTuple's fields are described in its docstring."""
-    app.connect("autodoc-skip-member", lambda app, what, name, field, skip, options: skip or _is_alias(field))
+    app.connect(
+        "autodoc-skip-member",
+        lambda app, what, name, field, skip, options: skip or _is_alias(field),
+    )
 
 
 def _is_alias(member):

@@ -15,25 +15,47 @@ def main() -> None:
     started = time.perf_counter()
     choice = habits.options(__doc__, "advection_diffusion", tasks=300, steps=1500)
     system = ph.systems.AdvectionDiffusion()
-    train, held_out = system.simulate(choice.tasks + choice.held_out, choice.shots, choice.seed).split(choice.held_out)
+    train, held_out = system.simulate(
+        choice.tasks + choice.held_out, choice.shots, choice.seed
+    ).split(choice.held_out)
 
     # The encoder learns to read whole fields from a few segments of each, where the physics gets all the credit it can.
     model = ph.models.MetaHybridVAE(system, noise=10.0)
     guide = model.guide()
-    fit = ph.meta_train(model, guide, train, steps=choice.steps, batch_size=16, learning_rate=3e-3, seed=choice.seed,
-                        curriculum={0.0: 7}, segments=8, average=0.2, device=choice.device,
-                        callback=habits.growing_correction(model, 1e5, choice.steps))
+    fit = ph.meta_train(
+        model,
+        guide,
+        train,
+        steps=choice.steps,
+        batch_size=16,
+        learning_rate=3e-3,
+        seed=choice.seed,
+        curriculum={0.0: 7},
+        segments=8,
+        average=0.2,
+        device=choice.device,
+        callback=habits.growing_correction(model, 1e5, choice.steps),
+    )
 
     # The last digits come from whole trajectories, by second order; diffusion is credited with all that it explains.
     model.to("cpu"), guide.to("cpu")
-    ph.sharpen(model, guide, train, steps=1 if choice.fast else 6, batch_size=16,
-               reading=ph.Linearised(2, segments=(7,)), seed=choice.seed)
+    ph.sharpen(
+        model,
+        guide,
+        train,
+        steps=1 if choice.fast else 6,
+        batch_size=16,
+        reading=ph.Linearised(2, segments=(7,)),
+        seed=choice.seed,
+    )
     model.settle(train[:200])
 
     # What the encoder is blind to, the program itself finds.
     model.prior.evidence, guide = ph.Linearised(2, segments=(7,)), model.guide(ph.Linearised(1))
     ph.calibrate(model, train[:100])
-    habits.export(choice, model, guide, held_out, habits.judge(model, guide, train, held_out), fit, started)
+    habits.export(
+        choice, model, guide, held_out, habits.judge(model, guide, train, held_out), fit, started
+    )
 
 
 if __name__ == "__main__":

@@ -22,28 +22,47 @@ from pyro_hybrid.experiments import real_learned, real_pendulum
 
 def main() -> None:
     started = time.perf_counter()
-    choice = habits.options(__doc__, "double_pendulum", tasks=1000, steps=900,
-                            data="folder of a real pendulum's recordings; then tasks and steps are the experiment's")
+    choice = habits.options(
+        __doc__,
+        "double_pendulum",
+        tasks=1000,
+        steps=900,
+        data="folder of a real pendulum's recordings; then tasks and steps are the experiment's",
+    )
     if choice.data:
         return real(choice)
 
     # A thousand pendulums to learn from, three hundred to be judged on.
     system = ph.systems.DoublePendulum()
-    train, held_out = system.simulate(choice.tasks + choice.held_out, choice.shots, choice.seed).split(choice.held_out)
+    train, held_out = system.simulate(
+        choice.tasks + choice.held_out, choice.shots, choice.seed
+    ).split(choice.held_out)
 
     # Known equations + a neural torque, linear in its latents; support and query are read by the program itself:
     # first in short segments, from wherever the encoder points, then along the whole trajectory.
     model = ph.models.MetaHybridVAE(system, ph.Linearised(1, segments=(7, 7)))
     guide = model.guide(ph.Linearised(1))
-    fit = ph.meta_train(model, guide, train, steps=choice.steps, batch_size=16, learning_rate=8e-3, seed=choice.seed,
-                        curriculum={0.0: 7, 0.4: 14}, average=0.3, device=choice.device,
-                        callback=habits.growing_correction(model, 1000.0, choice.steps))
+    fit = ph.meta_train(
+        model,
+        guide,
+        train,
+        steps=choice.steps,
+        batch_size=16,
+        learning_rate=8e-3,
+        seed=choice.seed,
+        curriculum={0.0: 7, 0.4: 14},
+        average=0.3,
+        device=choice.device,
+        callback=habits.growing_correction(model, 1000.0, choice.steps),
+    )
 
     # For the final answer, a few more iterations than training needed, and intervals that halves of a task agree on.
     model.to("cpu")
     model.prior.evidence, guide.evidence = ph.Linearised(3, segments=(7, 7)), ph.Linearised(2)
     ph.calibrate(model, train)
-    habits.export(choice, model, guide, held_out, habits.judge(model, guide, train, held_out), fit, started)
+    habits.export(
+        choice, model, guide, held_out, habits.judge(model, guide, train, held_out), fit, started
+    )
 
 
 def real(choice: argparse.Namespace) -> None:
@@ -56,7 +75,10 @@ def real(choice: argparse.Namespace) -> None:
     model, guide, fit = real_learned.trained(learn, rivals, choice.seed, settings, progress=True)
 
     # One table: errors of predictions on the same windows, and what was found out about s.
-    found = {"seed": choice.seed, **real_pendulum.judged(model, judge, rivals, choice.seed, settings)}
+    found = {
+        "seed": choice.seed,
+        **real_pendulum.judged(model, judge, rivals, choice.seed, settings),
+    }
     print(real_pendulum.table([found]))
     (choice.out / "metrics.json").write_text(json.dumps(found, indent=2) + "\n")
     real_pendulum.figure([found]).savefig(choice.out / "recovered.png", dpi=130)
@@ -64,9 +86,11 @@ def real(choice: argparse.Namespace) -> None:
     # Gravity's truth is known up to a factor; the rival's is as good as any.
     few = real_learned.tasks(judge, 4, 8, choice.seed)
     few = replace(few, truth={"gravity": rivals.compound[2].float() * few.truth["gravity"]})
-    for name, figure in (("loss", habits.loss_figure(fit)),
-                         ("trajectories", habits.trajectories_figure(model, guide, few)),
-                         ("prior_posterior", habits.prior_posterior_figure(model, guide, few))):
+    for name, figure in (
+        ("loss", habits.loss_figure(fit)),
+        ("trajectories", habits.trajectories_figure(model, guide, few)),
+        ("prior_posterior", habits.prior_posterior_figure(model, guide, few)),
+    ):
         figure.savefig(choice.out / f"{name}.png", dpi=130, bbox_inches="tight")
     print(f"\nfigures and metrics.json are in {choice.out}/")
 

@@ -14,28 +14,61 @@ import pyro_hybrid as ph
 
 def main() -> None:
     started = time.perf_counter()
-    choice = habits.options(__doc__, "pendulum", tasks=1000, steps=3000,
-                            unconditional="compare: the encoder alone, with a prior that doesn't look at the support")
+    choice = habits.options(
+        __doc__,
+        "pendulum",
+        tasks=1000,
+        steps=3000,
+        unconditional="compare: the encoder alone, with a prior that doesn't look at the support",
+    )
     system = ph.systems.Pendulum()
-    train, held_out = system.simulate(choice.tasks + choice.held_out, choice.shots, choice.seed).split(choice.held_out)
+    train, held_out = system.simulate(
+        choice.tasks + choice.held_out, choice.shots, choice.seed
+    ).split(choice.held_out)
 
-    model = ph.models.MetaHybridVAE(system, linear=False, straightness=0.3, noise=10.0,
-                                    conditional=not choice.unconditional)
+    model = ph.models.MetaHybridVAE(
+        system, linear=False, straightness=0.3, noise=10.0, conditional=not choice.unconditional
+    )
     guide = model.guide()
-    fit = ph.meta_train(model, guide, train, steps=choice.steps, batch_size=48, learning_rate=3e-3, seed=choice.seed,
-                        curriculum={0.0: 1}, segments=8, average=0.2, device=choice.device,
-                        callback=habits.growing_correction(model, 30.0, choice.steps))
+    fit = ph.meta_train(
+        model,
+        guide,
+        train,
+        steps=choice.steps,
+        batch_size=48,
+        learning_rate=3e-3,
+        seed=choice.seed,
+        curriculum={0.0: 1},
+        segments=8,
+        average=0.2,
+        device=choice.device,
+        callback=habits.growing_correction(model, 30.0, choice.steps),
+    )
 
     # The last digits come from whole trajectories, by second order. For the final answer, credit gravity with all that
     # it explains, consult the program, from several starts, and calibrate the intervals.
     model.to("cpu"), guide.to("cpu")
     if not choice.unconditional:
-        ph.sharpen(model, guide, train, steps=1 if choice.fast else 24, batch_size=32, memory=0.95, width=0.02,
-                   reading=ph.Linearised(2, segments=(2, 2, 7)), seed=choice.seed)
+        ph.sharpen(
+            model,
+            guide,
+            train,
+            steps=1 if choice.fast else 24,
+            batch_size=32,
+            memory=0.95,
+            width=0.02,
+            reading=ph.Linearised(2, segments=(2, 2, 7)),
+            seed=choice.seed,
+        )
         model.settle(train[:200])
-        model.prior.evidence, guide = ph.Linearised(3, segments=(2, 2, 2, 7), restarts=4), model.guide(ph.Linearised(2))
+        model.prior.evidence, guide = (
+            ph.Linearised(3, segments=(2, 2, 2, 7), restarts=4),
+            model.guide(ph.Linearised(2)),
+        )
         ph.calibrate(model, train[:300])
-    habits.export(choice, model, guide, held_out, habits.judge(model, guide, train, held_out), fit, started)
+    habits.export(
+        choice, model, guide, held_out, habits.judge(model, guide, train, held_out), fit, started
+    )
 
 
 if __name__ == "__main__":

@@ -16,7 +16,9 @@ class PredatorsAndPrey(ph.HybridModel):
         self.prior = ph.SupportPrior(
             ph.SetEncoder(sensors=2, steps=steps, features=32),
             evidence=ph.Linearised(2, segments=(5, 5)),  # let the program itself read the support
-            growth=ph.families.LogNormal(1), unknown=ph.families.Normal(1))  # what has a name, and what hasn't
+            growth=ph.families.LogNormal(1),
+            unknown=ph.families.Normal(1),
+        )  # what has a name, and what hasn't
         self.residual = ph.Residual(inputs=2, latents=1, outputs=2, linear=True)
         self.noise = PyroParam(torch.tensor(0.1), dist.constraints.positive)
 
@@ -31,28 +33,50 @@ class PredatorsAndPrey(ph.HybridModel):
                 return growth - eaten, fed - 0.6
 
             states = ph.solve(field, episode.initial, episode.times)
-            return pyro.sample("x", dist.Normal(states, self.noise).mask(episode.mask).to_event(3), obs=episode.query)
+            return pyro.sample(
+                "x",
+                dist.Normal(states, self.noise).mask(episode.mask).to_event(3),
+                obs=episode.query,
+            )
 
 
-def measurements(systems: int, shots: int, steps: int) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+def measurements(
+    systems: int, shots: int, steps: int
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """Stand-in for your own data, with a truth to compare with."""
     growth, appetite = 0.5 + torch.rand(systems, 1), 0.4 + 0.6 * torch.rand(systems, 1)
     times = 0.2 * torch.arange(steps)
     start = (torch.rand(systems, shots) - 0.5, torch.rand(systems, shots) - 0.5)
-    states = ph.solve(lambda t, s: (growth - appetite * s[1].exp(), 0.5 * appetite * s[0].exp() - 0.6), start, times)
+    states = ph.solve(
+        lambda t, s: (growth - appetite * s[1].exp(), 0.5 * appetite * s[0].exp() - 0.6),
+        start,
+        times,
+    )
     return times, states + 0.02 * torch.randn_like(states), {"growth": growth, "appetite": appetite}
 
 
 def main(steps: int = 300) -> None:
     torch.manual_seed(0)
     times, values, truth = measurements(systems=300, shots=6, steps=31)
-    train, held_out = ph.Tasks.from_trajectories(times, values, num_support=3, truth=truth).split(100)
+    train, held_out = ph.Tasks.from_trajectories(times, values, num_support=3, truth=truth).split(
+        100
+    )
     model = PredatorsAndPrey(steps=31)
     guide = ph.AmortizedGuide(model.prior, evidence=ph.Linearised(1))
-    ph.meta_train(model, guide, train, steps=steps, batch_size=16, learning_rate=8e-3, curriculum={0.0: 5, 0.5: 15})
+    ph.meta_train(
+        model,
+        guide,
+        train,
+        steps=steps,
+        batch_size=16,
+        learning_rate=8e-3,
+        curriculum={0.0: 5, 0.5: 15},
+    )
     found = ph.draws(model, guide, held_out.episode(), 100)
     for name, site in {"growth": "growth", "appetite": "unknown"}.items():
-        print(f"{name}: linear R = {ph.mcc(found[site].mean(0), held_out.truth[name]).linear_r[0]:.3f}")
+        print(
+            f"{name}: linear R = {ph.mcc(found[site].mean(0), held_out.truth[name]).linear_r[0]:.3f}"
+        )
 
 
 if __name__ == "__main__":

@@ -15,7 +15,16 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import pandas as pd
 
-__all__ = ["GROUPS", "Grouped", "load", "pareto_k", "plot_ranks", "save", "summary", "to_inference_data"]
+__all__ = [
+    "GROUPS",
+    "Grouped",
+    "load",
+    "pareto_k",
+    "plot_ranks",
+    "save",
+    "summary",
+    "to_inference_data",
+]
 
 GROUPS = {
     "posterior": True,
@@ -29,7 +38,10 @@ GROUPS = {
 """The groups in ArviZ's order, and whether their arrays have the leading axes (chain, draw)."""
 
 _SAMPLE_AXES = ("chain", "draw")
-_NEGLIGIBLE, _EQUAL = -700.0, 1e-6  # log weights below the largest, and apart, by which they don't matter
+_NEGLIGIBLE, _EQUAL = (
+    -700.0,
+    1e-6,
+)  # log weights below the largest, and apart, by which they don't matter
 
 
 @runtime_checkable
@@ -62,14 +74,20 @@ def to_inference_data(
     _check_groups(groups)
     _check_axes(known, dims, coords)
     _check_attrs(attrs)
-    data = _from_dict(known, {k: list(v) for k, v in dims.items()}, {k: np.asarray(v) for k, v in coords.items()})
+    data = _from_dict(
+        known, {k: list(v) for k, v in dims.items()}, {k: np.asarray(v) for k, v in coords.items()}
+    )
     for node in (data, *(data[name] for name in known)):
         node.attrs.update({**attrs, "inference_library": "pyro_hybrid"})
     return data
 
 
 def summary(
-    data: Grouped, var_names: Sequence[str] | None = None, prob: float = 0.9, *, group: str = "posterior"
+    data: Grouped,
+    var_names: Sequence[str] | None = None,
+    prob: float = 0.9,
+    *,
+    group: str = "posterior",
 ) -> pd.DataFrame:
     """Tabulate mean, standard deviation and equal-tailed interval of every latent, one row an entry.
 
@@ -87,10 +105,17 @@ def summary(
     present = list(draws.data_vars)
     names = present if var_names is None else list(var_names)
     missing = [name for name in names if name not in present]
-    _require(not missing, f"var_names among {present}", missing, f"Those are the variables of group {group!r}.")
+    _require(
+        not missing,
+        f"var_names among {present}",
+        missing,
+        f"Those are the variables of group {group!r}.",
+    )
     tails = ((1 - prob) / 2, (1 + prob) / 2)
     columns = ["mean", "sd", *(f"eti_{100 * tail:.4g}%" for tail in tails)]
-    return pd.concat([pd.DataFrame(_moments(draws[n], tails), _labels(draws[n]), columns) for n in names])
+    return pd.concat(
+        [pd.DataFrame(_moments(draws[n], tails), _labels(draws[n]), columns) for n in names]
+    )
 
 
 def save(data: Grouped, path: str | Path) -> None:
@@ -108,8 +133,13 @@ def load(path: str | Path) -> Grouped:
 
 def pareto_k(log_weights: np.ndarray) -> np.ndarray:
     """PSIS k-hat of log importance weights ``(..., draw)``: 0 where all are equal, infinite where hardly any counts."""
-    weights, few = np.where(np.isnan(log_weights), -np.inf, log_weights), 3.0 * log_weights.shape[-1] ** 0.5
-    with np.errstate(all="ignore"):  # all of them may be zero, one infinite, and some tails fit no Pareto distribution
+    weights, few = (
+        np.where(np.isnan(log_weights), -np.inf, log_weights),
+        3.0 * log_weights.shape[-1] ** 0.5,
+    )
+    with np.errstate(
+        all="ignore"
+    ):  # all of them may be zero, one infinite, and some tails fit no Pareto distribution
         weights = np.maximum(weights - weights.max(-1, keepdims=True), _NEGLIGIBLE)
         counts = weights > _NEGLIGIBLE
         k = np.where(counts.sum(-1) < few, np.inf, 0.0)
@@ -133,8 +163,16 @@ def plot_ranks(ranks: np.ndarray, axis: Any, color: str) -> None:
     """Draw into a matplotlib axis how far the ECDF of ranks between 0 and 1 is above the diagonal."""
     arviz = _backend()
     if _is_old(arviz):
-        arviz.plot_ecdf(ranks, cdf=np.asarray, eval_points=np.linspace(0.0, 1.0, 201), difference=True, ax=axis,
-                        plot_kwargs={"color": color}, show=False, backend="matplotlib")
+        arviz.plot_ecdf(
+            ranks,
+            cdf=np.asarray,
+            eval_points=np.linspace(0.0, 1.0, 201),
+            difference=True,
+            ax=axis,
+            plot_kwargs={"color": color},
+            show=False,
+            backend="matplotlib",
+        )
         return
     import xarray
 
@@ -144,17 +182,27 @@ def plot_ranks(ranks: np.ndarray, axis: Any, color: str) -> None:
         return xarray.DataArray(cell)
 
     data = arviz.from_dict({"prior_sbc": {"rank": ranks[None]}})
-    where = xarray.DataTree.from_dict({"/": xarray.Dataset({"figure": only(axis.figure)}),
-                                       "plot": xarray.Dataset({"rank": only(axis)})})
+    where = xarray.DataTree.from_dict(
+        {
+            "/": xarray.Dataset({"figure": only(axis.figure)}),
+            "plot": xarray.Dataset({"rank": only(axis)}),
+        }
+    )
     onto = arviz.PlotCollection(data["prior_sbc"].dataset, where, backend="matplotlib")
-    hidden = dict.fromkeys(("suspicious_points", "p_value_text", "xlabel", "ylabel", "title"), False)
-    arviz.plot_ecdf_pit(data, plot_collection=onto, visuals={**hidden, "ecdf_lines": {"color": color}})
+    hidden = dict.fromkeys(
+        ("suspicious_points", "p_value_text", "xlabel", "ylabel", "title"), False
+    )
+    arviz.plot_ecdf_pit(
+        data, plot_collection=onto, visuals={**hidden, "ecdf_lines": {"color": color}}
+    )
 
 
 def _backend() -> ModuleType:
     """ArviZ, imported when it is needed (it takes seconds) and without 0.x's daily advertisement of 1.x."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=r"\s*ArviZ is undergoing a major refactor", category=FutureWarning)
+        warnings.filterwarnings(
+            "ignore", message=r"\s*ArviZ is undergoing a major refactor", category=FutureWarning
+        )
         import arviz
     return arviz
 
@@ -164,7 +212,9 @@ def _is_old(arviz: ModuleType) -> bool:
     return int(arviz.__version__.partition(".")[0]) < 1
 
 
-def _from_dict(groups: dict[str, dict[str, np.ndarray]], dims: dict[str, Any], coords: dict[str, Any]) -> Grouped:
+def _from_dict(
+    groups: dict[str, dict[str, np.ndarray]], dims: dict[str, Any], coords: dict[str, Any]
+) -> Grouped:
     arviz = _backend()
     data: Grouped
     if _is_old(arviz):
@@ -184,8 +234,15 @@ def _moments(variable: Any, tails: tuple[float, float]) -> np.ndarray:
     """Mean, sd and the quantiles at ``tails`` over all chains and draws, shape (entries, 4)."""
     values = variable.transpose(*_SAMPLE_AXES, ...).values.astype(float)
     draws = values.reshape(values.shape[0] * values.shape[1], -1)
-    _require(len(draws) > 1, f"at least two draws of {variable.name!r}", len(draws), "Pass a larger num_samples.")
-    return np.stack([draws.mean(0), draws.std(0, ddof=1), *np.quantile(draws, tails, axis=0)], axis=-1)
+    _require(
+        len(draws) > 1,
+        f"at least two draws of {variable.name!r}",
+        len(draws),
+        "Pass a larger num_samples.",
+    )
+    return np.stack(
+        [draws.mean(0), draws.std(0, ddof=1), *np.quantile(draws, tails, axis=0)], axis=-1
+    )
 
 
 def _labels(variable: Any) -> list[str]:
@@ -193,7 +250,9 @@ def _labels(variable: Any) -> list[str]:
     axes = [axis for axis in variable.dims if axis not in _SAMPLE_AXES]
     entries = np.ndindex(*(variable.sizes[axis] for axis in axes))
     labels = [[str(label) for label in variable[axis].values] for axis in axes]
-    inside = (", ".join(names[i] for names, i in zip(labels, entry, strict=True)) for entry in entries)
+    inside = (
+        ", ".join(names[i] for names, i in zip(labels, entry, strict=True)) for entry in entries
+    )
     return [f"{variable.name}[{text}]" if axes else str(variable.name) for text in inside]
 
 
@@ -205,12 +264,26 @@ def _require(condition: bool, expected: str, came: object, remedy: str) -> None:
 
 def _check_groups(groups: Mapping[str, Mapping[str, np.ndarray]]) -> None:
     unknown = sorted(set(groups) - set(GROUPS))
-    _require(not unknown, f"groups among {list(GROUPS)}", unknown, "Rename them, or put arrays into constant_data.")
-    _require(any(groups.values()), "at least one array", "none", "Pass groups={'posterior': {name: array}, ...}.")
+    _require(
+        not unknown,
+        f"groups among {list(GROUPS)}",
+        unknown,
+        "Rename them, or put arrays into constant_data.",
+    )
+    _require(
+        any(groups.values()),
+        "at least one array",
+        "none",
+        "Pass groups={'posterior': {name: array}, ...}.",
+    )
     for group, variables in groups.items():
         for name, value in variables.items():
-            _require(isinstance(value, np.ndarray), f"{group}[{name!r}] to be a numpy array", type(value).__name__,
-                     "Convert it: tensor.detach().cpu().numpy().")
+            _require(
+                isinstance(value, np.ndarray),
+                f"{group}[{name!r}] to be a numpy array",
+                type(value).__name__,
+                "Convert it: tensor.detach().cpu().numpy().",
+            )
 
 
 def _check_axes(
@@ -221,26 +294,40 @@ def _check_axes(
     """One length an axis, in all groups: xarray would pad with NaN, ArviZ would rename the axis, both silently."""
     lengths = {axis: len(labels) for axis, labels in coords.items()}
     for group, variables in groups.items():
-        own: dict[str, int] = {}  # the number of chains and draws may differ between prior and posterior
+        own: dict[
+            str, int
+        ] = {}  # the number of chains and draws may differ between prior and posterior
         for name, value in variables.items():
             axes = _axes(group, name, value, dims.get(name, ()))
             for axis, length in zip(axes, value.shape, strict=True):
                 expected = (own if axis in _SAMPLE_AXES else lengths).setdefault(axis, length)
-                _require(length == expected, f"{expected} along axis {axis!r} of {group}[{name!r}]", length,
-                         "That is its length in coords or in the arrays before it.")
+                _require(
+                    length == expected,
+                    f"{expected} along axis {axis!r} of {group}[{name!r}]",
+                    length,
+                    "That is its length in coords or in the arrays before it.",
+                )
 
 
 def _axes(group: str, name: str, value: np.ndarray, dims: Sequence[str]) -> tuple[str, ...]:
     axes = (*_SAMPLE_AXES, *dims) if GROUPS[group] else tuple(dims)
     if group == "log_likelihood":
         axes = axes[: max(value.ndim, len(_SAMPLE_AXES))]
-    _require(value.ndim == len(axes) > 0, f"{group}[{name!r}] with axes {axes}", f"shape {value.shape}",
-             f"Name its axes in dims[{name!r}], without chain and draw; a single number belongs in attrs.")
+    _require(
+        value.ndim == len(axes) > 0,
+        f"{group}[{name!r}] with axes {axes}",
+        f"shape {value.shape}",
+        f"Name its axes in dims[{name!r}], without chain and draw; a single number belongs in attrs.",
+    )
     return axes
 
 
 def _check_attrs(attrs: Mapping[str, str | int | float]) -> None:
     for name, value in attrs.items():
         storable = isinstance(value, str | int | float) and not isinstance(value, bool)
-        _require(storable, f"attrs[{name!r}] as text or number", type(value).__name__,
-                 "netCDF attributes hold nothing else: pass str(value), or int(value) for a bool.")
+        _require(
+            storable,
+            f"attrs[{name!r}] as text or number",
+            type(value).__name__,
+            "netCDF attributes hold nothing else: pass str(value), or int(value) for a bool.",
+        )

@@ -15,7 +15,9 @@ def fail(expected: str, came: object, remedy: str, error: type[Exception] = Valu
     raise error(f"expected {expected}; got {came}. {remedy}")
 
 
-def require(condition: bool, expected: str, came: object, remedy: str, error: type[Exception] = ValueError) -> None:
+def require(
+    condition: bool, expected: str, came: object, remedy: str, error: type[Exception] = ValueError
+) -> None:
     """Raise unless ``condition`` holds; never an ``assert``, so that ``python -O`` checks too."""
     if not condition:
         fail(expected, came, remedy, error)
@@ -24,10 +26,19 @@ def require(condition: bool, expected: str, came: object, remedy: str, error: ty
 def require_floating(name: str, value: object) -> None:
     """Only floating-point tensors: an integer trajectory would be truncated silently somewhere else."""
     if not isinstance(value, Tensor):
-        fail(f"{name} to be a torch tensor", type(value).__name__,
-             f"Convert it: torch.as_tensor({name}, dtype=torch.float32).", TypeError)
-    require(value.dtype in (torch.float32, torch.float64), f"{name} in float32 or float64", value.dtype,
-            f"Convert it: {name}.float() or {name}.double().", TypeError)
+        fail(
+            f"{name} to be a torch tensor",
+            type(value).__name__,
+            f"Convert it: torch.as_tensor({name}, dtype=torch.float32).",
+            TypeError,
+        )
+    require(
+        value.dtype in (torch.float32, torch.float64),
+        f"{name} in float32 or float64",
+        value.dtype,
+        f"Convert it: {name}.float() or {name}.double().",
+        TypeError,
+    )
 
 
 def require_finite(name: str, value: Tensor, mask: Tensor | None = None) -> None:
@@ -37,5 +48,8 @@ def require_finite(name: str, value: Tensor, mask: Tensor | None = None) -> None
         bad = bad & mask
     if bad.any():
         where = tuple(bad.nonzero()[0].tolist())
-        fail(f"finite {name}", f"{value[where].item()} at index {where} ({int(bad.sum())} such entries)",
-             "Drop them, or pass mask= with False where an observation is missing.")
+        fail(
+            f"finite {name}",
+            f"{value[where].item()} at index {where} ({int(bad.sum())} such entries)",
+            "Drop them, or pass mask= with False where an observation is missing.",
+        )

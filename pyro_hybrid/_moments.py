@@ -18,7 +18,9 @@ def inverse_trigamma(variance: Tensor) -> Tensor:
     for _ in range(3):
         shape = log_shape.exp()
         trigamma = torch.polygamma(1, shape)
-        log_shape = log_shape - (trigamma / variance).log() * trigamma / (shape * torch.polygamma(2, shape))
+        log_shape = log_shape - (trigamma / variance).log() * trigamma / (
+            shape * torch.polygamma(2, shape)
+        )
     return log_shape.exp()
 
 
@@ -51,7 +53,9 @@ def inverse_circular(scale: Tensor) -> Tensor:
     log_concentration = -goal
     for _ in range(12):
         # 1.28 is midway between the slopes, 1 and 1.56
-        log_concentration = log_concentration + (log_dispersion(log_concentration.exp()) - goal) / 1.28
+        log_concentration = (
+            log_concentration + (log_dispersion(log_concentration.exp()) - goal) / 1.28
+        )
     return log_concentration.exp()
 
 
@@ -60,4 +64,6 @@ def log_dispersion(concentration: Tensor) -> Tensor:
     low, x = concentration.clamp(max=100.0), 1 / concentration.clamp(min=100.0)
     i0, i1 = torch.special.i0e(low), torch.special.i1e(low)
     gap = x / 2 + x**2 / 8 + x**3 / 8 + 25 * x**4 / 128 + 13 * x**5 / 32
-    return torch.where(concentration < 100.0, (i0 - i1).log() - i1.log(), gap.log() - torch.log1p(-gap))
+    return torch.where(
+        concentration < 100.0, (i0 - i1).log() - i1.log(), gap.log() - torch.log1p(-gap)
+    )

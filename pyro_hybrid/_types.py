@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-if TYPE_CHECKING:  # Pyro's versions of torch's distributions are both of these, and no class of Pyro's says so
+if (
+    TYPE_CHECKING
+):  # Pyro's versions of torch's distributions are both of these, and no class of Pyro's says so
     from pyro.distributions import TorchDistribution as Stock
 else:
     from torch.distributions import Distribution as Stock

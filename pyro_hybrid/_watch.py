@@ -35,8 +35,11 @@ class Ending:
 
     def __enter__(self) -> Ending:
         if self.heeded:
-            self.before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)
-                           if signal.getsignal(number) is not signal.SIG_IGN}  # as SIGINT is under nohup
+            self.before = {
+                number: signal.signal(number, self._note)
+                for number in (signal.SIGINT, signal.SIGTERM)
+                if signal.getsignal(number) is not signal.SIG_IGN
+            }  # as SIGINT is under nohup
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -78,7 +81,11 @@ class Terms(Messenger):
     def _scale(self, msg: dict[str, Any]) -> float:
         """A shot's site has an axis of shots, among others unless it is observed; a task's has its components alone."""
         event = msg["fn"].event_shape
-        return self.by_shot if event[:1] == (self.shots,) and (len(event) > 1 or msg["is_observed"]) else 1.0
+        return (
+            self.by_shot
+            if event[:1] == (self.shots,) and (len(event) > 1 or msg["is_observed"])
+            else 1.0
+        )
 
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
         if not is_random(msg):

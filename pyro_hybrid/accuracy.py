@@ -52,14 +52,22 @@ def step_error(program: Program, episode: Episode) -> StepError:
     """
     with poutine.block(), failures_as_values():
         trace = poutine.trace(program).get_trace(episode)
-    latents = {name: site["value"] for name, site in random_sites(trace).items() if not site["is_observed"]}
+    latents = {
+        name: site["value"] for name, site in random_sites(trace).items() if not site["is_observed"]
+    }
     now = observed(program, episode, latents)[0]
     with steps_halved():
         finer = observed(program, episode, latents)[0]
-    require(bool(now), "a program that observes something", "no observed sample site with data",
-            "Pass an episode with a query, and obs=episode.query in the program.")
-    errors = [((a.mean - b.mean) / b.scale).where(b.mask, 0.0).nan_to_num(torch.inf).flatten(1)
-              for a, b in zip(now, finer, strict=True)]
+    require(
+        bool(now),
+        "a program that observes something",
+        "no observed sample site with data",
+        "Pass an episode with a query, and obs=episode.query in the program.",
+    )
+    errors = [
+        ((a.mean - b.mean) / b.scale).where(b.mask, 0.0).nan_to_num(torch.inf).flatten(1)
+        for a, b in zip(now, finer, strict=True)
+    ]
     counts = [b.mask.expand(b.mean.shape).flatten(1) for b in finer]
     error, count = torch.cat(errors, 1), torch.cat(counts, 1)
     typical = (error.square().sum() / count.sum().clamp(min=1)).sqrt()

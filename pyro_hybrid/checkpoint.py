@@ -65,8 +65,10 @@ def load(folder: str | os.PathLike[str], model: nn.Module, guide: nn.Module) -> 
     stored = read(path if last is None else last)
     fit = stored.state.get("fit")
     if not isinstance(fit, dict) or set(fit) != {one.name for one in fields(Fit)}:
-        raise CheckpointError(f"{path} can't be loaded: it holds no record of a training. Load what Fit.save or "
-                              "meta_train wrote.")
+        raise CheckpointError(
+            f"{path} can't be loaded: it holds no record of a training. Load what Fit.save or "
+            "meta_train wrote."
+        )
     put_back(model, guide, stored.weights, stored.about)
     return Fit(**fit)
 
@@ -78,27 +80,41 @@ def parameters(model: nn.Module, guide: nn.Module) -> Parameters:
     known: set[int] = set()
     for role, module in (("model", model), ("guide", guide)):
         for name, value in module.state_dict(keep_vars=True).items():
-            require(isinstance(value, Tensor), f"tensors alone in the state of the {role}",
-                    f"{name}, a {type(value).__name__}", "Keep other settings in attributes.", TypeError)
+            require(
+                isinstance(value, Tensor),
+                f"tensors alone in the state of the {role}",
+                f"{name}, a {type(value).__name__}",
+                "Keep other settings in attributes.",
+                TypeError,
+            )
             if id(value) not in known:
                 known.add(id(value))
-                found[f"{role}.{name.replace('_orig_mod.', '')}"] = value  # which torch.compile adds
+                found[f"{role}.{name.replace('_orig_mod.', '')}"] = (
+                    value  # which torch.compile adds
+                )
     return found
 
 
-def put_back(model: nn.Module, guide: nn.Module, saved: Parameters, about: Mapping[str, Any]) -> None:
+def put_back(
+    model: nn.Module, guide: nn.Module, saved: Parameters, about: Mapping[str, Any]
+) -> None:
     """Copy saved parameters into their places, all or none."""
     own, by = parameters(model, guide), f"a {about.get('model')} with a {about.get('guide')}"
-    if missing := [name for name in own if name not in saved] or [name for name in saved if name not in own]:
+    if missing := [name for name in own if name not in saved] or [
+        name for name in saved if name not in own
+    ]:
         whose = "only the model has" if missing[0] in own else "only the checkpoint has"
-        raise CheckpointError(f"The checkpoint, of {by}, doesn't fit the model: {whose} {', '.join(missing[:5])}"
-                              f"{' ...' if len(missing) > 5 else ''}. Build model and guide as they were trained.")
+        raise CheckpointError(
+            f"The checkpoint, of {by}, doesn't fit the model: {whose} {', '.join(missing[:5])}"
+            f"{' ...' if len(missing) > 5 else ''}. Build model and guide as they were trained."
+        )
     for name, value in own.items():
         if (value.shape, value.dtype) != (saved[name].shape, saved[name].dtype):
             raise CheckpointError(
                 f"The checkpoint, of {by}, doesn't fit the model: {name} has shape {tuple(saved[name].shape)} and "
                 f"{saved[name].dtype} there, {tuple(value.shape)} and {value.dtype} here. Build model and guide as "
-                "they were trained.")
+                "they were trained."
+            )
     with torch.no_grad():
         for name, value in own.items():
             value.copy_(saved[name])
@@ -110,7 +126,13 @@ def digest(tasks: Tasks | None) -> str | None:
         return None
     states = tasks.states if isinstance(tasks.states, tuple) else (tasks.states,)
     found = hashlib.sha256(str(tasks.num_support).encode())
-    for part in (tasks.times, tasks.values, *states, torch.as_tensor(tasks.mask), torch.as_tensor(tasks.seen)):
+    for part in (
+        tasks.times,
+        tasks.values,
+        *states,
+        torch.as_tensor(tasks.mask),
+        torch.as_tensor(tasks.seen),
+    ):
         found.update(f"{tuple(part.shape)} {part.dtype}".encode())
         found.update(part.detach().cpu().contiguous().numpy().tobytes())
     return found.hexdigest()
@@ -125,7 +147,9 @@ class Checkpoints:
         keep: how many of the last ones to keep.
     """
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any] | None = None, keep: int = 2) -> None:
+    def __init__(
+        self, folder: Path, settings: Mapping[str, Any] | None = None, keep: int = 2
+    ) -> None:
         self.folder, self.keep = folder, keep
         self.settings = json.loads(json.dumps(settings or {}, default=float))
 
@@ -145,21 +169,45 @@ class Checkpoints:
         last = self.last()
         if last is None:
             return None
-        require(resume, f"a folder without checkpoints, or resume=True to go on after {last.name}",
-                f"{len(self.all())} of them in {self.folder}", "Pass resume=True, or choose another folder.")
+        require(
+            resume,
+            f"a folder without checkpoints, or resume=True to go on after {last.name}",
+            f"{len(self.all())} of them in {self.folder}",
+            "Pass resume=True, or choose another folder.",
+        )
         stored = read(last)
         for name, value in self.settings.items():
             before = stored.about.get("settings", {}).get(name)
-            require(before == value, f"{name} = {before!r}, as in the training to be resumed", f"{value!r}",
-                    f"Pass what it was, or train anew into another folder than {self.folder}.")
+            require(
+                before == value,
+                f"{name} = {before!r}, as in the training to be resumed",
+                f"{value!r}",
+                f"Pass what it was, or train anew into another folder than {self.folder}.",
+            )
         return stored
 
-    def save(self, step: int, model: nn.Module, guide: nn.Module, state: dict[str, Any], *, finished: bool,
-             held_out: float = math.inf) -> None:
+    def save(
+        self,
+        step: int,
+        model: nn.Module,
+        guide: nn.Module,
+        state: dict[str, Any],
+        *,
+        finished: bool,
+        held_out: float = math.inf,
+    ) -> None:
         """Write one, then remove those that are neither among the last ones nor the best."""
-        about = {"step": step, "finished": finished, "settings": self.settings, **_classes(model, guide),
-                 "held_out": held_out if math.isfinite(held_out) else None}
-        write(self.folder / f"step-{step:08d}", Stored(_copied(parameters(model, guide)), state, about))
+        about = {
+            "step": step,
+            "finished": finished,
+            "settings": self.settings,
+            **_classes(model, guide),
+            "held_out": held_out if math.isfinite(held_out) else None,
+        }
+        write(
+            self.folder / f"step-{step:08d}",
+            Stored(_copied(parameters(model, guide)), state, about),
+        )
         every = self.all()
         best = min(map(_held_out, every))
         for old in every[: -self.keep]:
@@ -182,4 +230,7 @@ def _classes(model: nn.Module, guide: nn.Module) -> dict[str, str]:
 
 
 def _copied(values: Parameters) -> Parameters:
-    return {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in values.items()}
+    return {
+        name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, value in values.items()
+    }

@@ -29,16 +29,21 @@ _still: ContextVar[bool] = ContextVar("still", default=False)
 class SolverError(RuntimeError):
     """An integration that failed: ``cause`` says why, ``index`` where in the batch, ``time`` and ``steps`` when."""
 
-    def __init__(self, cause: str, index: tuple[int, ...] = (), time: float = math.nan, steps: int = 0) -> None:
+    def __init__(
+        self, cause: str, index: tuple[int, ...] = (), time: float = math.nan, steps: int = 0
+    ) -> None:
         self.cause, self.index, self.time, self.steps = cause, index, time, steps
         self.task = index[-2] if len(index) > 1 else (index[0] if index else 0)
         super().__init__(  # Pyro raises it again with the whole message as the cause, and shapes after it
-            cause if math.isnan(time) else
-            f"{cause} in task {self.task} (batch index {index}) at t = {time:.4g} after {steps} steps. "
+            cause
+            if math.isnan(time)
+            else f"{cause} in task {self.task} (batch index {index}) at t = {time:.4g} after {steps} steps. "
             "Shorten the segments, add substeps, or bound the neural term's output."
         )
         # To NUTS and HMC a diverging trajectory is a proposal to reject, not the end of the run.
-        register_exception_handler("pyro_hybrid", lambda e: isinstance(e, SolverError), warn_on_overwrite=False)
+        register_exception_handler(
+            "pyro_hybrid", lambda e: isinstance(e, SolverError), warn_on_overwrite=False
+        )
 
 
 def failures_as_values() -> AbstractContextManager[None]:
@@ -51,9 +56,19 @@ def standing_still() -> AbstractContextManager[None]:
     return inside(_still, True)
 
 
-def solve(field: Field, initial: State, times: Times, *, method: str = "rk4", substeps: int = 1,
-          step: float | None = None, compile: bool = False, rtol: float = 1e-6, atol: float = 1e-8,
-          max_steps: int = 10_000) -> Tensor:
+def solve(
+    field: Field,
+    initial: State,
+    times: Times,
+    *,
+    method: str = "rk4",
+    substeps: int = 1,
+    step: float | None = None,
+    compile: bool = False,
+    rtol: float = 1e-6,
+    atol: float = 1e-8,
+    max_steps: int = 10_000,
+) -> Tensor:
     r"""Integrate :math:`\dot y = f(t, y)` from ``initial`` through ``times``, differentiably.
 
     One trajectory never disturbs another: fixed steps are taken row by row, and the adaptive methods measure the
@@ -88,8 +103,13 @@ def solve(field: Field, initial: State, times: Times, *, method: str = "rk4", su
     if _still.get():
         path: Tensor | list[Tensor] = [stacked] * times.shape[-1]
     elif method == "rk4":
-        path, walked = fixed_steps(slope, stacked, times, substeps, step, axis, _code(field) if compile else None)
-        if _raise_failures.get() and not torch.isfinite(path if isinstance(path, Tensor) else path[-1]).all():
+        path, walked = fixed_steps(
+            slope, stacked, times, substeps, step, axis, _code(field) if compile else None
+        )
+        if (
+            _raise_failures.get()
+            and not torch.isfinite(path if isinstance(path, Tensor) else path[-1]).all()
+        ):
             _explain(walked, axis)
     else:
         path = _adaptive(slope, stacked, times, method, rtol, atol, max_steps, axis)
@@ -105,16 +125,24 @@ def _checked(field: Field, axis: int) -> Slope:
     def slope(t: Tensor, state: Tensor) -> Tensor:
         slopes = field(t, state)
         if not isinstance(slopes, Tensor) or slopes.shape[-1:] != state.shape[-1:]:
-            fail(f"the field to return a tensor (..., {state.shape[-1]})", _form(slopes),
-                 "Return one slope for each component, in the last axis.", TypeError)
+            fail(
+                f"the field to return a tensor (..., {state.shape[-1]})",
+                _form(slopes),
+                "Return one slope for each component, in the last axis.",
+                TypeError,
+            )
         return slopes.expand(torch.broadcast_shapes(slopes.shape, state.shape))
 
     def stacked(t: Tensor, state: Tensor) -> Tensor:
         parts = state.unbind(0)
         slopes = field(t, parts)
         if not isinstance(slopes, tuple) or len(slopes) != len(parts):
-            fail(f"the field to return a tuple of {len(parts)} slopes", _form(slopes),
-                 "Return one slope for each component of the state, in the same order.", TypeError)
+            fail(
+                f"the field to return a tuple of {len(parts)} slopes",
+                _form(slopes),
+                "Return one slope for each component of the state, in the same order.",
+                TypeError,
+            )
         if any(part.shape != parts[0].shape for part in slopes):
             slopes = torch.broadcast_tensors(*slopes, parts[0])[:-1]
         return torch.stack(slopes)
@@ -136,7 +164,9 @@ def _explain(walked: Path, axis: int) -> None:
             knots = walked.knots
             clock = knots if knots.dim() == 1 else knots.expand(bad.shape[-1], -1)[index[-1]]
             raise SolverError("the state stopped being finite", index, float(clock[k]), k)
-    raise SolverError("the slope at the last time isn't finite", (), float(walked.knots.flatten()[-1]), k)
+    raise SolverError(
+        "the slope at the last time isn't finite", (), float(walked.knots.flatten()[-1]), k
+    )
 
 
 def _code(field: Field) -> CodeType:
@@ -144,8 +174,16 @@ def _code(field: Field) -> CodeType:
     return getattr(field, "__code__", getattr(type(field).__call__, "__code__", solve.__code__))
 
 
-def _adaptive(slope: Slope, y: Tensor, times: Times, method: str, rtol: float, atol: float, max_steps: int,
-              axis: int) -> list[Tensor]:
+def _adaptive(
+    slope: Slope,
+    y: Tensor,
+    times: Times,
+    method: str,
+    rtol: float,
+    atol: float,
+    max_steps: int,
+    axis: int,
+) -> list[Tensor]:
     """torchdiffeq, from one output time to the next.
 
     Interpolating to output times misses the tolerance by 7 (dopri5) to 1000 times (dopri8), and asked to land on all of
@@ -160,7 +198,9 @@ def _adaptive(slope: Slope, y: Tensor, times: Times, method: str, rtol: float, a
         while not watch.lost.all():
             options["step_t"], interval = clock[k : k + 1], clock[k - 1 : k + 1]
             try:
-                y = torchdiffeq.odeint(watch, y, interval, rtol=rtol, atol=atol, method=method, options=options)[1]
+                y = torchdiffeq.odeint(
+                    watch, y, interval, rtol=rtol, atol=atol, method=method, options=options
+                )[1]
                 break
             except SolverError:
                 if _raise_failures.get():
@@ -189,7 +229,11 @@ class _Watch:
         slope = self.slope(t + self.offset, y).masked_fill(self.lost.unsqueeze(self.axis), 0.0)
         bad = ~torch.isfinite(slope + y).all(self.axis)
         if bad.any():
-            self.give_up("the state or its slope stopped being finite" if t.isfinite() else _SHRANK, t, bad.float())
+            self.give_up(
+                "the state or its slope stopped being finite" if t.isfinite() else _SHRANK,
+                t,
+                bad.float(),
+            )
         return slope
 
     def norm(self, error: Tensor) -> Tensor:
@@ -202,7 +246,9 @@ class _Watch:
         self.steps, self.step = self.steps + 1, step.detach()
         errors = self.errors.nan_to_num(torch.inf, torch.inf)
         if self.steps > self.max_steps:
-            self.give_up(f"more than max_steps = {self.max_steps} steps needed", t, errors, everyone=True)
+            self.give_up(
+                f"more than max_steps = {self.max_steps} steps needed", t, errors, everyone=True
+            )
         if not t + step > t:
             self.give_up(_SHRANK, t, errors)
 
@@ -221,36 +267,76 @@ def _common_clock(times: Times, axis: int) -> tuple[Tensor, Tensor]:
     if times.dim() == 1:
         return times.new_zeros(()), times
     offset, clock = times[..., 0], times - times[..., :1]
-    require(bool((clock - clock[:1]).abs().max() <= 16 * torch.finfo(times.dtype).eps * times.abs().max()),
-            "clocks that differ by an offset only (adaptive methods)", "clocks of different spacing",
-            'Use method="rk4", or solve the shots one by one.')
+    require(
+        bool(
+            (clock - clock[:1]).abs().max() <= 16 * torch.finfo(times.dtype).eps * times.abs().max()
+        ),
+        "clocks that differ by an offset only (adaptive methods)",
+        "clocks of different spacing",
+        'Use method="rk4", or solve the shots one by one.',
+    )
     return (offset if axis == 0 else offset.unsqueeze(-1)), clock[0]
 
 
-def _check(initial: State, times: Times, method: str, substeps: int, step: float | None, compile: bool,
-           max_steps: int) -> None:
-    require(method in ("rk4", "dopri5", "dopri8"), 'method "rk4", "dopri5" or "dopri8"', repr(method),
-            'Take "rk4" for training and "dopri8" for reference solutions.')
-    require(substeps >= 1 and max_steps >= 1, "substeps and max_steps of 1 or more", f"{substeps} and {max_steps}",
-            "Pass positive integers.")
-    require(step is None or step > 0.0 and substeps == 1, "a positive step, without substeps",
-            f"step={step} and substeps={substeps}", "Pass one of the two.")
-    require(method == "rk4" or step is None and not compile, "step and compile with method='rk4' only",
-            f"method={method!r}",
-            "The adaptive methods choose their own steps, by rtol and atol.")
+def _check(
+    initial: State,
+    times: Times,
+    method: str,
+    substeps: int,
+    step: float | None,
+    compile: bool,
+    max_steps: int,
+) -> None:
+    require(
+        method in ("rk4", "dopri5", "dopri8"),
+        'method "rk4", "dopri5" or "dopri8"',
+        repr(method),
+        'Take "rk4" for training and "dopri8" for reference solutions.',
+    )
+    require(
+        substeps >= 1 and max_steps >= 1,
+        "substeps and max_steps of 1 or more",
+        f"{substeps} and {max_steps}",
+        "Pass positive integers.",
+    )
+    require(
+        step is None or step > 0.0 and substeps == 1,
+        "a positive step, without substeps",
+        f"step={step} and substeps={substeps}",
+        "Pass one of the two.",
+    )
+    require(
+        method == "rk4" or step is None and not compile,
+        "step and compile with method='rk4' only",
+        f"method={method!r}",
+        "The adaptive methods choose their own steps, by rtol and atol.",
+    )
     parts = initial if isinstance(initial, tuple) else (initial,)
     if not parts or any(p.numel() == 0 for p in parts):
         fail("a state with at least one row", "an empty one", "Check for empty batches.")
     for name, value in (("times", times), *(("initial", p) for p in parts)):
         require_floating(name, value)
-        require(value.dtype == times.dtype, f"initial in {times.dtype}, as the times", value.dtype, "Convert one.",
-                TypeError)
+        require(
+            value.dtype == times.dtype,
+            f"initial in {times.dtype}, as the times",
+            value.dtype,
+            "Convert one.",
+            TypeError,
+        )
     shape = torch.broadcast_shapes(*(p.shape for p in parts))
     shots = shape[-1:] if isinstance(initial, tuple) else shape[-2:-1]
-    require(times.dim() == 1 or times.dim() == 2 and times.shape[0] in (1, *shots),
-            f"times of shape (time,) or (shot, time) for {tuple(shots)} shots", tuple(times.shape),
-            "Give all shots one clock, or each its own.")
-    require(times.shape[-1] >= 2 and bool((torch.diff(times) > 0).all()), "two or more strictly increasing times",
-            times.tolist() if times.numel() < 9 else f"{tuple(times.shape)} with a smallest step of "
-            f"{float(torch.diff(times).min()) if times.shape[-1] > 1 else 'none'}",
-            "Sort the times and drop duplicates.")
+    require(
+        times.dim() == 1 or times.dim() == 2 and times.shape[0] in (1, *shots),
+        f"times of shape (time,) or (shot, time) for {tuple(shots)} shots",
+        tuple(times.shape),
+        "Give all shots one clock, or each its own.",
+    )
+    require(
+        times.shape[-1] >= 2 and bool((torch.diff(times) > 0).all()),
+        "two or more strictly increasing times",
+        times.tolist()
+        if times.numel() < 9
+        else f"{tuple(times.shape)} with a smallest step of "
+        f"{float(torch.diff(times).min()) if times.shape[-1] > 1 else 'none'}",
+        "Sort the times and drop duplicates.",
+    )

@@ -61,8 +61,12 @@ class SetEncoder(nn.Module):
         self.sensors, self.steps, self.features = sensors, steps, features
         self.register_buffer("centre", torch.zeros(sensors))
         self.register_buffer("scale", torch.ones(sensors))
-        self.each = nn.Sequential(nn.Linear(2 * steps * sensors, width), nn.SiLU(), nn.Linear(width, features))
-        self.joint = nn.Sequential(nn.SiLU(), nn.Linear(features + 1, width), nn.SiLU(), nn.Linear(width, features))
+        self.each = nn.Sequential(
+            nn.Linear(2 * steps * sensors, width), nn.SiLU(), nn.Linear(width, features)
+        )
+        self.joint = nn.Sequential(
+            nn.SiLU(), nn.Linear(features + 1, width), nn.SiLU(), nn.Linear(width, features)
+        )
 
     def standardise(self, values: Tensor, mask: Tensor | bool) -> None:
         """Take centre and scale of each sensor from training trajectories ``(task, shot, time, sensor)``."""
@@ -70,15 +74,22 @@ class SetEncoder(nn.Module):
         seen = torch.as_tensor(mask, device=values.device).expand_as(values)
         count = seen.sum((0, 1, 2)).clamp(min=1)
         self.centre = values.where(seen, 0.0).sum((0, 1, 2)) / count
-        self.scale = ((values - self.centre).where(seen, 0.0).square().sum((0, 1, 2)) / count).sqrt().clamp(min=1e-6)
+        self.scale = (
+            ((values - self.centre).where(seen, 0.0).square().sum((0, 1, 2)) / count)
+            .sqrt()
+            .clamp(min=1e-6)
+        )
 
     def shots(self, episode: Episode) -> Tensor:
         """Features of each trajectory by itself, ``(task, shot, features)``."""
         whole = episode.whole or episode
         values = whole.query
         if values is None:
-            fail("an episode with observations", "query=None",
-                 "An encoder reads trajectories; simulate from the prior instead.")
+            fail(
+                "an episode with observations",
+                "query=None",
+                "An encoder reads trajectories; simulate from the prior instead.",
+            )
         self._check(values)
         seen = torch.as_tensor(whole.seen, device=values.device).expand_as(values)
         standard = ((values - self.centre) / self.scale).where(seen, 0.0)
@@ -94,9 +105,19 @@ class SetEncoder(nn.Module):
         return self.joint(torch.cat([each.mean(-2), size], -1))
 
     def _check(self, values: Tensor) -> None:
-        require(values.dim() >= 4 and tuple(values.shape[-2:]) == (self.steps, self.sensors),
-                f"trajectories of (time, sensor) = ({self.steps}, {self.sensors})", tuple(values.shape[-2:]),
-                "Build the SetEncoder with the steps and sensors of these trajectories.")
-        require(values.dtype == self.centre.dtype, f"trajectories in {self.centre.dtype}, as the encoder", values.dtype,
-                "Convert the model with model.double() or .float(), or the values before they become tasks.", TypeError)
-        require(values.shape[-3] >= 1, "one shot or more", "an empty set", "The support can't be empty.")
+        require(
+            values.dim() >= 4 and tuple(values.shape[-2:]) == (self.steps, self.sensors),
+            f"trajectories of (time, sensor) = ({self.steps}, {self.sensors})",
+            tuple(values.shape[-2:]),
+            "Build the SetEncoder with the steps and sensors of these trajectories.",
+        )
+        require(
+            values.dtype == self.centre.dtype,
+            f"trajectories in {self.centre.dtype}, as the encoder",
+            values.dtype,
+            "Convert the model with model.double() or .float(), or the values before they become tasks.",
+            TypeError,
+        )
+        require(
+            values.shape[-3] >= 1, "one shot or more", "an empty set", "The support can't be empty."
+        )

@@ -58,10 +58,24 @@ class Family(ABC):
 
     def __post_init__(self) -> None:
         name = type(self).__name__
-        require(self.n >= 1, f"{name}(n) with at least one component", self.n, "Leave the latent out instead.")
-        require(0.0 < self.scale < math.inf, f"{name}(scale=...) positive and finite", self.scale,
-                "It is a standard deviation in unconstrained coordinates.")
-        require(math.isfinite(self.loc), f"{name}(loc=...) finite", self.loc, "It lives in unconstrained coordinates.")
+        require(
+            self.n >= 1,
+            f"{name}(n) with at least one component",
+            self.n,
+            "Leave the latent out instead.",
+        )
+        require(
+            0.0 < self.scale < math.inf,
+            f"{name}(scale=...) positive and finite",
+            self.scale,
+            "It is a standard deviation in unconstrained coordinates.",
+        )
+        require(
+            math.isfinite(self.loc),
+            f"{name}(loc=...) finite",
+            self.loc,
+            "It lives in unconstrained coordinates.",
+        )
 
     @property
     def k(self) -> int:
@@ -103,9 +117,11 @@ class Family(ABC):
         try:
             stock = self._stock(**dict(zip(self._names, self._parameters(natural), strict=True)))
         except (ValueError, torch.linalg.LinAlgError):
-            fail(f"natural parameters of a proper {type(self).__name__}, {self._condition}",
-                 f"λ of shape {tuple(natural.shape)} with others among them (torch names them above)",
-                 "Make λ with from_raw, and add only what evidence returns.")
+            fail(
+                f"natural parameters of a proper {type(self).__name__}, {self._condition}",
+                f"λ of shape {tuple(natural.shape)} with others among them (torch names them above)",
+                "Make λ with from_raw, and add only what evidence returns.",
+            )
         return stock.to_event(self.event_dim - len(stock.event_shape))
 
     def natural(self, distribution: td.Distribution) -> Natural:
@@ -115,11 +131,20 @@ class Family(ABC):
             stock = stock.base_dist
         name, shape = type(self).__name__, distribution.batch_shape + distribution.event_shape
         # the parent of Pyro's class is torch's, which serves as well
-        require(isinstance(stock, self._stock.__bases__[0]), f"a distribution of {name}'s kind", type(stock).__name__,
-                "Ask the family it belongs to.", TypeError)
-        require(shape[-1:] == (self.n,), f"a distribution over (..., {self.n}) for {name}({self.n})", tuple(shape),
-                "Its last dimension counts the components: expand it, or change n.")
-        stock = stock.expand(shape[:len(shape) - len(stock.event_shape)])
+        require(
+            isinstance(stock, self._stock.__bases__[0]),
+            f"a distribution of {name}'s kind",
+            type(stock).__name__,
+            "Ask the family it belongs to.",
+            TypeError,
+        )
+        require(
+            shape[-1:] == (self.n,),
+            f"a distribution over (..., {self.n}) for {name}({self.n})",
+            tuple(shape),
+            "Its last dimension counts the components: expand it, or change n.",
+        )
+        stock = stock.expand(shape[: len(shape) - len(stock.event_shape)])
         return self._from_parameters(*(getattr(stock, key) for key in self._names))
 
     def from_raw(self, raw: Natural) -> Natural:
@@ -164,11 +189,17 @@ class Family(ABC):
 
     def _locate(self, raw: Tensor, widest: float) -> tuple[Tensor, Tensor]:
         self._require_shape(raw)
-        return self.loc + self.scale * raw[..., 0], self.scale * _bounded(raw[..., 1], _NARROWEST, widest).exp()
+        return self.loc + self.scale * raw[..., 0], self.scale * _bounded(
+            raw[..., 1], _NARROWEST, widest
+        ).exp()
 
     def _require_shape(self, natural: Tensor) -> None:
-        require(natural.shape[-2:] == (self.n, self.k), f"{type(self).__name__}({self.n}) parameters of shape "
-                f"(..., {self.n}, {self.k})", tuple(natural.shape), "The last two axes are (component, statistic).")
+        require(
+            natural.shape[-2:] == (self.n, self.k),
+            f"{type(self).__name__}({self.n}) parameters of shape (..., {self.n}, {self.k})",
+            tuple(natural.shape),
+            "The last two axes are (component, statistic).",
+        )
 
 
 class _Gaussian:
@@ -179,7 +210,7 @@ class _Gaussian:
     _log_base = -0.5 * math.log(2 * math.pi)
 
     def log_partition(self, natural: Natural) -> Tensor:
-        return -natural[..., 0] ** 2 / (4 * natural[..., 1]) - 0.5 * (-2 * natural[..., 1]).log()
+        return -(natural[..., 0] ** 2) / (4 * natural[..., 1]) - 0.5 * (-2 * natural[..., 1]).log()
 
     def mean_statistics(self, natural: Natural) -> Natural:
         mean, scale = self.gaussian(natural)
@@ -272,7 +303,9 @@ class Gamma(Family):
         return torch.stack([first - 1, -second], -1)
 
     def _pull(self, location: Tensor) -> Tensor:
-        return torch.stack([torch.ones_like(location), -location.clamp(-_REACH, _REACH).neg().exp()], -1)
+        return torch.stack(
+            [torch.ones_like(location), -location.clamp(-_REACH, _REACH).neg().exp()], -1
+        )
 
 
 class Beta(Family):
@@ -362,7 +395,9 @@ class VonMises(Family):
         return math.pi - torch.remainder(math.pi - u, 2 * math.pi)
 
     def _parameters(self, natural: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.atan2(natural[..., 1], natural[..., 0]), ((natural**2).sum(-1) + _FLATTEST**2).sqrt()
+        return torch.atan2(natural[..., 1], natural[..., 0]), (
+            (natural**2).sum(-1) + _FLATTEST**2
+        ).sqrt()
 
     def _from_parameters(self, first: Tensor, second: Tensor, /) -> Tensor:
         return self.statistics(first) * second[..., None]
@@ -417,8 +452,12 @@ class FullNormal(Family):
 
     def from_precision(self, mean: Latent, precision: Tensor) -> Natural:
         """Mean (..., n) and precision Λ (..., n, n) -> λ (..., n, 1 + n)."""
-        require(precision.shape[-2:] == (self.n, self.n), f"a precision of shape (..., {self.n}, {self.n})",
-                tuple(precision.shape), "One row and column for each component.")
+        require(
+            precision.shape[-2:] == (self.n, self.n),
+            f"a precision of shape (..., {self.n}, {self.n})",
+            tuple(precision.shape),
+            "One row and column for each component.",
+        )
         first = precision @ mean[..., None]
         return torch.cat([first, -0.5 * precision.expand(*first.shape[:-1], self.n)], -1)
 

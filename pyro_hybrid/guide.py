@@ -37,10 +37,16 @@ class AmortizedGuide(nn.Module):
             the encoder, and trains no encoder itself.
     """
 
-    def __init__(self, prior: Prior, encoder: SetEncoder | None = None, evidence: Linearised | None = None) -> None:
+    def __init__(
+        self, prior: Prior, encoder: SetEncoder | None = None, evidence: Linearised | None = None
+    ) -> None:
         super().__init__()
-        require(encoder is not None or evidence is not None, "an encoder or evidence=ph.Linearised(...)", "neither",
-                "Pass what the query should be read with.")
+        require(
+            encoder is not None or evidence is not None,
+            "an encoder or evidence=ph.Linearised(...)",
+            "neither",
+            "Pass what the query should be read with.",
+        )
         self.prior, self.encoder, self.evidence = prior, encoder, evidence
         if encoder is not None:
             features = encoder.features * (2 if isinstance(prior, SupportPrior) else 1)
@@ -64,8 +70,10 @@ class AmortizedGuide(nn.Module):
             naturals = handed_out(self.prior.sites, computed[1])
         plate = episode.plate
         with plate:
-            values = {name: pyro.sample(name, self.prior.sites[name].distribution(natural))
-                      for name, natural in naturals.items()}
+            values = {
+                name: pyro.sample(name, self.prior.sites[name].distribution(natural))
+                for name, natural in naturals.items()
+            }
         shots = {} if computed else self._prior_shots(episode, values)
         with plate:
             if computed:
@@ -80,34 +88,53 @@ class AmortizedGuide(nn.Module):
             features = torch.cat([features, self.prior.encoder(episode.support.canonical)], -1)
         naturals = self.prior.natural(episode.support)
         counts = torch.as_tensor((episode.whole or episode).mask, device=features.device)
-        some = counts.reshape(*counts.shape[:1], -1).any(-1)[..., None, None]  # by task, where it isn't said for all
-        return {name: naturals[name] + self.prior.sites[name].evidence(piece).where(some, 0.0)
-                for name, piece in self.prior.pieces(self.head(features)).items()}
+        some = counts.reshape(*counts.shape[:1], -1).any(-1)[
+            ..., None, None
+        ]  # by task, where it isn't said for all
+        return {
+            name: naturals[name] + self.prior.sites[name].evidence(piece).where(some, 0.0)
+            for name, piece in self.prior.pieces(self.head(features)).items()
+        }
 
     @torch.no_grad()
     def _computed(self, episode: Episode) -> tuple[Problem, Belief]:
         assert self.evidence is not None
         mean, precision = self.prior.gaussian(episode.support)
-        mean, precision = mean.expand(episode.shape[0], -1), precision.expand(episode.shape[0], -1, -1)
-        problem = Problem(self.prior.program, replace(episode, support=None), self.prior.sites, mean, precision)
-        start = mean if self.encoder is None else self.prior.unconstrained(self._learned(episode))[0]
+        mean, precision = (
+            mean.expand(episode.shape[0], -1),
+            precision.expand(episode.shape[0], -1, -1),
+        )
+        problem = Problem(
+            self.prior.program, replace(episode, support=None), self.prior.sites, mean, precision
+        )
+        start = (
+            mean if self.encoder is None else self.prior.unconstrained(self._learned(episode))[0]
+        )
         return problem, self.prior.tempered(self.evidence(problem, start), precision)
 
-    def _shots(self, values: dict[str, Tensor], problem: Problem, belief: Belief) -> dict[str, Tensor]:
+    def _shots(
+        self, values: dict[str, Tensor], problem: Problem, belief: Belief
+    ) -> dict[str, Tensor]:
         """Latents of shots, site by site, each given the task's and the sites before it."""
         if not problem.m:
             return {}
-        task = torch.cat([self.prior.sites[name].unconstrained(value) for name, value in values.items()], -1)
+        task = torch.cat(
+            [self.prior.sites[name].unconstrained(value) for name, value in values.items()], -1
+        )
         mean, precision = belief.shots_given(task)
         drawn = {}
         for name, size in problem.sizes.items():
             covariance = torch.linalg.inv(precision)[..., :size, :size]
-            fn = dist.MultivariateNormal(mean[..., :size], scale_tril=_root(covariance).to(mean.dtype)).to_event(1)
+            fn = dist.MultivariateNormal(
+                mean[..., :size], scale_tril=_root(covariance).to(mean.dtype)
+            ).to_event(1)
             drawn[name] = pyro.sample(name, fn)
             away, cross = drawn[name] - mean[..., :size], precision[..., size:, :size]
             precision = precision[..., size:, size:]
             if precision.shape[-1]:
-                shift = torch.linalg.solve(precision, cross @ away.unsqueeze(-1).to(cross.dtype)).squeeze(-1)
+                shift = torch.linalg.solve(
+                    precision, cross @ away.unsqueeze(-1).to(cross.dtype)
+                ).squeeze(-1)
                 mean = mean[..., size:] - shift.to(mean.dtype)
         return drawn
 
@@ -116,14 +143,22 @@ class AmortizedGuide(nn.Module):
         program = getattr(self.prior, "_program", None)
         if program is None:
             return {}
-        episode, values = replace(episode, support=None), {name: value.detach() for name, value in values.items()}
+        episode, values = (
+            replace(episode, support=None),
+            {name: value.detach() for name, value in values.items()},
+        )
         with torch.no_grad(), standing_still():
             free = single = observed(program, episode, values)[1]
             if episode.query is None:  # what would be observed is free too, but it has a time axis
-                one = {name: value.reshape(-1, *value.shape[-2:])[0] for name, value in values.items()}
+                one = {
+                    name: value.reshape(-1, *value.shape[-2:])[0] for name, value in values.items()
+                }
                 single = observed(program, episode, one)[1]
-        return {name: dist.Normal(*site).to_event(2) for name, site in free.items()
-                if episode.query is not None or single[name].dim() == 4}
+        return {
+            name: dist.Normal(*site).to_event(2)
+            for name, site in free.items()
+            if episode.query is not None or single[name].dim() == 4
+        }
 
 
 def _root(covariance: Tensor) -> Tensor:

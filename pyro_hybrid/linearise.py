@@ -25,8 +25,19 @@ from .dynamics import failures_as_values, standing_still
 from .families import Family
 from .tasks import Episode
 
-__all__ = ["Belief", "Linearised", "Point", "Problem", "Program", "Site", "bare", "information", "is_random",
-           "observed", "random_sites"]
+__all__ = [
+    "Belief",
+    "Linearised",
+    "Point",
+    "Problem",
+    "Program",
+    "Site",
+    "bare",
+    "information",
+    "is_random",
+    "observed",
+    "random_sites",
+]
 
 Program = Callable[[Episode], object]
 Site = Mapping[str, Any]
@@ -67,8 +78,11 @@ class Observed(NamedTuple):
     mask: Tensor
 
 
-def observed(program: Program, episode: Episode, values: Mapping[str, Tensor],
-             ) -> tuple[list[Observed], dict[str, Tensor]]:
+def observed(
+    program: Program,
+    episode: Episode,
+    values: Mapping[str, Tensor],
+) -> tuple[list[Observed], dict[str, Tensor]]:
     """Run a program with latents set to ``values``: its observed sites, and all other latents as (mean, scale) stacked.
 
     Nothing of the run is seen by handlers outside, and a diverging trajectory comes back as NaN.
@@ -83,7 +97,11 @@ def observed(program: Program, episode: Episode, values: Mapping[str, Tensor],
         if not site["is_observed"]:
             free[name] = torch.stack(torch.broadcast_tensors(fn.mean, fn.stddev))
         else:
-            seen.append(Observed(fn.mean, fn.stddev, site["value"], torch.as_tensor(mask, device=fn.mean.device)))
+            seen.append(
+                Observed(
+                    fn.mean, fn.stddev, site["value"], torch.as_tensor(mask, device=fn.mean.device)
+                )
+            )
     return seen, free
 
 
@@ -94,8 +112,11 @@ def random_sites(trace: poutine.Trace) -> dict[str, Site]:
 
 def is_random(site: Site) -> bool:
     """Whether a trace's site is a latent or an observation, and no parameter, plate, factor or function of them."""
-    return (site["type"] == "sample" and type(site["fn"]).__name__ not in ("_Subsample", "Unit")
-            and not site["infer"].get("_deterministic"))
+    return (
+        site["type"] == "sample"
+        and type(site["fn"]).__name__ not in ("_Subsample", "Unit")
+        and not site["infer"].get("_deterministic")
+    )
 
 
 def bare(fn: Distribution, mask: Tensor | bool | None) -> tuple[Distribution, Tensor | bool]:
@@ -118,21 +139,41 @@ class Problem:
         mean, precision: the Gaussian prior of the task's latents, (task, d) and (task, d, d).
     """
 
-    def __init__(self, program: Program, episode: Episode, families: Mapping[str, Family], mean: Tensor,
-                 precision: Tensor) -> None:
+    def __init__(
+        self,
+        program: Program,
+        episode: Episode,
+        families: Mapping[str, Family],
+        mean: Tensor,
+        precision: Tensor,
+    ) -> None:
         self.program, self.episode, self.families = program, episode, dict(families)
-        self.mean, self.precision, self.tasks, self.d = mean, precision, mean.shape[0], mean.shape[-1]
+        self.mean, self.precision, self.tasks, self.d = (
+            mean,
+            precision,
+            mean.shape[0],
+            mean.shape[-1],
+        )
         with standing_still():
             sites, free = observed(program, episode, self.values(mean))
-        require(bool(sites), "a program that observes something", "no observed sample site with data",
-                "Pass an episode with a query, and obs=episode.query in the program.")
+        require(
+            bool(sites),
+            "a program that observes something",
+            "no observed sample site with data",
+            "Pass an episode with a query, and obs=episode.query in the program.",
+        )
         shots = episode.shape[1]
         for name, site in free.items():
-            require(tuple(site.shape[1:3]) == (self.tasks, shots) and site.dim() == 4,
-                    f"latent site {name!r} of shape (task, shot, component)", tuple(site.shape[1:]),
-                    "Name it in the SupportPrior if it belongs to the task; give it a shot axis if it doesn't.")
+            require(
+                tuple(site.shape[1:3]) == (self.tasks, shots) and site.dim() == 4,
+                f"latent site {name!r} of shape (task, shot, component)",
+                tuple(site.shape[1:]),
+                "Name it in the SupportPrior if it belongs to the task; give it a shot axis if it doesn't.",
+            )
         self.sizes = {name: site.shape[-1] for name, site in free.items()}
-        both = torch.cat(list(free.values()), -1) if free else mean.new_zeros(2, self.tasks, shots, 0)
+        both = (
+            torch.cat(list(free.values()), -1) if free else mean.new_zeros(2, self.tasks, shots, 0)
+        )
         self.shot_mean, self.shot_weight = both[0], both[1].square().reciprocal()
         self.m = both.shape[-1]
 
@@ -146,7 +187,10 @@ class Problem:
     def values(self, task: Tensor, shot: Tensor | None = None) -> dict[str, Tensor]:
         """Unconstrained latents to the values of their sites."""
         pieces = task.split([family.n for family in self.families.values()], -1)
-        sites = {name: family.constrained(u) for (name, family), u in zip(self.families.items(), pieces, strict=True)}
+        sites = {
+            name: family.constrained(u)
+            for (name, family), u in zip(self.families.items(), pieces, strict=True)
+        }
         if shot is not None and shot.shape[-1]:
             sites |= dict(zip(self.sizes, shot.split(list(self.sizes.values()), -1), strict=True))
         return sites
@@ -157,10 +201,14 @@ class Problem:
         rows = []
         for site in observed(self.program, self.episode, self.values(task, shot))[0]:
             error = ((site.value - site.mean) / site.scale).where(site.mask, 0.0)
-            error = error.expand(copies, *error.shape[-site.value.dim():])
+            error = error.expand(copies, *error.shape[-site.value.dim() :])
             by_shot = error.dim() > 2 and error.shape[2] == shots
-            require(by_shot or not self.m, "observations with axes (task, shot, ...)", tuple(site.value.shape),
-                    "Latents of shots need observations by shot.")
+            require(
+                by_shot or not self.m,
+                "observations with axes (task, shot, ...)",
+                tuple(site.value.shape),
+                "Latents of shots need observations by shot.",
+            )
             rows.append(error.reshape(copies, self.tasks, shots if by_shot else 1, -1))
         if len({row.shape[2] for row in rows}) > 1:
             rows = [row.reshape(copies, self.tasks, 1, -1) for row in rows]
@@ -171,7 +219,7 @@ class Problem:
         h = 10.0 * math.sqrt(torch.finfo(task.dtype).eps)
         copies = 1 + self.d + self.m
         moved = h * torch.eye(copies, dtype=task.dtype, device=task.device)[:, 1:]
-        errors = self.errors(task + moved[:, None, : self.d], shot + moved[:, None, None, self.d:])
+        errors = self.errors(task + moved[:, None, : self.d], shot + moved[:, None, None, self.d :])
         return errors[0], ((errors[1:] - errors[0]) / h).permute(1, 2, 0, 3)
 
 
@@ -222,9 +270,21 @@ class Linearised:
             these are more than one.
     """
 
-    def __init__(self, iterations: int = 2, *, segments: Sequence[int] = (), restarts: int = 0,
-                 damping: float = 1e-3, reach: float = 1.0) -> None:
-        require(iterations >= 1, "iterations of 1 or more", iterations, "Leave evidence=None for the encoder alone.")
+    def __init__(
+        self,
+        iterations: int = 2,
+        *,
+        segments: Sequence[int] = (),
+        restarts: int = 0,
+        damping: float = 1e-3,
+        reach: float = 1.0,
+    ) -> None:
+        require(
+            iterations >= 1,
+            "iterations of 1 or more",
+            iterations,
+            "Leave evidence=None for the encoder alone.",
+        )
         self.iterations, self.segments, self.restarts = iterations, tuple(segments), restarts
         self.damping, self.reach = damping, reach
 
@@ -234,12 +294,19 @@ class Linearised:
 
         It starts at ``start`` (task, d), or at the prior's mean where that explains the trajectories better.
         """
-        stages = [(problem.cut(length), len(list(group))) for length, group in itertools.groupby(self.segments)]
-        stages = [(pieces, n) for pieces, n in stages if pieces is not problem] + [(problem, self.iterations)]
+        stages = [
+            (problem.cut(length), len(list(group)))
+            for length, group in itertools.groupby(self.segments)
+        ]
+        stages = [(pieces, n) for pieces, n in stages if pieces is not problem] + [
+            (problem, self.iterations)
+        ]
         best = self._from(stages, _better(stages[0][0], start))
         for other in _spread(problem, self.restarts):
             point = self._from(stages, other)
-            best = Point(*(_where(point.cost < best.cost, a, b) for a, b in zip(point, best, strict=True)))
+            best = Point(
+                *(_where(point.cost < best.cost, a, b) for a, b in zip(point, best, strict=True))
+            )
         return _belief(problem, best)
 
     def _from(self, stages: list[tuple[Problem, int]], start: Tensor) -> Point:
@@ -249,15 +316,24 @@ class Linearised:
         return point
 
     @torch.no_grad()
-    def descend(self, problem: Problem, start: Tensor, iterations: int, shot: Tensor | None = None) -> Point:
+    def descend(
+        self, problem: Problem, start: Tensor, iterations: int, shot: Tensor | None = None
+    ) -> Point:
         """So many steps from one start, each accepted by task where it helps."""
         point = _at(problem, start, problem.shot_mean if shot is None else shot)
         damping = torch.full_like(point.cost, self.damping)
         for i in range(iterations):
             task, shot = self._step(problem, point, damping)
             # The last step is only judged, by one run: its Jacobian would differ little and cost d + m more.
-            new = _at(problem, task, shot) if i + 1 < iterations else point._replace(
-                task=task, shot=shot, cost=_cost(problem, problem.errors(task[None], shot[None])[0], task, shot))
+            new = (
+                _at(problem, task, shot)
+                if i + 1 < iterations
+                else point._replace(
+                    task=task,
+                    shot=shot,
+                    cost=_cost(problem, problem.errors(task[None], shot[None])[0], task, shot),
+                )
+            )
             better = new.cost < point.cost
             damping = torch.where(better, 0.1 * damping, 30.0 * damping.clamp(min=1e-3))
             point = Point(*(_where(better, a, b) for a, b in zip(new, point, strict=True)))
@@ -265,10 +341,14 @@ class Linearised:
 
     def _step(self, problem: Problem, point: Point, damping: Tensor) -> tuple[Tensor, Tensor]:
         normal = _normal(problem, point, damping)
-        pull = point.slope[..., : problem.d].sum(1) + _times(problem.precision, point.task - problem.mean)
+        pull = point.slope[..., : problem.d].sum(1) + _times(
+            problem.precision, point.task - problem.mean
+        )
         move, shift = -pull, torch.zeros_like(point.shot)
         if problem.m:
-            push = point.slope[..., problem.d:] + problem.shot_weight * (point.shot - problem.shot_mean)
+            push = point.slope[..., problem.d :] + problem.shot_weight * (
+                point.shot - problem.shot_mean
+            )
             inner = _solve(normal.shot, torch.cat([push.unsqueeze(-1), normal.cross], -1))
             move = move + _times(normal.cross.mT, inner[..., 0]).sum(1)
             normal = normal._replace(task=normal.task - (normal.cross.mT @ inner[..., 1:]).sum(1))
@@ -285,15 +365,25 @@ def _at(problem: Problem, task: Tensor, shot: Tensor) -> Point:
     cost = _cost(problem, error, task, shot)
     finite = torch.isfinite(slopes).flatten(1).all(1) & torch.isfinite(cost)
     slopes, error = (_where(finite, x, torch.zeros_like(x)) for x in (slopes, error))
-    slopes = slopes.double()  # sensitivities of a chaotic system differ by more than float32 has digits
-    return Point(task, shot, slopes @ slopes.mT, _times(slopes, error.double()), cost.where(finite, torch.inf))
+    slopes = (
+        slopes.double()
+    )  # sensitivities of a chaotic system differ by more than float32 has digits
+    return Point(
+        task,
+        shot,
+        slopes @ slopes.mT,
+        _times(slopes, error.double()),
+        cost.where(finite, torch.inf),
+    )
 
 
 def _spread(problem: Problem, number: int) -> Iterator[Tensor]:
     """Starts that fill the prior evenly, the same ones every time."""
     if number == 0:
         return
-    even = torch.quasirandom.SobolEngine(problem.d).draw(number + 2)[2:].to(problem.mean)  # not 0, nor the mean
+    even = (
+        torch.quasirandom.SobolEngine(problem.d).draw(number + 2)[2:].to(problem.mean)
+    )  # not 0, nor the mean
     spread = torch.linalg.inv(problem.precision).diagonal(dim1=-2, dim2=-1).sqrt()
     for point in torch.special.ndtri(even):
         yield problem.mean + spread * point
@@ -305,14 +395,21 @@ def _better(problem: Problem, start: Tensor) -> Tensor:
         return start
     starts = torch.stack([problem.mean, start])
     errors = problem.errors(starts, problem.shot_mean.expand(2, *problem.shot_mean.shape))
-    costs = [_cost(problem, error, task, problem.shot_mean) for error, task in zip(errors, starts, strict=True)]
+    costs = [
+        _cost(problem, error, task, problem.shot_mean)
+        for error, task in zip(errors, starts, strict=True)
+    ]
     return _where(costs[1] <= costs[0], start, problem.mean)
 
 
 def _cost(problem: Problem, error: Tensor, task: Tensor, shot: Tensor) -> Tensor:
     away = task - problem.mean
-    cost = error.square().sum((1, 2)) + (away * _times(problem.precision, away)).sum(-1).to(away.dtype)
-    return (cost + ((shot - problem.shot_mean).square() * problem.shot_weight).sum((1, 2))).nan_to_num(torch.inf)
+    cost = error.square().sum((1, 2)) + (away * _times(problem.precision, away)).sum(-1).to(
+        away.dtype
+    )
+    return (
+        cost + ((shot - problem.shot_mean).square() * problem.shot_weight).sum((1, 2))
+    ).nan_to_num(torch.inf)
 
 
 def _where(rows: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -322,7 +419,11 @@ def _where(rows: Tensor, a: Tensor, b: Tensor) -> Tensor:
 def _normal(problem: Problem, point: Point, damping: Tensor | None = None) -> _Normal:
     d = problem.d
     task = point.gram[..., :d, :d].sum(1) + problem.precision
-    shot = point.gram[..., d:, d:] + torch.diag_embed(problem.shot_weight) if problem.m else point.gram[..., d:, d:]
+    shot = (
+        point.gram[..., d:, d:] + torch.diag_embed(problem.shot_weight)
+        if problem.m
+        else point.gram[..., d:, d:]
+    )
     if damping is not None:
         task = task + torch.diag_embed(damping.unsqueeze(-1) * task.diagonal(dim1=-2, dim2=-1))
         shot = shot + torch.diag_embed(damping.view(-1, 1, 1) * shot.diagonal(dim1=-2, dim2=-1))
@@ -334,7 +435,9 @@ def _belief(problem: Problem, point: Point) -> Belief:
     precision = normal.task
     if problem.m:
         precision = precision - (normal.cross.mT @ _solve(normal.shot, normal.cross)).sum(1)
-    return Belief(point.task, 0.5 * (precision + precision.mT), point.shot, normal.shot, normal.cross)
+    return Belief(
+        point.task, 0.5 * (precision + precision.mT), point.shot, normal.shot, normal.cross
+    )
 
 
 def _solve(matrix: Tensor, right: Tensor) -> Tensor:

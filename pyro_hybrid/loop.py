@@ -77,8 +77,15 @@ class Loop:
             return self.fit
         self.since_when = time.perf_counter() - self.fit.seconds
         self.compiled = seconds_compiling() - self.fit.seconds_compiling
-        bar = tqdm(range(self.start, self.steps), desc="meta-training", unit="step", disable=not progress,
-                   dynamic_ncols=True, initial=self.start, total=self.steps)
+        bar = tqdm(
+            range(self.start, self.steps),
+            desc="meta-training",
+            unit="step",
+            disable=not progress,
+            dynamic_ncols=True,
+            initial=self.start,
+            total=self.steps,
+        )
         self.svi.model.train()
         with Ending(self.folder is not None) as ending:
             try:
@@ -117,8 +124,13 @@ class Loop:
                 self._save(step + 1)
             if ending.asked:
                 bar.close()
-                _log.warning("Stopped after step %d of %d, which is saved in %s. The same call with resume=True goes "
-                             "on from there.", step + 1, self.steps, self.folder and self.folder.folder)
+                _log.warning(
+                    "Stopped after step %d of %d, which is saved in %s. The same call with resume=True goes "
+                    "on from there.",
+                    step + 1,
+                    self.steps,
+                    self.folder and self.folder.folder,
+                )
                 ending.happen()
 
     def _save(self, done: int, finished: bool = False) -> None:
@@ -126,12 +138,31 @@ class Loop:
         self.fit.seconds_compiling = seconds_compiling() - self.compiled
         if self.folder:
             value, best = self.best
-            state = {"fit": asdict(self.fit), "optimizer": self.svi.optim.state_dict(), "good": self.good, "best": best,
-                     "mean": self.mean, "came": self.came,
-                     "numbers": [self.norm, self.run_of_skips, self.since, self.averaged, value, self.cause]}
+            state = {
+                "fit": asdict(self.fit),
+                "optimizer": self.svi.optim.state_dict(),
+                "good": self.good,
+                "best": best,
+                "mean": self.mean,
+                "came": self.came,
+                "numbers": [
+                    self.norm,
+                    self.run_of_skips,
+                    self.since,
+                    self.averaged,
+                    value,
+                    self.cause,
+                ],
+            }
             now = self.fit.held_out[-1] if self.fit.held_out else (-1, math.inf)
-            self.folder.save(done, self.svi.model, self.svi.guide, {"fit": state["fit"]} if finished else state,
-                             finished=finished, held_out=now[1] if now[0] == done - 1 else math.inf)
+            self.folder.save(
+                done,
+                self.svi.model,
+                self.svi.guide,
+                {"fit": state["fit"]} if finished else state,
+                finished=finished,
+                held_out=now[1] if now[0] == done - 1 else math.inf,
+            )
 
     def _resume(self, stored: Stored) -> None:
         """Everything as it was after so many steps."""
@@ -142,16 +173,22 @@ class Loop:
             self.good, best = stored.state["good"], stored.state["best"]
             self.mean = [mean.to(self.device) for mean in stored.state["mean"]]
             self.came = stored.state["came"]
-            self.norm, self.run_of_skips, self.since, self.averaged, value, self.cause = stored.state["numbers"]
+            self.norm, self.run_of_skips, self.since, self.averaged, value, self.cause = (
+                stored.state["numbers"]
+            )
             self.best = value, best
         self.start = stored.about["step"]
 
     def _step(self, step: int, rows: Tensor, episode: Episode) -> None:
         progress = step / self.steps
-        episode = _shortened(episode.to(self.device), self.plan[max(f for f in self.plan if f <= progress)])
+        episode = _shortened(
+            episode.to(self.device), self.plan[max(f for f in self.plan if f <= progress)]
+        )
         rise = min(1.0, (step + 1) / (0.05 * self.steps))
         for group in self.svi.optim.param_groups:
-            group["lr"] = self.learning_rate * rise * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
+            group["lr"] = (
+                self.learning_rate * rise * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
+            )
         weight = 1.0 if progress >= self.warmup else (progress + 1 / self.steps) / self.warmup
         self.came[rows] += 1
         loss, terms = self._evaluate(step, rows, episode, weight)
@@ -169,8 +206,9 @@ class Loop:
         self.fit.log_likelihood.append(log_likelihood / size)
         self.fit.kl.append((loss + log_likelihood) / size)  # and factors such as a penalty
 
-    def _evaluate(self, step: int, rows: Tensor, episode: Episode, weight: float,
-                  kept: Tensor | None = None) -> tuple[float, Terms]:
+    def _evaluate(
+        self, step: int, rows: Tensor, episode: Episode, weight: float, kept: Tensor | None = None
+    ) -> tuple[float, Terms]:
         """The loss, its gradients left on the parameters, and what it consists of."""
         with self._drawn(step, episode) as (sampled, share):
             self.episode = sampled if kept is None else sampled.only(kept)
@@ -178,11 +216,17 @@ class Loop:
             with Terms(weight, 1.0 / share, self.episode.shape[1]) as terms:
                 return self._loss(self.episode, checked=step == 0), terms
 
-    def _without_the_lost(self, step: int, rows: Tensor, episode: Episode, weight: float, loss: float,
-                          terms: Terms) -> tuple[float, Terms]:
+    def _without_the_lost(
+        self, step: int, rows: Tensor, episode: Episode, weight: float, loss: float, terms: Terms
+    ) -> tuple[float, Terms]:
         """The same again without the tasks whose densities aren't finite, if there are others."""
-        with self._drawn(step, episode) as (sampled, _), Lost(sampled.shape[0]) as found, failures_as_values(), \
-                pyro.validation_enabled(False), contextlib.suppress(SolverError, ValueError, torch.linalg.LinAlgError):
+        with (
+            self._drawn(step, episode) as (sampled, _),
+            Lost(sampled.shape[0]) as found,
+            failures_as_values(),
+            pyro.validation_enabled(False),
+            contextlib.suppress(SolverError, ValueError, torch.linalg.LinAlgError),
+        ):
             self.svi.evaluate_loss(sampled)
         lost = found.lost.cpu()
         if not lost.any():
@@ -193,12 +237,21 @@ class Loop:
         return self._evaluate(step, rows, episode, weight, kept) if len(kept) else (loss, terms)
 
     def _name_the_hopeless(self) -> None:
-        hopeless = [row for row, times in sorted(self.fit.left_out.items()) if times == self.came[row]]
+        hopeless = [
+            row for row, times in sorted(self.fit.left_out.items()) if times == self.came[row]
+        ]
         if hopeless:
-            _log.warning("Nothing was learned from %d of %d tasks, which failed whenever they came: %s%s. The last "
-                         "failure: %s. Look at one with tasks[%d:%d].", len(hopeless), len(self.tasks),
-                         ", ".join(map(str, hopeless[:10])), ", ..." if len(hopeless) > 10 else "",
-                         self.cause or "a loss that isn't finite", hopeless[0], hopeless[0] + 1)
+            _log.warning(
+                "Nothing was learned from %d of %d tasks, which failed whenever they came: %s%s. The last "
+                "failure: %s. Look at one with tasks[%d:%d].",
+                len(hopeless),
+                len(self.tasks),
+                ", ".join(map(str, hopeless[:10])),
+                ", ..." if len(hopeless) > 10 else "",
+                self.cause or "a loss that isn't finite",
+                hopeless[0],
+                hopeless[0] + 1,
+            )
 
     @contextlib.contextmanager
     def _drawn(self, step: int, episode: Episode) -> Iterator[tuple[Episode, float]]:
@@ -211,7 +264,9 @@ class Loop:
         number, shots = episode.shape[1], (episode.uncut or episode).shape[1]
         if self.segments is None or self.segments * shots >= number:
             return episode, 1.0
-        return episode.some(torch.randperm(number)[: self.segments * shots]), self.segments * shots / number
+        return episode.some(
+            torch.randperm(number)[: self.segments * shots]
+        ), self.segments * shots / number
 
     def _loss(self, episode: Episode, *, checked: bool) -> float:
         """The loss, its gradients left on the parameters; NaN where the numbers are wrong, and not the program."""
@@ -220,7 +275,9 @@ class Loop:
                 return float(self.svi.backward(episode))
         except (SolverError, ValueError, torch.linalg.LinAlgError) as error:
             failure: Exception = error
-        if isinstance(failure, ValueError) and (not checked or math.isfinite(self._loss(episode, checked=False))):
+        if isinstance(failure, ValueError) and (
+            not checked or math.isfinite(self._loss(episode, checked=False))
+        ):
             raise failure
         self.cause = _in_the_data(str(failure).partition("\n")[0], self.rows)
         return math.nan
@@ -234,9 +291,15 @@ class Loop:
         torch._foreach_lerp_(self.mean, parameters, 1.0 / self.averaged)
 
     def _clip(self) -> float:
-        norm = float(nn.utils.clip_grad_norm_(self.svi.parameters(), self.clip * self.norm or math.inf))
+        norm = float(
+            nn.utils.clip_grad_norm_(self.svi.parameters(), self.clip * self.norm or math.inf)
+        )
         if math.isfinite(norm):
-            self.norm = norm if self.norm == 0.0 else 0.95 * self.norm + 0.05 * min(norm, self.clip * self.norm)
+            self.norm = (
+                norm
+                if self.norm == 0.0
+                else 0.95 * self.norm + 0.05 * min(norm, self.clip * self.norm)
+            )
         return norm
 
     def _skip(self, step: int, loss: float) -> None:
@@ -249,26 +312,34 @@ class Loop:
             raise TrainingError(
                 f"{self.run_of_skips} steps in a row up to step {step} had no finite loss and gradient (the last loss "
                 f"was {loss}). {self.cause} The parameters are back at the last good state. Lower learning_rate, start "
-                "with shorter segments (curriculum={0.0: 5, ...}), or bound the neural term.")
+                "with shorter segments (curriculum={0.0: 5, ...}), or bound the neural term."
+            )
 
     def _measure_steps(self) -> None:
         """Fixed steps are guarded: whoever chose them too long should know."""
         with seeded(self.seed, -2), pyro.validation_enabled(False):
             try:
                 self.fit.step_error = step_error(self.svi.model, self.episode).typical
-            except (SolverError, NotImplementedError):  # it diverged, or observes what has no standard deviation
+            except (
+                SolverError,
+                NotImplementedError,
+            ):  # it diverged, or observes what has no standard deviation
                 self.fit.step_error = math.nan
         if self.fit.step_error > 0.1:
-            _log.warning("Fixed steps are too long: halving them moves predictions by %.2g standard deviations of the "
-                         "noise. Raise substeps, or shorten step, in solve(...); see pyro_hybrid.step_error.",
-                         self.fit.step_error)
+            _log.warning(
+                "Fixed steps are too long: halving them moves predictions by %.2g standard deviations of the "
+                "noise. Raise substeps, or shorten step, in solve(...); see pyro_hybrid.step_error.",
+                self.fit.step_error,
+            )
 
     def _look(self, step: int) -> bool:
         if self.held_out is None or (step + 1) % self.every and step != self.steps - 1:
             return False
         with seeded(self.seed, -1), pyro.validation_enabled(False):
             try:
-                value = self.svi.evaluate_loss(self.held_out.episode().to(self.device)) / len(self.held_out)
+                value = self.svi.evaluate_loss(self.held_out.episode().to(self.device)) / len(
+                    self.held_out
+                )
             except SolverError:
                 value = math.inf
         self.fit.held_out.append((step, value))
@@ -287,12 +358,17 @@ class Loop:
             finite = [v for v in values[-20:] if math.isfinite(v)]
             return sum(finite) / max(len(finite), 1)
 
-        loss, likelihood, kl = (recent(x) for x in (self.fit.loss, self.fit.log_likelihood, self.fit.kl))
+        loss, likelihood, kl = (
+            recent(x) for x in (self.fit.loss, self.fit.log_likelihood, self.fit.kl)
+        )
         text = f"loss {loss:.4g}, log p {likelihood:.4g}, KL {kl:.3g}"
         return text + (f", {self.fit.skipped} skipped" if self.fit.skipped else "")
 
     def _state(self) -> Parameters:
-        return {name: value.detach().clone() for name, value in parameters(self.svi.model, self.svi.guide).items()}
+        return {
+            name: value.detach().clone()
+            for name, value in parameters(self.svi.model, self.svi.guide).items()
+        }
 
     def _restore(self, state: Parameters) -> None:
         put_back(self.svi.model, self.svi.guide, state, {})
@@ -300,4 +376,8 @@ class Loop:
 
 def _in_the_data(message: str, rows: Tensor) -> str:
     """What names a task by its place in the batch, with its number in the data set instead."""
-    return re.sub(r"in task (\d+) \(batch index \([^)]*\)\)", lambda found: f"in task {rows[int(found[1])]}", message)
+    return re.sub(
+        r"in task (\d+) \(batch index \([^)]*\)\)",
+        lambda found: f"in task {rows[int(found[1])]}",
+        message,
+    )

@@ -39,14 +39,32 @@ class Residual(nn.Module):
     torch.Size([5, 4])
     """
 
-    def __init__(self, inputs: int, latents: int, outputs: int, linear: bool = False, *, width: int = 32,
-                 depth: int = 2, scale: tuple[float, ...] | None = None, periodic: bool = False) -> None:
+    def __init__(
+        self,
+        inputs: int,
+        latents: int,
+        outputs: int,
+        linear: bool = False,
+        *,
+        width: int = 32,
+        depth: int = 2,
+        scale: tuple[float, ...] | None = None,
+        periodic: bool = False,
+    ) -> None:
         super().__init__()
         sizes = inputs, latents, outputs, width, depth
-        require(min(sizes) >= 1, "inputs, latents, outputs, width and depth of 1 or more", sizes,
-                "Where nothing is unknown, leave the Residual out.")
-        require(scale is None or len(scale) == inputs and min(scale) > 0.0, f"{inputs} positive scales", scale,
-                "Give the rough size of each input.")
+        require(
+            min(sizes) >= 1,
+            "inputs, latents, outputs, width and depth of 1 or more",
+            sizes,
+            "Where nothing is unknown, leave the Residual out.",
+        )
+        require(
+            scale is None or len(scale) == inputs and min(scale) > 0.0,
+            f"{inputs} positive scales",
+            scale,
+            "Give the rough size of each input.",
+        )
         self.inputs, self.latents, self.outputs = inputs, latents, outputs
         self.linear, self.periodic = linear, periodic
         self.register_buffer("scale", torch.tensor(scale or (1.0,) * inputs))
@@ -58,7 +76,10 @@ class Residual(nn.Module):
         with torch.no_grad():
             self.last.weight.mul_(0.1)
             self.last.bias.zero_()
-            for weight in (self.first.weight, self.straight):  # begin almost linear in the latents: unknotted
+            for weight in (
+                self.first.weight,
+                self.straight,
+            ):  # begin almost linear in the latents: unknotted
                 weight[:, inputs:] *= 0.1
 
     def given(self, latents: Latent) -> Callable[..., Tensor | tuple[Tensor, ...]]:
@@ -66,14 +87,23 @@ class Residual(nn.Module):
 
         The function returns a tensor for one output and a tuple for several.
         """
-        require(latents.shape[-1] == self.latents, f"{self.latents} latents in the last axis", tuple(latents.shape),
-                "Build the Residual with as many latents as its site has components.")
+        require(
+            latents.shape[-1] == self.latents,
+            f"{self.latents} latents in the last axis",
+            tuple(latents.shape),
+            "Build the Residual with as many latents as its site has components.",
+        )
         z, (first, straight, last, hidden) = latents.movedim(-1, 0), self._matrices()
         one, unit = latents.new_ones(()), torch.sin if self.periodic else torch.sigmoid
         one_and_z = torch.cat([torch.ones_like(z[:1]), z])
 
         def term(*inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
-            require(len(inputs) == self.inputs, f"{self.inputs} inputs", len(inputs), "Call the term as it was built.")
+            require(
+                len(inputs) == self.inputs,
+                f"{self.inputs} inputs",
+                len(inputs),
+                "Call the term as it was built.",
+            )
             u = torch.stack(torch.broadcast_tensors(one, *inputs, z[0])[:-1])
             shape, weights = u.shape[1:], _like(u, one_and_z).unsqueeze(1)
             u = (u if self.linear else weights * u).reshape(first.shape[1], -1)
@@ -96,7 +126,12 @@ class Residual(nn.Module):
             after = [(2.0 * w, b - w.sum(1)) for w, b in layers[1:]]
             layers = [(2.0 * w, 2.0 * b) for w, b in (layers[0], *after[:-1])] + after[-1:]
         hidden = [(weight, bias.unsqueeze(1)) for weight, bias in layers[1:-1]]
-        return self._columns(*layers[0]), self._columns(self.straight, layers[-1][1]), layers[-1][0], hidden
+        return (
+            self._columns(*layers[0]),
+            self._columns(self.straight, layers[-1][1]),
+            layers[-1][0],
+            hidden,
+        )
 
     def _columns(self, weight: Tensor, bias: Tensor) -> Tensor:
         """A matrix for the features (1, x), or (1, z) ⊗ (1, x): one product makes them all, bias and scale included."""
@@ -134,8 +169,12 @@ def overlap(correction: Tensor, tangents: Sequence[Tensor]) -> Tensor:
         One number for each task, to be weighed in a ``pyro.factor``.
     """
     shape = tuple(correction.shape)
-    require(len(shape) > 1 and shape[-2] > 1, "a correction (..., task, sample, component) of two samples or more",
-            shape, "Evaluate both terms at many states of each task.")
+    require(
+        len(shape) > 1 and shape[-2] > 1,
+        "a correction (..., task, sample, component) of two samples or more",
+        shape,
+        "Evaluate both terms at many states of each task.",
+    )
     total, n = torch.zeros_like(correction[..., 0, 0]), shape[-2]
     for tangent in tangents:
         products = (correction * tangent).sum(-1)
@@ -163,12 +202,29 @@ def explained(pieces: Iterable[tuple[Tensor, Sequence[Tensor]]], centred: bool =
         mine, *others = torch.broadcast_tensors(correction, *tangents)
         basis = torch.stack(others, -3)  # (..., latent, place, component)
         flat = basis.flatten(-2)
-        gram, pull = gram + (flat @ flat.mT).double(), pull + (flat @ mine.flatten(-2).unsqueeze(-1)).double()
-        sums, total, places = sums + basis.sum(-2).double(), total + mine.sum(-2).double(), places + mine.shape[-2]
-    require(pull.dim() > 0, "one piece or more", "none", "Evaluate both terms at some states of each task.")
+        gram, pull = (
+            gram + (flat @ flat.mT).double(),
+            pull + (flat @ mine.flatten(-2).unsqueeze(-1)).double(),
+        )
+        sums, total, places = (
+            sums + basis.sum(-2).double(),
+            total + mine.sum(-2).double(),
+            places + mine.shape[-2],
+        )
+    require(
+        pull.dim() > 0,
+        "one piece or more",
+        "none",
+        "Evaluate both terms at some states of each task.",
+    )
     if centred:
         gram, pull = gram - sums @ sums.mT / places, pull - sums @ total.unsqueeze(-1) / places
-    return torch.linalg.solve_ex(gram, pull).result.squeeze(-1).nan_to_num(0.0, 0.0, 0.0).to(mine.dtype)
+    return (
+        torch.linalg.solve_ex(gram, pull)
+        .result.squeeze(-1)
+        .nan_to_num(0.0, 0.0, 0.0)
+        .to(mine.dtype)
+    )
 
 
 class Mixing(nn.Module):
@@ -182,16 +238,28 @@ class Mixing(nn.Module):
 
     def __init__(self, components: int, sensors: int, width: int = 0) -> None:
         super().__init__()
-        require(min(components, sensors) >= 1 and width >= 0, "1 or more components and sensors, a width of 0 or more",
-                (components, sensors, width), "Pass the numbers of state components and of observed quantities.")
+        require(
+            min(components, sensors) >= 1 and width >= 0,
+            "1 or more components and sensors, a width of 0 or more",
+            (components, sensors, width),
+            "Pass the numbers of state components and of observed quantities.",
+        )
         self.components = components
         self.straight = nn.Linear(components, sensors)
-        bent = (nn.Linear(components, width), nn.Tanh(), nn.Linear(width, sensors, bias=False)) if width else ()
+        bent = (
+            (nn.Linear(components, width), nn.Tanh(), nn.Linear(width, sensors, bias=False))
+            if width
+            else ()
+        )
         self.bent = nn.Sequential(*bent) if bent else None
 
     def forward(self, states: Tensor) -> Tensor:
         """States ``(..., component)`` to sensors ``(..., sensor)``."""
-        require(states.shape[-1] == self.components, f"{self.components} components in the last axis",
-                tuple(states.shape), "Build the Mixing with as many components as the state has.")
+        require(
+            states.shape[-1] == self.components,
+            f"{self.components} components in the last axis",
+            tuple(states.shape),
+            "Build the Mixing with as many components as the state has.",
+        )
         straight = self.straight(states)
         return straight if self.bent is None else straight + self.bent(states)

@@ -24,12 +24,19 @@ def require_local(**modules: object) -> None:
     """Refuse what would keep its parameters in Pyro's global store, or can't keep any."""
     for role, module in modules.items():
         if not isinstance(module, nn.Module):
-            fail(f"a {role} that is an nn.Module, to own its parameters", type(module).__name__,
-                 "Derive it from ph.HybridModel and write it in forward.", TypeError)
+            fail(
+                f"a {role} that is an nn.Module, to own its parameters",
+                type(module).__name__,
+                "Derive it from ph.HybridModel and write it in forward.",
+                TypeError,
+            )
         for part in module.modules():
-            require(not isinstance(part, PyroModule) or hasattr(part._pyro_context, "param_state"),
-                    f"a {role} whose parameters belong to it", f"{type(part).__name__}, which shares them by name",
-                    "Derive it from ph.HybridModel, or build it under pyro.settings.context(module_local_params=True).")
+            require(
+                not isinstance(part, PyroModule) or hasattr(part._pyro_context, "param_state"),
+                f"a {role} whose parameters belong to it",
+                f"{type(part).__name__}, which shares them by name",
+                "Derive it from ph.HybridModel, or build it under pyro.settings.context(module_local_params=True).",
+            )
 
 
 class _Local(_PyroModuleMeta):

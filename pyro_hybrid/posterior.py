@@ -23,7 +23,16 @@ from .module import HybridModel, local_parameters
 from .prior import SupportPrior
 from .tasks import Episode, Tasks
 
-__all__ = ["calibrate", "draws", "load_arviz", "pareto_k", "predict", "save_arviz", "summary", "to_arviz"]
+__all__ = [
+    "calibrate",
+    "draws",
+    "load_arviz",
+    "pareto_k",
+    "predict",
+    "save_arviz",
+    "summary",
+    "to_arviz",
+]
 
 
 AT_ONCE = 20_000_000  # observations that are predicted at once
@@ -67,14 +76,20 @@ def calibrate(model: HybridModel, tasks: Tasks, prob: float = 0.9) -> Tensor:
         The factors, in unconstrained coordinates, in the order of the prior's sites; kept in ``model.prior.spread``.
     """
     prior = model.prior
-    require(isinstance(prior, SupportPrior) and prior.evidence is not None, "a SupportPrior with computed evidence",
-            type(prior).__name__, "Set model.prior.evidence = ph.Linearised(...) first.")
+    require(
+        isinstance(prior, SupportPrior) and prior.evidence is not None,
+        "a SupportPrior with computed evidence",
+        type(prior).__name__,
+        "Set model.prior.evidence = ph.Linearised(...) first.",
+    )
     prior.spread.fill_(1.0)
     ratios = []
     with local_parameters():
         for start in range(0, len(tasks), 100):
             whole = tasks[start : start + 100].episode(tasks.values.shape[1] // 2)
-            one, other = (prior.belief(half) for half in (whole.support, replace(whole, support=None)))
+            one, other = (
+                prior.belief(half) for half in (whole.support, replace(whole, support=None))
+            )
             spread = (one.covariance + other.covariance).diagonal(dim1=-2, dim2=-1).sqrt()
             ratios.append((one.mean - other.mean).abs() / spread)
     expected = torch.special.ndtri(torch.tensor(0.5 + 0.5 * prob, dtype=torch.float64))
@@ -82,16 +97,31 @@ def calibrate(model: HybridModel, tasks: Tasks, prob: float = 0.9) -> Tensor:
     return prior.spread.clone()
 
 
-def pareto_k(model: Program, guide: Program, episode: Episode, num_samples: int = 1000, *,
-             progress: bool = False) -> NDArray[np.floating]:
+def pareto_k(
+    model: Program,
+    guide: Program,
+    episode: Episode,
+    num_samples: int = 1000,
+    *,
+    progress: bool = False,
+) -> NDArray[np.floating]:
     """PSIS k̂ of each task: below 0.7 the guide can be trusted as a proposal for the program's exact posterior."""
     if episode.query is None:
         fail("an episode with a query", "query=None", "There is no posterior without data.")
     _require_some(num_samples)
     size, episode = max(1, AT_ONCE // (num_samples * episode.query[:1].numel())), checked(episode)
     pieces = torch.arange(episode.shape[0]).split(size)
-    weights = [_log_weights(model, guide, episode.only(rows), num_samples) for rows in
-               tqdm(pieces, desc="weighing draws", unit="batch", leave=False, disable=not progress, delay=2.0)]
+    weights = [
+        _log_weights(model, guide, episode.only(rows), num_samples)
+        for rows in tqdm(
+            pieces,
+            desc="weighing draws",
+            unit="batch",
+            leave=False,
+            disable=not progress,
+            delay=2.0,
+        )
+    ]
     return _arviz.pareto_k(torch.cat(weights, 1).T.double().cpu().numpy())
 
 
@@ -105,11 +135,21 @@ def _log_weights(model: Program, guide: Program, episode: Episode, num_samples: 
 
 def _log_density(trace: poutine.Trace) -> Tensor:
     trace.compute_log_prob()
-    return sum((site["log_prob"] for site in trace.nodes.values() if site["type"] == "sample"), torch.zeros(()))
+    return sum(
+        (site["log_prob"] for site in trace.nodes.values() if site["type"] == "sample"),
+        torch.zeros(()),
+    )
 
 
-def to_arviz(model: nn.Module, guide: nn.Module, episode: Episode, num_samples: int = 500, *,
-             names: Mapping[str, Sequence[str]] | None = None, certificate: Judged | None = None) -> _arviz.Grouped:
+def to_arviz(
+    model: nn.Module,
+    guide: nn.Module,
+    episode: Episode,
+    num_samples: int = 500,
+    *,
+    names: Mapping[str, Sequence[str]] | None = None,
+    certificate: Judged | None = None,
+) -> _arviz.Grouped:
     """Posterior, prior, predictions and likelihoods as ArviZ data: InferenceData on ArviZ 0.x, DataTree on 1.x.
 
     Groups: ``posterior`` (from support and query), ``prior`` (from the support alone), ``posterior_predictive``,
@@ -121,20 +161,29 @@ def to_arviz(model: nn.Module, guide: nn.Module, episode: Episode, num_samples: 
         certificate: what :func:`~pyro_hybrid.certify` said of the program: its verdict becomes the attribute
             ``identified``, and all of it, as JSON, ``certificate``.
     """
-    require(episode.query is not None, "an episode with a query", "query=None", "There is no posterior without data.")
+    require(
+        episode.query is not None,
+        "an episode with a query",
+        "query=None",
+        "There is no posterior without data.",
+    )
     _require_some(num_samples)
     episode = checked(episode)
     posterior = draws(model, guide, episode, num_samples)
     prior = predict(model, episode, num_samples)
     again = _sites(poutine.condition(model, posterior), episode.simulation(), num_samples)
     seen = _sites(poutine.condition(model, posterior), episode, num_samples)
-    sites = {name: site for name, site in seen.items() if site["is_observed"] and name not in posterior}
+    sites = {
+        name: site for name, site in seen.items() if site["is_observed"] and name not in posterior
+    }
     groups = {
         "posterior": _chained(posterior),
         "prior": _chained({name: prior[name] for name in posterior}),
         "posterior_predictive": _chained({name: again[name]["value"] for name in sites}),
         "log_likelihood": _chained({name: _by_shot(site) for name, site in sites.items()}),
-        "observed_data": {name: _with_gaps(site["value"], episode.seen) for name, site in sites.items()},
+        "observed_data": {
+            name: _with_gaps(site["value"], episode.seen) for name, site in sites.items()
+        },
         "constant_data": _constants(episode),
     }
     dims, coords = _labels(groups, names or {})
@@ -142,7 +191,10 @@ def to_arviz(model: nn.Module, guide: nn.Module, episode: Episode, num_samples: 
     num_support = episode.support.shape[1] if episode.support else 0
     attrs: dict[str, str | int | float] = {"num_support": num_support}
     if certificate is not None:
-        attrs |= {"identified": certificate.verdict, "certificate": json.dumps(certificate.to_dict(), allow_nan=False)}
+        attrs |= {
+            "identified": certificate.verdict,
+            "certificate": json.dumps(certificate.to_dict(), allow_nan=False),
+        }
     return _arviz.to_inference_data(groups, dims, coords, attrs)
 
 
@@ -153,7 +205,12 @@ def _sites(program: Program, episode: Episode, num_samples: int) -> dict[str, Si
 
 
 def _require_some(num_samples: int) -> None:
-    require(num_samples >= 1, "num_samples of 1 or more", num_samples, "Some hundreds make a smooth picture.")
+    require(
+        num_samples >= 1,
+        "num_samples of 1 or more",
+        num_samples,
+        "Some hundreds make a smooth picture.",
+    )
 
 
 def _latent(sites: Mapping[str, Site]) -> dict[str, Tensor]:
@@ -174,22 +231,39 @@ def _constants(episode: Episode) -> dict[str, NDArray[np.floating]]:
     return constants
 
 
-def _labels(groups: Mapping[str, Mapping[str, NDArray[np.floating]]], names: Mapping[str, Sequence[str]],
-            ) -> tuple[dict[str, list[str]], dict[str, Sequence[str] | NDArray[np.floating]]]:
+def _labels(
+    groups: Mapping[str, Mapping[str, NDArray[np.floating]]],
+    names: Mapping[str, Sequence[str]],
+) -> tuple[dict[str, list[str]], dict[str, Sequence[str] | NDArray[np.floating]]]:
     """Named axes: (task, shot, time, sensor) for trajectories, (task, [shot,] component of the site) for latents."""
-    dims: dict[str, list[str]] = {"initial_measured": ["task", "shot", "state"],
-                                  "support": ["task", "support_shot", "time", "sensor"]}
+    dims: dict[str, list[str]] = {
+        "initial_measured": ["task", "shot", "state"],
+        "support": ["task", "support_shot", "time", "sensor"],
+    }
     coords: dict[str, Sequence[str] | NDArray[np.floating]] = {}
     sites = sorted({*groups["observed_data"], *groups["posterior"]})
     strangers = sorted(set(names) - set(sites))
-    require(not strangers, f"names of sites among {sites}", strangers,
-            "Name the components of a site: names={site: [...]}.")
+    require(
+        not strangers,
+        f"names of sites among {sites}",
+        strangers,
+        "Name the components of a site: names={site: [...]}.",
+    )
     for name, value in groups["observed_data"].items():
-        dims[name] = ["task", "shot", "time", "sensor" if len(groups["observed_data"]) == 1 else f"{name}_sensor"]
+        dims[name] = [
+            "task",
+            "shot",
+            "time",
+            "sensor" if len(groups["observed_data"]) == 1 else f"{name}_sensor",
+        ]
         if name in names:
             coords[dims[name][-1]] = list(names[name])
-        require(value.ndim == 4, f"observations {name!r} with axes (task, shot, time, sensor)", value.shape,
-                "Reshape them.")
+        require(
+            value.ndim == 4,
+            f"observations {name!r} with axes (task, shot, time, sensor)",
+            value.shape,
+            "Reshape them.",
+        )
     for name, value in groups["posterior"].items():
         dims[name] = ["task", *(["shot"] if value.ndim == 5 else []), f"{name}_component"]
         if name in names:

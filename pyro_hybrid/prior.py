@@ -30,11 +30,20 @@ class Prior(nn.Module):
 
     def __init__(self, sites: Mapping[str, Family]) -> None:
         super().__init__()
-        require(bool(sites), "at least one site", "none",
-                "Name one: SupportPrior(encoder, omega=ph.families.LogNormal(1)).")
+        require(
+            bool(sites),
+            "at least one site",
+            "none",
+            "Name one: SupportPrior(encoder, omega=ph.families.LogNormal(1)).",
+        )
         for name, family in sites.items():
-            require(isinstance(family, Family), f"a family from ph.families for {name!r}", type(family).__name__,
-                    f"For example {name}=ph.families.Normal(2).", TypeError)
+            require(
+                isinstance(family, Family),
+                f"a family from ph.families for {name!r}",
+                type(family).__name__,
+                f"For example {name}=ph.families.Normal(2).",
+                TypeError,
+            )
         self.sites = dict(sites)
         self.base = nn.Parameter(torch.zeros(sum(f.n * f.k for f in sites.values())))
         self.register_buffer("spread", torch.ones(sum(f.n for f in sites.values())))
@@ -48,8 +57,11 @@ class Prior(nn.Module):
     def program(self) -> Program:
         """The program that this prior belongs to."""
         if self._program is None:
-            fail("a prior that belongs to a program", "one that doesn't",
-                 "Assign it in a HybridModel (self.prior = ...), or call prior.bind(program).")
+            fail(
+                "a prior that belongs to a program",
+                "one that doesn't",
+                "Assign it in a HybridModel (self.prior = ...), or call prior.bind(program).",
+            )
         return self._program
 
     def natural(self, support: Episode | None) -> dict[str, Natural]:
@@ -58,7 +70,10 @@ class Prior(nn.Module):
 
     def forward(self, support: Episode | None) -> dict[str, Stock]:
         """The prior's distributions, one for each site."""
-        return {name: self.sites[name].distribution(natural) for name, natural in self.natural(support).items()}
+        return {
+            name: self.sites[name].distribution(natural)
+            for name, natural in self.natural(support).items()
+        }
 
     def gaussian(self, support: Episode | None) -> tuple[Tensor, Tensor]:
         """Mean (task, d) and precision (task, d, d) of all sites in unconstrained coordinates."""
@@ -76,8 +91,10 @@ class Prior(nn.Module):
     def pieces(self, raw: Tensor) -> dict[str, Tensor]:
         """As many numbers as ``base`` has in the last axis, dealt out to the sites: ``(..., component, statistic)``."""
         pieces = raw.split([f.n * f.k for f in self.sites.values()], -1)
-        return {name: piece.unflatten(-1, (f.n, f.k))
-                for (name, f), piece in zip(self.sites.items(), pieces, strict=True)}
+        return {
+            name: piece.unflatten(-1, (f.n, f.k))
+            for (name, f), piece in zip(self.sites.items(), pieces, strict=True)
+        }
 
     def _split(self, raw: Tensor) -> dict[str, Natural]:
         return {name: self.sites[name].from_raw(piece) for name, piece in self.pieces(raw).items()}
@@ -120,7 +137,9 @@ class SupportPrior(Prior):
     (torch.Size([5]), torch.Size([1]))
     """
 
-    def __init__(self, encoder: SetEncoder, evidence: Linearised | None = None, **sites: Family) -> None:
+    def __init__(
+        self, encoder: SetEncoder, evidence: Linearised | None = None, **sites: Family
+    ) -> None:
         super().__init__(sites)
         self.encoder, self.evidence = encoder, evidence
         self.head = nn.Sequential(nn.SiLU(), nn.Linear(encoder.features, self.base.numel()))
@@ -155,7 +174,9 @@ class SupportPrior(Prior):
         owner = self.program if isinstance(self.program, nn.Module) else self
         state = id(self.evidence), *_state([*owner.parameters(), *owner.buffers(), self.spread])
         if self._last is None or self._last[0] is not support or self._last[1] != state:
-            with torch.random.fork_rng(range(torch.cuda.device_count())):  # a remembered belief draws nothing either
+            with torch.random.fork_rng(
+                range(torch.cuda.device_count())
+            ):  # a remembered belief draws nothing either
                 self._last = support, state, self._computed(support)
         return self._last[2]
 
@@ -163,8 +184,13 @@ class SupportPrior(Prior):
         assert self.evidence is not None
         mean, precision = super().gaussian(None)
         tasks = support.shape[0]
-        problem = Problem(self.program, support.canonical, self.sites, mean.expand(tasks, -1),
-                          precision.expand(tasks, -1, -1))
+        problem = Problem(
+            self.program,
+            support.canonical,
+            self.sites,
+            mean.expand(tasks, -1),
+            precision.expand(tasks, -1, -1),
+        )
         start = self.unconstrained(self._split(self.propose(support)))[0]
         return self.tempered(self.evidence(problem, start), problem.precision)
 
@@ -176,7 +202,10 @@ class SupportPrior(Prior):
             mean, scale = (x.detach() for x in proposed)
         else:
             belief = self.belief(support)
-            mean, scale = belief.mean, belief.covariance.diagonal(dim1=-2, dim2=-1).sqrt().to(belief.mean.dtype)
+            mean, scale = (
+                belief.mean,
+                belief.covariance.diagonal(dim1=-2, dim2=-1).sqrt().to(belief.mean.dtype),
+            )
             targets.append(proposed)
         loss = torch.stack([_divergence(mean, scale, *target) for target in targets]).sum()
         pyro.factor("proposals", loss.detach() - loss)
@@ -194,7 +223,9 @@ def handed_out(sites: Mapping[str, Family], belief: Belief) -> dict[str, Natural
         if isinstance(family, FullNormal):
             naturals[name] = family.from_precision(mean, torch.linalg.inv(block).to(dtype))
         else:
-            naturals[name] = family.from_gaussian(mean, block.diagonal(dim1=-2, dim2=-1).sqrt().to(dtype))
+            naturals[name] = family.from_gaussian(
+                mean, block.diagonal(dim1=-2, dim2=-1).sqrt().to(dtype)
+            )
         at += family.n
     return naturals
 

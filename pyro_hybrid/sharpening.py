@@ -25,10 +25,22 @@ LARGEST = 10_000  # weights; their precision has the square of it, in float64
 
 
 @torch.no_grad()
-def sharpen(model: HybridModel, guide: AmortizedGuide, tasks: Tasks, *, network: nn.Module | None = None,
-            noise: str | None = "noise", steps: int = 8, batch_size: int = 8, reading: Linearised | None = None,
-            memory: float = 0.9, width: float = 0.1, misread: float = 10.0, seed: int = 0,
-            progress: bool = True) -> list[float]:
+def sharpen(
+    model: HybridModel,
+    guide: AmortizedGuide,
+    tasks: Tasks,
+    *,
+    network: nn.Module | None = None,
+    noise: str | None = "noise",
+    steps: int = 8,
+    batch_size: int = 8,
+    reading: Linearised | None = None,
+    memory: float = 0.9,
+    width: float = 0.1,
+    misread: float = 10.0,
+    seed: int = 0,
+    progress: bool = True,
+) -> list[float]:
     r"""Bring a trained network to where the data want it, by a method of second order.
 
     Stochastic gradients leave weights scattered in directions that cost the likelihood little and physics latents
@@ -69,21 +81,50 @@ def sharpen(model: HybridModel, guide: AmortizedGuide, tasks: Tasks, *, network:
     Returns:
         For each batch, how badly it was explained when it came: squared errors in noise variances, per observation.
     """
-    require(steps >= 1 and batch_size >= 1, "steps and batch_size of 1 or more", (steps, batch_size),
-            "Check the arguments.")
-    require(0.0 < memory <= 1.0 and width > 0.0, "a memory in (0, 1] and a positive width", (memory, width),
-            "1 forgets nothing; a width is how far off the weights may be.")
+    require(
+        steps >= 1 and batch_size >= 1,
+        "steps and batch_size of 1 or more",
+        (steps, batch_size),
+        "Check the arguments.",
+    )
+    require(
+        0.0 < memory <= 1.0 and width > 0.0,
+        "a memory in (0, 1] and a positive width",
+        (memory, width),
+        "1 forgets nothing; a width is how far off the weights may be.",
+    )
     require(misread > 1.0, "misread above 1", misread, "At 1, half of all tasks would be left out.")
     network = network if network is not None else getattr(model, "residual", None)
     if network is None:
-        fail("a network", f"{type(model).__name__} without a residual", "Pass network=, such as model.force.")
+        fail(
+            "a network",
+            f"{type(model).__name__} without a residual",
+            "Pass network=, such as model.force.",
+        )
     weights = list(network.parameters())
-    require(bool(weights), "a network with weights", type(network).__name__, "Pass the part that was trained.")
+    require(
+        bool(weights),
+        "a network with weights",
+        type(network).__name__,
+        "Pass the part that was trained.",
+    )
     size = sum(weight.numel() for weight in weights)
-    require(size <= LARGEST, f"a network of up to {LARGEST} weights", size, "Sharpen a part of it, or train longer.")
+    require(
+        size <= LARGEST,
+        f"a network of up to {LARGEST} weights",
+        size,
+        "Sharpen a part of it, or train longer.",
+    )
     first = torch.eye(size, dtype=torch.float64, device=weights[0].device) / width**2
     known, unexplained, costs, was_training = first, _Unexplained(), list[float](), model.training
-    bar = tqdm(range(steps), desc="sharpening", unit="batch", disable=not progress, delay=2.0, dynamic_ncols=True)
+    bar = tqdm(
+        range(steps),
+        desc="sharpening",
+        unit="batch",
+        disable=not progress,
+        delay=2.0,
+        dynamic_ncols=True,
+    )
     try:
         model.eval()
         for _, (rows, _) in zip(bar, tasks.numbered_batches(batch_size, seed), strict=False):
@@ -111,13 +152,20 @@ class _Evidence(NamedTuple):
     cost: float
 
 
-def _read(model: HybridModel, guide: AmortizedGuide, tasks: Tasks, reading: Linearised) -> tuple[Problem, Point]:
+def _read(
+    model: HybridModel, guide: AmortizedGuide, tasks: Tasks, reading: Linearised
+) -> tuple[Problem, Point]:
     """All shots of some tasks, given nothing but the population, and where their latents are."""
     prior = model.prior
     start = prior.unconstrained(guide.natural(tasks.episode()))[0]
     mean, precision = prior.gaussian(None)
-    problem = Problem(model, tasks.shots(slice(None)), prior.sites, mean.expand(len(tasks), -1),
-                      precision.expand(len(tasks), -1, -1))
+    problem = Problem(
+        model,
+        tasks.shots(slice(None)),
+        prior.sites,
+        mean.expand(len(tasks), -1),
+        precision.expand(len(tasks), -1, -1),
+    )
     belief = reading(problem, start.expand(len(tasks), -1))
     return problem, reading.descend(problem, belief.mean, reading.iterations, belief.shot_mean)
 
@@ -126,17 +174,28 @@ def _evidence(problem: Problem, point: Point, network: nn.Module, misread: float
     """Gram matrices of all unknowns, task by task, reduced to those of the weights (a Schur complement, twice)."""
     errors, slopes = problem.jacobian(point.task, point.shot)
     by_weight = _by_weight(problem, point, network, errors)
-    usual = point.cost[point.cost.isfinite()].median() if bool(point.cost.isfinite().any()) else torch.inf
-    kept = (point.cost < misread * usual) & slopes.isfinite().flatten(1).all(1) & by_weight.isfinite().flatten(1).all(1)
+    usual = (
+        point.cost[point.cost.isfinite()].median()
+        if bool(point.cost.isfinite().any())
+        else torch.inf
+    )
+    kept = (
+        (point.cost < misread * usual)
+        & slopes.isfinite().flatten(1).all(1)
+        & by_weight.isfinite().flatten(1).all(1)
+    )
     n, d = by_weight.shape[2], problem.d
     precision, slope = torch.zeros(n, n).to(slopes).double(), torch.zeros(n).to(slopes).double()
     for task in kept.nonzero().squeeze(1).tolist():
         every = torch.cat([by_weight[task], slopes[task]], 1).double()  # (shot, unknown, number)
         gram, pull = every @ every.mT, (every @ errors[task].double().unsqueeze(-1)).squeeze(-1)
         if problem.m:
-            weight, away = problem.shot_weight[task].double(), (point.shot - problem.shot_mean)[task].double()
-            pull[:, n + d:] += weight * away
-            gram[:, n + d:, n + d:] += torch.diag_embed(weight)
+            weight, away = (
+                problem.shot_weight[task].double(),
+                (point.shot - problem.shot_mean)[task].double(),
+            )
+            pull[:, n + d :] += weight * away
+            gram[:, n + d :, n + d :] += torch.diag_embed(weight)
         gram, pull = _without(gram, pull, n + d)
         gram, pull = gram.sum(0), pull.sum(0)
         pull[n:] += problem.precision[task].double() @ (point.task - problem.mean)[task].double()
@@ -144,7 +203,9 @@ def _evidence(problem: Problem, point: Point, network: nn.Module, misread: float
         gram, pull = _without(gram, pull, n)
         precision, slope = precision + gram, slope + pull
     counted = int(errors[kept].count_nonzero())
-    return _Evidence(precision, slope, kept, float(errors[kept].double().square().sum()) / max(counted, 1))
+    return _Evidence(
+        precision, slope, kept, float(errors[kept].double().square().sum()) / max(counted, 1)
+    )
 
 
 class _Errors(nn.Module):
@@ -163,7 +224,9 @@ def _by_weight(problem: Problem, point: Point, network: nn.Module, errors: Tenso
     if isinstance(network, Residual):
         calls = _pushed(problem, point, network, None)[1]
         by_trajectory = {call.shape[1:-1] for call in calls} == {errors.shape[:2]}
-        if by_trajectory and len(calls) * network.outputs < sum(weight.numel() for weight in network.parameters()):
+        if by_trajectory and len(calls) * network.outputs < sum(
+            weight.numel() for weight in network.parameters()
+        ):
             return _by_call(problem, point, network, errors, torch.stack(calls)[:, 0])
     return _one_by_one(problem, point, network, errors)
 
@@ -177,22 +240,33 @@ def _one_by_one(problem: Problem, point: Point, network: nn.Module, errors: Tens
     def moved(move: Tensor) -> Tensor:
         pieces = zip(weights.items(), move.split(sizes), strict=True)
         return torch.func.functional_call(
-            program, {name: weight + piece.view_as(weight) for (name, weight), piece in pieces}, (point,))
+            program,
+            {name: weight + piece.view_as(weight) for (name, weight), piece in pieces},
+            (point,),
+        )
 
     moves = h * torch.eye(sum(sizes), dtype=errors.dtype, device=errors.device)
-    return torch.cat([(torch.vmap(moved)(some) - errors) / h for some in moves.split(AT_ONCE)]).permute(1, 2, 0, 3)
+    return torch.cat(
+        [(torch.vmap(moved)(some) - errors) / h for some in moves.split(AT_ONCE)]
+    ).permute(1, 2, 0, 3)
 
 
-def _by_call(problem: Problem, point: Point, network: Residual, errors: Tensor, calls: Tensor) -> Tensor:
+def _by_call(
+    problem: Problem, point: Point, network: Residual, errors: Tensor, calls: Tensor
+) -> Tensor:
     """As many solves as the term is called: how errors move with what a call returns, and that with the weights."""
     number, outputs = len(calls), network.outputs
     h = 10.0 * math.sqrt(number * torch.finfo(errors.dtype).eps)  # of one call among many
-    pushes = h * torch.eye(number * outputs, dtype=errors.dtype, device=errors.device).view(-1, number, outputs)
+    pushes = h * torch.eye(number * outputs, dtype=errors.dtype, device=errors.device).view(
+        -1, number, outputs
+    )
 
     def pushed(push: Tensor) -> Tensor:
         return _pushed(problem, point, network, push)[0]
 
-    by_output = torch.cat([(torch.vmap(pushed)(some) - errors) / h for some in pushes.split(AT_ONCE)])
+    by_output = torch.cat(
+        [(torch.vmap(pushed)(some) - errors) / h for some in pushes.split(AT_ONCE)]
+    )
     term = _Term(network)
     weights = dict(term.named_parameters())
     slopes = torch.vmap(torch.func.jacrev(partial(torch.func.functional_call, term)), (None, 0))
@@ -200,7 +274,9 @@ def _by_call(problem: Problem, point: Point, network: Residual, errors: Tensor, 
     for task in range(len(errors)):
         samples = calls[:, task].transpose(0, 1).flatten(0, 1)  # (shot and call, latent and input)
         by_weight = torch.cat([part.flatten(2) for part in slopes(weights, samples).values()], -1)
-        by_weight = by_weight.unflatten(0, (-1, number)).flatten(1, 2)  # (shot, call and output, weight)
+        by_weight = by_weight.unflatten(0, (-1, number)).flatten(
+            1, 2
+        )  # (shot, call and output, weight)
         found.append(by_weight.mT @ by_output[:, task].transpose(0, 1))
     return torch.stack(found)
 
@@ -218,9 +294,10 @@ class _Term(nn.Module):
         return torch.stack(out if isinstance(out, tuple) else (out,)).flatten()
 
 
-def _pushed(problem: Problem, point: Point, network: Residual, push: Tensor | None) -> tuple[Tensor, list[Tensor]]:
-    """Errors when something (call, output) is added to what the term returns, and the latents and inputs of each call.
-    """
+def _pushed(
+    problem: Problem, point: Point, network: Residual, push: Tensor | None
+) -> tuple[Tensor, list[Tensor]]:
+    """Errors when something (call, output) is added to what the term returns, and the latents and inputs of each call."""
     calls: list[Tensor] = []
 
     def given(latents: Tensor) -> Callable[..., Tensor | tuple[Tensor, ...]]:
@@ -229,9 +306,13 @@ def _pushed(problem: Problem, point: Point, network: Residual, push: Tensor | No
         def pushed(*inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
             out = term(*inputs)
             parts = out if isinstance(out, tuple) else (out,)
-            calls.append(torch.stack(torch.broadcast_tensors(parts[0], *latents.unbind(-1), *inputs)[1:], -1))
+            calls.append(
+                torch.stack(torch.broadcast_tensors(parts[0], *latents.unbind(-1), *inputs)[1:], -1)
+            )
             if push is not None:
-                parts = tuple(part + more for part, more in zip(parts, push[len(calls) - 1], strict=True))
+                parts = tuple(
+                    part + more for part, more in zip(parts, push[len(calls) - 1], strict=True)
+                )
             return parts if isinstance(out, tuple) else parts[0]
 
         return pushed
@@ -248,15 +329,24 @@ def _without(gram: Tensor, pull: Tensor, size: int) -> tuple[Tensor, Tensor]:
     if gram.shape[-1] == size:
         return gram, pull
     cross = gram[..., size:, :size]
-    solved = torch.linalg.solve(gram[..., size:, size:], torch.cat([pull[..., size:, None], cross], -1))
-    return (gram[..., :size, :size] - cross.mT @ solved[..., 1:],
-            pull[..., :size] - (cross.mT @ solved[..., :1]).squeeze(-1))
+    solved = torch.linalg.solve(
+        gram[..., size:, size:], torch.cat([pull[..., size:, None], cross], -1)
+    )
+    return (
+        gram[..., :size, :size] - cross.mT @ solved[..., 1:],
+        pull[..., :size] - (cross.mT @ solved[..., :1]).squeeze(-1),
+    )
 
 
-def _moved(problem: Problem, point: Point, network: nn.Module, evidence: _Evidence, believed: Tensor) -> Point:
+def _moved(
+    problem: Problem, point: Point, network: nn.Module, evidence: _Evidence, believed: Tensor
+) -> Point:
     """Take the step, the longest of a few that explains the batch better than before, and read again."""
     weights = list(network.parameters())
-    old, before = nn.utils.parameters_to_vector(weights), float(point.cost[evidence.kept].double().sum())
+    old, before = (
+        nn.utils.parameters_to_vector(weights),
+        float(point.cost[evidence.kept].double().sum()),
+    )
     for damping in (0.0, 3e-3, 0.1, 3.0):
         damped = believed + evidence.precision + torch.diag(damping * evidence.precision.diagonal())
         move = -torch.linalg.solve(damped, evidence.slope)
@@ -276,14 +366,20 @@ class _Unexplained:
 
     def after(self, problem: Problem, point: Point, kept: Tensor) -> Tensor:
         """Standard deviations, with one more batch."""
-        sites = observed(problem.program, problem.episode, problem.values(point.task[None], point.shot[None]))[0]
+        sites = observed(
+            problem.program, problem.episode, problem.values(point.task[None], point.shot[None])
+        )[0]
         require(len(sites) == 1, "a program with one observed site", len(sites), "Pass noise=None.")
         error = sites[0].value - sites[0].mean  # (1, task, shot, time, sensor)
         counts = sites[0].mask.expand_as(error)[0][kept].double()
         error = error[0][kept].double()
-        gram = problem.jacobian(point.task, point.shot)[1][kept].double()[:, :, problem.d:]
+        gram = problem.jacobian(point.task, point.shot)[1][kept].double()[:, :, problem.d :]
         gram, weight = gram @ gram.mT, torch.diag_embed(problem.shot_weight[kept].double())
-        by_shot = torch.linalg.solve(gram + weight, gram).diagonal(dim1=-2, dim2=-1).sum() if problem.m else 0.0
+        by_shot = (
+            torch.linalg.solve(gram + weight, gram).diagonal(dim1=-2, dim2=-1).sum()
+            if problem.m
+            else 0.0
+        )
         free = 1.0 - (problem.d * int(kept.sum()) + by_shot) / counts.sum()
         self.squares = 0.5 * self.squares + (counts * error.square()).sum((0, 1, 2))
         self.free = 0.5 * self.free + counts.sum((0, 1, 2)) * free
@@ -293,7 +389,14 @@ class _Unexplained:
 def _set_noise(model: HybridModel, name: str, value: Tensor) -> None:
     old = getattr(model, name, None)
     if not isinstance(old, Tensor) or old.numel() not in (1, len(value)):
-        fail(f"{name!r}, a standard deviation of {len(value)} sensors, or of all",
-             getattr(old, "shape", type(old).__name__), "Pass the attribute's name, or noise=None.")
-    new = (value if old.numel() == len(value) else value.square().mean().sqrt()).reshape(old.shape).to(old)
+        fail(
+            f"{name!r}, a standard deviation of {len(value)} sensors, or of all",
+            getattr(old, "shape", type(old).__name__),
+            "Pass the attribute's name, or noise=None.",
+        )
+    new = (
+        (value if old.numel() == len(value) else value.square().mean().sqrt())
+        .reshape(old.shape)
+        .to(old)
+    )
     setattr(model, name, torch.where(new > 0.0, new, old))  # false where it isn't a number

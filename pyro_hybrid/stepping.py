@@ -42,8 +42,15 @@ class Path(NamedTuple):
     knots: Tensor
 
 
-def fixed_steps(slope: Slope, y: Tensor, times: Times, substeps: int, step: float | None, axis: int,
-                code: CodeType | None) -> tuple[Tensor | list[Tensor], Path]:
+def fixed_steps(
+    slope: Slope,
+    y: Tensor,
+    times: Times,
+    substeps: int,
+    step: float | None,
+    axis: int,
+    code: CodeType | None,
+) -> tuple[Tensor | list[Tensor], Path]:
     """States at the given times, and the path that was walked.
 
     Arguments:
@@ -60,8 +67,12 @@ def fixed_steps(slope: Slope, y: Tensor, times: Times, substeps: int, step: floa
     advance: Step = _rk4_step
     if code is not None:
         y = _as_later(slope, clock[..., 0], y, axis)
-        single = tuple(size == 1 for size in y.shape)  # torch.compile has versions of their own for sizes of one
-        advance = _compiled_step(code, (single, clock.dim(), y.dtype, y.requires_grad, torch.is_grad_enabled()))
+        single = tuple(
+            size == 1 for size in y.shape
+        )  # torch.compile has versions of their own for sizes of one
+        advance = _compiled_step(
+            code, (single, clock.dim(), y.dtype, y.requires_grad, torch.is_grad_enabled())
+        )
     pieces = [*zip(clock.unbind(-1), lengths.unbind(-1), strict=False)]
     states, slopes = _walk(advance, slope, y, pieces, axis)
     path = Path([grown(y, states[0], axis), *states], knots)
@@ -78,10 +89,14 @@ def _knots(times: Times, substeps: int, step: float | None) -> Tensor:
         return torch.cat([inner.flatten(-2), times[..., -1:]], -1)
     first, last = times[..., :1], times[..., -1:]
     number = _finer.get() * max(1, math.ceil(float((last - first).max()) / step - 1e-4))
-    return first + (last - first) * torch.linspace(0.0, 1.0, number + 1, dtype=times.dtype, device=times.device)
+    return first + (last - first) * torch.linspace(
+        0.0, 1.0, number + 1, dtype=times.dtype, device=times.device
+    )
 
 
-def _walk(advance: Step, slope: Slope, y: Tensor, pieces: list[tuple[Tensor, Tensor]], axis: int) -> Walk:
+def _walk(
+    advance: Step, slope: Slope, y: Tensor, pieces: list[tuple[Tensor, Tensor]], axis: int
+) -> Walk:
     """All steps; where they are many and have a gradient, segment by segment in memory of one."""
     states: list[Tensor] = []
     slopes: list[Tensor] = []
@@ -101,7 +116,9 @@ def _walk(advance: Step, slope: Slope, y: Tensor, pieces: list[tuple[Tensor, Ten
 class _Segment:
     """Steps that are taken again for their gradient, and then must lead where they led before."""
 
-    def __init__(self, advance: Step, slope: Slope, pieces: list[tuple[Tensor, Tensor]], axis: int) -> None:
+    def __init__(
+        self, advance: Step, slope: Slope, pieces: list[tuple[Tensor, Tensor]], axis: int
+    ) -> None:
         self.advance, self.slope, self.pieces, self.axis = advance, slope, pieces, axis
         self.before: Tensor | None = None
 
@@ -111,8 +128,12 @@ class _Segment:
         if self.before is None:
             self.before = now.detach()
         elif not torch.allclose(now.detach(), self.before, rtol=1e-3, atol=1e-5, equal_nan=True):
-            fail("a field that gives the same slope when it is called again", "another one when its gradient was taken",
-                 "Draw random numbers, and read sampled attributes, before the field is defined.", RuntimeError)
+            fail(
+                "a field that gives the same slope when it is called again",
+                "another one when its gradient was taken",
+                "Draw random numbers, and read sampled attributes, before the field is defined.",
+                RuntimeError,
+            )
         last = _walk(self.advance, self.slope, now, self.pieces[-1:], self.axis)
         return states + last[0], slopes + last[1]
 
@@ -141,20 +162,28 @@ def _between(path: Path, slopes: list[Tensor], times: Times) -> Tensor:
     knots, at = path.knots, times
     if times.dim() == 2:
         knots, at = (x - x[:, :1] for x in (knots, times))
-        require(bool((at - at[:1]).abs().max() <= 16 * torch.finfo(at.dtype).eps * times.abs().max()),
-                "clocks that differ by an offset only (with step=)", "clocks of different spacing",
-                "Leave step=None and use substeps, or solve the shots one by one.")
+        require(
+            bool((at - at[:1]).abs().max() <= 16 * torch.finfo(at.dtype).eps * times.abs().max()),
+            "clocks that differ by an offset only (with step=)",
+            "clocks of different spacing",
+            "Leave step=None and use substeps, or solve the shots one by one.",
+        )
         knots, at = knots[0], at[0]
     h = knots[1] - knots[0]
     index = torch.searchsorted(knots, at, right=True).sub(1).clamp(0, len(knots) - 2)
     x, rows = (at - knots[index]) / h, torch.arange(len(at), device=at.device)
     weights = at.new_zeros(2, len(at), len(knots))
-    weights[0, rows, index], weights[0, rows, index + 1] = (1 + 2 * x) * (1 - x) ** 2, x * x * (3 - 2 * x)
+    weights[0, rows, index], weights[0, rows, index + 1] = (
+        (1 + 2 * x) * (1 - x) ** 2,
+        x * x * (3 - 2 * x),
+    )
     weights[1, rows, index], weights[1, rows, index + 1] = h * x * (1 - x) ** 2, h * x * x * (x - 1)
     nodes = torch.stack([*path.states, *slopes])
     mixed, flat = torch.cat([weights[0], weights[1]], -1), nodes.flatten(1)
     between = mixed @ flat
-    if not torch.isfinite(between).all():  # zero times NaN is NaN, which must not travel back in time
+    if not torch.isfinite(
+        between
+    ).all():  # zero times NaN is NaN, which must not travel back in time
         lost = (mixed != 0.0).to(flat.dtype) @ (~torch.isfinite(flat)).to(flat.dtype) > 0.0
         between = (mixed @ flat.nan_to_num(0.0, 0.0, 0.0)).masked_fill(lost, torch.nan)
     return between.unflatten(1, nodes.shape[1:])
@@ -183,12 +212,19 @@ class _Compiled:
 
     def __init__(self) -> None:
         step = inspect.unwrap(_rk4_step)
-        own: Any = FunctionType(step.__code__.replace(), step.__globals__, step.__name__, step.__defaults__,
-                                step.__closure__)
+        own: Any = FunctionType(
+            step.__code__.replace(),
+            step.__globals__,
+            step.__name__,
+            step.__defaults__,
+            step.__closure__,
+        )
         self.step: Step | None = own
         self.compiled: dict[str, Step] = {}
 
-    def __call__(self, slope: Slope, t: Tensor, h: Tensor, y: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, slope: Slope, t: Tensor, h: Tensor, y: Tensor, axis: int
+    ) -> tuple[Tensor, Tensor]:
         if self.step is None:
             return _rk4_step(slope, t, h, y, axis)
         try:
@@ -197,10 +233,17 @@ class _Compiled:
             if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
                 raise
             result, self.step = _rk4_step(slope, t, h, y, axis), None
-            reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            warnings.warn(f"solve(..., compile=True) goes on without compiling. torch.compile says: {reason!r}. A C++ "
-                          "compiler must be installed (on a CPU), and the field must consist of torch operations, "
-                          "without branches on values.", RuntimeWarning, stacklevel=2)
+            reason = next(
+                (line.strip() for line in str(error).splitlines() if line.strip()),
+                type(error).__name__,
+            )
+            warnings.warn(
+                f"solve(..., compile=True) goes on without compiling. torch.compile says: {reason!r}. A C++ "
+                "compiler must be installed (on a CPU), and the field must consist of torch operations, "
+                "without branches on values.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
             return result
 
     def _on(self, device: str) -> Step:

@@ -26,7 +26,11 @@ WEIGHTS, STATE, MANIFEST = "model.safetensors", "state.pt", "manifest.json"
 ASIDE = ".partial-"  # how the names of folders begin that are being written, or removed
 LONGEST_MANIFEST = 10**6
 KINDS = ("Bool", "Byte", "Double", "Float", "Half", "BFloat16", "Int", "Long")
-HARMLESS = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2", *(f"torch {kind}Storage" for kind in KINDS)}
+HARMLESS = {
+    "collections OrderedDict",
+    "torch._utils _rebuild_tensor_v2",
+    *(f"torch {kind}Storage" for kind in KINDS),
+}
 
 
 class CheckpointError(RuntimeError):
@@ -49,7 +53,9 @@ def write(folder: Path, content: Stored) -> None:
     aside = folder.with_name(ASIDE + folder.name)
     try:
         if os.path.lexists(folder):
-            raise CheckpointError(f"{folder} exists already. Choose another folder, or remove it first.")
+            raise CheckpointError(
+                f"{folder} exists already. Choose another folder, or remove it first."
+            )
         discard(aside)
         aside.mkdir(parents=True)
         for name, data in _files(content).items():
@@ -58,8 +64,10 @@ def write(folder: Path, content: Stored) -> None:
         aside.rename(folder)
         _flush(folder.parent)
     except OSError as error:
-        raise CheckpointError(f"{folder} could not be written: {error.strerror or error}. Earlier checkpoints are as "
-                              "they were. Free some space, or save elsewhere.") from error
+        raise CheckpointError(
+            f"{folder} could not be written: {error.strerror or error}. Earlier checkpoints are as "
+            "they were. Free some space, or save elsewhere."
+        ) from error
     finally:
         discard(aside)
 
@@ -105,7 +113,11 @@ def discard(folder: Path) -> None:
     if folder.is_symlink() or folder.is_file():
         folder.unlink(missing_ok=True)
     elif folder.exists():
-        aside = folder if folder.name.startswith(ASIDE) else folder.rename(folder.with_name(ASIDE + folder.name))
+        aside = (
+            folder
+            if folder.name.startswith(ASIDE)
+            else folder.rename(folder.with_name(ASIDE + folder.name))
+        )
         shutil.rmtree(aside, ignore_errors=True)
 
 
@@ -147,8 +159,11 @@ def _manifest(folder: Path) -> dict[str, Any]:
         _refuse(folder, f"{MANIFEST} isn't a manifest")
     if about.get("format") != FORMAT:
         newer = isinstance(about.get("format"), int) and about["format"] > FORMAT
-        _refuse(folder, f"it has format {about.get('format')!r}, and this version of pyro_hybrid reads format {FORMAT}",
-                "Upgrade pyro_hybrid." if newer else "Load it with the version that wrote it.")
+        _refuse(
+            folder,
+            f"it has format {about.get('format')!r}, and this version of pyro_hybrid reads format {FORMAT}",
+            "Upgrade pyro_hybrid." if newer else "Load it with the version that wrote it.",
+        )
     rest = {name: value for name, value in about.items() if name != "sha256_of_the_rest"}
     if data != _encoded(about) or about.get("sha256_of_the_rest") != _digest(_encoded(rest)):
         _refuse(folder, f"{MANIFEST} isn't what was written (its checksum differs)")
@@ -161,18 +176,26 @@ def _unpickled(folder: Path, data: bytes) -> dict[str, Any]:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             entries = archive.infolist()
             names = [entry.filename for entry in entries]
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries) or len(set(names)) < len(names) or (
-                    sum(entry.file_size for entry in entries) > len(data)):
+            if (
+                any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+                or len(set(names)) < len(names)
+                or (sum(entry.file_size for entry in entries) > len(data))
+            ):
                 _refuse(folder, f"{STATE} would be larger in memory than on the disk")
             pickles = [name for name in names if name.endswith("data.pkl")]
             strangers = {word for name in pickles for word in _named(archive.read(name))} - HARMLESS
             if len(pickles) != 1 or strangers:
-                _refuse(folder, f"{STATE} names {sorted(strangers) or 'nothing'}, which no checkpoint does")
+                _refuse(
+                    folder,
+                    f"{STATE} names {sorted(strangers) or 'nothing'}, which no checkpoint does",
+                )
         state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except CheckpointError:
         raise
     except Exception as error:  # whatever a parser says of bytes from a stranger
-        _refuse(folder, f"{STATE} isn't the state of a training ({str(error).partition(chr(10))[0]})")
+        _refuse(
+            folder, f"{STATE} isn't the state of a training ({str(error).partition(chr(10))[0]})"
+        )
     if not isinstance(state, dict):
         _refuse(folder, f"{STATE} isn't the state of a training")
     return state
@@ -180,10 +203,17 @@ def _unpickled(folder: Path, data: bytes) -> dict[str, Any]:
 
 def _named(pickled: bytes) -> set[str]:
     """Whatever a pickle would import."""
-    return {str(argument) if code.name == "GLOBAL" else code.name for code, argument, _ in pickletools.genops(pickled)
-            if code.name in ("GLOBAL", "STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4", "OBJ", "NEWOBJ", "NEWOBJ_EX")}
+    return {
+        str(argument) if code.name == "GLOBAL" else code.name
+        for code, argument, _ in pickletools.genops(pickled)
+        if code.name
+        in ("GLOBAL", "STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4", "OBJ", "NEWOBJ", "NEWOBJ_EX")
+    }
 
 
-def _refuse(folder: Path, why: str, remedy: str = "Go back to an earlier one: remove this one, or name that.",
-            ) -> NoReturn:
+def _refuse(
+    folder: Path,
+    why: str,
+    remedy: str = "Go back to an earlier one: remove this one, or name that.",
+) -> NoReturn:
     raise CheckpointError(f"{folder} can't be loaded: {why}. {remedy}") from None

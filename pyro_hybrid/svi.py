@@ -28,8 +28,13 @@ class SVI(PyroSVI):
         loss: a Pyro ELBO.
     """
 
-    def __init__(self, model: nn.Module, guide: nn.Module, optim: torch.optim.Optimizer | PyroOptim,
-                 loss: Any = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        guide: nn.Module,
+        optim: torch.optim.Optimizer | PyroOptim,
+        loss: Any = None,
+    ) -> None:
         require_local(model=model, guide=guide)
         self.model, self.guide = model, guide
         self.elbo = (TraceMeanField_ELBO() if loss is None else loss)(model, guide)
@@ -63,7 +68,12 @@ class SVI(PyroSVI):
 
 def _torchs(optim: Any, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     """The torch optimizer that a ``pyro.optim`` one would make for each parameter, for all of them."""
-    require(type(optim) is PyroOptim and isinstance(optim.pt_optim_args, dict) and not optim.pt_clip_args,
-            "a pyro.optim optimizer with a dictionary of options only", type(optim).__name__ + " with more",
-            "Pass a torch optimizer with a schedule of torch's beside it; meta_train clips and schedules itself.")
+    require(
+        type(optim) is PyroOptim
+        and isinstance(optim.pt_optim_args, dict)
+        and not optim.pt_clip_args,
+        "a pyro.optim optimizer with a dictionary of options only",
+        type(optim).__name__ + " with more",
+        "Pass a torch optimizer with a schedule of torch's beside it; meta_train clips and schedules itself.",
+    )
     return optim.pt_optim_constructor(parameters, **optim.pt_optim_args)

@@ -20,13 +20,32 @@ from .tasks import Tasks
 __all__ = ["TrainingError", "meta_train"]
 
 
-def meta_train(model: nn.Module, guide: nn.Module, tasks: Tasks, *, steps: int = 1000, batch_size: int = 32,
-               learning_rate: float = 3e-3, seed: int = 0, curriculum: Mapping[float, Length] | None = None,
-               segments: int | None = None, warmup: float = 0.0, clip: float = 4.0, average: float = 0.0,
-               held_out: Tasks | None = None, every: int = 100, patience: int | None = None, loss: Any = None,
-               max_skips: int = 20, checkpoint: str | os.PathLike[str] | None = None, keep: int = 2,
-               resume: bool = False, device: torch.device | str | None = None, progress: bool = True,
-               callback: Callable[[int, Fit], None] | None = None) -> Fit:
+def meta_train(
+    model: nn.Module,
+    guide: nn.Module,
+    tasks: Tasks,
+    *,
+    steps: int = 1000,
+    batch_size: int = 32,
+    learning_rate: float = 3e-3,
+    seed: int = 0,
+    curriculum: Mapping[float, Length] | None = None,
+    segments: int | None = None,
+    warmup: float = 0.0,
+    clip: float = 4.0,
+    average: float = 0.0,
+    held_out: Tasks | None = None,
+    every: int = 100,
+    patience: int | None = None,
+    loss: Any = None,
+    max_skips: int = 20,
+    checkpoint: str | os.PathLike[str] | None = None,
+    keep: int = 2,
+    resume: bool = False,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+    callback: Callable[[int, Fit], None] | None = None,
+) -> Fit:
     """Train model and guide over many tasks; same seed, same result.
 
     Arguments:
@@ -58,31 +77,85 @@ def meta_train(model: nn.Module, guide: nn.Module, tasks: Tasks, *, steps: int =
         progress: show a progress bar.
         callback: called with the step's number and the fit so far.
     """
-    require(len(tasks) > 0 and steps >= 1 and batch_size >= 1, "steps, batch_size and tasks of 1 or more",
-            f"{steps}, {batch_size}, {len(tasks)}", "Check the arguments.")
-    require(patience is None or held_out is not None, "held_out tasks for early stopping", "none",
-            "Pass held_out=tasks, or patience=None.")
-    require(segments is None or segments >= 1 and getattr(guide, "evidence", None) is None,
-            "segments of 1 or more, and a guide that reads by its encoder", f"{segments} and {type(guide).__name__}",
-            "Leave segments=None: computed evidence needs all that was observed.")
-    require(checkpoint is not None or not resume, "a folder to resume from", "none", "Pass checkpoint=folder.")
-    require(keep >= 1 and every >= 1, "keep and every of 1 or more", f"{keep} and {every}", "Check the arguments.")
+    require(
+        len(tasks) > 0 and steps >= 1 and batch_size >= 1,
+        "steps, batch_size and tasks of 1 or more",
+        f"{steps}, {batch_size}, {len(tasks)}",
+        "Check the arguments.",
+    )
+    require(
+        patience is None or held_out is not None,
+        "held_out tasks for early stopping",
+        "none",
+        "Pass held_out=tasks, or patience=None.",
+    )
+    require(
+        segments is None or segments >= 1 and getattr(guide, "evidence", None) is None,
+        "segments of 1 or more, and a guide that reads by its encoder",
+        f"{segments} and {type(guide).__name__}",
+        "Leave segments=None: computed evidence needs all that was observed.",
+    )
+    require(
+        checkpoint is not None or not resume,
+        "a folder to resume from",
+        "none",
+        "Pass checkpoint=folder.",
+    )
+    require(
+        keep >= 1 and every >= 1,
+        "keep and every of 1 or more",
+        f"{keep} and {every}",
+        "Check the arguments.",
+    )
     device = torch.device(device) if device is not None else tasks.values.device
     model.to(device), guide.to(device)
     plan = _plan(curriculum, tasks)
-    settings = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed,
-                "curriculum": list(plan.items()), "segments": segments, "warmup": warmup, "clip": clip,
-                "average": average, "every": every, "patience": patience, "max_skips": max_skips,
-                "loss": type(loss).__name__, "tasks": digest(tasks), "held_out": digest(held_out)}
+    settings = {
+        "steps": steps,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "seed": seed,
+        "curriculum": list(plan.items()),
+        "segments": segments,
+        "warmup": warmup,
+        "clip": clip,
+        "average": average,
+        "every": every,
+        "patience": patience,
+        "max_skips": max_skips,
+        "loss": type(loss).__name__,
+        "tasks": digest(tasks),
+        "held_out": digest(held_out),
+    }
     folder = None if checkpoint is None else Checkpoints(Path(checkpoint), settings, keep)
     stored = folder.begin(resume) if folder else None
     _standardise(model, guide, tasks)
     svi = SVI(model, guide, _adam(model, guide, learning_rate, device), loss)
-    return Loop(svi, tasks, steps, batch_size, learning_rate, seed, plan, segments, warmup, clip, average, held_out,
-                every, patience, max_skips, device, callback, folder).run(progress, stored)
+    return Loop(
+        svi,
+        tasks,
+        steps,
+        batch_size,
+        learning_rate,
+        seed,
+        plan,
+        segments,
+        warmup,
+        clip,
+        average,
+        held_out,
+        every,
+        patience,
+        max_skips,
+        device,
+        callback,
+        folder,
+    ).run(progress, stored)
 
 
-def _adam(model: nn.Module, guide: nn.Module, learning_rate: float, device: torch.device) -> torch.optim.Adam:
+def _adam(
+    model: nn.Module, guide: nn.Module, learning_rate: float, device: torch.device
+) -> torch.optim.Adam:
     parameters = {id(p): p for p in (*model.parameters(), *guide.parameters())}
     fused = device.type in ("cpu", "cuda")
     return torch.optim.Adam(parameters.values(), lr=learning_rate, betas=(0.9, 0.99), fused=fused)
@@ -96,7 +169,12 @@ def _standardise(model: nn.Module, guide: nn.Module, tasks: Tasks) -> None:
 
 def _plan(curriculum: Mapping[float, Length] | None, tasks: Tasks) -> Plan:
     if curriculum is not None:
-        require(0.0 in curriculum, "a curriculum that says what to do from 0.0 on", dict(curriculum), "Add {0.0: ...}.")
+        require(
+            0.0 in curriculum,
+            "a curriculum that says what to do from 0.0 on",
+            dict(curriculum),
+            "Add {0.0: ...}.",
+        )
         return dict(sorted(curriculum.items()))
     last = len(tasks.times) - 1
     if not tasks.timed or last < 14:

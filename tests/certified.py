@@ -23,10 +23,14 @@ EVIDENCE = ph.Linearised(6, restarts=2)
 Values = Mapping[str, Tensor]
 Rule = Callable[[Values], Tensor]
 Kind = Literal["real", "positive", "fraction"]
-FITTING: dict[Kind, list[type[Family]]] = {"real": [Normal], "positive": [LogNormal, Gamma], "fraction": [Beta]}
+FITTING: dict[Kind, list[type[Family]]] = {
+    "real": [Normal],
+    "positive": [LogNormal, Gamma],
+    "fraction": [Beta],
+}
 
 
-# ---- what systems do -----------------------------------------------------------------------------------------------
+# ---- what systems do -----------------------------------------------------------------------------
 
 
 class Slot(NamedTuple):
@@ -81,7 +85,10 @@ def real(centre: float, scale: float) -> Slot:
 
 EQUATIONS = {
     "decay": Equation(
-        {"k": pos(0.8), "source": real(0.5, 0.3)}, ((0.5, 3.0),), 3.0, ((0,),),
+        {"k": pos(0.8), "source": real(0.5, 0.3)},
+        ((0.5, 3.0),),
+        3.0,
+        ((0,),),
         ode(lambda p, t, x: (p.source - p.k * x,)),
     ),
     "decay chain": Equation(
@@ -99,19 +106,34 @@ EQUATIONS = {
         ode(lambda p, t, x, v: (v, p.push - p.omega**2 * x - p.damping * v)),
     ),
     "duffing": Equation(
-        {"linear": pos(1.0), "cubic": pos(0.6), "damping": pos(0.3), "drive": real(0.8, 0.4), "push": real(0.0, 0.4)},
+        {
+            "linear": pos(1.0),
+            "cubic": pos(0.6),
+            "damping": pos(0.3),
+            "drive": real(0.8, 0.4),
+            "push": real(0.0, 0.4),
+        },
         ((1.0, 2.2), (-1.0, 1.0)),
         3.0,
         ((0, 1),),
         ode(
             lambda p, t, x, v: (
                 v,
-                p.push + p.drive * torch.cos(2.0 * t) - p.damping * v - p.linear * x - p.cubic * x**3,
+                p.push
+                + p.drive * torch.cos(2.0 * t)
+                - p.damping * v
+                - p.linear * x
+                - p.cubic * x**3,
             )
         ),
     ),
     "predator and prey": Equation(
-        {"birth": pos(1.0, 0.25), "eaten": pos(0.8, 0.25), "death": pos(0.9, 0.25), "gain": pos(0.6, 0.25)},
+        {
+            "birth": pos(1.0, 0.25),
+            "eaten": pos(0.8, 0.25),
+            "death": pos(0.9, 0.25),
+            "gain": pos(0.6, 0.25),
+        },
         ((0.6, 2.0), (0.6, 2.0)),
         4.0,
         ((0, 1),),
@@ -122,7 +144,11 @@ EQUATIONS = {
         ((0.3, 1.5),),
         4.0,
         ((0,),),
-        ode(lambda p, t, x: (p.rate * (1.0 + p.season * torch.cos(3.0 * t)) * x * (1.0 - x / p.capacity),)),
+        ode(
+            lambda p, t, x: (
+                p.rate * (1.0 + p.season * torch.cos(3.0 * t)) * x * (1.0 - x / p.capacity),
+            )
+        ),
     ),
     "van der pol": Equation(
         {"mu": pos(0.6, 0.3), "omega": pos(1.3, 0.25)},
@@ -162,24 +188,37 @@ EQUATIONS = {
         ((0.5, 2.0),),
         2.2,
         ((0,),),
-        formula(lambda p, t, dose: dose * p.height * torch.exp(-0.5 * ((t - p.centre) / p.width) ** 2)),
+        formula(
+            lambda p, t, dose: dose * p.height * torch.exp(-0.5 * ((t - p.centre) / p.width) ** 2)
+        ),
     ),
     "response": Equation(
         {"top": real(2.0, 0.4), "half": pos(1.0, 0.3), "slope": pos(2.5, 0.25)},
         ((0.5, 2.0),),
         4.0,
         ((0,),),
-        formula(lambda p, t, dose: dose * p.top * torch.sigmoid(p.slope * ((t + 0.05).log() - p.half.log()))),
+        formula(
+            lambda p, t, dose: (
+                dose * p.top * torch.sigmoid(p.slope * ((t + 0.05).log() - p.half.log()))
+            )
+        ),
     ),
     "ringing": Equation(
-        {"cosine": real(1.5, 0.4), "sine": real(0.0, 1.0), "omega": pos(2.0, 0.25), "damping": pos(0.4)},
+        {
+            "cosine": real(1.5, 0.4),
+            "sine": real(0.0, 1.0),
+            "omega": pos(2.0, 0.25),
+            "damping": pos(0.4),
+        },
         ((0.5, 2.0),),
         3.0,
         ((0,),),
         formula(
-            lambda p, t, dose: dose
-            * (p.cosine * torch.cos(p.omega * t) + p.sine * torch.sin(p.omega * t))
-            * torch.exp(-p.damping * t)
+            lambda p, t, dose: (
+                dose
+                * (p.cosine * torch.cos(p.omega * t) + p.sine * torch.sin(p.omega * t))
+                * torch.exp(-p.damping * t)
+            )
         ),
     ),
 }
@@ -191,7 +230,7 @@ FLAT = {  # linear, and the same for every shot: what a support says of its mean
 }
 
 
-# ---- a system as a program, with its data --------------------------------------------------------------------------
+# ---- a system as a program, with its data --------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -212,11 +251,17 @@ class Case:
     tasks: int = 300
     support: int = 2
     shots: int = 4
-    uneven: Literal["", "lengths", "gaps"] = ""  # recorded for half to all of the time; with up to 70% missing
+    uneven: Literal["", "lengths", "gaps"] = (
+        ""  # recorded for half to all of the time; with up to 70% missing
+    )
     plain: bool = False
     conditional: bool = True
-    gain: str | None = None  # a latent that only a further sensor sees, and that one is never observed
-    repeated: Literal["", "shots", "trajectories"] = ""  # one system: with fresh shots for every task, or the very same
+    gain: str | None = (
+        None  # a latent that only a further sensor sees, and that one is never observed
+    )
+    repeated: Literal["", "shots", "trajectories"] = (
+        ""  # one system: with fresh shots for every task, or the very same
+    )
     expected: str = "holds"
     flaw: str = ""
     condition: str = ""
@@ -251,7 +296,9 @@ class Case:
             start = episode.measured
             if self.start_noise:
                 start = pyro.sample("initial", dist.Normal(start, self.start_noise).to_event(2))
-            x = dist.Normal(self.states(latents, start, episode.times), self.noise).mask(episode.mask)
+            x = dist.Normal(self.states(latents, start, episode.times), self.noise).mask(
+                episode.mask
+            )
             return pyro.sample("x", x.to_event(3), obs=episode.query)
 
     def build(self, seed: int = 0) -> tuple[Program, ph.AmortizedGuide]:
@@ -269,9 +316,13 @@ class Case:
                 return self.program(prior, episode)
 
             prior.bind(program)
-            return program, ph.AmortizedGuide(prior, evidence=EVIDENCE if not self.conditional else ph.Linearised(2))
+            return program, ph.AmortizedGuide(
+                prior, evidence=EVIDENCE if not self.conditional else ph.Linearised(2)
+            )
         model = Model(self, prior)
-        return model, ph.AmortizedGuide(prior, evidence=EVIDENCE if not self.conditional else ph.Linearised(2))
+        return model, ph.AmortizedGuide(
+            prior, evidence=EVIDENCE if not self.conditional else ph.Linearised(2)
+        )
 
     def data(self, seed: int = 0) -> ph.Tasks:
         """Tasks from the population that the prior starts from."""
@@ -287,7 +338,9 @@ class Case:
         recorded = 1 if self.repeated == "trajectories" else self.tasks
         truth = {
             name: family.constrained(
-                family.loc + family.scale * torch.special.ndtri(0.02 + 0.96 * uniform(systems, family.n)))
+                family.loc
+                + family.scale * torch.special.ndtri(0.02 + 0.96 * uniform(systems, family.n))
+            )
             .expand(self.tasks, -1)
             .clone()
             for name, family in self.sites.items()
@@ -315,7 +368,9 @@ class Case:
     def _seen(self, uniform: Callable[..., Tensor]) -> Tensor:
         """What was recorded, (task, shot, time, 1)."""
         if self.uneven == "lengths":
-            return torch.linspace(0.0, 1.0, self.points)[:, None] <= 0.5 + 0.5 * uniform(self.tasks, 1, 1, 1)
+            return torch.linspace(0.0, 1.0, self.points)[:, None] <= 0.5 + 0.5 * uniform(
+                self.tasks, 1, 1, 1
+            )
         rates = 0.7 * uniform(self.tasks, 1, 1, 1) if self.uneven else 0.0
         return uniform(self.tasks, self.shots, self.points, 1) >= rates
 
@@ -344,8 +399,17 @@ def known(equation: str, *latents: str, **sizes: Any) -> Case:
     """A case in which these slots are latents, each with a site of its own, the other slots being known."""
     system = EQUATIONS[equation]
     sites = {name: _site(system.slots[name]) for name in latents}
-    slots = {name: _own(name) if name in latents else _constant(slot) for name, slot in system.slots.items()}
-    return Case(system, sites, slots, equation, **({"sensors": system.sensors[-1], "uneven": "lengths"} | sizes))
+    slots = {
+        name: _own(name) if name in latents else _constant(slot)
+        for name, slot in system.slots.items()
+    }
+    return Case(
+        system,
+        sites,
+        slots,
+        equation,
+        **({"sensors": system.sensors[-1], "uneven": "lengths"} | sizes),
+    )
 
 
 def _site(slot: Slot) -> Family:
@@ -360,7 +424,7 @@ def _constant(slot: Slot) -> Rule:
     return lambda z: slot.value(slot.loc)
 
 
-# ---- random structure ----------------------------------------------------------------------------------------------
+# ---- random structure ----------------------------------------------------------------------------
 
 
 class Plan(NamedTuple):
@@ -383,9 +447,14 @@ def planned(rng: random.Random, equation: Equation, needed: int) -> Plan:
     positive = sorted(name for name, slot in equation.slots.items() if slot.kind == "positive")
     chosen = rng.sample(positive, needed)
     rest = sorted(set(equation.slots) - set(chosen))
-    chosen += rng.sample(rest, rng.randint(0 if chosen else 1, min(len(rest), 4 - needed if needed else 5)))
+    chosen += rng.sample(
+        rest, rng.randint(0 if chosen else 1, min(len(rest), 4 - needed if needed else 5))
+    )
     latents = {name: slot for name, slot in equation.slots.items() if name in chosen}
-    slots = {name: _own(name) if name in chosen else _constant(slot) for name, slot in equation.slots.items()}
+    slots = {
+        name: _own(name) if name in chosen else _constant(slot)
+        for name, slot in equation.slots.items()
+    }
     return Plan(latents, slots)
 
 
@@ -393,7 +462,9 @@ def product(rng: random.Random, plan: Plan) -> tuple[str, ...]:
     """A positive slot becomes the product of two latents."""
     name = rng.choice(plan.positive())
     slot, pair = plan.latents.pop(name), (f"{name}_a", f"{name}_b")
-    plan.latents.update({one: Slot("positive", slot.loc / 2, slot.scale / math.sqrt(2)) for one in pair})
+    plan.latents.update(
+        {one: Slot("positive", slot.loc / 2, slot.scale / math.sqrt(2)) for one in pair}
+    )
     plan.slots[name] = lambda z: z[pair[0]] * z[pair[1]]
     return pair
 
@@ -481,14 +552,19 @@ def housed(
     A latent has a site of its own, in a family that fits it, or is a component of ``unknown``, standard Normal.
     """
     together = [name for name in latents if rng.random() < 0.25]
-    label = {name: name for name in latents} | dict(zip(together, labels("unknown", len(together)), strict=True))
+    label = {name: name for name in latents} | dict(
+        zip(together, labels("unknown", len(together)), strict=True)
+    )
     sites: dict[str, Family] = {}
     for name, slot in latents.items():
         if name not in together:
             sites[name] = rng.choice(FITTING[slot.kind])(1, loc=slot.loc, scale=slot.scale)
     if together:
         sites["unknown"] = Normal(len(together))
-    read = {name: _scaled(slot, label[name]) if name in together else _own(name) for name, slot in latents.items()}
+    read = {
+        name: _scaled(slot, label[name]) if name in together else _own(name)
+        for name, slot in latents.items()
+    }
     return sites, read, label
 
 
@@ -507,15 +583,20 @@ def flat(rng: random.Random) -> Equation:
     def states(p: SimpleNamespace, t: Tensor, start: Tensor) -> Tensor:
         return start + sum(getattr(p, name) * FLAT[name](t) for name in chosen)
 
-    return Equation({name: real(0.0, 1.0) for name in chosen}, ((-1.0, 1.0),), 3.0, ((0,),), formula(states))
+    return Equation(
+        {name: real(0.0, 1.0) for name in chosen}, ((-1.0, 1.0),), 3.0, ((0,),), formula(states)
+    )
 
 
 def drawn(seed: int, equation: str | None = None, flaw: str | None = None) -> Case:
     """A random program and random sizes; with a flaw, not identifiable because of that."""
     rng = random.Random(seed)
     wrong = FLAWS[flaw] if flaw else Flaw("", needed=0)
-    names = [name for name, system in EQUATIONS.items()
-             if sum(slot.kind == "positive" for slot in system.slots.values()) >= wrong.needed]
+    names = [
+        name
+        for name, system in EQUATIONS.items()
+        if sum(slot.kind == "positive" for slot in system.slots.values()) >= wrong.needed
+    ]
     name = "weights" if flaw == "only means vary" else equation or rng.choice(names)
     system = flat(rng) if name == "weights" else EQUATIONS[name]
     plan = planned(rng, system, wrong.needed)
@@ -529,14 +610,22 @@ def drawn(seed: int, equation: str | None = None, flaw: str | None = None) -> Ca
         "tasks": rng.randint(50 + 150 * count, 1000),
         "support": support,
         "shots": 2 * support + rng.randint(1, 2),
-        "uneven": rng.choice(["lengths", "gaps"]),  # or precisions hardly vary, and 1000 systems may be too few
+        "uneven": rng.choice(
+            ["lengths", "gaps"]
+        ),  # or precisions hardly vary, and 1000 systems may be too few
         "plain": rng.random() < 0.25,
         "gain": label.get("brightness"),
     }
     return Case(
-        system, sites, {one: _through(rule, read) for one, rule in plan.slots.items()},
-        name=name, sensors=rng.choice(system.sensors), **(sizes | wrong.sizes),
-        expected="fails" if flaw else "holds", flaw=flaw or "", condition=wrong.condition,
+        system,
+        sites,
+        {one: _through(rule, read) for one, rule in plan.slots.items()},
+        name=name,
+        sensors=rng.choice(system.sensors),
+        **(sizes | wrong.sizes),
+        expected="fails" if flaw else "holds",
+        flaw=flaw or "",
+        condition=wrong.condition,
         culprits=tuple(label[one] for one in culprits),
     )
 
@@ -544,12 +633,14 @@ def drawn(seed: int, equation: str | None = None, flaw: str | None = None) -> Ca
 def forty(seed: int = 0) -> list[Case]:
     """Twenty programs that are identifiable, and two of each flaw."""
     rng = random.Random(seed)
-    names = rng.sample(sorted(EQUATIONS), len(EQUATIONS)) + rng.sample(sorted(EQUATIONS), len(EQUATIONS))
+    names = rng.sample(sorted(EQUATIONS), len(EQUATIONS)) + rng.sample(
+        sorted(EQUATIONS), len(EQUATIONS)
+    )
     good = [drawn(rng.getrandbits(32), name) for name in names[:20]]
     return good + [drawn(rng.getrandbits(32), flaw=flaw) for flaw in FLAWS for _ in range(2)]
 
 
-# ---- what only a hand-written program has --------------------------------------------------------------------------
+# ---- what only a hand-written program has --------------------------------------------------------
 
 
 class Repeated(Normal):
@@ -601,27 +692,37 @@ def functions(varies: Literal["both", "means", "variances"] = "both") -> tuple[P
             if episode is None or episode.query is None:
                 continue
             lines = torch.stack([1.0 - episode.times, episode.times], -1)
-            counts = torch.as_tensor(episode.mask).expand_as(episode.query)[..., 0].double() / 0.1**2
+            counts = (
+                torch.as_tensor(episode.mask).expand_as(episode.query)[..., 0].double() / 0.1**2
+            )
             precision = precision + torch.einsum("tsn,ni,nj->tij", counts, lines, lines)
             right = right + torch.einsum("tsn,tsn,ni->ti", counts, episode.query[..., 0], lines)
         covariance = torch.linalg.inv(precision)
-        return (covariance @ right.unsqueeze(-1)).squeeze(-1), covariance.diagonal(dim1=-2, dim2=-1).sqrt()
+        return (covariance @ right.unsqueeze(-1)).squeeze(-1), covariance.diagonal(
+            dim1=-2, dim2=-1
+        ).sqrt()
 
     def prior(support: ph.Episode | None) -> tuple[Tensor, Tensor]:
         mean, scale = posterior(support)
-        return mean * (varies != "variances"), scale if varies != "means" else torch.full_like(scale, 0.1)
+        return mean * (varies != "variances"), scale if varies != "means" else torch.full_like(
+            scale, 0.1
+        )
 
     def program(episode: ph.Episode) -> Tensor:
         with episode.plate:
             weights = pyro.sample("weights", dist.Normal(*prior(episode.support)).to_event(1))
             lines = torch.stack([1.0 - episode.times, episode.times], -1)
-            states = (lines * weights[..., None, None, :]).sum(-1, keepdim=True) + 0.0 * episode.measured.unsqueeze(-2)
+            states = (lines * weights[..., None, None, :]).sum(
+                -1, keepdim=True
+            ) + 0.0 * episode.measured.unsqueeze(-2)
             x = dist.Normal(states, 0.1).mask(episode.mask)
             return pyro.sample("x", x.to_event(3), obs=episode.query)
 
     def guide(episode: ph.Episode) -> Tensor:
         with episode.plate:
-            return pyro.sample("weights", dist.Normal(*posterior(episode.support, episode)).to_event(1))
+            return pyro.sample(
+                "weights", dist.Normal(*posterior(episode.support, episode)).to_event(1)
+            )
 
     return program, guide
 
@@ -632,7 +733,9 @@ def lines(tasks: int, seed: int = 0) -> ph.Tasks:
     times = torch.linspace(0.0, 1.0, 10, dtype=torch.float64)
     weights = torch.randn(tasks, 2, generator=generator, dtype=torch.float64)
     clean = weights[:, :1] * (1.0 - times) + weights[:, 1:] * times
-    values = clean[:, None, :, None] + 0.1 * torch.randn(tasks, 4, 10, 1, generator=generator, dtype=torch.float64)
+    values = clean[:, None, :, None] + 0.1 * torch.randn(
+        tasks, 4, 10, 1, generator=generator, dtype=torch.float64
+    )
     mask = times[:, None] <= 0.3 + torch.rand(tasks, 1, 1, 1, generator=generator)
     start, mask = (values[:, :, 0, 0],), mask.expand_as(values)
     return ph.Tasks.from_trajectories(

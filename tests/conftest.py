@@ -18,7 +18,9 @@ Note = Callable[..., None]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--figures", type=Path, help="a JSON file for what the tests of reliability measure")
+    parser.addoption(
+        "--figures", type=Path, help="a JSON file for what the tests of reliability measure"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -28,7 +30,11 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_sessionfinish(session: pytest.Session) -> None:
     path = session.config.getoption("--figures")
     if path:
-        versions = {"torch": torch.__version__, "pyro-ppl": pyro.__version__, "numpy": np.__version__}
+        versions = {
+            "torch": torch.__version__,
+            "pyro-ppl": pyro.__version__,
+            "numpy": np.__version__,
+        }
         rows = dict(sorted(session.config.stash[FIGURES].items()))
         path.write_text(json.dumps({"versions": versions, "rows": rows}, indent=2) + "\n")
 
@@ -40,7 +46,11 @@ def figure(request: pytest.FixtureRequest) -> Note:
     def note(row: str, **numbers: float) -> None:
         known = request.config.stash[FIGURES].setdefault(row, {})
         for name, value in numbers.items():
-            known[name] = known.get(name, 0) + value if isinstance(value, int) else max(known.get(name, value), value)
+            known[name] = (
+                known.get(name, 0) + value
+                if isinstance(value, int)
+                else max(known.get(name, value), value)
+            )
 
     return note
 
@@ -71,8 +81,12 @@ def restore(settings: dict[str, Any]) -> None:
     torch.set_grad_enabled(settings["gradients on"])
     torch.autograd.set_detect_anomaly(settings["anomaly detection"])
     torch.use_deterministic_algorithms(settings["deterministic algorithms"])
-    torch.distributions.Distribution.set_default_validate_args(settings["validation of torch distributions"])
-    pyro.settings.set(**{name[5:]: value for name, value in settings.items() if name.startswith("pyro ")})
+    torch.distributions.Distribution.set_default_validate_args(
+        settings["validation of torch distributions"]
+    )
+    pyro.settings.set(
+        **{name[5:]: value for name, value in settings.items() if name.startswith("pyro ")}
+    )
     pyro.clear_param_store()
 
 
@@ -83,9 +97,15 @@ def leaves_no_trace() -> Iterator[None]:
     states = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
     pyro.set_rng_seed(0)
     yield
-    random.setstate(states[0]), np.random.set_state(states[1]), torch.random.set_rng_state(states[2])
+    (
+        random.setstate(states[0]),
+        np.random.set_state(states[1]),
+        torch.random.set_rng_state(states[2]),
+    )
     after = global_settings()
-    changed = {name: f"{before[name]} -> {after[name]}" for name in before if after[name] != before[name]}
+    changed = {
+        name: f"{before[name]} -> {after[name]}" for name in before if after[name] != before[name]
+    }
     if changed:
         restore(before)
         pytest.fail(f"the test changed global settings and left them so: {changed}", pytrace=False)

@@ -17,7 +17,10 @@ NOISE, POINTS = 0.01, 9
 
 
 def episode(points: int = POINTS, mask: Tensor | bool = True) -> ph.Episode:
-    times, one = torch.linspace(0.0, 2.0, points, dtype=torch.float64), torch.ones(3, 1, dtype=torch.float64)
+    times, one = (
+        torch.linspace(0.0, 2.0, points, dtype=torch.float64),
+        torch.ones(3, 1, dtype=torch.float64),
+    )
     query = torch.zeros(3, 1, points, 2, dtype=torch.float64)
     return ph.Episode(times, query, (one, 0.0 * one), mask=mask)
 
@@ -33,7 +36,9 @@ class Swing(ph.HybridModel):
     def forward(self, episode: ph.Episode) -> Tensor:
         rate = (2.0 * torch.arange(3.0, dtype=episode.times.dtype).unsqueeze(-1)) ** 2
         with episode.plate:
-            x = ph.solve(lambda t, y: (y[1], -rate * y[0]), episode.initial, episode.times, **self.options)
+            x = ph.solve(
+                lambda t, y: (y[1], -rate * y[0]), episode.initial, episode.times, **self.options
+            )
             self.states = x
             fn = dist.Normal(x + self.share, NOISE).mask(episode.mask)
             return pyro.sample("x", fn.to_event(3), obs=episode.query)
@@ -86,7 +91,9 @@ def test_training_warns_of_steps_that_are_too_long(
     options: dict[str, int], warns: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     few = episode()
-    tasks = ph.Tasks.from_trajectories(few.times, few.query.expand(3, 2, -1, -1).contiguous(), num_support=1)
+    tasks = ph.Tasks.from_trajectories(
+        few.times, few.query.expand(3, 2, -1, -1).contiguous(), num_support=1
+    )
     model = Swing(**options)
 
     class Nothing(torch.nn.Module):
@@ -94,8 +101,15 @@ def test_training_warns_of_steps_that_are_too_long(
             pass
 
     with caplog.at_level(logging.WARNING, "pyro_hybrid"):
-        fit = ph.meta_train(model, Nothing(), moved(tasks), steps=2, batch_size=3, curriculum={0.0: None},
-                            progress=False)
+        fit = ph.meta_train(
+            model,
+            Nothing(),
+            moved(tasks),
+            steps=2,
+            batch_size=3,
+            curriculum={0.0: None},
+            progress=False,
+        )
     assert (fit.step_error > 0.1) == warns
     assert ("Fixed steps are too long" in caplog.text) == warns
 

@@ -16,7 +16,9 @@ from pyro_hybrid.identifiability.check import Check
 def uniform(tasks: int, components: int, seed: int = 0) -> Tensor:
     """Independent components of mean 0 and variance 1."""
     generator = torch.Generator().manual_seed(seed)
-    return math.sqrt(12) * (torch.rand(tasks, components, generator=generator, dtype=torch.float64) - 0.5)
+    return math.sqrt(12) * (
+        torch.rand(tasks, components, generator=generator, dtype=torch.float64) - 0.5
+    )
 
 
 def rotation(degrees: float) -> Tensor:
@@ -29,7 +31,7 @@ def found(one: Tensor, other: Tensor) -> tuple[Ambiguity, Check]:
     return numbers, judge_ambiguity(numbers)
 
 
-# ---- each kind, where it is known ----------------------------------------------------------------------------------
+# ---- each kind, where it is known ----------------------------------------------------------------
 
 
 def test_the_same_latents_twice_are_identical() -> None:
@@ -37,12 +39,20 @@ def test_the_same_latents_twice_are_identical() -> None:
     assert numbers.kind == "identity" and numbers.identity == numbers.identity_interval[0] == 1.0
     np.testing.assert_allclose(numbers.matrix, np.eye(3), atol=1e-12)
     assert numbers.condition == pytest.approx(1.0)
-    assert check.status == "holds" and check.why == "the two are the same as they stand (R 1.00 or more)"
+    assert (
+        check.status == "holds"
+        and check.why == "the two are the same as they stand (R 1.00 or more)"
+    )
 
 
 @pytest.mark.parametrize(
     "change",
-    [lambda z: z[:, [1, 2, 0]], lambda z: -z, lambda z: 3 * z, lambda z: z + torch.tensor([0.0, 0.0, 2.0])],
+    [
+        lambda z: z[:, [1, 2, 0]],
+        lambda z: -z,
+        lambda z: 3 * z,
+        lambda z: z + torch.tensor([0.0, 0.0, 2.0]),
+    ],
     ids=["order", "sign", "scale", "offset"],
 )
 def test_another_order_sign_scale_or_offset_is_a_permutation_both_ways(change) -> None:
@@ -51,7 +61,10 @@ def test_another_order_sign_scale_or_offset_is_a_permutation_both_ways(change) -
         numbers, check = found(one, other)
         assert numbers.kind == "permutation" and numbers.identity < 0.9, numbers
         assert numbers.strong == pytest.approx(1.0) and numbers.condition == pytest.approx(1.0)
-        assert check.status == "holds" and "up to order, sign, scale and offset (correlation 1.00" in check.why
+        assert (
+            check.status == "holds"
+            and "up to order, sign, scale and offset (correlation 1.00" in check.why
+        )
 
 
 def test_identity_is_the_same_from_either_side_and_measured_by_what_varies_less() -> None:
@@ -62,7 +75,9 @@ def test_identity_is_the_same_from_either_side_and_measured_by_what_varies_less(
 
 
 @pytest.mark.parametrize("degrees", [30, 45])
-def test_a_rotation_is_linear_its_strong_score_is_the_cosine_and_its_matrix_the_rotation(degrees: float) -> None:
+def test_a_rotation_is_linear_its_strong_score_is_the_cosine_and_its_matrix_the_rotation(
+    degrees: float,
+) -> None:
     z = uniform(4000, 2)
     numbers, check = found(z @ rotation(degrees).T, z)
     assert numbers.kind == "linear" and numbers.linear == pytest.approx(1.0)
@@ -113,17 +128,23 @@ def test_a_side_that_lost_a_dimension_fails_although_the_other_explains_it() -> 
     assert check.status == "fails"
 
 
-# ---- noise, and few tasks ------------------------------------------------------------------------------------------
+# ---- noise, and few tasks ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("ratio", "status"), [(0.02, "holds"), (0.25, "undecided"), (1.0, "fails")])
-def test_noise_between_two_recoveries_decides_by_the_correlation_that_it_leaves(ratio: float, status: str) -> None:
+@pytest.mark.parametrize(
+    ("ratio", "status"), [(0.02, "holds"), (0.25, "undecided"), (1.0, "fails")]
+)
+def test_noise_between_two_recoveries_decides_by_the_correlation_that_it_leaves(
+    ratio: float, status: str
+) -> None:
     z = uniform(500, 2)
     numbers, check = found((z + math.sqrt(ratio) * uniform(500, 2, seed=1)) @ rotation(40), z)
     low, high = numbers.linear_interval
     assert low < 1 / math.sqrt(1 + ratio) < high + 0.02
     assert check.status == status and numbers.kind == ("linear" if status == "holds" else "none")
-    assert ("whether the two agree up to a linear map is open" in check.why) == (status == "undecided")
+    assert ("whether the two agree up to a linear map is open" in check.why) == (
+        status == "undecided"
+    )
 
 
 def test_slight_noise_leaves_identity_and_permutation_what_they_are() -> None:
@@ -146,7 +167,7 @@ def test_a_permutation_is_linear_even_where_too_few_tasks_are_there_to_fit_a_map
     assert check.status == "holds" and check.value == numbers.worst
 
 
-# ---- different numbers of latents ----------------------------------------------------------------------------------
+# ---- different numbers of latents ----------------------------------------------------------------
 
 
 def test_what_counts_is_the_smaller_side_from_the_larger_in_either_order() -> None:
@@ -156,7 +177,9 @@ def test_what_counts_is_the_smaller_side_from_the_larger_in_either_order() -> No
         numbers, check = found(one, other)
         assert numbers.kind == "linear" and check.status == "holds"
         assert check.why.endswith("what counts is the 2 latents of one side, from the other's 3")
-        assert numbers.matrix.shape == (one.shape[1], other.shape[1]) and numbers.matched.shape == (2,)
+        assert numbers.matrix.shape == (one.shape[1], other.shape[1]) and numbers.matched.shape == (
+            2,
+        )
         assert numbers.identity == 0.0
     lost = ambiguity(z, smaller).one_from_other
     assert lost[:2].min() > 0.99 and lost[2] < 0.2
@@ -169,7 +192,7 @@ def test_a_side_contained_in_the_other_is_a_permutation_and_one_beyond_it_fails(
     assert beyond.kind == "none" and check.status == "fails"
 
 
-# ---- repeatable, and its messages ----------------------------------------------------------------------------------
+# ---- repeatable, and its messages ----------------------------------------------------------------
 
 
 def test_numbers_repeat_for_tensors_and_arrays_and_leave_the_global_random_state_alone() -> None:
@@ -177,7 +200,9 @@ def test_numbers_repeat_for_tensors_and_arrays_and_leave_the_global_random_state
     other = (one + 0.5 * uniform(50, 2, seed=2)).detach()
     before, before_torch = str(np.random.get_state()), torch.get_rng_state()
     first = ambiguity(one, other, seed=3)
-    for left, right in zip(first, ambiguity(one.detach().numpy(), other.numpy(), seed=3), strict=True):
+    for left, right in zip(
+        first, ambiguity(one.detach().numpy(), other.numpy(), seed=3), strict=True
+    ):
         np.testing.assert_array_equal(left, right)
     assert ambiguity(one, other, seed=4).linear_interval != first.linear_interval
     assert str(np.random.get_state()) == before and torch.equal(torch.get_rng_state(), before_torch)

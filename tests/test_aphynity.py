@@ -18,8 +18,11 @@ from pyro_hybrid.models.aphynity import squared_norm
 from pyro_hybrid.module import local_parameters
 
 SHORT: dict[str, Any] = {"steps": 6, "batch_size": 4, "every": 3, "progress": False}
-SYSTEMS = {"pendulum": ph.systems.Pendulum, "double pendulum": ph.systems.DoublePendulum,
-           "rod": lambda: ph.systems.AdvectionDiffusion(6)}
+SYSTEMS = {
+    "pendulum": ph.systems.Pendulum,
+    "double pendulum": ph.systems.DoublePendulum,
+    "rod": lambda: ph.systems.AdvectionDiffusion(6),
+}
 
 
 class Swing(ph.systems.Pendulum):
@@ -30,7 +33,12 @@ class Swing(ph.systems.Pendulum):
     def __init__(self, damping: float) -> None:
         super().__init__()
         self.points, self.noise = 13, (0.0, 0.0)
-        self.ranges = {**super().ranges, "damping": (damping,) * 2, "amplitude": (0.0, 0.0), "omega": (1.5, 1.5)}
+        self.ranges = {
+            **super().ranges,
+            "damping": (damping,) * 2,
+            "amplitude": (0.0, 0.0),
+            "omega": (1.5, 1.5),
+        }
 
 
 def small(name: str = "pendulum", points: int = 6) -> Any:
@@ -49,7 +57,9 @@ def episode(shots: int = 4, num_support: int = 2) -> ph.Episode:
     return small().simulate(5, shots, seed=0, num_support=num_support).episode()
 
 
-def loss_of(model: APHYNITY | OriginalAPHYNITY, guide: Any, data: ph.Episode, seed: int = 0) -> Tensor:
+def loss_of(
+    model: APHYNITY | OriginalAPHYNITY, guide: Any, data: ph.Episode, seed: int = 0
+) -> Tensor:
     torch.manual_seed(seed)
     with local_parameters():
         return ph.SVI(model, guide, torch.optim.SGD(model.parameters(), lr=0.0)).elbo(data)
@@ -59,16 +69,22 @@ def error_of(model: APHYNITY, guide: Any, data: ph.Episode) -> float:
     """L of the run that ``loss_of`` makes with the same seed, from its trace."""
     torch.manual_seed(0)
     with local_parameters(), torch.no_grad():
-        run = poutine.trace(poutine.replay(model, poutine.trace(guide).get_trace(data))).get_trace(data)
+        run = poutine.trace(poutine.replay(model, poutine.trace(guide).get_trace(data))).get_trace(
+            data
+        )
     x = run.nodes["x"]["fn"].base_dist.base_dist
     counts = torch.as_tensor(data.mask).expand_as(data.query)
-    return float(x.scale.square().mean() * ((data.query - x.mean) / x.scale).square()[counts].mean())
+    return float(
+        x.scale.square().mean() * ((data.query - x.mean) / x.scale).square()[counts].mean()
+    )
 
 
-# ---- the program ---------------------------------------------------------------------------------------------------
+# ---- the program ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "linear"), [*((name, True) for name in SYSTEMS), ("pendulum", False)])
+@pytest.mark.parametrize(
+    ("name", "linear"), [*((name, True) for name in SYSTEMS), ("pendulum", False)]
+)
 def test_a_model_that_reads_sets_keeps_every_contract(name: str, linear: bool) -> None:
     system = small(name)
     model = APHYNITY(system, width=4, linear=linear)
@@ -79,7 +95,9 @@ def test_a_model_that_reads_sets_keeps_every_contract(name: str, linear: bool) -
 def test_a_model_that_reads_one_trajectory_keeps_every_contract_but_the_order_of_several() -> None:
     system = small()
     model = APHYNITY(system, width=4)
-    lines = ph.check_hybrid_model(model, model.guide(), system.simulate(2, 4, seed=0, num_support=3).episode())
+    lines = ph.check_hybrid_model(
+        model, model.guide(), system.simulate(2, 4, seed=0, num_support=3).episode()
+    )
     assert [line.split(":")[0] for line in lines if "not checked" in line] == ["query order"]
 
 
@@ -105,7 +123,7 @@ def test_a_constraint_that_could_not_hold_is_refused(weight: float, growth: floa
         APHYNITY(small(), weight=weight, growth=growth)
 
 
-# ---- the penalty ---------------------------------------------------------------------------------------------------
+# ---- the penalty ---------------------------------------------------------------------------------
 
 
 def test_the_penalty_is_the_squared_neural_force_at_the_states_of_the_trajectory() -> None:
@@ -114,9 +132,17 @@ def test_the_penalty_is_the_squared_neural_force_at_the_states_of_the_trajectory
     states, unknown = torch.randn(5, 2, 6, 2), torch.randn(5, 3)
     force = model.residual.given(unknown[:, None, :])
     physics = {"omega": torch.rand(5, 1)}
-    expected = torch.stack([
-        torch.stack([force(t, states[:, :, k, 0], states[:, :, k, 1]).square() for k, t in enumerate(data.times)], -1)
-    ]).mean((0, 2, 3))
+    expected = torch.stack(
+        [
+            torch.stack(
+                [
+                    force(t, states[:, :, k, 0], states[:, :, k, 1]).square()
+                    for k, t in enumerate(data.times)
+                ],
+                -1,
+            )
+        ]
+    ).mean((0, 2, 3))
     assert torch.allclose(squared_norm(model.system, physics, force, data.times, states), expected)
 
 
@@ -163,7 +189,9 @@ def test_the_objective_is_the_published_one_times_half_the_observations_over_lam
     mean_square = (states - data.query).square()[:, :, 1:].mean()
     published = 3.0 * mean_square + norm.sum()
     constant = 0.5 * n * torch.log(torch.tensor(2.0 * torch.pi))
-    assert torch.allclose(loss_of(model, model.guide(), data) - constant, n / 6.0 * published, rtol=1e-4)
+    assert torch.allclose(
+        loss_of(model, model.guide(), data) - constant, n / 6.0 * published, rtol=1e-4
+    )
 
 
 def test_looks_and_simulations_know_no_penalty() -> None:
@@ -172,13 +200,17 @@ def test_looks_and_simulations_know_no_penalty() -> None:
     for look in (model.train, model.eval):
         look()
         with torch.no_grad(), local_parameters():
-            sites = poutine.trace(poutine.condition(model, poutine.trace(guide).get_trace(data))).get_trace(data).nodes
+            sites = (
+                poutine.trace(poutine.condition(model, poutine.trace(guide).get_trace(data)))
+                .get_trace(data)
+                .nodes
+            )
         assert "least" not in sites
     assert "least" not in poutine.trace(model.train()).get_trace(data.simulation()).nodes
     assert "least" in poutine.trace(model).get_trace(data).nodes
 
 
-# ---- λ -------------------------------------------------------------------------------------------------------------
+# ---- λ -------------------------------------------------------------------------------------------
 
 
 def test_lambda_grows_by_the_reconstruction_error_when_a_gradient_is_taken() -> None:
@@ -196,7 +228,9 @@ def test_lambda_of_the_original_grows_by_exactly_the_mean_squared_error() -> Non
     with torch.no_grad():
         squares = (model.trajectories(data) - data.query).square()[:, :, 1:]
     loss_of(model, model.guide(), data).backward()
-    assert float(model.constraint.weight) == pytest.approx(1.0 + 0.25 * float(squares.mean()), rel=1e-14)
+    assert float(model.constraint.weight) == pytest.approx(
+        1.0 + 0.25 * float(squares.mean()), rel=1e-14
+    )
 
 
 def test_lambda_stays_where_no_gradient_is_taken_or_nothing_is_trained() -> None:
@@ -214,8 +248,13 @@ def test_lambda_stays_where_no_gradient_is_taken_or_nothing_is_trained() -> None
 
 def test_lambda_ignores_a_run_that_is_not_finite() -> None:
     system = small()
-    model, data = OriginalAPHYNITY(system, width=4), system.simulate(1, 4, seed=0, num_support=1).episode()
-    loss = loss_of(model, model.guide(), replace(data, query=torch.full_like(data.query, torch.inf)))
+    model, data = (
+        OriginalAPHYNITY(system, width=4),
+        system.simulate(1, 4, seed=0, num_support=1).episode(),
+    )
+    loss = loss_of(
+        model, model.guide(), replace(data, query=torch.full_like(data.query, torch.inf))
+    )
     loss.backward()
     assert not loss.isfinite() and float(model.constraint.weight) == 1.0
 
@@ -250,14 +289,19 @@ def test_a_resumed_training_has_the_same_lambda_bit_for_bit(tmp_path: Path) -> N
 
 def test_lambda_is_saved_and_loaded(tmp_path: Path) -> None:
     model, guide = pair()
-    ph.meta_train(model, guide, small().simulate(8, 4, seed=0), **SHORT).save(tmp_path / "fit", model, guide)
+    ph.meta_train(model, guide, small().simulate(8, 4, seed=0), **SHORT).save(
+        tmp_path / "fit", model, guide
+    )
     other = pair()
     ph.load(tmp_path / "fit", *other)
-    assert torch.equal(other[0].constraint.weight, model.constraint.weight) and model.constraint.weight > 1.0
+    assert (
+        torch.equal(other[0].constraint.weight, model.constraint.weight)
+        and model.constraint.weight > 1.0
+    )
     assert torch.equal(copy.deepcopy(model).constraint.weight, model.constraint.weight)
 
 
-# ---- what it is for ------------------------------------------------------------------------------------------------
+# ---- what it is for ------------------------------------------------------------------------------
 
 
 def trained(damping: float, weight: float) -> tuple[OriginalAPHYNITY, Tensor, Tensor]:
@@ -265,8 +309,16 @@ def trained(damping: float, weight: float) -> tuple[OriginalAPHYNITY, Tensor, Te
     system = Swing(damping)
     torch.manual_seed(0)
     model = OriginalAPHYNITY(system, weight=weight, width=8, depth=1)
-    ph.meta_train(model, model.guide(), system.simulate(1, 13, seed=0, num_support=1), steps=150, batch_size=1,
-                  learning_rate=3e-2, curriculum={0.0: 3}, progress=False)
+    ph.meta_train(
+        model,
+        model.guide(),
+        system.simulate(1, 13, seed=0, num_support=1),
+        steps=150,
+        batch_size=1,
+        learning_rate=3e-2,
+        curriculum={0.0: 3},
+        progress=False,
+    )
     angle, speed = system.simulate(1, 9, seed=1, num_support=1).episode().query.unbind(-1)
     with torch.no_grad(), local_parameters():
         return model, model.force()(torch.tensor(1.0), angle, speed), -damping * speed

@@ -21,12 +21,16 @@ INNER = "PYRO_HYBRID_ARVIZ1_INNER"  # set in the subprocess, so that it doesn't 
 LOAD = "import sys; sys.path.insert(0, sys.argv[1]); import _arviz"  # as a top-level module: without the package
 TASKS, SHOTS, STEPS, DRAWS = 3, 4, 5, 200
 
-pytestmark = pytest.mark.filterwarnings("ignore:Estimated shape parameter of Pareto distribution:UserWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Estimated shape parameter of Pareto distribution:UserWarning"
+)
 
 
 def load_adapter() -> ModuleType:
     """The adapter without its package: what it imports is all it gets."""
-    spec = importlib.util.spec_from_file_location("_arviz_by_path", ROOT / "pyro_hybrid" / "_arviz.py")
+    spec = importlib.util.spec_from_file_location(
+        "_arviz_by_path", ROOT / "pyro_hybrid" / "_arviz.py"
+    )
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -39,7 +43,9 @@ def run(python: str, *arguments: str, cache: Path | None = None) -> str:
     environment = {**os.environ, INNER: "1", "PYTHONDONTWRITEBYTECODE": "1"}
     if cache is not None:
         environment["XDG_CACHE_HOME"] = str(cache)
-    done = subprocess.run([python, *arguments], capture_output=True, text=True, env=environment, timeout=300)
+    done = subprocess.run(
+        [python, *arguments], capture_output=True, text=True, env=environment, timeout=300
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -53,7 +59,10 @@ def make_arguments() -> dict[str, Any]:
     random = np.random.default_rng(0)
     observed = random.normal(size=(TASKS, SHOTS, STEPS, 2))
     draws = (1, DRAWS, TASKS)
-    latents = {"omega": random.lognormal(size=(*draws, 1)), "unknown": random.normal(size=(*draws, 2))}
+    latents = {
+        "omega": random.lognormal(size=(*draws, 1)),
+        "unknown": random.normal(size=(*draws, 2)),
+    }
     predicted = observed + 0.1 * random.normal(size=(1, DRAWS, *observed.shape))
     groups = {
         "observed_data": {"x": observed},
@@ -65,10 +74,26 @@ def make_arguments() -> dict[str, Any]:
         "log_likelihood": {"x": -0.5 * ((predicted - observed) ** 2).sum((-1, -2))},
     }
     axes = ["task", "shot", "time", "sensor"]
-    dims = {"omega": ["task", "physics"], "unknown": ["task", "neural"], "x": axes, "mask": axes, "times": ["time"]}
-    coords = {"task": np.arange(10, 10 + TASKS), "physics": ["omega"], "neural": ["damping", "push"],
-              "sensor": ["angle", "speed"], "time": np.linspace(0, 1, STEPS)}
-    return {"groups": groups, "dims": dims, "coords": coords, "attrs": {"seed": 7, "model": "DampedPendulum"}}
+    dims = {
+        "omega": ["task", "physics"],
+        "unknown": ["task", "neural"],
+        "x": axes,
+        "mask": axes,
+        "times": ["time"],
+    }
+    coords = {
+        "task": np.arange(10, 10 + TASKS),
+        "physics": ["omega"],
+        "neural": ["damping", "push"],
+        "sensor": ["angle", "speed"],
+        "time": np.linspace(0, 1, STEPS),
+    }
+    return {
+        "groups": groups,
+        "dims": dims,
+        "coords": coords,
+        "attrs": {"seed": 7, "model": "DampedPendulum"},
+    }
 
 
 @pytest.fixture
@@ -101,7 +126,14 @@ def test_type_is_the_one_of_the_installed_arviz(data: Any) -> None:
 
 def test_axes_and_coordinates_are_named(data: Any) -> None:
     assert data["posterior"]["unknown"].dims == ("chain", "draw", "task", "neural")
-    assert data["posterior_predictive"]["x"].dims == ("chain", "draw", "task", "shot", "time", "sensor")
+    assert data["posterior_predictive"]["x"].dims == (
+        "chain",
+        "draw",
+        "task",
+        "shot",
+        "time",
+        "sensor",
+    )
     assert data["observed_data"]["x"].dims == ("task", "shot", "time", "sensor")
     assert data["log_likelihood"]["x"].dims == ("chain", "draw", "task", "shot")
     assert list(data["posterior"]["unknown"]["neural"].values) == ["damping", "push"]
@@ -110,7 +142,9 @@ def test_axes_and_coordinates_are_named(data: Any) -> None:
 
 
 def test_groups_come_in_one_order_on_both_versions(data: Any) -> None:
-    groups = data.groups() if callable(data.groups) else [g.strip("/") for g in data.groups if g != "/"]
+    groups = (
+        data.groups() if callable(data.groups) else [g.strip("/") for g in data.groups if g != "/"]
+    )
     assert set(groups) == set(adapter.GROUPS)
     assert groups.index("posterior") < groups.index("log_likelihood") < groups.index("prior")
 
@@ -130,7 +164,9 @@ def test_arguments_are_not_changed(arguments: dict[str, Any]) -> None:
 
 
 def test_groups_without_variables_are_left_out(arguments: dict[str, Any]) -> None:
-    data = adapter.to_inference_data(**{**arguments, "groups": {**arguments["groups"], "prior": {}}})
+    data = adapter.to_inference_data(
+        **{**arguments, "groups": {**arguments["groups"], "prior": {}}}
+    )
     assert "prior" not in (data.groups() if callable(data.groups) else data.children)
 
 
@@ -142,7 +178,12 @@ def test_a_single_draw_of_a_single_number_is_kept() -> None:
 def test_summary_shows_moments_and_equal_tails_and_no_convergence_diagnostic(data: Any) -> None:
     table = adapter.summary(data, prob=0.8)
     assert list(table.columns) == ["mean", "sd", "eti_10%", "eti_90%"]
-    assert list(table.index[:4]) == ["omega[10, omega]", "omega[11, omega]", "omega[12, omega]", "unknown[10, damping]"]
+    assert list(table.index[:4]) == [
+        "omega[10, omega]",
+        "omega[11, omega]",
+        "omega[12, omega]",
+        "unknown[10, damping]",
+    ]
     draws = data["posterior"]["unknown"].values[0, :, 1, 0]
     expected = [draws.mean(), draws.std(ddof=1), *np.quantile(draws, [0.1, 0.9])]
     np.testing.assert_allclose(table.loc["unknown[11, damping]"], expected, rtol=1e-12)
@@ -169,7 +210,9 @@ def test_loo_leaves_out_one_shot_at_a_time(data: Any) -> None:
     assert np.isfinite(result.elpd_loo if hasattr(result, "elpd_loo") else result.elpd)
 
 
-def test_netcdf_round_trip_keeps_everything(data: Any, arguments: dict[str, Any], tmp_path: Path) -> None:
+def test_netcdf_round_trip_keeps_everything(
+    data: Any, arguments: dict[str, Any], tmp_path: Path
+) -> None:
     adapter.save(data, tmp_path / "posterior.nc")
     again = adapter.load(tmp_path / "posterior.nc")
     assert type(again) is type(data)
@@ -194,7 +237,15 @@ def test_loading_the_adapter_imports_neither_torch_nor_arviz() -> None:
 
 def test_importing_arviz_warns_of_nothing(tmp_path: Path) -> None:
     # ArviZ 0.x notes in the user's cache that it has warned today
-    run(sys.executable, "-W", "error", "-c", f"{LOAD}; _arviz._backend()", str(ROOT / "pyro_hybrid"), cache=tmp_path)
+    run(
+        sys.executable,
+        "-W",
+        "error",
+        "-c",
+        f"{LOAD}; _arviz._backend()",
+        str(ROOT / "pyro_hybrid"),
+        cache=tmp_path,
+    )
 
 
 def spoil(arguments: dict[str, Any], group: str, name: str, value: Any) -> dict[str, Any]:
@@ -207,11 +258,36 @@ def spoil(arguments: dict[str, Any], group: str, name: str, value: Any) -> dict[
     ("group", "name", "value", "message"),
     [
         ("posteriors", "omega", np.ones((1, 9)), r"groups among .*'posteriors'.*Rename"),
-        ("posterior", "omega", [[1.0]], r"posterior\['omega'\] to be a numpy array; got list\. Convert"),
-        ("posterior", "omega", np.ones((DRAWS, TASKS, 1)), r"axes \('chain', 'draw', 'task', 'physics'\); got shape"),
-        ("posterior", "omega", np.ones((1, DRAWS, 9, 1)), r"3 along axis 'task' of posterior\['omega'\]; got 9"),
-        ("posterior", "omega", np.ones((1, 9, TASKS, 1)), r"along axis 'draw' of posterior\['unknown'\]; got 200"),
-        ("log_likelihood", "x", np.ones((1, DRAWS, TASKS, 9)), r"4 along axis 'shot' of log_likelihood\['x'\]; got 9"),
+        (
+            "posterior",
+            "omega",
+            [[1.0]],
+            r"posterior\['omega'\] to be a numpy array; got list\. Convert",
+        ),
+        (
+            "posterior",
+            "omega",
+            np.ones((DRAWS, TASKS, 1)),
+            r"axes \('chain', 'draw', 'task', 'physics'\); got shape",
+        ),
+        (
+            "posterior",
+            "omega",
+            np.ones((1, DRAWS, 9, 1)),
+            r"3 along axis 'task' of posterior\['omega'\]; got 9",
+        ),
+        (
+            "posterior",
+            "omega",
+            np.ones((1, 9, TASKS, 1)),
+            r"along axis 'draw' of posterior\['unknown'\]; got 200",
+        ),
+        (
+            "log_likelihood",
+            "x",
+            np.ones((1, DRAWS, TASKS, 9)),
+            r"4 along axis 'shot' of log_likelihood\['x'\]; got 9",
+        ),
         ("log_likelihood", "x", np.ones(DRAWS), r"axes \('chain', 'draw'\); got shape \(200,\)"),
         ("constant_data", "noise", np.array(0.1), r"a single number belongs in attrs"),
     ],
@@ -229,15 +305,21 @@ def test_nothing_to_hand_over_is_an_error() -> None:
 
 
 @pytest.mark.parametrize("value", [None, True, [1]])
-def test_an_attribute_that_netcdf_cannot_store_is_refused(arguments: dict[str, Any], value: object) -> None:
-    with pytest.raises(ValueError, match=rf"attrs\['seed'\] as text or number; got {type(value).__name__}"):
+def test_an_attribute_that_netcdf_cannot_store_is_refused(
+    arguments: dict[str, Any], value: object
+) -> None:
+    with pytest.raises(
+        ValueError, match=rf"attrs\['seed'\] as text or number; got {type(value).__name__}"
+    ):
         adapter.to_inference_data(**{**arguments, "attrs": {"seed": value}})
 
 
 def test_summary_names_what_is_wrong(data: Any) -> None:
     with pytest.raises(ValueError, match=r"prob between 0 and 1; got 90"):
         adapter.summary(data, prob=90)
-    with pytest.raises(ValueError, match=r"var_names among \['omega', 'unknown'\]; got \['gamma'\]"):
+    with pytest.raises(
+        ValueError, match=r"var_names among \['omega', 'unknown'\]; got \['gamma'\]"
+    ):
         adapter.summary(data, ["gamma"])
     single = adapter.to_inference_data({"posterior": {"noise": np.ones((1, 1))}}, {}, {}, {})
     with pytest.raises(ValueError, match="at least two draws of 'noise'; got 1"):
@@ -255,7 +337,9 @@ def other_python() -> str:
     named = os.environ.get("PYRO_HYBRID_ARVIZ1_PYTHON")
     path = Path(named) if named else ROOT / ".venv-arviz1" / "bin" / "python"
     if not path.exists():
-        pytest.skip(f"no Python with ArviZ 1.x at {path}: run `make test-arviz1`, or set PYRO_HYBRID_ARVIZ1_PYTHON")
+        pytest.skip(
+            f"no Python with ArviZ 1.x at {path}: run `make test-arviz1`, or set PYRO_HYBRID_ARVIZ1_PYTHON"
+        )
     return str(path)
 
 
@@ -273,10 +357,25 @@ t.adapter.summary(theirs).to_csv(sys.argv[4], float_format="%.17g")
 
 
 def test_all_of_this_file_holds_under_arviz_one_without_torch(other_python: str) -> None:
-    major = run(other_python, "-c", "import arviz, importlib.util as u; print(arviz.__version__, u.find_spec('torch'))")
+    major = run(
+        other_python,
+        "-c",
+        "import arviz, importlib.util as u; print(arviz.__version__, u.find_spec('torch'))",
+    )
     assert int(major.split(".")[0]) >= 1, major
     assert major.split()[1] == "None", major
-    pytest_alone = ["-m", "pytest", "-q", "--noconftest", "-c", os.devnull, "-p", "no:cacheprovider", "-W", "error"]
+    pytest_alone = [
+        "-m",
+        "pytest",
+        "-q",
+        "--noconftest",
+        "-c",
+        os.devnull,
+        "-p",
+        "no:cacheprovider",
+        "-W",
+        "error",
+    ]
     report = run(other_python, *pytest_alone, f"--rootdir={ROOT}", __file__)
     assert "passed" in report
 
@@ -287,7 +386,9 @@ def test_both_versions_read_each_others_files_and_print_the_same_table(
     pandas = pytest.importorskip("pandas")
     ours, theirs, table = (str(tmp_path / name) for name in ("ours.nc", "theirs.nc", "table.csv"))
     adapter.save(data, ours)
-    run(other_python, "-W", "error", "-c", EXCHANGE, str(Path(__file__).parent), ours, theirs, table)
+    run(
+        other_python, "-W", "error", "-c", EXCHANGE, str(Path(__file__).parent), ours, theirs, table
+    )
     assert_same_content(adapter.load(theirs), arguments)
     expected = adapter.summary(data)
     pandas.testing.assert_frame_equal(pandas.read_csv(table, index_col=0), expected, rtol=1e-14)

@@ -41,24 +41,72 @@ def hidden() -> Tensor:
 
 # What is wrong, and the words that must come back from a data set; and, where they differ, from an episode.
 BAD: dict[str, tuple[dict[str, Any], str, str]] = {
-    "NaN": ({"values": spoilt(torch.nan)}, r"expected finite values; got nan at index .* in task 3\)", ""),
-    "Inf": ({"values": spoilt(-torch.inf)}, r"expected finite values; got -inf at index .* in task 3\)", ""),
-    "1e30": ({"values": spoilt(1e30)}, r"at most 1e\+15, to be squared; got 1e\+30 at .* in task 3\)", ""),
-    "an empty support": ({"num_support": 0}, r"num_support from 1 to 3 .*The support can't be empty",
-                         "one task and one shot or more; got 20 and 0. An empty query"),
-    "an empty query": ({"num_support": 4}, r"num_support from 1 to 3 .*the query needs a shot too",
-                       "one task and one shot or more; got 20 and 0. An empty query"),
+    "NaN": (
+        {"values": spoilt(torch.nan)},
+        r"expected finite values; got nan at index .* in task 3\)",
+        "",
+    ),
+    "Inf": (
+        {"values": spoilt(-torch.inf)},
+        r"expected finite values; got -inf at index .* in task 3\)",
+        "",
+    ),
+    "1e30": (
+        {"values": spoilt(1e30)},
+        r"at most 1e\+15, to be squared; got 1e\+30 at .* in task 3\)",
+        "",
+    ),
+    "an empty support": (
+        {"num_support": 0},
+        r"num_support from 1 to 3 .*The support can't be empty",
+        "one task and one shot or more; got 20 and 0. An empty query",
+    ),
+    "an empty query": (
+        {"num_support": 4},
+        r"num_support from 1 to 3 .*the query needs a shot too",
+        "one task and one shot or more; got 20 and 0. An empty query",
+    ),
     "one time point": ({"times": TIMES[:1], "values": VALUES[:, :, :1]}, "two times; got .*", ""),
-    "unsorted times": ({"times": TIMES.flip(0)}, "strictly increasing times; got unsorted .* Sort the times", ""),
-    "duplicate times": ({"times": TIMES[[0, 1, 1, 2, 3, 4]]}, "increasing times; got .* drop duplicates", ""),
-    "times of another length": ({"times": TIMES[:-1]}, r"6 times, as many as values has; got \(5,\)",
-                                r"of 5 times; got \(20, 2, 6, 1\). Give one value for each time"),
-    "integers": ({"values": (10 * VALUES).long()}, r"in float32 or float64; got torch.int64. Convert it", ""),
-    "mixed dtypes": ({"values": VALUES.double()}, r"of one dtype; got torch.float32 and torch.float64. Convert", ""),
-    "another device": ({"values": VALUES.to("meta")}, "on one device; got cpu and meta. Move one of them", ""),
-    "all masked": ({"mask": hidden()}, "an observation in every task; got none in task 3, which is masked", ""),
-    "sensors that change": ({"values": VALUES.expand(-1, -1, -1, 2).contiguous()},
-                            r"trajectories of \(time, sensor\) = \(6, 1\); got \(6, 2\). Build the SetEncoder", ""),
+    "unsorted times": (
+        {"times": TIMES.flip(0)},
+        "strictly increasing times; got unsorted .* Sort the times",
+        "",
+    ),
+    "duplicate times": (
+        {"times": TIMES[[0, 1, 1, 2, 3, 4]]},
+        "increasing times; got .* drop duplicates",
+        "",
+    ),
+    "times of another length": (
+        {"times": TIMES[:-1]},
+        r"6 times, as many as values has; got \(5,\)",
+        r"of 5 times; got \(20, 2, 6, 1\). Give one value for each time",
+    ),
+    "integers": (
+        {"values": (10 * VALUES).long()},
+        r"in float32 or float64; got torch.int64. Convert it",
+        "",
+    ),
+    "mixed dtypes": (
+        {"values": VALUES.double()},
+        r"of one dtype; got torch.float32 and torch.float64. Convert",
+        "",
+    ),
+    "another device": (
+        {"values": VALUES.to("meta")},
+        "on one device; got cpu and meta. Move one of them",
+        "",
+    ),
+    "all masked": (
+        {"mask": hidden()},
+        "an observation in every task; got none in task 3, which is masked",
+        "",
+    ),
+    "sensors that change": (
+        {"values": VALUES.expand(-1, -1, -1, 2).contiguous()},
+        r"trajectories of \(time, sensor\) = \(6, 1\); got \(6, 2\). Build the SetEncoder",
+        "",
+    ),
     "a task with no variation": ({"values": still()}, "", ""),
 }
 MASKED = ("all masked", "a task with no variation")  # of an episode: inferred from as it is
@@ -88,22 +136,32 @@ def no_parameter_becomes_nan(trained: tuple[Line, ph.AmortizedGuide]) -> Iterato
 
 
 def tasks(**changes: Any) -> ph.Tasks:
-    return ph.Tasks.from_trajectories(**{"times": TIMES, "values": VALUES, "num_support": 2, **changes})
+    return ph.Tasks.from_trajectories(
+        **{"times": TIMES, "values": VALUES, "num_support": 2, **changes}
+    )
 
 
-def episode(times: Tensor = TIMES, values: Tensor = VALUES, num_support: int = 2, mask: Tensor | bool = True,
-            ) -> ph.Episode:
+def episode(
+    times: Tensor = TIMES,
+    values: Tensor = VALUES,
+    num_support: int = 2,
+    mask: Tensor | bool = True,
+) -> ph.Episode:
     """Put together by hand, past the checks of Tasks."""
 
     def part(which: slice) -> ph.Episode:
         counts = mask if isinstance(mask, bool) else mask[:, which]
-        return ph.Episode(times, values[:, which], (values[:, which, 0, 0],), mask=counts, seen=counts)
+        return ph.Episode(
+            times, values[:, which], (values[:, which, 0, 0],), mask=counts, seen=counts
+        )
 
     return replace(part(slice(num_support, None)), support=part(slice(0, num_support)))
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_bad_data_are_not_trained_on(kind: str, caplog: pytest.LogCaptureFixture, figure: Note) -> None:
+def test_bad_data_are_not_trained_on(
+    kind: str, caplog: pytest.LogCaptureFixture, figure: Note
+) -> None:
     changes, words, _ = BAD[kind]
     both = pair()
     if words:
@@ -111,43 +169,62 @@ def test_bad_data_are_not_trained_on(kind: str, caplog: pytest.LogCaptureFixture
             ph.meta_train(*both, tasks(**changes), **SHORT)
     else:
         fit = ph.meta_train(*both, tasks(**changes), **SHORT)
-        assert fit.skipped == 0 and "Nothing ever changes in task 3. It can be trained on" in caplog.text
+        assert (
+            fit.skipped == 0
+            and "Nothing ever changes in task 3. It can be trained on" in caplog.text
+        )
     assert all(torch.isfinite(value).all() for value in state(*both))
     figure("bad data", **{"errors" if words else "masks": 1}, poisoned=0)
 
 
 DOORS: dict[str, Callable[..., Any]] = {
     "infer": lambda both, bad: ph.draws(*both, bad, 5)["slope"],
-    "export": lambda both, bad: torch.tensor(ph.to_arviz(*both, bad, 5)["posterior"]["slope"].values),
+    "export": lambda both, bad: torch.tensor(
+        ph.to_arviz(*both, bad, 5)["posterior"]["slope"].values
+    ),
 }
 
 
 @pytest.mark.parametrize("door", DOORS)
 @pytest.mark.parametrize("kind", BAD)
-def test_bad_data_are_not_inferred_from_and_not_exported(kind: str, door: str, trained: Any, figure: Note) -> None:
+def test_bad_data_are_not_inferred_from_and_not_exported(
+    kind: str, door: str, trained: Any, figure: Note
+) -> None:
     changes, words, for_episodes = BAD[kind]
     bad = episode(**changes)
     if kind in MASKED:
         found = DOORS[door](trained, bad)
         assert torch.isfinite(found).all() and found.shape[-2] == len(VALUES)
     else:
-        with pytest.raises((ValueError, TypeError), match=for_episodes or words.replace("values", "query")):
+        with pytest.raises(
+            (ValueError, TypeError), match=for_episodes or words.replace("values", "query")
+        ):
             DOORS[door](trained, bad)
     figure("bad data", **{"masks" if kind in MASKED else "errors": 1}, poisoned=0)
 
 
 @pytest.mark.parametrize("evidence", [None, ph.Linearised(1)], ids=["learned", "computed"])
-def test_where_no_observation_of_a_task_counts_its_posterior_is_its_prior(evidence: ph.Linearised | None) -> None:
+def test_where_no_observation_of_a_task_counts_its_posterior_is_its_prior(
+    evidence: ph.Linearised | None,
+) -> None:
     model, guide = pair(evidence)
     mask = torch.ones_like(GOOD.query, dtype=torch.bool)
     mask[3] = False
-    natural, prior = guide.natural(replace(GOOD, mask=mask))["slope"], model.prior.natural(GOOD.support)["slope"]
-    assert torch.allclose(natural[3], prior[3], rtol=1e-5) and not torch.isclose(natural, prior).all(-1)[:3].any()
+    natural, prior = (
+        guide.natural(replace(GOOD, mask=mask))["slope"],
+        model.prior.natural(GOOD.support)["slope"],
+    )
+    assert (
+        torch.allclose(natural[3], prior[3], rtol=1e-5)
+        and not torch.isclose(natural, prior).all(-1)[:3].any()
+    )
 
 
 @pytest.mark.parametrize("evidence", [None, ph.Linearised(1)], ids=["learned", "computed"])
 @pytest.mark.parametrize("door", DOORS)
-def test_whatever_stands_where_nothing_was_seen_is_not_looked_at(door: str, evidence: ph.Linearised | None) -> None:
+def test_whatever_stands_where_nothing_was_seen_is_not_looked_at(
+    door: str, evidence: ph.Linearised | None
+) -> None:
     both, gone = pair(evidence), torch.zeros_like(GOOD.query, dtype=torch.bool)
     gone[:, :, 2] = True
     clean = replace(GOOD, mask=GOOD.mask & ~gone, seen=~gone)

@@ -29,14 +29,18 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.parametrize("script", ["elbo_step", "grid_step"])
-def test_all_torch_rows_have_the_same_loss(scripts: Any, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_torch_rows_have_the_same_loss(
+    scripts: Any, script: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     module = scripts(script)
     monkeypatch.setattr(module, "jax_rows", lambda *arguments: {})
     problem = module.Problem(4, 0 if script == "elbo_step" else module.trained(0), "cpu")
     builds = {name: build for name, build in module.rows(problem).items() if "compiled" not in name}
     losses = {name: build()() / 4 for name, build in builds.items()}
     first = next(iter(losses.values()))
-    assert len(losses) >= 4 and all(loss == pytest.approx(first, rel=0.01) for loss in losses.values()), losses
+    assert len(losses) >= 4 and all(
+        loss == pytest.approx(first, rel=0.01) for loss in losses.values()
+    ), losses
 
 
 def test_jax_has_the_same_loss_and_gradients(scripts: Any) -> None:
@@ -57,11 +61,15 @@ def test_the_naive_program_has_the_librarys_loss(scripts: Any) -> None:
     sizes = {"omega": (3, 1), "unknown": (3, 4), "initial": episode.measured.shape}
     noise = {name: torch.randn(size, dtype=torch.float64) for name, size in sizes.items()}
     rival = rivals.Naive(model, 1e-8)
-    ours, theirs = (rivals.loss_and_gradients(*pair, episode, noise)
-                    for pair in ((model, guide), (rival, rival.guide(guide))))
+    ours, theirs = (
+        rivals.loss_and_gradients(*pair, episode, noise)
+        for pair in ((model, guide), (rival, rival.guide(guide)))
+    )
     assert theirs[0] == pytest.approx(ours[0], rel=1e-6)
     for name, gradient in ours[1].items():
-        torch.testing.assert_close(theirs[1][name], gradient, rtol=1e-4, atol=1e-6 * float(gradient.abs().max()))
+        torch.testing.assert_close(
+            theirs[1][name], gradient, rtol=1e-4, atol=1e-6 * float(gradient.abs().max())
+        )
 
 
 # ---------------------------------------------------------------------------------------------------- the page's tables
@@ -80,7 +88,11 @@ def test_the_benchmarks_were_run_as_they_are_by_default() -> None:
         found = json.loads(path.read_text(encoding="utf-8"))
         assert found["settings"]["threads"] == (2 if "threads_2" in path.stem else 1)
         if path.stem.startswith("time_to_identify"):
-            assert found["seed"] == int(path.stem[-1]) and found["tasks"] == 1000 and len(found["rows"]) == 4
+            assert (
+                found["seed"] == int(path.stem[-1])
+                and found["tasks"] == 1000
+                and len(found["rows"]) == 4
+            )
 
 
 def test_filling_the_page_changes_nothing_but_its_tables() -> None:

@@ -29,8 +29,13 @@ from pyro_hybrid.trials.calibration import SAYS
 from pyro_hybrid.trials.ranks import CELLS, Latent, band, ecdf, judge, share
 
 NOISE = 0.3
-DESIGN = torch.zeros(POINTS, 2, dtype=torch.float64)  # orthogonal, so that the posterior is a product
-DESIGN[1:, 0], DESIGN[1:, 1] = torch.tensor([0.1, 0.2, 0.2, 0.2, 0.1]), torch.tensor([-0.2, -0.1, 0.0, 0.1, 0.2])
+DESIGN = torch.zeros(
+    POINTS, 2, dtype=torch.float64
+)  # orthogonal, so that the posterior is a product
+DESIGN[1:, 0], DESIGN[1:, 1] = (
+    torch.tensor([0.1, 0.2, 0.2, 0.2, 0.1]),
+    torch.tensor([-0.2, -0.1, 0.0, 0.1, 0.2]),
+)
 SEEN = DESIGN.square().sum(0) / NOISE**2  # information of one shot
 SHOTS, SUPPORT = 4, 2
 
@@ -52,7 +57,9 @@ def program(episode: ph.Episode) -> None:
         pyro.sample("x", x.to_event(3), obs=episode.query)
 
 
-def posterior(width: float = 1.0, shift: float = 0.0, *, blind: bool = False) -> Callable[[ph.Episode], Tensor]:
+def posterior(
+    width: float = 1.0, shift: float = 0.0, *, blind: bool = False
+) -> Callable[[ph.Episode], Tensor]:
     """A guide: the exact posterior, or so much wider, so many standard deviations to the right, or the prior."""
 
     def guide(episode: ph.Episode) -> Tensor:
@@ -65,18 +72,22 @@ def posterior(width: float = 1.0, shift: float = 0.0, *, blind: bool = False) ->
 
 def tasks(number: int = 25, seed: int = 0) -> ph.Tasks:
     random = torch.Generator().manual_seed(seed)
-    z, start, noise = (torch.randn(number, *shape, generator=random, dtype=torch.float64)
-                       for shape in ((2,), (SHOTS, 1), (SHOTS, POINTS)))
+    z, start, noise = (
+        torch.randn(number, *shape, generator=random, dtype=torch.float64)
+        for shape in ((2,), (SHOTS, 1), (SHOTS, POINTS))
+    )
     values = start + (z @ DESIGN.T).unsqueeze(1) + NOISE * noise
     values[..., 0] = start[..., 0]
     return ph.Tasks.from_trajectories(TIMES, values.unsqueeze(-1), num_support=SUPPORT)
 
 
 def checked(guide: Any, **options: Any) -> ph.Calibration:
-    return ph.check_calibration(program, guide, tasks(), **{"num_draws": 199, "progress": False, **options})
+    return ph.check_calibration(
+        program, guide, tasks(), **{"num_draws": 199, "progress": False, **options}
+    )
 
 
-# ---- what is right, and in which ways it can be wrong ----------------------------------------------------------------
+# ---- what is right, and in which ways it can be wrong --------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -90,26 +101,51 @@ def narrow() -> ph.Calibration:
 
 
 def test_the_exact_posterior_holds(right: ph.Calibration, figure: Note) -> None:
-    assert right.verdict == "holds" and [latent.says for latent in right.latents] == ["fine", "fine"]
+    assert right.verdict == "holds" and [latent.says for latent in right.latents] == [
+        "fine",
+        "fine",
+    ]
     for latent in right.latents:
-        assert all(low <= p <= high for p, (low, high) in zip((0.5, 0.8, 0.95), latent.intervals, strict=True))
-        assert latent.z_mean == pytest.approx(0.0, abs=0.1) and latent.z_sd == pytest.approx(1.0, abs=0.08)
+        assert all(
+            low <= p <= high
+            for p, (low, high) in zip((0.5, 0.8, 0.95), latent.intervals, strict=True)
+        )
+        assert latent.z_mean == pytest.approx(0.0, abs=0.1) and latent.z_sd == pytest.approx(
+            1.0, abs=0.08
+        )
     assert (right.pareto_k < 0.7).all() and right.weights.value == 1.0
     assert len(right.ranks) == 1000 and right.tasks == 25 and right.diverged == 0
-    figure("sbc", exact=len(right.latents), exact_outside=sum(latent.status == "fails" for latent in right.latents))
+    figure(
+        "sbc",
+        exact=len(right.latents),
+        exact_outside=sum(latent.status == "fails" for latent in right.latents),
+    )
 
 
 def test_the_exact_posterior_contracts_as_much_as_the_query_says(right: ph.Calibration) -> None:
     expected = 1.0 - (1.0 + SUPPORT * SEEN) / (1.0 + SHOTS * SEEN)
-    assert [latent.contraction for latent in right.latents] == pytest.approx(expected.tolist(), abs=0.03)
+    assert [latent.contraction for latent in right.latents] == pytest.approx(
+        expected.tolist(), abs=0.03
+    )
 
 
-def test_a_posterior_that_is_a_fifth_too_narrow_is_called_so(narrow: ph.Calibration, figure: Note) -> None:
-    assert narrow.verdict == "fails" and [latent.says for latent in narrow.latents] == ["too narrow"] * 2
+def test_a_posterior_that_is_a_fifth_too_narrow_is_called_so(
+    narrow: ph.Calibration, figure: Note
+) -> None:
+    assert (
+        narrow.verdict == "fails"
+        and [latent.says for latent in narrow.latents] == ["too narrow"] * 2
+    )
     expected = [2.0 * norm.cdf(0.8 * norm.ppf(0.5 + 0.5 * p)) - 1.0 for p in (0.5, 0.8, 0.95)]
     for latent in narrow.latents:
-        assert latent.coverage == pytest.approx(expected, abs=0.05) and latent.z_sd == pytest.approx(1.25, abs=0.1)
-    figure("sbc", narrow=len(narrow.latents), narrow_outside=sum(one.status == "fails" for one in narrow.latents))
+        assert latent.coverage == pytest.approx(
+            expected, abs=0.05
+        ) and latent.z_sd == pytest.approx(1.25, abs=0.1)
+    figure(
+        "sbc",
+        narrow=len(narrow.latents),
+        narrow_outside=sum(one.status == "fails" for one in narrow.latents),
+    )
 
 
 def test_a_posterior_that_is_too_wide_is_called_so() -> None:
@@ -128,7 +164,9 @@ def test_a_shifted_posterior_is_biased_and_to_that_side(shift: float, says: str)
 
 def test_a_guide_that_returns_the_prior_has_uniform_ranks_and_no_contraction() -> None:
     found = checked(posterior(blind=True))
-    assert [latent.says for latent in found.latents] == ["fine, but says no more than the prior"] * 2
+    assert [latent.says for latent in found.latents] == [
+        "fine, but says no more than the prior"
+    ] * 2
     assert [latent.contraction for latent in found.latents] == pytest.approx([0.0, 0.0], abs=0.03)
 
 
@@ -145,10 +183,16 @@ def test_real_queries_whose_k_hat_is_large_are_named() -> None:
         there = (episode.query[:, None, :, 1:] == strange).flatten(2).all(2).any(1)
         loc, scale = believed(episode.support, episode)
         with episode.plate:
-            pyro.sample("z", dist.Normal(loc + 4.0 * scale * there.unsqueeze(-1), scale).to_event(1))
+            pyro.sample(
+                "z", dist.Normal(loc + 4.0 * scale * there.unsqueeze(-1), scale).to_event(1)
+            )
 
-    found = ph.check_calibration(program, guide, tasks(199), simulations=199, num_draws=199, progress=False)
-    assert found.weights.why.startswith("below 0.7 in 97 of 100 tasks, but not in 20, 50, 120; the largest is ")
+    found = ph.check_calibration(
+        program, guide, tasks(199), simulations=199, num_draws=199, progress=False
+    )
+    assert found.weights.why.startswith(
+        "below 0.7 in 97 of 100 tasks, but not in 20, 50, 120; the largest is "
+    )
 
 
 def test_what_only_the_real_queries_show_is_in_the_k_hats_alone() -> None:
@@ -161,7 +205,9 @@ def test_what_only_the_real_queries_show_is_in_the_k_hats_alone() -> None:
 
     found = checked(guide, simulations=500)
     assert [latent.status for latent in found.latents] == ["holds"] * 2 and found.verdict == "fails"
-    assert str(found).startswith("NOT THE POSTERIOR: every latent is calibrated, but not all together or not on")
+    assert str(found).startswith(
+        "NOT THE POSTERIOR: every latent is calibrated, but not all together or not on"
+    )
 
 
 def test_few_simulations_decide_nothing() -> None:
@@ -197,11 +243,16 @@ def test_segments_restart_from_the_simulated_states() -> None:
     (states,), episode = seen[0].states, data.episode()
     there = torch.as_tensor(episode.seen)[..., 0]
     assert torch.equal(states[there], seen[0].query[..., 0][there])
-    assert torch.equal(states[:, :, 0], episode.initial[0]) and not torch.equal(states, episode.states[0])
+    assert torch.equal(states[:, :, 0], episode.initial[0]) and not torch.equal(
+        states, episode.states[0]
+    )
 
 
 def angle(natural: Tensor) -> Tensor:
-    loc, concentration = torch.atan2(natural[..., 1:], natural[..., :1]), natural.norm(dim=-1, keepdim=True)
+    loc, concentration = (
+        torch.atan2(natural[..., 1:], natural[..., :1]),
+        natural.norm(dim=-1, keepdim=True),
+    )
     return pyro.sample("angle", dist.VonMises(loc, concentration).to_event(1))
 
 
@@ -223,7 +274,9 @@ def around(episode: ph.Episode) -> None:
 
 
 def test_an_angle_about_pi_is_judged_on_its_circle() -> None:
-    data = ph.Tasks.from_trajectories(TIMES, torch.randn(25, 4, POINTS, 2, dtype=torch.float64), num_support=2)
+    data = ph.Tasks.from_trajectories(
+        TIMES, torch.randn(25, 4, POINTS, 2, dtype=torch.float64), num_support=2
+    )
     found = ph.check_calibration(circle, around, data, num_draws=199, progress=False)
     assert found.verdict == "holds" and found["angle"].z_sd == pytest.approx(1.0, abs=0.08)
     assert found["angle"].contraction > 0.7
@@ -233,11 +286,13 @@ def test_amortised_guides_in_float32_are_checked_as_well() -> None:
     torch.manual_seed(0)
     model = Line()
     guide = ph.AmortizedGuide(model.prior, ph.SetEncoder(1, POINTS, 8, width=16))
-    found = ph.check_calibration(model, guide, in_float32(make_tasks(4, 4)), simulations=20, progress=False)
+    found = ph.check_calibration(
+        model, guide, in_float32(make_tasks(4, 4)), simulations=20, progress=False
+    )
     assert [latent.name for latent in found.latents] == ["slope", "bend[0]", "bend[1]"]
 
 
-# ---- what is simulated, and what stays -------------------------------------------------------------------------------
+# ---- what is simulated, and what stays -----------------------------------------------------------
 
 
 def test_only_what_counts_as_an_observation_is_simulated() -> None:
@@ -251,17 +306,24 @@ def test_only_what_counts_as_an_observation_is_simulated() -> None:
     first, *_, last = seen
     for episode in (first, last):
         for name in ("times", "mask", "seen"):
-            assert torch.equal(torch.as_tensor(getattr(episode, name)), torch.as_tensor(getattr(data, name)))
+            assert torch.equal(
+                torch.as_tensor(getattr(episode, name)), torch.as_tensor(getattr(data, name))
+            )
         assert torch.equal(episode.support.query, data.support.query)
         assert torch.equal(episode.initial[0], data.initial[0])
     assert torch.equal(first.query[:, :, 0], data.query[:, :, 0])
     assert (first.query != data.query)[:, :, 1:].all() and torch.equal(last.query, data.query)
 
 
-@pytest.mark.parametrize(("number", "simulations", "expected"), [(7, 10, 14), (7, 7, 7), (30, 10, 10), (130, 200, 260)])
-def test_every_task_is_simulated_equally_often(number: int, simulations: int, expected: int) -> None:
-    found = ph.check_calibration(program, posterior(), tasks(number), simulations=simulations, num_draws=50,
-                                 progress=False)
+@pytest.mark.parametrize(
+    ("number", "simulations", "expected"), [(7, 10, 14), (7, 7, 7), (30, 10, 10), (130, 200, 260)]
+)
+def test_every_task_is_simulated_equally_often(
+    number: int, simulations: int, expected: int
+) -> None:
+    found = ph.check_calibration(
+        program, posterior(), tasks(number), simulations=simulations, num_draws=50, progress=False
+    )
     assert found.ranks.shape == (expected, 2) and found.tasks == min(number, simulations)
     assert len(found.pareto_k) == min(number, 100)
 
@@ -269,8 +331,13 @@ def test_every_task_is_simulated_equally_often(number: int, simulations: int, ex
 def test_the_same_seed_gives_the_same_and_the_global_random_state_stays() -> None:
     before = torch.get_rng_state(), np.random.get_state()[1].tolist()
     first, again, other = (checked(posterior(), simulations=50, seed=seed) for seed in (3, 3, 4))
-    assert torch.equal(torch.get_rng_state(), before[0]) and np.random.get_state()[1].tolist() == before[1]
-    assert np.array_equal(first.ranks, again.ranks) and np.array_equal(first.pareto_k, again.pareto_k)
+    assert (
+        torch.equal(torch.get_rng_state(), before[0])
+        and np.random.get_state()[1].tolist() == before[1]
+    )
+    assert np.array_equal(first.ranks, again.ranks) and np.array_equal(
+        first.pareto_k, again.pareto_k
+    )
     assert first.to_dict() | {"seconds": 0} == again.to_dict() | {"seconds": 0}
     assert not np.array_equal(first.ranks, other.ranks)
 
@@ -279,7 +346,9 @@ def test_what_was_trained_is_not_changed() -> None:
     model = Line(ph.Linearised(1)).double().train()
     guide = ph.AmortizedGuide(model.prior, evidence=ph.Linearised(1)).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    ph.check_calibration(model, guide, make_tasks(4, 4), simulations=4, num_draws=50, progress=False)
+    ph.check_calibration(
+        model, guide, make_tasks(4, 4), simulations=4, num_draws=50, progress=False
+    )
     assert model.training and guide.training and model.prior._last is None
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
@@ -290,20 +359,29 @@ def test_what_diverges_is_left_out_and_counted() -> None:
         with episode.plate:
             z = pyro.sample("z", dist.Normal(loc, scale).to_event(1))
             mean = (episode.initial[0].unsqueeze(-1) + (z @ DESIGN.T).unsqueeze(-2)).unsqueeze(-1)
-            mean = mean.where(z[..., :1, None, None] < loc[:, :1, None, None] + scale[0, 0], torch.inf)
-            pyro.sample("x", dist.Normal(mean, NOISE).mask(episode.mask).to_event(3), obs=episode.query)
+            mean = mean.where(
+                z[..., :1, None, None] < loc[:, :1, None, None] + scale[0, 0], torch.inf
+            )
+            pyro.sample(
+                "x", dist.Normal(mean, NOISE).mask(episode.mask).to_event(3), obs=episode.query
+            )
 
     found = ph.check_calibration(blows_up, posterior(), tasks(), num_draws=99, progress=False)
-    assert found.diverged == pytest.approx(1000 * norm.sf(1.0), abs=50) and len(found.ranks) == 1000 - found.diverged
+    assert (
+        found.diverged == pytest.approx(1000 * norm.sf(1.0), abs=50)
+        and len(found.ranks) == 1000 - found.diverged
+    )
     assert f"; {found.diverged} more diverged and were left out" in str(found)
     assert found["z[0]"].status == "fails"  # what is left isn't the prior any more
 
 
-# ---- ranks -----------------------------------------------------------------------------------------------------------
+# ---- ranks ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("simulations", "latents"), [(100, 1), (1000, 1), (1000, 5)])
-def test_uniform_ranks_leave_their_band_once_in_a_hundred_times(simulations: int, latents: int) -> None:
+def test_uniform_ranks_leave_their_band_once_in_a_hundred_times(
+    simulations: int, latents: int
+) -> None:
     random, trials = np.random.default_rng(1), 4000
     _, low, high = band(simulations, latents)
     left = 0
@@ -322,20 +400,29 @@ def test_the_band_is_symmetric_and_shrinks_with_the_root_of_the_number() -> None
 
 
 def test_the_share_below_a_place_is_counted() -> None:
-    assert ecdf(np.array([0.005, 0.5, 0.995]))[[0, 48, 50, 98]] == pytest.approx([1 / 3, 1 / 3, 2 / 3, 2 / 3])
+    assert ecdf(np.array([0.005, 0.5, 0.995]))[[0, 48, 50, 98]] == pytest.approx(
+        [1 / 3, 1 / 3, 2 / 3, 2 / 3]
+    )
 
 
 def scored(scores: np.ndarray) -> Latent:
     return judge("z", norm.cdf(scores), -scores, np.full(len(scores), 0.9))
 
 
-@pytest.mark.parametrize(("change", "says"), [
-    (lambda s: s, "fine"),
-    (lambda s: 1.4 * s + 0.6, "biased low, too narrow"),
-    (lambda s: 0.6 * s - 0.4, "biased high, too wide"),
-    (lambda s: np.sign(s) * 0.95 + 0.3 * s, "too narrow"),
-    (lambda s: (np.sign(s) * 0.9 + 0.35 * s) / np.std(np.sign(s) * 0.9 + 0.35 * s), "wrong in shape"),
-], ids=["right", "low and narrow", "high and wide", "narrow", "two peaks"])
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda s: s, "fine"),
+        (lambda s: 1.4 * s + 0.6, "biased low, too narrow"),
+        (lambda s: 0.6 * s - 0.4, "biased high, too wide"),
+        (lambda s: np.sign(s) * 0.95 + 0.3 * s, "too narrow"),
+        (
+            lambda s: (np.sign(s) * 0.9 + 0.35 * s) / np.std(np.sign(s) * 0.9 + 0.35 * s),
+            "wrong in shape",
+        ),
+    ],
+    ids=["right", "low and narrow", "high and wide", "narrow", "two peaks"],
+)
 def test_a_failure_is_put_into_words(change: Callable[[np.ndarray], np.ndarray], says: str) -> None:
     even = norm.ppf((np.arange(2000) + 0.5) / 2000)
     found = scored(change(even))
@@ -350,10 +437,12 @@ def test_a_yes_needs_a_margin() -> None:
 
 def test_intervals_of_shares_hold_what_they_should() -> None:
     assert share(0, 10)[0] == 0.0 and share(10, 10)[1] == 1.0
-    assert share(0, 10)[1] == pytest.approx(1.0 - 0.025**0.1) and share(10, 10)[0] == pytest.approx(0.025**0.1)
+    assert share(0, 10)[1] == pytest.approx(1.0 - 0.025**0.1) and share(10, 10)[0] == pytest.approx(
+        0.025**0.1
+    )
 
 
-# ---- what ArviZ does -------------------------------------------------------------------------------------------------
+# ---- what ArviZ does -----------------------------------------------------------------------------
 
 
 def test_pareto_k_is_the_index_of_the_tail() -> None:
@@ -380,25 +469,45 @@ def test_ranks_are_drawn_as_their_distance_from_the_diagonal() -> None:
     assert np.abs(y - (np.searchsorted(np.sort(ranks), x, side="right") / 300 - x)).max() < 0.01
 
 
-# ---- what a reader gets ----------------------------------------------------------------------------------------------
+# ---- what a reader gets --------------------------------------------------------------------------
 
 
 def test_the_table_says_what_a_person_needs(right: ph.Calibration, narrow: ph.Calibration) -> None:
     for found, verdict, word in ((right, "holds", "fine"), (narrow, "fails", "TOO NARROW")):
         first, second, _, head, *rows, _, last = str(found).splitlines()
-        assert first == SAYS[verdict] and second.startswith("(1000 simulations of 25 tasks, 199 draws of each; ")
-        assert re.split(r"  +", head) == ["latent", "truth inside 50%", "80%", "95%", "z mean", "z sd", "contraction",
-                                          "verdict"]
-        assert [row.split()[0] for row in rows] == ["z[0]", "z[1]"] and all(row.endswith(f"  {word}") for row in rows)
+        assert first == SAYS[verdict] and second.startswith(
+            "(1000 simulations of 25 tasks, 199 draws of each; "
+        )
+        assert re.split(r"  +", head) == [
+            "latent",
+            "truth inside 50%",
+            "80%",
+            "95%",
+            "z mean",
+            "z sd",
+            "contraction",
+            "verdict",
+        ]
+        assert [row.split()[0] for row in rows] == ["z[0]", "z[1]"] and all(
+            row.endswith(f"  {word}") for row in rows
+        )
         assert len({re.search(word, row).start() for row in rows} | {head.index("verdict")}) == 1
-        assert re.fullmatch(r"k-hat   holds: below 0\.7 in 25 of 25 tasks; the largest is -?\d\.\d\d", last)
+        assert re.fullmatch(
+            r"k-hat   holds: below 0\.7 in 25 of 25 tasks; the largest is -?\d\.\d\d", last
+        )
 
 
 def test_its_dictionary_is_json(narrow: ph.Calibration) -> None:
     found = json.loads(json.dumps(narrow.to_dict(), allow_nan=False))
-    assert found["verdict"] == "fails" and found["simulations"] == 1000 and len(found["pareto_k"]) == 25
+    assert (
+        found["verdict"] == "fails"
+        and found["simulations"] == 1000
+        and len(found["pareto_k"]) == 25
+    )
     assert [row["says"] for row in found["latents"]] == ["too narrow"] * 2
-    assert found["weights"]["condition"] == "k-hat" and len(found["latents"][0]["intervals"][2]) == 2
+    assert (
+        found["weights"]["condition"] == "k-hat" and len(found["latents"][0]["intervals"][2]) == 2
+    )
 
 
 def test_a_row_is_found_by_its_name(right: ph.Calibration) -> None:
@@ -410,18 +519,32 @@ def test_a_row_is_found_by_its_name(right: ph.Calibration) -> None:
 def test_the_figure_shows_every_latent_and_says_what_is_good(narrow: ph.Calibration) -> None:
     figure = narrow.plot()
     titles = [axis.get_title() for axis in figure.axes]
-    assert titles[:2] == ["z[0]: too narrow", "z[1]: too narrow"] and figure.get_suptitle() == SAYS["fails"]
-    assert [title.partition(":")[0] for title in titles[2:]] == ["coverage", "z", "contraction", "real queries"]
+    assert (
+        titles[:2] == ["z[0]: too narrow", "z[1]: too narrow"]
+        and figure.get_suptitle() == SAYS["fails"]
+    )
+    assert [title.partition(":")[0] for title in titles[2:]] == [
+        "coverage",
+        "z",
+        "contraction",
+        "real queries",
+    ]
     line = np.asarray(figure.axes[0].lines[-1].get_ydata())
     grid, low, high = band(1000, 2)
-    assert np.abs(line).max() > np.abs(high - grid).max() and line.min() >= figure.axes[0].get_ylim()[0]
+    assert (
+        np.abs(line).max() > np.abs(high - grid).max()
+        and line.min() >= figure.axes[0].get_ylim()[0]
+    )
 
 
 @pytest.mark.parametrize("latents", [1, 5, 9])
 def test_figures_have_room_for_any_number_of_latents(latents: int) -> None:
     random = np.random.default_rng(0)
     ranks = random.uniform(size=(300, latents))
-    rows = [judge(f"z[{i}]", column, norm.ppf(column), np.full(300, 0.5), latents) for i, column in enumerate(ranks.T)]
+    rows = [
+        judge(f"z[{i}]", column, norm.ppf(column), np.full(300, 0.5), latents)
+        for i, column in enumerate(ranks.T)
+    ]
     weights = checked(posterior(), simulations=2, num_draws=50).weights
     figure = ph.Calibration(rows, weights, ranks, np.full(3, 0.1), 3, 50).plot()
     figure.draw_without_rendering()
@@ -433,7 +556,7 @@ def test_short_checks_show_no_bar(capfd: pytest.CaptureFixture[str]) -> None:
     assert capfd.readouterr() == ("", "")
 
 
-# ---- what it refuses -------------------------------------------------------------------------------------------------
+# ---- what it refuses -----------------------------------------------------------------------------
 
 
 def unnamed(episode: ph.Episode) -> None:
@@ -471,26 +594,54 @@ def endless(episode: ph.Episode) -> None:
         pyro.sample("x", dist.Normal(mean, 1.0).to_event(3), obs=episode.query)
 
 
-@pytest.mark.parametrize(("model", "guide", "message"), [
-    (program, unnamed, r"expected a guide that samples every latent of the program; got none of \['z'\]"),
-    (program, lost, r"expected finite draws from the guide, that differ; got others in 25 simulations"),
-    (scalar, scalar, r"expected latents of shape \(task, component\) or \(task, shot, component\); got \(25,\)\. Give"),
-    (twice, posterior(), r"expected a program that observes episode\.query as it is, at one site; got \['sum', 'x'\]"),
-    (unseeing, posterior(), r"at one site; got nothing observed\. Write obs=episode\.query"),
-    (endless, posterior(), r"expected finite trajectories from the program; got 25 simulations that diverged"),
-], ids=["missing site", "no draws", "scalar", "two sites", "no site", "divergence"])
-def test_misuses_are_answered(model: Callable[..., object], guide: Callable[..., object], message: str) -> None:
+@pytest.mark.parametrize(
+    ("model", "guide", "message"),
+    [
+        (
+            program,
+            unnamed,
+            r"expected a guide that samples every latent of the program; got none of \['z'\]",
+        ),
+        (
+            program,
+            lost,
+            r"expected finite draws from the guide, that differ; got others in 25 simulations",
+        ),
+        (
+            scalar,
+            scalar,
+            r"expected latents of shape \(task, component\) or \(task, shot, component\); got \(25,\)\. Give",
+        ),
+        (
+            twice,
+            posterior(),
+            r"expected a program that observes episode\.query as it is, at one site; got \['sum', 'x'\]",
+        ),
+        (unseeing, posterior(), r"at one site; got nothing observed\. Write obs=episode\.query"),
+        (
+            endless,
+            posterior(),
+            r"expected finite trajectories from the program; got 25 simulations that diverged",
+        ),
+    ],
+    ids=["missing site", "no draws", "scalar", "two sites", "no site", "divergence"],
+)
+def test_misuses_are_answered(
+    model: Callable[..., object], guide: Callable[..., object], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         ph.check_calibration(model, guide, tasks(), simulations=25, num_draws=50, progress=False)
 
 
 @pytest.mark.parametrize("options", [{"simulations": 1}, {"num_draws": 49}])
 def test_too_few_draws_are_refused(options: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match=r"expected simulations of 2 and num_draws of 50 or more; got \d+ and \d+"):
+    with pytest.raises(
+        ValueError, match=r"expected simulations of 2 and num_draws of 50 or more; got \d+ and \d+"
+    ):
         checked(posterior(), **options)
 
 
-# ---- the page --------------------------------------------------------------------------------------------------------
+# ---- the page ------------------------------------------------------------------------------------
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -501,9 +652,15 @@ def test_the_page_shows_files_that_are_there_and_numbers_that_are_in_them() -> N
     shown = re.findall(r"\((images/\w+\.png)\)|^```{literalinclude} (\S+)$", page, re.MULTILINE)
     assert len(shown) == 5 and all((DOCS / (image or text)).is_file() for image, text in shown)
     (drag,) = [row["drag"] for row in found["computed_suspects"] if row["spring"] == 93]
-    assert f"a drag of {drag['mean']:.2f} ± {drag['sd']:.2f}, and it is {drag['truth']:.2f}." in page
+    assert (
+        f"a drag of {drag['mean']:.2f} ± {drag['sd']:.2f}, and it is {drag['truth']:.2f}." in page
+    )
     assert len(found["computed_suspects"]) == 3 and len(found["restarts_suspects"]) == 1
-    assert [found[name]["verdict"] for name in ("encoder", "computed", "restarts")] == ["fails", "holds", "holds"]
+    assert [found[name]["verdict"] for name in ("encoder", "computed", "restarts")] == [
+        "fails",
+        "holds",
+        "holds",
+    ]
 
 
 def test_the_script_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -514,11 +671,16 @@ def test_the_script_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyP
     finally:
         torch.set_num_threads(threads)
     assert {path.name for path in tmp_path.rglob("*.*")} == {
-        "calibration.json", "calibration_computed.png", "calibration_computed.txt", "calibration_encoder.png",
-        "calibration_encoder.txt", "calibration_restarts.txt"}
+        "calibration.json",
+        "calibration_computed.png",
+        "calibration_computed.txt",
+        "calibration_encoder.png",
+        "calibration_encoder.txt",
+        "calibration_restarts.txt",
+    }
 
 
-# ---- against NUTS and closed forms -----------------------------------------------------------------------------------
+# ---- against NUTS and closed forms ---------------------------------------------------------------
 
 
 class Decay(ph.HybridModel):
@@ -526,20 +688,26 @@ class Decay(ph.HybridModel):
 
     def __init__(self) -> None:
         super().__init__()
-        self.prior = ph.SupportPrior(ph.SetEncoder(1, POINTS, 8), ph.Linearised(4), rate=ph.families.LogNormal(1))
+        self.prior = ph.SupportPrior(
+            ph.SetEncoder(1, POINTS, 8), ph.Linearised(4), rate=ph.families.LogNormal(1)
+        )
 
     def forward(self, episode: ph.Episode) -> None:
         p = self.prior(episode.support)
         with episode.plate:
             rate = pyro.sample("rate", p["rate"])
             states = ph.solve(lambda t, y: (-rate * y[0],), episode.initial, episode.times)
-            pyro.sample("x", dist.Normal(states, 0.1).mask(episode.mask).to_event(3), obs=episode.query)
+            pyro.sample(
+                "x", dist.Normal(states, 0.1).mask(episode.mask).to_event(3), obs=episode.query
+            )
 
 
 def decays() -> ph.Tasks:
     random = torch.Generator().manual_seed(0)
-    rate, start, noise = (torch.randn(3, *shape, generator=random, dtype=torch.float64)
-                          for shape in ((1, 1), (4, 1), (4, POINTS)))
+    rate, start, noise = (
+        torch.randn(3, *shape, generator=random, dtype=torch.float64)
+        for shape in ((1, 1), (4, 1), (4, POINTS))
+    )
     values = start * torch.exp(-(0.3 * rate).exp() * TIMES) + 0.1 * noise
     values[..., 0] = start[..., 0]
     return ph.Tasks.from_trajectories(TIMES, values.unsqueeze(-1), num_support=2)
@@ -547,7 +715,9 @@ def decays() -> ph.Tasks:
 
 def integrated(model: Decay, episode: ph.Episode) -> dict[str, tuple[Tensor, Tensor]]:
     grid = torch.linspace(0.02, 6.0, 6000, dtype=torch.float64)
-    expected = episode.initial[0][..., None, None] * torch.exp(-grid[:, None] * TIMES)  # (task, shot, grid, time)
+    expected = episode.initial[0][..., None, None] * torch.exp(
+        -grid[:, None] * TIMES
+    )  # (task, shot, grid, time)
     errors = (episode.query[..., 0].unsqueeze(2) - expected)[..., 1:] / 0.1
     prior = model.prior(episode.support)["rate"].log_prob(grid[:, None, None]).T
     weight = torch.softmax(prior - 0.5 * errors.square().sum((1, 3)), 1)
@@ -556,23 +726,39 @@ def integrated(model: Decay, episode: ph.Episode) -> dict[str, tuple[Tensor, Ten
 
 
 def solved(model: Line, episode: ph.Episode) -> dict[str, tuple[Tensor, Tensor]]:
-    found = exact(episode.support, episode, inferred=model.inferred, loc=(0.0,) * 3, scale=(1.0,) * 3)
+    found = exact(
+        episode.support, episode, inferred=model.inferred, loc=(0.0,) * 3, scale=(1.0,) * 3
+    )
     mean, scale = found.mean, found.covariance.diagonal(dim1=-2, dim2=-1).sqrt()
     starts = {"start": tuple(x[:, -2:, None] for x in (mean, scale))} if model.inferred else {}
     return {"both": (mean[:, :3], scale[:, :3]), **starts}
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("model", "data", "closed"), [
-    (lambda: Line(ph.Linearised(6), sites=TOGETHER), lambda: make_tasks(3, 4, num_support=2), solved),
-    (lambda: Line(ph.Linearised(6), sites=TOGETHER, inferred=True),
-     lambda: make_tasks(3, 4, num_support=2, inferred=True), solved),
-    (Decay, decays, integrated),
-], ids=["starts known", "starts inferred", "decay"])
+@pytest.mark.parametrize(
+    ("model", "data", "closed"),
+    [
+        (
+            lambda: Line(ph.Linearised(6), sites=TOGETHER),
+            lambda: make_tasks(3, 4, num_support=2),
+            solved,
+        ),
+        (
+            lambda: Line(ph.Linearised(6), sites=TOGETHER, inferred=True),
+            lambda: make_tasks(3, 4, num_support=2, inferred=True),
+            solved,
+        ),
+        (Decay, decays, integrated),
+    ],
+    ids=["starts known", "starts inferred", "decay"],
+)
 def test_guide_nuts_and_closed_form_agree(model: Any, data: Any, closed: Any, figure: Note) -> None:
     torch.manual_seed(0)
     model, data = model().double().eval().requires_grad_(False), data()
-    guide, episode = ph.AmortizedGuide(model.prior, evidence=ph.Linearised(6)), data.episode().only(0)
+    guide, episode = (
+        ph.AmortizedGuide(model.prior, evidence=ph.Linearised(6)),
+        data.episode().only(0),
+    )
     with local_parameters():
         nuts = NUTS(model, full_mass=True, max_tree_depth=5)
         mcmc = MCMC(nuts, num_samples=800, warmup_steps=200, disable_progbar=True)

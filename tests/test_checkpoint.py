@@ -23,8 +23,14 @@ import pyro_hybrid as ph
 from pyro_hybrid.checkpoint import Checkpoints
 from pyro_hybrid.storage import ASIDE, MANIFEST, read
 
-LONG: dict[str, Any] = {**SHORT, "steps": 24, "every": 5, "average": 0.4, "warmup": 0.3,
-                        "curriculum": {0.0: 2, 0.4: None}}
+LONG: dict[str, Any] = {
+    **SHORT,
+    "steps": 24,
+    "every": 5,
+    "average": 0.4,
+    "warmup": 0.3,
+    "curriculum": {0.0: 2, 0.4: None},
+}
 
 
 class Stop(Exception):
@@ -44,11 +50,13 @@ def steps(folder: Path) -> list[int]:
     return [int(path.name[5:]) for path in Checkpoints(folder).all()]
 
 
-# ---- save and load -------------------------------------------------------------------------------------------------
+# ---- save and load -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("evidence", [None, ph.Linearised(1)], ids=["learned", "computed"])
-def test_a_model_that_was_saved_is_loaded_into_another_bit_for_bit(tmp_path: Path, evidence: Any) -> None:
+def test_a_model_that_was_saved_is_loaded_into_another_bit_for_bit(
+    tmp_path: Path, evidence: Any
+) -> None:
     both, others = pair(evidence), pair(evidence, seed=1)
     fit = ph.meta_train(*both, TASKS, **SHORT)
     fit.save(tmp_path / "saved", *both)
@@ -83,15 +91,26 @@ def test_a_compiled_part_has_the_names_of_the_plain_one(tmp_path: Path) -> None:
     assert same(state(*both), state(*others))
 
 
-@pytest.mark.parametrize(("options", "said"), [
-    ({"inferred": False, "sites": {"slope": ph.families.Normal(1)}}, r"model\.prior.* has shape .* there, .* here"),
-    ({"evidence": ph.Linearised(1)}, r"only the checkpoint has guide\.\S+"),
-])
-def test_a_checkpoint_of_another_model_is_refused_and_changes_nothing(tmp_path: Path, options: Any, said: str) -> None:
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            {"inferred": False, "sites": {"slope": ph.families.Normal(1)}},
+            r"model\.prior.* has shape .* there, .* here",
+        ),
+        ({"evidence": ph.Linearised(1)}, r"only the checkpoint has guide\.\S+"),
+    ],
+)
+def test_a_checkpoint_of_another_model_is_refused_and_changes_nothing(
+    tmp_path: Path, options: Any, said: str
+) -> None:
     ph.Fit().save(tmp_path / "saved", *pair())
     others = pair(seed=1, **options)
     before = state(*others)
-    with pytest.raises(ph.CheckpointError, match=f"of a Line with a AmortizedGuide, doesn't fit the model: .*{said}"):
+    with pytest.raises(
+        ph.CheckpointError,
+        match=f"of a Line with a AmortizedGuide, doesn't fit the model: .*{said}",
+    ):
         ph.load(tmp_path / "saved", *others)
     assert same(before, state(*others))
 
@@ -103,7 +122,9 @@ def test_a_damaged_checkpoint_changes_nothing(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
     others = pair(seed=1)
     before = state(*others)
-    with pytest.raises(ph.CheckpointError, match=r"state.pt isn't what was written \(its checksum differs\)"):
+    with pytest.raises(
+        ph.CheckpointError, match=r"state.pt isn't what was written \(its checksum differs\)"
+    ):
         ph.load(tmp_path / "saved", *others)
     assert same(before, state(*others))
 
@@ -118,11 +139,13 @@ def test_more_than_tensors_in_a_model_is_refused(tmp_path: Path) -> None:
         def set_extra_state(self, value: str) -> None: ...
 
     model.odd = Odd()
-    with pytest.raises(TypeError, match="tensors alone in the state of the model; got odd._extra_state, a str"):
+    with pytest.raises(
+        TypeError, match="tensors alone in the state of the model; got odd._extra_state, a str"
+    ):
         ph.Fit().save(tmp_path / "saved", model, guide)
 
 
-# ---- a training goes on --------------------------------------------------------------------------------------------
+# ---- a training goes on --------------------------------------------------------------------------
 
 
 def test_a_training_with_checkpoints_is_the_training_without(tmp_path: Path) -> None:
@@ -135,7 +158,9 @@ def test_a_training_with_checkpoints_is_the_training_without(tmp_path: Path) -> 
 
 @pytest.mark.long
 @pytest.mark.parametrize("threads", [1, 2])
-def test_from_20_random_stops_a_training_ends_in_the_same_bits(tmp_path: Path, threads: int, figure: Note) -> None:
+def test_from_20_random_stops_a_training_ends_in_the_same_bits(
+    tmp_path: Path, threads: int, figure: Note
+) -> None:
     before, dice = torch.get_num_threads(), random.Random(threads)
     torch.set_num_threads(threads)
     try:
@@ -148,10 +173,16 @@ def test_from_20_random_stops_a_training_ends_in_the_same_bits(tmp_path: Path, t
                 whole = pair()
                 expected = ph.meta_train(*whole, TASKS, **options)
             folder, both, again = tmp_path / str(turn), pair(), pair(seed=99)
-            stopped_at(dice.randrange(3, len(expected.loss) - 1), both, checkpoint=folder, **options)
+            stopped_at(
+                dice.randrange(3, len(expected.loss) - 1), both, checkpoint=folder, **options
+            )
             found = ph.meta_train(*again, TASKS, checkpoint=folder, resume=True, **options)
             assert same(state(*whole), state(*again)), turn
-            assert (found.loss, found.held_out, found.kl) == (expected.loss, expected.held_out, expected.kl)
+            assert (found.loss, found.held_out, found.kl) == (
+                expected.loss,
+                expected.held_out,
+                expected.kl,
+            )
             assert found.stopped_early == expected.stopped_early
             figure("resume", **{f"equal_on_{threads}": 1})
         assert expected.stopped_early and len(expected.loss) < LONG["steps"]
@@ -176,13 +207,17 @@ def test_what_is_finished_is_loaded_and_not_trained_again(tmp_path: Path) -> Non
     def never(step: int, fit: ph.Fit) -> None:
         raise Stop
 
-    assert ph.meta_train(*again, TASKS, checkpoint=tmp_path, resume=True, callback=never, **LONG) == fit
+    assert (
+        ph.meta_train(*again, TASKS, checkpoint=tmp_path, resume=True, callback=never, **LONG)
+        == fit
+    )
     assert same(state(*both), state(*again)) and ph.load(tmp_path, *pair()) == fit
 
 
 @quiet
 def test_skips_are_remembered(tmp_path: Path) -> None:
     """Failures before and after the stop make a run of failures."""
+
     def poison(model: Fragile) -> Any:
         def change(step: int, fit: ph.Fit) -> None:
             model.failure = "nan" if step >= 2 else None
@@ -193,18 +228,40 @@ def test_skips_are_remembered(tmp_path: Path) -> None:
 
     both = pair(model=Fragile)
     with pytest.raises(Stop):
-        ph.meta_train(*both, TASKS, callback=poison(both[0]), checkpoint=tmp_path, max_skips=6, **{**LONG, "every": 1})
+        ph.meta_train(
+            *both,
+            TASKS,
+            callback=poison(both[0]),
+            checkpoint=tmp_path,
+            max_skips=6,
+            **{**LONG, "every": 1},
+        )
     again = pair(model=Fragile)
     again[0].failure = "nan"
     with pytest.raises(ph.TrainingError, match="6 steps in a row up to step 8 "):
-        ph.meta_train(*again, TASKS, checkpoint=tmp_path, resume=True, max_skips=6, **{**LONG, "every": 1})
+        ph.meta_train(
+            *again, TASKS, checkpoint=tmp_path, resume=True, max_skips=6, **{**LONG, "every": 1}
+        )
 
 
-@pytest.mark.parametrize(("name", "value"), [("steps", 25), ("seed", 1), ("learning_rate", 1e-3), ("batch_size", 4),
-                                             ("clip", 5.0), ("curriculum", {0.0: 3})])
-def test_a_training_with_other_settings_is_not_the_same_training(tmp_path: Path, name: str, value: object) -> None:
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("steps", 25),
+        ("seed", 1),
+        ("learning_rate", 1e-3),
+        ("batch_size", 4),
+        ("clip", 5.0),
+        ("curriculum", {0.0: 3}),
+    ],
+)
+def test_a_training_with_other_settings_is_not_the_same_training(
+    tmp_path: Path, name: str, value: object
+) -> None:
     stopped_at(7, pair(), checkpoint=tmp_path, **LONG)
-    with pytest.raises(ValueError, match=f"{name} = .*, as in the training to be resumed; got .* Pass what it was"):
+    with pytest.raises(
+        ValueError, match=f"{name} = .*, as in the training to be resumed; got .* Pass what it was"
+    ):
         ph.meta_train(*pair(), TASKS, checkpoint=tmp_path, resume=True, **{**LONG, name: value})
 
 
@@ -216,9 +273,13 @@ def test_other_data_are_noticed(tmp_path: Path) -> None:
 
 def test_a_folder_with_checkpoints_is_not_trained_into_by_accident(tmp_path: Path) -> None:
     stopped_at(7, pair(), checkpoint=tmp_path, **LONG)
-    with pytest.raises(ValueError, match="resume=True to go on after step-00000005; got 1 of them in "):
+    with pytest.raises(
+        ValueError, match="resume=True to go on after step-00000005; got 1 of them in "
+    ):
         ph.meta_train(*pair(), TASKS, checkpoint=tmp_path, **LONG)
-    with pytest.raises(ValueError, match="a folder to resume from; got none. Pass checkpoint=folder"):
+    with pytest.raises(
+        ValueError, match="a folder to resume from; got none. Pass checkpoint=folder"
+    ):
         ph.meta_train(*pair(), TASKS, resume=True, **LONG)
 
 
@@ -226,7 +287,10 @@ def test_a_damaged_checkpoint_is_not_gone_on_from(tmp_path: Path) -> None:
     stopped_at(12, pair(), checkpoint=tmp_path, **LONG)
     path = tmp_path / "step-00000010" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-8])
-    with pytest.raises(ph.CheckpointError, match="step-00000010 can't be loaded: .* Go back to an earlier one: remove"):
+    with pytest.raises(
+        ph.CheckpointError,
+        match="step-00000010 can't be loaded: .* Go back to an earlier one: remove",
+    ):
         ph.meta_train(*pair(), TASKS, checkpoint=tmp_path, resume=True, **LONG)
     for file in sorted(path.parent.iterdir()):
         file.unlink()
@@ -246,8 +310,13 @@ def test_leftovers_are_cleared_away_and_nothing_else_is(tmp_path: Path) -> None:
 
 
 def test_the_last_ones_and_the_best_are_kept(tmp_path: Path) -> None:
-    fit = ph.meta_train(*pair(), TASKS, checkpoint=tmp_path, keep=3,
-                        **{**LONG, "every": 2, "held_out": TASKS, "learning_rate": 1.0, "curriculum": {0.0: None}})
+    fit = ph.meta_train(
+        *pair(),
+        TASKS,
+        checkpoint=tmp_path,
+        keep=3,
+        **{**LONG, "every": 2, "held_out": TASKS, "learning_rate": 1.0, "curriculum": {0.0: None}},
+    )
     best = min(fit.held_out[:-1], key=lambda look: look[1])[0] + 1
     assert best < 18  # a learning rate that spoils what was learned
     assert steps(tmp_path) == [best, 20, 22, 24]
@@ -256,11 +325,20 @@ def test_the_last_ones_and_the_best_are_kept(tmp_path: Path) -> None:
 def test_the_manifest_says_what_it_is(tmp_path: Path) -> None:
     ph.meta_train(*pair(), TASKS, checkpoint=tmp_path, **LONG)
     about = json.loads((tmp_path / "step-00000024" / MANIFEST).read_bytes())
-    assert (about["step"], about["finished"], about["model"], about["guide"]) == (24, True, "Line", "AmortizedGuide")
-    assert about["settings"]["steps"] == 24 and about["settings"]["curriculum"] == [[0.0, 2], [0.4, None]]
+    assert (about["step"], about["finished"], about["model"], about["guide"]) == (
+        24,
+        True,
+        "Line",
+        "AmortizedGuide",
+    )
+    assert about["settings"]["steps"] == 24 and about["settings"]["curriculum"] == [
+        [0.0, 2],
+        [0.4, None],
+    ]
 
 
-# ---- Ctrl-C --------------------------------------------------------------------------------------------------------
+# ---- Ctrl-C --------------------------------------------------------------------------------------
+
 
 @pytest.fixture
 def heeded() -> Iterator[None]:
@@ -282,11 +360,15 @@ ph.meta_train(*pair(), TASKS, checkpoint={folder!r}, callback=slowly, **{{**LONG
 """
 
 
-@pytest.mark.parametrize(("number", "ends_with"), [(signal.SIGINT, -signal.SIGINT), (signal.SIGTERM, -signal.SIGTERM)])
+@pytest.mark.parametrize(
+    ("number", "ends_with"), [(signal.SIGINT, -signal.SIGINT), (signal.SIGTERM, -signal.SIGTERM)]
+)
 def test_a_signal_saves_and_says_how_to_go_on(tmp_path: Path, number: int, ends_with: int) -> None:
     folder = tmp_path / "run"
     script = SCRIPT.format(tests=str(Path(__file__).parent), folder=str(folder))
-    run = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    run = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     assert run.stdout is not None
     for line in run.stdout:
         if line.strip() == "7":
@@ -295,7 +377,9 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path: Path, number: int, ends_
     _, said = run.communicate(timeout=60)
     assert run.returncode == ends_with, said
     step = steps(folder)[-1]
-    assert step in (8, 9) and f"Stopped after step {step} of 24, which is saved in {folder}." in said
+    assert (
+        step in (8, 9) and f"Stopped after step {step} of 24, which is saved in {folder}." in said
+    )
     assert "The same call with resume=True goes on" in said
     whole, both = pair(), pair()
     ph.meta_train(*whole, TASKS, **LONG)
@@ -319,18 +403,30 @@ def test_a_second_signal_does_not_wait(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("heeded")
-def test_a_signal_in_the_last_step_ends_a_training_that_is_finished_and_saved(tmp_path: Path) -> None:
+def test_a_signal_in_the_last_step_ends_a_training_that_is_finished_and_saved(
+    tmp_path: Path,
+) -> None:
     with pytest.raises(KeyboardInterrupt):
-        ph.meta_train(*pair(), TASKS, checkpoint=tmp_path, **LONG,
-                      callback=lambda step, fit: os.kill(os.getpid(), signal.SIGINT) if step == 23 else None)
+        ph.meta_train(
+            *pair(),
+            TASKS,
+            checkpoint=tmp_path,
+            **LONG,
+            callback=lambda step, fit: os.kill(os.getpid(), signal.SIGINT) if step == 23 else None,
+        )
     assert steps(tmp_path) == [20, 24] and read(tmp_path / "step-00000024").about["finished"]
 
 
 @pytest.mark.usefixtures("heeded")
 def test_a_signal_that_was_to_be_ignored_is_ignored(tmp_path: Path) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    fit = ph.meta_train(*pair(), TASKS, checkpoint=tmp_path, **LONG,
-                        callback=lambda step, fit: os.kill(os.getpid(), signal.SIGINT) if step == 3 else None)
+    fit = ph.meta_train(
+        *pair(),
+        TASKS,
+        checkpoint=tmp_path,
+        **LONG,
+        callback=lambda step, fit: os.kill(os.getpid(), signal.SIGINT) if step == 3 else None,
+    )
     assert len(fit.loss) == LONG["steps"] and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
@@ -344,12 +440,20 @@ def test_handlers_of_signals_are_as_before(tmp_path: Path, checkpoint: bool) -> 
             os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
-        ph.meta_train(*pair(), TASKS, checkpoint=tmp_path / "run" if checkpoint else None, callback=interrupt, **LONG)
+        ph.meta_train(
+            *pair(),
+            TASKS,
+            checkpoint=tmp_path / "run" if checkpoint else None,
+            callback=interrupt,
+            **LONG,
+        )
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
     assert (tmp_path / "run").exists() == checkpoint
 
 
-def test_the_progress_bar_goes_on_where_it_was(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_progress_bar_goes_on_where_it_was(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     stopped_at(12, pair(), checkpoint=tmp_path, **LONG)
     ph.meta_train(*pair(), TASKS, checkpoint=tmp_path, resume=True, **{**LONG, "progress": True})
     said = capsys.readouterr().err

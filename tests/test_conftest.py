@@ -20,7 +20,9 @@ CULPRITS = {
 
 def test_who_changes_a_global_setting_fails_and_nobody_else_does(pytester: pytest.Pytester) -> None:
     pytester.makeconftest(Path(__file__).with_name("conftest.py").read_text())
-    culprits = "\n".join(f"def test_culprit_{i}(): {code}" for i, code in enumerate(CULPRITS.values()))
+    culprits = "\n".join(
+        f"def test_culprit_{i}(): {code}" for i, code in enumerate(CULPRITS.values())
+    )
     pytester.makepyfile(f"""
 import random, numpy, pyro, torch
 def draw(): return random.random(), numpy.random.rand(), torch.rand(()).item()

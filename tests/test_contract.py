@@ -41,7 +41,7 @@ def guide_of(model: Any, **changes: Any) -> ph.AmortizedGuide:
     return ph.AmortizedGuide(**(parts | changes))
 
 
-# ---- good programs -------------------------------------------------------------------------------------------------
+# ---- good programs -------------------------------------------------------------------------------
 
 
 READINGS = {"learned": None, "computed": ph.Linearised(1)}
@@ -53,8 +53,12 @@ MODELS: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize("reading", READINGS)
-@pytest.mark.parametrize(("name", "options"), MODELS, ids=[f"{name} {'-'.join(o)}".strip() for name, o in MODELS])
-def test_the_models_of_the_library_keep_every_contract(name: str, options: dict[str, Any], reading: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "options"), MODELS, ids=[f"{name} {'-'.join(o)}".strip() for name, o in MODELS]
+)
+def test_the_models_of_the_library_keep_every_contract(
+    name: str, options: dict[str, Any], reading: str
+) -> None:
     system = SYSTEMS[name]()
     model = ph.models.MetaHybridVAE(system, READINGS[reading], width=4, **options)
     lines = ph.check_hybrid_model(model, guide_of(model), system.simulate(2, 4, seed=0).episode())
@@ -66,7 +70,9 @@ def test_a_model_with_an_unconditional_prior_keeps_every_contract() -> None:
     system = SYSTEMS["pendulum"]()
     model = ph.models.MetaHybridVAE(system, width=4, conditional=False)
     guide = guide_of(model, encoder=model.encoder())
-    assert len(ph.check_hybrid_model(model, guide, system.simulate(2, 4, seed=0).episode())) == len(NAMES)
+    assert len(ph.check_hybrid_model(model, guide, system.simulate(2, 4, seed=0).episode())) == len(
+        NAMES
+    )
 
 
 @pytest.mark.parametrize("kind", [DampedPendulum, ComputedPendulum], ids=[*READINGS])
@@ -93,7 +99,7 @@ def test_a_program_in_float64_with_gaps_in_its_data_keeps_every_contract(reading
     assert len(ph.check_hybrid_model(model, guide, tasks.episode())) == len(NAMES)
 
 
-# ---- broken ones ---------------------------------------------------------------------------------------------------
+# ---- broken ones ---------------------------------------------------------------------------------
 
 
 class Program:
@@ -263,7 +269,9 @@ class HasATrapInUse(Good):
 
 class Numpy(dist.Normal):
     def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
-        return self.loc + self.scale * torch.as_tensor(np.random.randn(*self.loc.shape)).to(self.loc)
+        return self.loc + self.scale * torch.as_tensor(np.random.randn(*self.loc.shape)).to(
+            self.loc
+        )
 
     rsample = sample
 
@@ -276,7 +284,11 @@ class DrawsWithNumpy(Good):
 
 class BelievesTheFirstShot(Good):
     def slope(self, slope: Tensor, episode: ph.Episode) -> Tensor:
-        return slope if episode.support is None else slope + 0.1 * episode.support.query[:, 0].mean((-1, -2))[:, None]
+        return (
+            slope
+            if episode.support is None
+            else slope + 0.1 * episode.support.query[:, 0].mean((-1, -2))[:, None]
+        )
 
 
 class WeighsItsShots(Good):
@@ -309,7 +321,9 @@ class DividesByTasks(Good):
 
 class ObservesItsMean(Good):
     def observe(self, mean: Tensor, episode: ph.Episode) -> Tensor:
-        return super().observe(mean, replace(episode, query=mean.detach()) if episode.query is None else episode)
+        return super().observe(
+            mean, replace(episode, query=mean.detach()) if episode.query is None else episode
+        )
 
 
 class Endless(dist.Normal):
@@ -323,7 +337,9 @@ class SimulatesTheEndless(Good):
     def observe(self, mean: Tensor, episode: ph.Episode) -> Tensor:
         if episode.query is not None:
             return super().observe(mean, episode)
-        return pyro.sample("x", Endless(mean, self.noise.expand(mean.shape), validate_args=False).to_event(3))
+        return pyro.sample(
+            "x", Endless(mean, self.noise.expand(mean.shape), validate_args=False).to_event(3)
+        )
 
 
 class TurnsParticlesRound(Good):
@@ -372,7 +388,9 @@ class ForgetsAScale(Good):
 class TakesANameOfArviZ(Good):
     def __init__(self) -> None:
         super().__init__()
-        self.prior = ph.SupportPrior(encoder(), draw=ph.families.Normal(1), bend=ph.families.Normal(2))
+        self.prior = ph.SupportPrior(
+            encoder(), draw=ph.families.Normal(1), bend=ph.families.Normal(2)
+        )
 
     def latents(self, p: dict[str, Any]) -> tuple[Tensor, Tensor]:
         return pyro.sample("draw", p["draw"]), pyro.sample("bend", p["bend"])
@@ -401,18 +419,36 @@ BROKEN: dict[str, list[Broken]] = {
             lambda model: guide_of(model, encoder=encoder(steps=9)),
             r"got ValueError: expected trajectories of \(time, sensor\) = \(9, 1\)",
         ),
-        (AsksTheStore, guide_of, "got NotImplementedError: Support for global pyro.param statements"),
+        (
+            AsksTheStore,
+            guide_of,
+            "got NotImplementedError: Support for global pyro.param statements",
+        ),
     ],
     "latents": [
         (HasOneMoreLatent, guide_of, r"expected a guide of \{'more': \(3, 1\).*got \{'slope'"),
         (Good, lambda model: another_guide(slope=SITES["slope"]), r"got \{'slope': \(3, 1\)\}"),
         (Good, lambda model: another_guide(**SITES, more=SITES["slope"]), "'more'"),
-        (Good, lambda model: another_guide(**SITES | {"bend": ph.families.Normal(3)}), r"got .*'bend': \(3, 3\)"),
+        (
+            Good,
+            lambda model: another_guide(**SITES | {"bend": ph.families.Normal(3)}),
+            r"got .*'bend': \(3, 3\)",
+        ),
     ],
-    "plates": [(KnowsNoPlate, guide_of, r"'slope' of batch shape \(3,\) in a plate .*\[\(-1, 3\)\]; got .* in \[\]")],
+    "plates": [
+        (
+            KnowsNoPlate,
+            guide_of,
+            r"'slope' of batch shape \(3,\) in a plate .*\[\(-1, 3\)\]; got .* in \[\]",
+        )
+    ],
     "observation": [
         (ObservesByAFactor, guide_of, r"expected one of shape \(3, 3, 6, 1\); got none observed"),
-        (ObservesHalfOfIt, guide_of, r"got \{'x': \(3, 3, 5, 1\)\}\. End the program with pyro\.sample"),
+        (
+            ObservesHalfOfIt,
+            guide_of,
+            r"got \{'x': \(3, 3, 5, 1\)\}\. End the program with pyro\.sample",
+        ),
     ],
     "double": [(KeepsAConstant, guide_of, "got RuntimeError: .*dtype")],
     "untouched": [
@@ -424,22 +460,32 @@ BROKEN: dict[str, list[Broken]] = {
     "mask": [
         (ForgetsTheMask, guide_of, r"in the program's\. Observe .*\.mask\(episode\.mask\)"),
         (MasksBySight, guide_of, "in the program's"),
-        (Good, lambda model: guide_of(model, encoder=Blind(1, POINTS, 4, width=8)), "in the guide's"),
+        (
+            Good,
+            lambda model: guide_of(model, encoder=Blind(1, POINTS, 4, width=8)),
+            "in the guide's",
+        ),
     ],
     "elbo": [(LosesItsLoss, guide_of, "expected a finite loss; got nan")],
     "gradients": [(HasATrapInTraining, guide_of, r"got NaN or Inf for \['model\.gain'\]")],
     "seed": [(DrawsWithNumpy, guide_of, "got different ones. Draw everything random with")],
-    "support order": [(BelievesTheFirstShot, guide_of, "relative difference of .* in the program's. Read a set")],
+    "support order": [
+        (BelievesTheFirstShot, guide_of, "relative difference of .* in the program's. Read a set")
+    ],
     "query order": [(WeighsItsShots, guide_of, "relative difference of .* in the program's")],
-    "tasks": [(kind, guide_of, "in the program's. Mix nothing over the axis of tasks")
-              for kind in (ComparesTasks, AveragesOverTasks, NumbersTasks, DividesByTasks)],
+    "tasks": [
+        (kind, guide_of, "in the program's. Mix nothing over the axis of tasks")
+        for kind in (ComparesTasks, AveragesOverTasks, NumbersTasks, DividesByTasks)
+    ],
     "simulation": [
         (ObservesItsMean, guide_of, r"expected no observed site; got \['x'\]"),
         (SimulatesTheEndless, guide_of, "a finite log density of what it simulated; got"),
     ],
     "particles": [(TurnsParticlesRound, guide_of, "in the program's. Count axes from the last")],
     "predictive": [(FearsHandlers, guide_of, r"got RuntimeError: what is this\?")],
-    "condition": [(HidesItsNoise, guide_of, "in the program's. Draw what is random with pyro.sample")],
+    "condition": [
+        (HidesItsNoise, guide_of, "in the program's. Draw what is random with pyro.sample")
+    ],
     "nuts": [(HasATrapInUse, guide_of, r"NaN or Inf for \['slope'\]")],
     "segments": [(KnowsOneClock, guide_of, "got AssertionError")],
     "one task": [(SqueezesTasks, guide_of, "got RuntimeError")],
@@ -447,7 +493,11 @@ BROKEN: dict[str, list[Broken]] = {
     "state dict": [(ForgetsAScale, guide_of, "got differences up to .* Register what is learned")],
     "arviz": [(TakesANameOfArviZ, guide_of, "got")],
 }
-CASES = [pytest.param(name, *case, id=f"{name}, {i}") for name, cases in BROKEN.items() for i, case in enumerate(cases)]
+CASES = [
+    pytest.param(name, *case, id=f"{name}, {i}")
+    for name, cases in BROKEN.items()
+    for i, case in enumerate(cases)
+]
 
 
 def test_the_program_that_the_others_break_keeps_every_contract() -> None:
@@ -460,7 +510,9 @@ def test_every_contract_has_a_program_that_breaks_it() -> None:
 
 
 @pytest.mark.parametrize(("name", "model", "guide", "message"), CASES)
-def test_who_breaks_a_contract_is_refused_by_its_name(name: str, model: Any, guide: Any, message: str) -> None:
+def test_who_breaks_a_contract_is_refused_by_its_name(
+    name: str, model: Any, guide: Any, message: str
+) -> None:
     made = model()
     with pytest.raises(ph.ContractError, match=message) as caught:
         ph.check_hybrid_model(made, guide(made), EPISODE)
@@ -468,12 +520,14 @@ def test_who_breaks_a_contract_is_refused_by_its_name(name: str, model: Any, gui
     assert f"\n- {name}. " in str(caught.value)
 
 
-# ---- reports -------------------------------------------------------------------------------------------------------
+# ---- reports -------------------------------------------------------------------------------------
 
 
 class SimulatesMore(Good):
     def observe(self, mean: Tensor, episode: ph.Episode) -> Tensor:
-        return super().observe(torch.cat([mean, mean], -1) if episode.query is None else mean, episode)
+        return super().observe(
+            torch.cat([mean, mean], -1) if episode.query is None else mean, episode
+        )
 
 
 class BreaksTwo(ForgetsTheMask, FearsHandlers):
@@ -484,33 +538,48 @@ def test_a_simulation_of_another_shape_is_named() -> None:
     model = SimulatesMore()
     with pytest.raises(ph.ContractError) as caught:
         ph.check_hybrid_model(model, guide_of(model), EPISODE)
-    assert "expected 'x' of shape (3, 3, 6, 1); got (3, 3, 6, 2)" in caught.value.failed["simulation"]
+    assert (
+        "expected 'x' of shape (3, 3, 6, 1); got (3, 3, 6, 2)" in caught.value.failed["simulation"]
+    )
 
 
 def test_all_that_fails_is_in_one_error_with_the_traceback_of_the_first_crash() -> None:
     model = BreaksTwo()
-    with pytest.raises(ph.ContractError, match=f"^2 of {len(NAMES)} contracts don't hold:\n- mask") as caught:
+    with pytest.raises(
+        ph.ContractError, match=f"^2 of {len(NAMES)} contracts don't hold:\n- mask"
+    ) as caught:
         ph.check_hybrid_model(model, guide_of(model), EPISODE)
     assert list(caught.value.failed) == ["mask", "predictive"]
-    assert isinstance(caught.value.__cause__, RuntimeError) and caught.value.__cause__.__traceback__ is not None
+    assert (
+        isinstance(caught.value.__cause__, RuntimeError)
+        and caught.value.__cause__.__traceback__ is not None
+    )
 
 
 def test_what_builds_on_a_broken_contract_is_not_checked_and_that_is_said() -> None:
     model = KnowsNoPlate()
-    with pytest.raises(ph.ContractError, match="^1 of 7 contracts don't hold, and 18 that build on them weren't"):
+    with pytest.raises(
+        ph.ContractError, match="^1 of 7 contracts don't hold, and 18 that build on them weren't"
+    ):
         ph.check_hybrid_model(model, guide_of(model), EPISODE)
 
 
 def lines_of(episode: ph.Episode, model: Any = None) -> dict[str, str]:
     model = model or Good()
-    return dict(line.split(": ", 1) for line in ph.check_hybrid_model(model, guide_of(model), episode))
+    return dict(
+        line.split(": ", 1) for line in ph.check_hybrid_model(model, guide_of(model), episode)
+    )
 
 
 def test_what_cannot_be_checked_is_said_in_its_line() -> None:
     tasks = in_float32(make_tasks(2, 3, num_support=1))
-    assert lines_of(tasks.episode())["support order"].startswith("not checked, one shot has no order")
+    assert lines_of(tasks.episode())["support order"].startswith(
+        "not checked, one shot has no order"
+    )
     assert "not checked" not in lines_of(tasks.episode())["query order"]
-    assert lines_of(tasks.episode(2))["query order"].startswith("not checked, one shot has no order")
+    assert lines_of(tasks.episode(2))["query order"].startswith(
+        "not checked, one shot has no order"
+    )
     assert lines_of(tasks[:1].episode())["tasks"].startswith("not checked, there is one task only")
     uncut = replace(EPISODE, states=None)
     assert lines_of(uncut)["segments"].startswith("not checked, the episode can't be cut")
@@ -530,11 +599,16 @@ def test_parameters_that_no_gradient_reaches_are_named() -> None:
     model = Good()
     model.idle = nn.Parameter(torch.zeros(2))
     model.frozen = nn.Parameter(torch.zeros(2), requires_grad=False)
-    assert lines_of(EPISODE, model)["gradients"] == "Gradients of the ELBO are finite (none reaches model.idle)"
+    assert (
+        lines_of(EPISODE, model)["gradients"]
+        == "Gradients of the ELBO are finite (none reaches model.idle)"
+    )
     assert lines_of(EPISODE)["gradients"] == "Gradients of the ELBO are finite"
 
 
-def test_nothing_is_changed_by_the_check_not_even_by_a_broken_program(request: pytest.FixtureRequest) -> None:
+def test_nothing_is_changed_by_the_check_not_even_by_a_broken_program(
+    request: pytest.FixtureRequest,
+) -> None:
     request.addfinalizer(pyro.clear_param_store)
     for kind in (Good, MasksInPlace, ChangesASetting, CountsItsRuns, DrawsWithNumpy):
         model, episode = kind(), copy.deepcopy(EPISODE)
@@ -552,7 +626,9 @@ def test_nothing_is_changed_by_the_check_not_even_by_a_broken_program(request: p
         assert settings == pyro.settings.get() and pyro.get_param_store()["mine"] == 3.0
         assert model.training and not guide.training
         for before, module in zip(weights, (model, guide), strict=True):
-            assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+            assert all(
+                torch.equal(value, before[name]) for name, value in module.state_dict().items()
+            )
             assert all(p.grad is None for p in module.parameters())
         for name in ("query", "mask", "measured"):
             assert torch.equal(getattr(episode, name), getattr(EPISODE, name))
@@ -578,5 +654,7 @@ def test_it_says_the_same_again() -> None:
 )
 def test_an_episode_that_says_too_little_is_refused(episode: ph.Episode, came: str) -> None:
     model = Good()
-    with pytest.raises(ValueError, match=f"expected an episode of whole trajectories .*{came}.*Pass tasks"):
+    with pytest.raises(
+        ValueError, match=f"expected an episode of whole trajectories .*{came}.*Pass tasks"
+    ):
         ph.check_hybrid_model(model, guide_of(model), episode)

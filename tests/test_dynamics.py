@@ -65,7 +65,10 @@ def start(tasks: int, shots: int) -> tuple[Tensor, Tensor]:
 def test_rk4_converges_with_order_four() -> None:
     times, y0 = grid(3.0, 7), start(2, 3)
     truth = oscillation(*y0, torch.tensor(2.0), times)
-    errors = [float((solve(oscillator(2.0), y0, times, substeps=n) - truth).abs().max()) for n in (4, 8, 16, 32)]
+    errors = [
+        float((solve(oscillator(2.0), y0, times, substeps=n) - truth).abs().max())
+        for n in (4, 8, 16, 32)
+    ]
     orders = torch.tensor(errors[:-1]).div(torch.tensor(errors[1:])).log2()
     assert_close(orders, torch.full((3,), 4.0), rtol=0.0, atol=0.1)
 
@@ -73,8 +76,12 @@ def test_rk4_converges_with_order_four() -> None:
 @every_method
 def test_a_slope_that_is_a_cubic_of_time_is_integrated_exactly(method: str) -> None:
     times = torch.tensor([0.0, 0.3, 1.0, 1.1, 2.0], dtype=torch.float64)
-    states = solve(lambda t, state: (4.0 * t**3, torch.ones_like(t)), start(1, 2), times, method=method)
-    assert_close(states - states[..., :1, :], torch.stack([times**4, times], -1).expand(1, 2, 5, 2), **EXACT)
+    states = solve(
+        lambda t, state: (4.0 * t**3, torch.ones_like(t)), start(1, 2), times, method=method
+    )
+    assert_close(
+        states - states[..., :1, :], torch.stack([times**4, times], -1).expand(1, 2, 5, 2), **EXACT
+    )
 
 
 @adaptive_methods
@@ -83,14 +90,18 @@ def test_adaptive_methods_keep_the_tolerance_at_output_times(method: str, tolera
     times, y0 = grid(15.0, 16), start(1, 2)
     states = solve(oscillator(1.0), y0, times, method=method, rtol=0.0, atol=tolerance)
     error = (states - oscillation(*y0, torch.tensor(1.0), times)).abs().amax((0, 1, 3))
-    assert (error <= tolerance * (1.0 + times)).all()  # an error of the tolerance for every unit of time
+    assert (
+        error <= tolerance * (1.0 + times)
+    ).all()  # an error of the tolerance for every unit of time
 
 
 def test_output_times_are_landed_on_although_a_step_ends_on_one_by_itself() -> None:
     times = 0.5 * torch.arange(20, dtype=torch.float64)
     for k in range(8, 28):
         tolerance = 10.0 ** (4 * k / 79 - 10)
-        states = solve(lambda t, y: (-y[0],), ones(1, 1), times, method="dopri8", rtol=0.0, atol=tolerance)
+        states = solve(
+            lambda t, y: (-y[0],), ones(1, 1), times, method="dopri8", rtol=0.0, atol=tolerance
+        )
         # Asked to land on all times at once, torchdiffeq misses by 160 to 190 tolerances at some of these.
         assert (states.flatten() - torch.exp(-times)).abs().max() <= tolerance
 
@@ -101,8 +112,12 @@ def test_a_fast_trajectory_is_the_same_alone_and_among_slow_ones(method: str) ->
     rate = torch.full((64, 1), 0.1, dtype=torch.float64)
     rate[17] = 40.0
     together = solve(oscillator(rate), (y0, y0), times, method=method, rtol=1e-4, atol=1e-4)
-    alone = solve(oscillator(rate[17:18]), (y0[17:18], y0[17:18]), times, method=method, rtol=1e-4, atol=1e-4)
-    assert_close(together[17:18], alone, **EXACT)  # with torchdiffeq's own norm, of all errors together, it isn't
+    alone = solve(
+        oscillator(rate[17:18]), (y0[17:18], y0[17:18]), times, method=method, rtol=1e-4, atol=1e-4
+    )
+    assert_close(
+        together[17:18], alone, **EXACT
+    )  # with torchdiffeq's own norm, of all errors together, it isn't
 
 
 @adaptive_methods
@@ -127,11 +142,15 @@ def test_each_of_64_trajectories_of_mixed_stiffness_is_the_same_alone_and_in_a_b
         def field(t: Tensor, y: tuple[Tensor]) -> tuple[Tensor]:
             return (-rate[rows] * (y[0] - torch.cos(t)),)
 
-        return solve(field, (y0[rows],), times, method=method, substeps=100, rtol=tolerance, atol=tolerance)
+        return solve(
+            field, (y0[rows],), times, method=method, substeps=100, rtol=tolerance, atol=tolerance
+        )
 
     together = relaxed(slice(None))
     apart = torch.stack([(relaxed(slice(i, i + 1)) - together[i]).abs().max() for i in range(64)])
-    assert together.isfinite().all() and apart.max() <= (0.0 if method == "rk4" else 10.0 * tolerance), apart.max()
+    assert together.isfinite().all() and apart.max() <= (
+        0.0 if method == "rk4" else 10.0 * tolerance
+    ), apart.max()
     worst = float(apart.max())
     figure("stiffness", **{"rk4": worst} if method == "rk4" else {"adaptive": worst / tolerance})
 
@@ -139,7 +158,9 @@ def test_each_of_64_trajectories_of_mixed_stiffness_is_the_same_alone_and_in_a_b
 def test_a_frictionless_double_pendulum_keeps_its_energy(figure: Note) -> None:
     gravity, ratio = 6.0 + 8.0 * uniform(6, 1), 0.5 + 1.5 * uniform(6, 1)
     system = ph.systems.DoublePendulum()
-    field = system.known({"gravity": gravity, "ratio": ratio}, lambda *angles: (torch.zeros(()), torch.zeros(())))
+    field = system.known(
+        {"gravity": gravity, "ratio": ratio}, lambda *angles: (torch.zeros(()), torch.zeros(()))
+    )
     y0 = (*(2.4 * uniform(2, 6, 2) - 1.2), *(uniform(2, 6, 2) - 0.5))
     states = solve(field, y0, grid(10.0, 41), method="dopri8", rtol=1e-9, atol=1e-9)
 
@@ -173,18 +194,24 @@ def test_gradients_reach_captured_latents_and_initial_states(method: str) -> Non
 def test_gradients_reach_latents_of_fields_on_a_grid(method: str) -> None:
     def states(profile: Tensor, rate: Tensor) -> Tensor:
         def field(t: Tensor, y: Tensor) -> Tensor:
-            return torch.nn.functional.pad(rate * (y[..., :-2] - 2.0 * y[..., 1:-1] + y[..., 2:]), (1, 1))
+            return torch.nn.functional.pad(
+                rate * (y[..., :-2] - 2.0 * y[..., 1:-1] + y[..., 2:]), (1, 1)
+            )
 
         return solve(field, profile, grid(1.0, 3), method=method, rtol=1e-9, atol=1e-9)
 
-    assert gradcheck(states, [uniform(2, 1, 4).requires_grad_(), uniform(2, 1, 1).requires_grad_()], **GRADIENTS)
+    assert gradcheck(
+        states, [uniform(2, 1, 4).requires_grad_(), uniform(2, 1, 1).requires_grad_()], **GRADIENTS
+    )
 
 
 @every_method
 def test_the_gradient_in_a_frequency_is_the_closed_form_s(method: str) -> None:
     times, rate = grid(2.0, 9), torch.tensor(1.3, dtype=torch.float64, requires_grad=True)
     one, zero = torch.ones(1, 1, dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64)
-    states = solve(oscillator(rate), (one, zero), times, method=method, substeps=20, rtol=1e-9, atol=1e-9)
+    states = solve(
+        oscillator(rate), (one, zero), times, method=method, substeps=20, rtol=1e-9, atol=1e-9
+    )
     for k in range(1, len(times)):
         (gradient,) = torch.autograd.grad(states[0, 0, k, 0], rate, retain_graph=True)
         assert_close(gradient, -times[k] * torch.sin(rate.detach() * times[k]), rtol=0.0, atol=1e-6)
@@ -205,12 +232,16 @@ def test_tuple_and_tensor_states_agree(method: str) -> None:
 
 @every_method
 @pytest.mark.parametrize("particles", [(2,), (5,), (2, 3)])
-def test_parameters_may_have_more_axes_than_the_initial_state(method: str, particles: tuple[int, ...]) -> None:
+def test_parameters_may_have_more_axes_than_the_initial_state(
+    method: str, particles: tuple[int, ...]
+) -> None:
     times, y0, rate = grid(1.0, 4), start(2, 3), 1.0 + uniform(*particles, 2, 1)
     states = solve(oscillator(rate), y0, times, method=method, substeps=20)
     assert states.shape == (*particles, 2, 3, 4, 2)
     assert_close(states, oscillation(*y0, rate, times), rtol=0.0, atol=1e-6)
-    for index in torch.cartesian_prod(*map(torch.arange, particles)).reshape(-1, len(particles)).tolist():
+    for index in (
+        torch.cartesian_prod(*map(torch.arange, particles)).reshape(-1, len(particles)).tolist()
+    ):
         alone = solve(oscillator(rate[tuple(index)]), y0, times, method=method, substeps=20)
         assert_close(states[tuple(index)], alone, rtol=0.0, atol=1e-14 if method == "rk4" else 1e-5)
 
@@ -228,13 +259,20 @@ def test_parameters_of_a_field_on_a_grid_may_have_more_axes_than_its_state(metho
 def test_components_of_different_shapes_broadcast(method: str) -> None:
     times, angle, speed = grid(1.0, 4), uniform(3, 2), uniform(3, 1)
     states = solve(oscillator(1.0), (angle, speed), times, method=method)
-    assert_close(states, solve(oscillator(1.0), (angle, speed.expand(3, 2)), times, method=method), **EXACT)
+    assert_close(
+        states, solve(oscillator(1.0), (angle, speed.expand(3, 2)), times, method=method), **EXACT
+    )
 
 
 @every_method
 def test_slopes_that_know_nothing_of_the_batch_hold_for_all_of_it(method: str) -> None:
-    times, y0 = grid(1.0, 3), start(2, 2)  # as many components as shots: none may be taken for the other
-    states = solve(lambda t, state: (torch.tensor(1.0), torch.tensor(-2.0)), y0, times, method=method)
+    times, y0 = (
+        grid(1.0, 3),
+        start(2, 2),
+    )  # as many components as shots: none may be taken for the other
+    states = solve(
+        lambda t, state: (torch.tensor(1.0), torch.tensor(-2.0)), y0, times, method=method
+    )
     slope = torch.tensor([1.0, -2.0], dtype=torch.float64)
     assert_close(states, torch.stack(y0, -1).unsqueeze(-2) + times.unsqueeze(-1) * slope, **EXACT)
 
@@ -261,8 +299,12 @@ def test_shots_with_clocks_of_their_own_are_each_solved_as_if_alone(method: str)
     options = {"method": method, "substeps": 3, "rtol": 1e-9, "atol": 1e-9}
     together = solve(driven, y0, clocks, **options)
     for shot in range(3):
-        alone = solve(driven, (y0[0][:, shot : shot + 1], y0[1][:, shot : shot + 1]), clocks[shot], **options)
-        assert_close(together[:, shot : shot + 1], alone, rtol=0.0, atol=1e-12 if method == "rk4" else 1e-7)
+        alone = solve(
+            driven, (y0[0][:, shot : shot + 1], y0[1][:, shot : shot + 1]), clocks[shot], **options
+        )
+        assert_close(
+            together[:, shot : shot + 1], alone, rtol=0.0, atol=1e-12 if method == "rk4" else 1e-7
+        )
     assert (together[:, 0] - together[:, 2]).abs().max() > 0.05  # the clock matters
 
 
@@ -271,9 +313,13 @@ def test_a_slope_of_time_alone_is_integrated_by_each_shot_s_clock(method: str) -
     clocks = grid(1.0, 4) + torch.tensor([[0.0], [2.0]], dtype=torch.float64)
     waves = (torch.sin(clocks) - torch.sin(clocks[:, :1])).expand(3, 2, 4)
     rest = torch.zeros(3, 2, 2, dtype=torch.float64)
-    as_tuple = solve(lambda t, y: (torch.cos(t),), (rest[..., 0],), clocks, method=method, substeps=20)
+    as_tuple = solve(
+        lambda t, y: (torch.cos(t),), (rest[..., 0],), clocks, method=method, substeps=20
+    )
     assert_close(as_tuple.squeeze(-1), waves, rtol=0.0, atol=1e-7)
-    on_grid = solve(lambda t, y: torch.cos(t).expand_as(y), rest, clocks, method=method, substeps=20)
+    on_grid = solve(
+        lambda t, y: torch.cos(t).expand_as(y), rest, clocks, method=method, substeps=20
+    )
     assert_close(on_grid, as_tuple.expand(3, 2, 4, 2), **EXACT)
 
 
@@ -290,7 +336,9 @@ def test_rk4_takes_clocks_of_different_spacing() -> None:
 @pytest.mark.parametrize("unit", [1.0, 1e-7])
 def test_adaptive_methods_refuse_clocks_of_different_spacing(method: str, unit: float) -> None:
     clocks = unit * torch.stack([grid(1.0, 5), grid(1.0, 5) ** 2])
-    with pytest.raises(ValueError, match="clocks that differ by an offset only.*different spacing.*rk4"):
+    with pytest.raises(
+        ValueError, match="clocks that differ by an offset only.*different spacing.*rk4"
+    ):
         solve(driven, start(2, 2), clocks, method=method)
 
 
@@ -309,7 +357,9 @@ def spoiled(task: int, after: float, value: float = torch.nan) -> Callable[..., 
 
 @every_method
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_a_slope_that_is_no_number_is_reported_with_task_time_and_steps(method: str, value: float) -> None:
+def test_a_slope_that_is_no_number_is_reported_with_task_time_and_steps(
+    method: str, value: float
+) -> None:
     message = r"stopped being finite in task 3 .* at t = .* after \d+ steps\. Shorten"
     with pytest.raises(SolverError, match=message) as caught:
         solve(spoiled(3, 0.5, value), ones(5, 2), grid(2.0, 21), method=method)
@@ -383,7 +433,9 @@ def test_as_values_a_blow_up_is_one_trajectory_s_own_business(method: str) -> No
     y0 = torch.tensor([[0.1, 4.0], [0.2, 0.3]], dtype=torch.float64)
     times = grid(1.0, 5)
     with failures_as_values():
-        states = solve(lambda t, y: (y[0] ** 2,), (y0,), times, method=method, substeps=20).squeeze(-1)
+        states = solve(lambda t, y: (y[0] ** 2,), (y0,), times, method=method, substeps=20).squeeze(
+            -1
+        )
     truth = 1.0 / (1.0 / y0.unsqueeze(-1) - times)
     rows, shots = [0, 1, 1], [0, 0, 1]
     assert_close(states[rows, shots], truth[rows, shots], rtol=0.0, atol=1e-6)
@@ -436,10 +488,25 @@ def fast(t: Tensor, y: tuple[Tensor]) -> tuple[Tensor]:
 
 # What would hang torchdiffeq without its asserts: field, options, what must be said, and by which methods.
 STUCK: dict[str, tuple[Callable[..., tuple[Tensor]], dict[str, Any], str, list[str]]] = {
-    "NaN": (nan_after_a_while, {}, "SolverError: the state or its slope stopped being finite", ADAPTIVE),
-    "NaN, fixed steps": (nan_after_a_while, {}, "SolverError: the state stopped being finite", ["rk4"]),
+    "NaN": (
+        nan_after_a_while,
+        {},
+        "SolverError: the state or its slope stopped being finite",
+        ADAPTIVE,
+    ),
+    "NaN, fixed steps": (
+        nan_after_a_while,
+        {},
+        "SolverError: the state stopped being finite",
+        ["rk4"],
+    ),
     "blow-up": (blow_up, {"substeps": 20}, "in task 0", METHODS),
-    "tolerance out of reach": (decay, {"rtol": 0.0, "atol": 1e-300}, "tolerance out of reach", ADAPTIVE),
+    "tolerance out of reach": (
+        decay,
+        {"rtol": 0.0, "atol": 1e-300},
+        "tolerance out of reach",
+        ADAPTIVE,
+    ),
     "stiff": (stiff, {"max_steps": 30}, "more than max_steps = 30 steps needed", ADAPTIVE),
     "fast": (fast, {"max_steps": 1000}, "more than max_steps = 1000 steps needed", ADAPTIVE),
 }
@@ -451,10 +518,16 @@ REFUSED: dict[str, dict[str, Any]] = {
 
 def failures() -> dict[str, tuple[str, str, float]]:
     """Of every case and method: what must be said, what was said, and after how many seconds of the processor."""
-    cases = {f"{name}, {method}": (message, field, {"method": method, **options})
-             for name, (field, options, message, methods) in STUCK.items() for method in methods}
-    cases |= {f"{message}, {method}": (message, decay, {"method": method, **options})
-              for message, options in REFUSED.items() for method in METHODS}
+    cases = {
+        f"{name}, {method}": (message, field, {"method": method, **options})
+        for name, (field, options, message, methods) in STUCK.items()
+        for method in methods
+    }
+    cases |= {
+        f"{message}, {method}": (message, decay, {"method": method, **options})
+        for message, options in REFUSED.items()
+        for method in METHODS
+    }
     said = {}
     for name, (message, field, options) in cases.items():
         begun = time.process_time()  # a clock would tell what else is running
@@ -469,17 +542,27 @@ def failures() -> dict[str, tuple[str, str, float]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", [[], ["-O"]], ids=["python", "python -O"])
-def test_no_failure_hangs_the_solver_with_or_without_asserts(flags: list[str], figure: Note) -> None:
+def test_no_failure_hangs_the_solver_with_or_without_asserts(
+    flags: list[str], figure: Note
+) -> None:
     code = f"assert {not flags}; import json, test_dynamics; print(json.dumps(test_dynamics.failures()))"
-    run = subprocess.run([sys.executable, *flags, "-c", code], capture_output=True, text=True, timeout=240,
-                         cwd=Path(__file__).parent, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    run = subprocess.run(
+        [sys.executable, *flags, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        cwd=Path(__file__).parent,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert run.returncode == 0, run.stderr
     said = json.loads(run.stdout)
     assert len(said) == 18
     for name, (expected, came, seconds) in said.items():
         assert expected in came, f"{name}: {came}"
         assert came.startswith("SolverError") or name.split(",")[0] in REFUSED, f"{name}: {came}"
-        assert seconds < 30.0, f"{name} took {seconds:.1f} s"  # a thousand steps are 2 s, or 6 on a slow machine
+        assert seconds < 30.0, (
+            f"{name} took {seconds:.1f} s"
+        )  # a thousand steps are 2 s, or 6 on a slow machine
         if came.startswith("SolverError"):
             figure("stuck solver", errors=1, seconds=float(seconds))
 
@@ -488,32 +571,86 @@ def test_no_failure_hangs_the_solver_with_or_without_asserts(flags: list[str], f
 
 STATES, TIMES = ones(2, 3), grid(1.0, 4)
 BAD = {
-    "an unknown method": ({"method": "euler"}, ValueError, '"rk4", "dopri5" or "dopri8"; got \'euler\''),
-    "no substeps": ({"substeps": 0}, ValueError, "substeps and max_steps of 1 or more; got 0 and 10000"),
+    "an unknown method": (
+        {"method": "euler"},
+        ValueError,
+        '"rk4", "dopri5" or "dopri8"; got \'euler\'',
+    ),
+    "no substeps": (
+        {"substeps": 0},
+        ValueError,
+        "substeps and max_steps of 1 or more; got 0 and 10000",
+    ),
     "no steps": ({"max_steps": 0}, ValueError, "substeps and max_steps of 1 or more; got 1 and 0"),
-    "no components": ({"initial": ()}, ValueError, "at least one row; got an empty one. Check for empty batches"),
+    "no components": (
+        {"initial": ()},
+        ValueError,
+        "at least one row; got an empty one. Check for empty batches",
+    ),
     "an empty batch": ({"initial": ones(0, 3)}, ValueError, "at least one row; got an empty one"),
-    "an empty grid": ({"initial": ones(2, 3, 0)[0]}, ValueError, "at least one row; got an empty one"),
-    "integer states": ({"initial": (STATES[0].long(),)}, TypeError, "initial in float32 or float64; got torch.int64"),
+    "an empty grid": (
+        {"initial": ones(2, 3, 0)[0]},
+        ValueError,
+        "at least one row; got an empty one",
+    ),
+    "integer states": (
+        {"initial": (STATES[0].long(),)},
+        TypeError,
+        "initial in float32 or float64; got torch.int64",
+    ),
     "mixed dtypes": (
-        {"initial": (STATES[0].float(),)}, TypeError,
-        "initial in torch.float64, as the times; got torch.float32"),
+        {"initial": (STATES[0].float(),)},
+        TypeError,
+        "initial in torch.float64, as the times; got torch.float32",
+    ),
     "one time": ({"times": TIMES[:1]}, ValueError, "two or more strictly increasing times"),
-    "unsorted times": ({"times": TIMES.flip(0)}, ValueError, "strictly increasing times; got .* Sort the times"),
+    "unsorted times": (
+        {"times": TIMES.flip(0)},
+        ValueError,
+        "strictly increasing times; got .* Sort the times",
+    ),
     "duplicate times": ({"times": TIMES[[0, 1, 1, 2]]}, ValueError, "strictly increasing times"),
-    "many duplicate times": ({"times": 0.0 * grid(1.0, 20)}, ValueError, r"\(20,\) with a smallest step of 0.0"),
+    "many duplicate times": (
+        {"times": 0.0 * grid(1.0, 20)},
+        ValueError,
+        r"\(20,\) with a smallest step of 0.0",
+    ),
     "no number as a time": ({"times": TIMES / 0.0}, ValueError, "strictly increasing times"),
-    "clocks of other shots": ({"times": TIMES.expand(2, 4)}, ValueError, r"for \(3,\) shots; got \(2, 4\)"),
-    "clocks by task": ({"times": TIMES.expand(2, 3, 4)}, ValueError, r"times of shape \(time,\) or \(shot, time\)"),
-    "a slope too few": ({"initial": STATES * 2}, TypeError, "a tuple of 2 slopes; got a tuple of 1"),
+    "clocks of other shots": (
+        {"times": TIMES.expand(2, 4)},
+        ValueError,
+        r"for \(3,\) shots; got \(2, 4\)",
+    ),
+    "clocks by task": (
+        {"times": TIMES.expand(2, 3, 4)},
+        ValueError,
+        r"times of shape \(time,\) or \(shot, time\)",
+    ),
+    "a slope too few": (
+        {"initial": STATES * 2},
+        TypeError,
+        "a tuple of 2 slopes; got a tuple of 1",
+    ),
     "a slope without its tuple": (
-        {"field": lambda t, y: -y[0]}, TypeError,
-        r"tuple of 1 slopes; got a tensor of shape \(2, 3\)"),
-    "a list of slopes": ({"field": lambda t, y: [-y[0]]}, TypeError, "a tuple of 1 slopes; got a list"),
-    "a tuple on a grid": ({"initial": ones(2, 3, 5)[0]}, TypeError, r"a tensor \(..., 5\); got a tuple of 1"),
+        {"field": lambda t, y: -y[0]},
+        TypeError,
+        r"tuple of 1 slopes; got a tensor of shape \(2, 3\)",
+    ),
+    "a list of slopes": (
+        {"field": lambda t, y: [-y[0]]},
+        TypeError,
+        "a tuple of 1 slopes; got a list",
+    ),
+    "a tuple on a grid": (
+        {"initial": ones(2, 3, 5)[0]},
+        TypeError,
+        r"a tensor \(..., 5\); got a tuple of 1",
+    ),
     "another grid": (
-        {"initial": ones(2, 3, 5)[0], "field": lambda t, y: y[..., 1:]}, TypeError,
-        r"a tensor \(..., 5\); got a tensor of shape \(2, 3, 4\)"),
+        {"initial": ones(2, 3, 5)[0], "field": lambda t, y: y[..., 1:]},
+        TypeError,
+        r"a tensor \(..., 5\); got a tensor of shape \(2, 3, 4\)",
+    ),
 }
 
 
@@ -521,6 +658,11 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_refused_with_words(case: str, method: str) -> None:
     change, error, message = BAD[case]
-    options = {"field": lambda t, y: (-y[0],), "initial": STATES, "times": TIMES, "method": method} | change
+    options = {
+        "field": lambda t, y: (-y[0],),
+        "initial": STATES,
+        "times": TIMES,
+        "method": method,
+    } | change
     with pytest.raises(error, match=message):
         solve(**options)

@@ -23,8 +23,9 @@ DESIGN = features(TIMES) - features(TIMES[:1])
 MODEL = Line().double()
 
 
-def least_squares(tasks: ph.Tasks, noise: float = NOISE,
-                  spoil: tuple[float, float, float] = (0.0, 0.0, 0.0)) -> Reading:
+def least_squares(
+    tasks: ph.Tasks, noise: float = NOISE, spoil: tuple[float, float, float] = (0.0, 0.0, 0.0)
+) -> Reading:
     """What two halves of the shots say with a flat prior; spoilt by noise of so many standard deviations."""
     halves = tasks.shots(slice(0, SHOTS // 2)), tasks.shots(slice(SHOTS // 2, None))
     parts: list[tuple[Tensor, Tensor]] = []
@@ -36,8 +37,10 @@ def least_squares(tasks: ph.Tasks, noise: float = NOISE,
         scale = torch.linalg.inv(precision).diagonal(dim1=-2, dim2=-1).sqrt()
         parts.append((mean + torch.tensor(spoil) * scale * torch.randn_like(mean), scale))
     mean, scale = (torch.stack(part) for part in zip(*parts, strict=True))
-    natural = {"slope": Normal(1).from_gaussian(mean[..., :1], scale[..., :1]),
-               "bend": Normal(2).from_gaussian(mean[..., 1:], scale[..., 1:])}
+    natural = {
+        "slope": Normal(1).from_gaussian(mean[..., :1], scale[..., :1]),
+        "bend": Normal(2).from_gaussian(mean[..., 1:], scale[..., 1:]),
+    }
     return Reading(SEPARATE, natural, shots=SHOTS // 2)
 
 
@@ -49,7 +52,7 @@ def interval(found: Efficiency) -> tuple[Tensor, Tensor]:
     return found.ratios.quantile(0.025, 0), found.ratios.quantile(0.975, 0)
 
 
-# ---- what reaches the bound ----------------------------------------------------------------------------------------
+# ---- what reaches the bound ----------------------------------------------------------------------
 
 
 def test_the_bound_is_that_of_least_squares() -> None:
@@ -63,13 +66,17 @@ def test_the_bound_is_that_of_least_squares() -> None:
 def test_least_squares_reach_it(known: bool) -> None:
     noise = 0.02  # small beside the differences of systems, so that a regression on estimates has their slope
     tasks, model = data(noise), Line(noise=noise).double()
-    found = efficiency(model, tasks, least_squares(tasks, noise), truth=tasks.truth if known else None)
+    found = efficiency(
+        model, tasks, least_squares(tasks, noise), truth=tasks.truth if known else None
+    )
     low, high = interval(found)
     assert found.against == ("truth" if known else "halves")
     assert found.names == ["slope", "bend[0]", "bend[1]"]
     assert (low < 1.0).all() and (high > 1.0).all() and (high - low < 0.8).all()
     check = judge_efficiency(found)
-    assert check.status == "holds" and check.value == pytest.approx(1.0, abs=0.35) and not check.remedy
+    assert (
+        check.status == "holds" and check.value == pytest.approx(1.0, abs=0.35) and not check.remedy
+    )
 
 
 def test_the_error_is_half_the_squared_difference_of_halves() -> None:
@@ -89,7 +96,10 @@ def test_masked_observations_are_missing_from_the_bound_too() -> None:
 
 
 def test_the_truth_may_come_in_other_units_and_mixed() -> None:
-    noise, turn = 0.02, torch.tensor([[300.0, 1.0, 0.0], [0.0, 0.01, 1.0], [100.0, 0.0, 2.0]]).double()
+    noise, turn = (
+        0.02,
+        torch.tensor([[300.0, 1.0, 0.0], [0.0, 0.01, 1.0], [100.0, 0.0, 2.0]]).double(),
+    )
     tasks, model = data(noise), Line(noise=noise).double()
     mixed = torch.cat(list((tasks.truth or {}).values()), -1) @ turn + 7.0
     found = efficiency(model, tasks, least_squares(tasks, noise), truth={"other": mixed})
@@ -102,7 +112,11 @@ def test_the_truth_may_come_in_other_units_and_mixed() -> None:
 
 def test_of_a_positive_latent_the_bound_is_mapped_to_its_own_units() -> None:
     """x = z t with log z known to ±1%: the bound of z is z² times that of log z."""
-    random, noise, clock = torch.Generator().manual_seed(0), 0.01, torch.linspace(0.5, 1.0, 6, dtype=torch.float64)
+    random, noise, clock = (
+        torch.Generator().manual_seed(0),
+        0.01,
+        torch.linspace(0.5, 1.0, 6, dtype=torch.float64),
+    )
     z = torch.exp(0.5 * torch.randn(TASKS, 1, generator=random, dtype=torch.float64))
     clean = z.view(-1, 1, 1, 1) * clock.view(-1, 1)
     values = clean + noise * torch.randn(TASKS, 2, 6, 1, generator=random, dtype=torch.float64)
@@ -119,13 +133,15 @@ def test_of_a_positive_latent_the_bound_is_mapped_to_its_own_units() -> None:
     weight = clock / clock.square().sum()
     estimate = torch.einsum("tsno,n->st", values, weight).unsqueeze(-1)
     natural = {"z": LogNormal(1).from_gaussian(estimate.log(), torch.full_like(estimate, 0.01))}
-    found = efficiency(program, tasks, Reading({"z": LogNormal(1)}, natural, shots=1), truth={"z": z})
+    found = efficiency(
+        program, tasks, Reading({"z": LogNormal(1)}, natural, shots=1), truth={"z": z}
+    )
     assert float(found.bound) == pytest.approx(noise**2 / float(clock.square().sum()), rel=0.02)
     low, high = interval(found)
     assert low < 1.0 < high and high - low < 0.8
 
 
-# ---- what doesn't --------------------------------------------------------------------------------------------------
+# ---- what doesn't --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("known", [False, True])
@@ -137,8 +153,12 @@ def test_a_noisy_reading_is_called_inefficient_and_the_latent_named(known: bool)
     check = judge_efficiency(found)
     assert check.status == "fails" and check.value == pytest.approx(26.0, rel=0.35)
     assert int((found.error / found.bound).argmax()) == 1
-    assert f"bend[0] {check.value:.3g}" in check.why and check.remedy.startswith("Read supports with evidence=")
-    assert check.why.endswith("(after a linear map to the truth)" if known else "(between halves of a task)")
+    assert f"bend[0] {check.value:.3g}" in check.why and check.remedy.startswith(
+        "Read supports with evidence="
+    )
+    assert check.why.endswith(
+        "(after a linear map to the truth)" if known else "(between halves of a task)"
+    )
 
 
 def test_a_moderately_noisy_reading_of_some_systems_is_left_open() -> None:
@@ -151,10 +171,18 @@ def test_what_both_halves_have_in_common_is_seen_against_the_truth_alone() -> No
     noise = 0.02
     tasks, model = data(noise), Line(noise=noise).double()
     reading = least_squares(tasks, noise)
-    shift = 0.2 * torch.randn(TASKS, 1, 1, dtype=torch.float64)  # wrong by as much in every support of a task
+    shift = 0.2 * torch.randn(
+        TASKS, 1, 1, dtype=torch.float64
+    )  # wrong by as much in every support of a task
     mean, scale = reading.coordinates()
-    reading = reading._replace(natural=reading.natural | {
-        "slope": Normal(1).from_gaussian(mean[..., :1] + shift[:, 0], scale[..., :1].contiguous())})
+    reading = reading._replace(
+        natural=reading.natural
+        | {
+            "slope": Normal(1).from_gaussian(
+                mean[..., :1] + shift[:, 0], scale[..., :1].contiguous()
+            )
+        }
+    )
     assert judge_efficiency(efficiency(model, tasks, reading)).status == "holds"
     assert judge_efficiency(efficiency(model, tasks, reading, truth=tasks.truth)).status == "fails"
 
@@ -168,34 +196,48 @@ def test_a_reading_of_nothing_but_noise_is_not_saved_by_the_regression() -> None
     assert judge_efficiency(efficiency(model, tasks, reading, truth=shuffled)).status == "fails"
 
 
-# ---- what can't be known -------------------------------------------------------------------------------------------
+# ---- what can't be known -------------------------------------------------------------------------
 
 
 def program(states: Callable[[Tensor, Tensor], Tensor]) -> Callable[[ph.Episode], None]:
     def model(episode: ph.Episode) -> None:
         tasks, shots = episode.shape
         with episode.plate:
-            z = pyro.sample("z", dist.Normal(torch.zeros(tasks, 2).double(), 1.0).to_event(1))[..., None, None, :]
-            mean = states(z, episode.times.unsqueeze(-1)) + torch.zeros(tasks, shots, len(episode.times), 1)
+            z = pyro.sample("z", dist.Normal(torch.zeros(tasks, 2).double(), 1.0).to_event(1))[
+                ..., None, None, :
+            ]
+            mean = states(z, episode.times.unsqueeze(-1)) + torch.zeros(
+                tasks, shots, len(episode.times), 1
+            )
             pyro.sample("x", dist.Normal(mean, 0.1).to_event(3), obs=episode.query)
 
     return model
 
 
-@pytest.mark.parametrize("states", [
-    lambda z, t: z[..., :1] * t,
-    lambda z, t: z.sum(-1, keepdim=True) * t,
-    lambda z, t: 0.0 * z[..., :1] * t,
-])
+@pytest.mark.parametrize(
+    "states",
+    [
+        lambda z, t: z[..., :1] * t,
+        lambda z, t: z.sum(-1, keepdim=True) * t,
+        lambda z, t: 0.0 * z[..., :1] * t,
+    ],
+)
 @pytest.mark.parametrize("known", [False, True])
-def test_where_a_direction_is_not_seen_there_is_no_bound_to_compare_with(states: Callable[[Tensor, Tensor], Tensor],
-                                                                         known: bool) -> None:
+def test_where_a_direction_is_not_seen_there_is_no_bound_to_compare_with(
+    states: Callable[[Tensor, Tensor], Tensor], known: bool
+) -> None:
     tasks = data(tasks=20)
     mean = torch.randn(2, 20, 2, dtype=torch.float64)
-    reading = Reading({"z": Normal(2)}, {"z": Normal(2).from_gaussian(mean, torch.ones_like(mean))}, shots=4)
+    reading = Reading(
+        {"z": Normal(2)}, {"z": Normal(2).from_gaussian(mean, torch.ones_like(mean))}, shots=4
+    )
     truth = {"z": mean[0]} if known else None
     check = judge_efficiency(efficiency(program(states), tasks, reading, truth=truth))
-    assert check.status == "not checked" and math.isnan(check.value) and "isn't seen at all" in check.why
+    assert (
+        check.status == "not checked"
+        and math.isnan(check.value)
+        and "isn't seen at all" in check.why
+    )
 
 
 def test_without_truth_one_support_of_each_task_is_refused() -> None:
@@ -203,7 +245,10 @@ def test_without_truth_one_support_of_each_task_is_refused() -> None:
     reading = least_squares(tasks)
     one = reading._replace(natural={name: value[:1] for name, value in reading.natural.items()})
     assert efficiency(MODEL, tasks, one, truth=tasks.truth).against == "truth"
-    with pytest.raises(ValueError, match="expected two supports or more of each task, or the truth; got one support"):
+    with pytest.raises(
+        ValueError,
+        match="expected two supports or more of each task, or the truth; got one support",
+    ):
         efficiency(MODEL, tasks, one)
 
 

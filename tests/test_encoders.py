@@ -53,7 +53,9 @@ def test_the_order_of_shots_changes_no_bit(shots: int, seed: int) -> None:
     net, values = encoder(), trajectories(2, shots)
     shuffled = values[:, torch.randperm(shots)]
     assert torch.equal(net(episode(values).canonical), net(episode(shuffled).canonical))
-    assert_close(net(episode(values)), net(episode(shuffled)))  # without the canonical order: to rounding
+    assert_close(
+        net(episode(values)), net(episode(shuffled))
+    )  # without the canonical order: to rounding
 
 
 def test_tasks_don_t_look_at_each_other() -> None:
@@ -70,7 +72,9 @@ def test_features_of_a_set_are_those_of_the_mean_of_its_shots_and_of_its_size() 
     each = net.shots(episode(torch.cat([one, other], 1)))
     assert_close(each, torch.cat([net.shots(episode(one)), net.shots(episode(other))], 1))
     size = torch.tensor([[2.0]]).log()
-    assert_close(net(episode(torch.cat([one, other], 1))), net.joint(torch.cat([each.mean(1), size], -1)))
+    assert_close(
+        net(episode(torch.cat([one, other], 1))), net.joint(torch.cat([each.mean(1), size], -1))
+    )
 
 
 def test_a_shot_twice_is_not_a_shot_once() -> None:
@@ -84,7 +88,9 @@ def test_what_is_masked_has_no_influence_but_that_it_is_masked_has() -> None:
     noise = torch.where(seen, values, 1e6 * torch.randn(values.shape))
     unknown = torch.where(seen, values, torch.nan)
     features = net(episode(values, seen))
-    assert torch.equal(net(episode(noise, seen)), features) and torch.equal(net(episode(unknown, seen)), features)
+    assert torch.equal(net(episode(noise, seen)), features) and torch.equal(
+        net(episode(unknown, seen)), features
+    )
     zeros = values.where(seen, net.centre)
     assert (net(episode(zeros)) - features).abs().max() > 1e-3
 
@@ -94,7 +100,9 @@ def test_a_measured_start_is_read_although_it_counts_as_no_observation() -> None
     tasks = ph.Tasks.from_trajectories(TIMES, values, num_support=2)
     moved = values.clone()
     moved[:, :, 0] += 1.0
-    before, after = (net(t.episode()) for t in (tasks, ph.Tasks.from_trajectories(TIMES, moved, num_support=2)))
+    before, after = (
+        net(t.episode()) for t in (tasks, ph.Tasks.from_trajectories(TIMES, moved, num_support=2))
+    )
     assert (before - after).abs().amax(1).min() > 1e-4
 
 
@@ -103,7 +111,9 @@ def test_cut_and_shortened_episodes_are_read_whole() -> None:
     whole = ph.Tasks.from_trajectories(TIMES, values, num_support=2).episode()
     for part in (whole.cut(2), whole.until(2), whole.until(3).cut(1)):
         assert part.query.shape != whole.query.shape
-        assert torch.equal(net(part), net(whole)) and torch.equal(net(part.support), net(whole.support))
+        assert torch.equal(net(part), net(whole)) and torch.equal(
+            net(part.support), net(whole.support)
+        )
         assert torch.equal(net(part.canonical), net(whole.canonical))
 
 
@@ -180,7 +190,9 @@ def test_encoders_do_not_read_for_each_other() -> None:
 
 
 @pytest.mark.parametrize("grad_first", [True, False])
-def test_what_was_read_without_gradients_is_not_taken_for_what_was_read_with_them(grad_first: bool) -> None:
+def test_what_was_read_without_gradients_is_not_taken_for_what_was_read_with_them(
+    grad_first: bool,
+) -> None:
     net, values = Reader(), episode(trajectories(3, 4))
     with reading_once():
         for grad in (grad_first, not grad_first, grad_first):
@@ -219,14 +231,30 @@ def test_episodes_that_come_and_go_are_not_taken_for_each_other() -> None:
 KIND = (3, 4, STEPS, SENSORS)
 BAD = {
     "another number of sensors": (
-        torch.zeros(3, 4, STEPS, 3), ValueError,
-        r"\(time, sensor\) = \(5, 2\); got \(5, 3\). Build the SetEncoder with the steps and sensors"),
-    "another number of steps": (torch.zeros(3, 4, 7, 2), ValueError, r"\(time, sensor\) = \(5, 2\); got \(7, 2\)"),
-    "no shots": (torch.zeros(KIND)[:, :0], ValueError, "one shot or more; got an empty set. The support can't"),
+        torch.zeros(3, 4, STEPS, 3),
+        ValueError,
+        r"\(time, sensor\) = \(5, 2\); got \(5, 3\). Build the SetEncoder with the steps and sensors",
+    ),
+    "another number of steps": (
+        torch.zeros(3, 4, 7, 2),
+        ValueError,
+        r"\(time, sensor\) = \(5, 2\); got \(7, 2\)",
+    ),
+    "no shots": (
+        torch.zeros(KIND)[:, :0],
+        ValueError,
+        "one shot or more; got an empty set. The support can't",
+    ),
     "another dtype": (
-        torch.zeros(KIND).double(), TypeError,
-        r"torch.float32, as the encoder; got torch.float64. Convert the model with model.double\(\)"),
-    "integers": (torch.zeros(KIND).long(), TypeError, "torch.float32, as the encoder; got torch.int64. Convert"),
+        torch.zeros(KIND).double(),
+        TypeError,
+        r"torch.float32, as the encoder; got torch.float64. Convert the model with model.double\(\)",
+    ),
+    "integers": (
+        torch.zeros(KIND).long(),
+        TypeError,
+        "torch.float32, as the encoder; got torch.int64. Convert",
+    ),
 }
 
 
@@ -244,5 +272,8 @@ def test_trajectories_of_another_kind_are_refused_with_words(case: str) -> None:
 
 def test_nothing_to_read_is_refused_with_words() -> None:
     silent = replace(episode(trajectories(3, 4)), query=None)
-    with pytest.raises(ValueError, match="an episode with observations; got query=None. An encoder reads trajectories"):
+    with pytest.raises(
+        ValueError,
+        match="an episode with observations; got query=None. An encoder reads trajectories",
+    ):
         encoder()(silent)

@@ -22,14 +22,35 @@ from pyro_hybrid.identifiability.certificate import SAYS
 ROOT = Path(__file__).parents[1]
 EXAMPLES, RESULTS = ROOT / "examples", ROOT / "docs" / "results"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-NOT_RUN = {"habits", "unidentifiable", "write_your_own"}  # what the others share; and what tests of their own run
+NOT_RUN = {
+    "habits",
+    "unidentifiable",
+    "write_your_own",
+}  # what the others share; and what tests of their own run
 SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem not in NOT_RUN)
 RUNS = [*((script,) for script in SCRIPTS), ("pendulum", "--unconditional")]
-OPTIONS = ("--tasks", "--held-out", "--shots", "--steps", "--seed", "--device", "--threads", "--out", "--fast")
+OPTIONS = (
+    "--tasks",
+    "--held-out",
+    "--shots",
+    "--steps",
+    "--seed",
+    "--device",
+    "--threads",
+    "--out",
+    "--fast",
+)
 FIGURES = ("certificate.png", "latents.png", "loss.png", "prior_posterior.png", "trajectories.png")
 FOLDERS = {"double_pendulum": ("--data",)}  # of what was recorded
 SPRINGS = ("--systems", "--steps", "--seed", "--out", "--fast")  # of the example that is refused
-GROUPS = {"posterior", "prior", "posterior_predictive", "log_likelihood", "observed_data", "constant_data"}
+GROUPS = {
+    "posterior",
+    "prior",
+    "posterior_predictive",
+    "log_likelihood",
+    "observed_data",
+    "constant_data",
+}
 SYSTEMS = ("double_pendulum", "pendulum", "advection_diffusion")
 SEEDS = (0, 1, 2)
 
@@ -38,7 +59,9 @@ def documented_keys() -> set[str]:
     """The keys of metrics.json that the quickstart's table names, in the first column, as code."""
     text = (ROOT / "docs" / "quickstart.md").read_text(encoding="utf-8")
     table = text.partition("| key of `metrics.json`")[2].partition("\n\n")[0]
-    return {key for line in table.splitlines()[2:] for key in re.findall(r"`(\w+)`", line.split("|")[1])}
+    return {
+        key for line in table.splitlines()[2:] for key in re.findall(r"`(\w+)`", line.split("|")[1])
+    }
 
 
 def numbers_in(value: Any) -> Iterator[float]:
@@ -53,8 +76,14 @@ def numbers_in(value: Any) -> Iterator[float]:
 def run(script: Path, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
-    return subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True, env=environment,
-                          cwd=cwd, timeout=400)
+    return subprocess.run(
+        [sys.executable, str(script), *arguments],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=cwd,
+        timeout=400,
+    )
 
 
 def checks(certificate: dict[str, Any]) -> list[dict[str, Any]]:
@@ -70,7 +99,9 @@ def implied(certificate: dict[str, Any]) -> str:
 
 def compare(text: str, certificate: dict[str, Any]) -> None:
     """A printed certificate says what its JSON says: the verdict, and of every check status and value."""
-    assert text.startswith(SAYS[certificate["verdict"]]) and certificate["verdict"] == implied(certificate)
+    assert text.startswith(SAYS[certificate["verdict"]]) and certificate["verdict"] == implied(
+        certificate
+    )
     lines = iter(text.splitlines())
     for check in checks(certificate):
         status = "FAILS" if check["status"] == "fails" else check["status"]
@@ -79,7 +110,9 @@ def compare(text: str, certificate: dict[str, Any]) -> None:
         cells = re.split(r"  +", row)
         assert cells[1] == status, row
         if check["value"] is not None:
-            assert float(cells[2].split()[0]) == pytest.approx(check["value"], rel=0.01, abs=1e-4), row
+            assert float(cells[2].split()[0]) == pytest.approx(
+                check["value"], rel=0.01, abs=1e-4
+            ), row
 
 
 class Run(NamedTuple):
@@ -107,7 +140,9 @@ def run_fast(script: str, *flags: str, cwd: Path) -> Run:
     before = os.times()
     done = run(EXAMPLES / f"{script}.py", "--fast", *flags, "--out", "here/it goes", cwd=cwd)
     after = os.times()
-    used = after.children_user + after.children_system - before.children_user - before.children_system
+    used = (
+        after.children_user + after.children_system - before.children_user - before.children_system
+    )
     return Run(script, flags, done, cwd / "here" / "it goes", used)
 
 
@@ -119,10 +154,12 @@ def fast(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 def options(said: str) -> list[str]:
     """The options that a help text names, but for ``--help`` itself."""
-    return [option for option in re.findall(r"^  (--[\w-]+)", said, re.MULTILINE) if option != "--help"]
+    return [
+        option for option in re.findall(r"^  (--[\w-]+)", said, re.MULTILINE) if option != "--help"
+    ]
 
 
-# ---- each script ---------------------------------------------------------------------------------------------------
+# ---- each script ---------------------------------------------------------------------------------
 
 
 def test_there_is_an_example_for_every_system() -> None:
@@ -132,14 +169,23 @@ def test_there_is_an_example_for_every_system() -> None:
 @pytest.mark.slow
 def test_a_fast_run_ends_well(fast: Run) -> None:
     assert fast.done.returncode == 0, fast.done.stdout + fast.done.stderr
-    assert "Traceback" not in fast.done.stderr and "Warning" not in fast.done.stderr, fast.done.stderr
-    assert fast.done.stdout.startswith("latent") and "metrics.json" in fast.done.stdout.splitlines()[-1]
+    assert "Traceback" not in fast.done.stderr and "Warning" not in fast.done.stderr, (
+        fast.done.stderr
+    )
+    assert (
+        fast.done.stdout.startswith("latent")
+        and "metrics.json" in fast.done.stdout.splitlines()[-1]
+    )
 
 
 @pytest.mark.slow
 def test_what_it_promises_is_there_and_nothing_else(fast: Run) -> None:
-    assert {path.name for path in fast.folder.iterdir()} == {"certificate.json", "metrics.json", "posterior.nc",
-                                                             *FIGURES}
+    assert {path.name for path in fast.folder.iterdir()} == {
+        "certificate.json",
+        "metrics.json",
+        "posterior.nc",
+        *FIGURES,
+    }
     assert [path.name for path in fast.folder.parents[1].iterdir()] == ["here"]
     for name in FIGURES:
         content = (fast.folder / name).read_bytes()
@@ -155,8 +201,14 @@ def test_metrics_are_the_documented_ones_and_finite(fast: Run) -> None:
     by_latent = ("linear_r", "strong", "after_disentangle", "coverage_90", "cramer_rao")
     assert {len(metrics[key]) for key in by_latent} == {latents}
     assert 1 <= known < latents and len(metrics["mse_over_cramer_rao"]) == known
-    assert all(0.0 <= value <= 1.0 for key in ("linear_r", "strong", "coverage_90") for value in metrics[key])
-    settings = {option.lstrip("-").replace("-", "_") for option in OPTIONS} - {"out"}  # a path of this machine only
+    assert all(
+        0.0 <= value <= 1.0
+        for key in ("linear_r", "strong", "coverage_90")
+        for value in metrics[key]
+    )
+    settings = {option.lstrip("-").replace("-", "_") for option in OPTIONS} - {
+        "out"
+    }  # a path of this machine only
     assert set(metrics["settings"]) >= settings and metrics["settings"]["fast"] is True
     assert all(metrics["settings"][flag.lstrip("-")] is True for flag in fast.flags)
 
@@ -166,22 +218,40 @@ def test_the_table_on_the_screen_is_that_of_the_file(fast: Run) -> None:
     metrics, lines = fast.metrics, fast.done.stdout.splitlines()
     for i, name in enumerate(metrics["latents"]):
         row = lines[1 + i].split()
-        assert row[0] == name and row[1] == ("physics" if i < len(metrics["mse_physics"]) else "neural")
+        assert row[0] == name and row[1] == (
+            "physics" if i < len(metrics["mse_physics"]) else "neural"
+        )
         expected = [metrics[key][i] for key in ("strong", "after_disentangle", "linear_r")]
         assert [float(text) for text in row[2:5]] == pytest.approx(expected, abs=1e-3)
 
 
 @pytest.mark.slow
-def test_the_certificate_on_the_screen_is_that_of_the_file_and_stands_below_the_table(fast: Run) -> None:
+def test_the_certificate_on_the_screen_is_that_of_the_file_and_stands_below_the_table(
+    fast: Run,
+) -> None:
     certificate, lines = fast.certificate, fast.done.stdout.splitlines()
-    begin, end = 1 + next(i for i, line in enumerate(lines) if line.startswith("error of trajectories")), len(lines) - 1
-    assert lines[begin] == lines[end - 1] == "" and all(len(line) <= 120 for line in lines[begin:end])
+    begin, end = (
+        1 + next(i for i, line in enumerate(lines) if line.startswith("error of trajectories")),
+        len(lines) - 1,
+    )
+    assert lines[begin] == lines[end - 1] == "" and all(
+        len(line) <= 120 for line in lines[begin:end]
+    )
     compare("\n".join(lines[begin + 1 : end - 1]), certificate)
     assert all(math.isfinite(value) for value in numbers_in(certificate))
     assert [check["condition"] for check in certificate["conditions"]] == [
-        "noise (i)", "fit", "injectivity, local (ii)", "injectivity, global (ii)", "statistics (iii)",
-        "variability of means (iv)", "variability (iv)"]
-    assert certificate["verdict"] != "holds" and certificate["systems"] < fast.metrics["settings"]["tasks"]  # untrained
+        "noise (i)",
+        "fit",
+        "injectivity, local (ii)",
+        "injectivity, global (ii)",
+        "statistics (iii)",
+        "variability of means (iv)",
+        "variability (iv)",
+    ]
+    assert (
+        certificate["verdict"] != "holds"
+        and certificate["systems"] < fast.metrics["settings"]["tasks"]
+    )  # untrained
 
 
 @pytest.mark.slow
@@ -197,7 +267,9 @@ def test_its_posterior_opens_in_arviz(fast: Run) -> None:
 
 
 @pytest.mark.slow
-def test_a_fast_double_pendulum_takes_a_minute_at_most_and_no_other_more_than_two(fast: Run) -> None:
+def test_a_fast_double_pendulum_takes_a_minute_at_most_and_no_other_more_than_two(
+    fast: Run,
+) -> None:
     slow = 2.0  # processors, and hyperthreads that share one, differ by as much
     assert 1.0 < fast.processor < slow * (60.0 if fast.script == "double_pendulum" else 120.0)
 
@@ -207,10 +279,16 @@ def test_help_names_every_option_and_its_default(script: str, tmp_path: Path) ->
     path = EXAMPLES / f"{script}.py"
     done = run(path, "--help", cwd=tmp_path)
     assert done.returncode == 0 and done.stderr == "" and not list(tmp_path.iterdir())
-    said, summary = " ".join(done.stdout.split()), ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+    said, summary = (
+        " ".join(done.stdout.split()),
+        ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))),
+    )
     named = options(done.stdout)
-    assert set(named) == {*OPTIONS, *FOLDERS.get(script, ()),
-                          *(flag for name, *flags in RUNS if name == script for flag in flags)}
+    assert set(named) == {
+        *OPTIONS,
+        *FOLDERS.get(script, ()),
+        *(flag for name, *flags in RUNS if name == script for flag in flags),
+    }
     assert said.count("(default: ") == len(named)
     assert summary is not None and summary.splitlines()[0] in said and f"out/{script}" in said
 
@@ -218,10 +296,14 @@ def test_help_names_every_option_and_its_default(script: str, tmp_path: Path) ->
 @pytest.mark.parametrize("script", [*SCRIPTS, "unidentifiable"])
 def test_an_option_it_does_not_know_is_refused(script: str, tmp_path: Path) -> None:
     done = run(EXAMPLES / f"{script}.py", "--epochs", "3", cwd=tmp_path)
-    assert done.returncode == 2 and "unrecognized arguments: --epochs" in done.stderr and not list(tmp_path.iterdir())
+    assert (
+        done.returncode == 2
+        and "unrecognized arguments: --epochs" in done.stderr
+        and not list(tmp_path.iterdir())
+    )
 
 
-# ---- the one that is refused ---------------------------------------------------------------------------------------
+# ---- the one that is refused ---------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -231,64 +313,102 @@ def refused(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 @pytest.mark.slow
-def test_a_redundant_program_is_refused_by_the_names_of_what_only_counts_together(refused: Run) -> None:
+def test_a_redundant_program_is_refused_by_the_names_of_what_only_counts_together(
+    refused: Run,
+) -> None:
     found = refused.metrics["mass and stiffness"]["certificate"]
-    (local,) = [check for check in found["conditions"] if check["condition"] == "injectivity, local (ii)"]
-    assert found["verdict"] == "fails" and local["status"] == "fails" and local["interval"][1] < 1e-2
-    assert "mass (" in local["why"] and "stiffness (" in local["why"] and "unknown" not in local["why"]
+    (local,) = [
+        check for check in found["conditions"] if check["condition"] == "injectivity, local (ii)"
+    ]
+    assert (
+        found["verdict"] == "fails" and local["status"] == "fails" and local["interval"][1] < 1e-2
+    )
+    assert (
+        "mass (" in local["why"] and "stiffness (" in local["why"] and "unknown" not in local["why"]
+    )
     assert "mass (" in local["remedy"] and "stiffness (" in local["remedy"]
-    (other,) = [check for check in refused.metrics["their ratio"]["certificate"]["conditions"]
-                if check["condition"] == "injectivity, local (ii)"]
+    (other,) = [
+        check
+        for check in refused.metrics["their ratio"]["certificate"]["conditions"]
+        if check["condition"] == "injectivity, local (ii)"
+    ]
     assert other["value"] > 100.0 * local["interval"][1]
 
 
 @pytest.mark.slow
 def test_what_the_refused_example_leaves_behind_and_says_is_the_same(refused: Run) -> None:
     assert refused.done.returncode == 0, refused.done.stdout + refused.done.stderr
-    assert "Traceback" not in refused.done.stderr and "Warning" not in refused.done.stderr, refused.done.stderr
+    assert "Traceback" not in refused.done.stderr and "Warning" not in refused.done.stderr, (
+        refused.done.stderr
+    )
     pictures = {"refused.png", "certified.png", "recovered.png"}
     assert {path.name for path in refused.folder.iterdir()} == {"metrics.json", *pictures}
     assert [path.name for path in refused.folder.parents[1].iterdir()] == ["here"]
     assert all((refused.folder / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
     metrics, said = refused.metrics, refused.done.stdout
-    assert list(metrics) == ["mass and stiffness", "their ratio"] and "metrics.json" in said.splitlines()[-1]
+    assert (
+        list(metrics) == ["mass and stiffness", "their ratio"]
+        and "metrics.json" in said.splitlines()[-1]
+    )
     assert all(math.isfinite(value) for value in numbers_in(metrics))
     for name, part in zip(metrics, said.split("=== a program that asks for ")[1:], strict=True):
-        assert part.startswith(f"{name} ===") and f"true one: {metrics[name]['linear_r']:.2f}" in part
+        assert (
+            part.startswith(f"{name} ===") and f"true one: {metrics[name]['linear_r']:.2f}" in part
+        )
         assert f"to {metrics[name]['prediction_error_in_noises']:.1f} standard deviations" in part
-        compare(part[re.search("|".join(map(re.escape, SAYS.values())), part).start() :], metrics[name]["certificate"])
+        compare(
+            part[re.search("|".join(map(re.escape, SAYS.values())), part).start() :],
+            metrics[name]["certificate"],
+        )
 
 
 def test_help_of_the_refused_example_names_every_option(tmp_path: Path) -> None:
     done = run(EXAMPLES / "unidentifiable.py", "--help", cwd=tmp_path)
     assert done.returncode == 0 and done.stderr == "" and not list(tmp_path.iterdir())
     assert options(done.stdout) == list(SPRINGS)
-    assert done.stdout.count("(default: ") == len(SPRINGS) - 1 and "out/unidentifiable" in done.stdout  # not --fast
-    assert "A model that fits perfectly, predicts perfectly, and whose numbers mean nothing." in done.stdout
+    assert (
+        done.stdout.count("(default: ") == len(SPRINGS) - 1 and "out/unidentifiable" in done.stdout
+    )  # not --fast
+    assert (
+        "A model that fits perfectly, predicts perfectly, and whose numbers mean nothing."
+        in done.stdout
+    )
 
 
-# ---- the one that is written from nothing ----------------------------------------------------------------------------
+# ---- the one that is written from nothing --------------------------------------------------------
 
 
 def test_a_system_written_from_nothing_trains(capsys: pytest.CaptureFixture[str]) -> None:
     load(EXAMPLES / "write_your_own.py").main(steps=3)
     said = capsys.readouterr().out
-    assert re.fullmatch(r"growth: linear R = [01]\.\d{3}\nappetite: linear R = [01]\.\d{3}\n", said), said
+    assert re.fullmatch(
+        r"growth: linear R = [01]\.\d{3}\nappetite: linear R = [01]\.\d{3}\n", said
+    ), said
 
 
-# ---- what the pages print --------------------------------------------------------------------------------------------
+# ---- what the pages print ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "page, smaller",
     [
-        ("quickstart", {"tasks=1000": "tasks=20", "split(100)": "split(14)", "steps=900": "steps=2",
-                        "batch_size=16": "batch_size=4", "num_samples=100": "num_samples=5"}),
+        (
+            "quickstart",
+            {
+                "tasks=1000": "tasks=20",
+                "split(100)": "split(14)",
+                "steps=900": "steps=2",
+                "batch_size=16": "batch_size=4",
+                "num_samples=100": "num_samples=5",
+            },
+        ),
         ("write_a_model", {}),
     ],
     ids=["quickstart", "write_a_model"],
 )
-def test_what_the_docs_print_runs(page: str, smaller: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_the_docs_print_runs(
+    page: str, smaller: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
     text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
     code = "\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
     for large, small in smaller.items():
@@ -299,22 +419,32 @@ def test_what_the_docs_print_runs(page: str, smaller: dict[str, str], capsys: py
     if page == "quickstart":
         assert "gravity[0, 0]" in capsys.readouterr().out
     else:
-        both, data = (printed["model"], printed["guide"]), ph.systems.Pendulum().simulate(8, 4, seed=0)
+        both, data = (
+            (printed["model"], printed["guide"]),
+            ph.systems.Pendulum().simulate(8, 4, seed=0),
+        )
         fit = ph.meta_train(*both, data, steps=3, batch_size=4, curriculum={0.0: 7}, progress=False)
         assert fit.skipped == 0 and all(math.isfinite(loss) for loss in fit.loss)
         assert len(printed["tasks"]) == 30
 
 
-# ---- what the README says of them ----------------------------------------------------------------------------------
+# ---- what the README says of them ----------------------------------------------------------------
 
 
 def fake(folder: Path, system: str, seed: int, **changes: Any) -> None:
     """A result as an example writes it, of one physics and one neural latent."""
-    metrics = {"latents": ["known", "hidden"], "linear_r": [0.98 + 0.005 * seed, 0.97 - 0.01 * seed],
-               "linear_r_mean": 0.97, "strong_mcc_after_disentangle": 0.9 + 0.03 * seed,
-               "strong_mcc_neural_after_disentangle": 0.8,
-               "mse_over_cramer_rao": [1.0 + seed], "coverage_90": [0.9, 0.85 + 0.01 * seed], "seconds": 100.0 + seed,
-               "settings": {"seed": seed, "fast": False}, **changes}
+    metrics = {
+        "latents": ["known", "hidden"],
+        "linear_r": [0.98 + 0.005 * seed, 0.97 - 0.01 * seed],
+        "linear_r_mean": 0.97,
+        "strong_mcc_after_disentangle": 0.9 + 0.03 * seed,
+        "strong_mcc_neural_after_disentangle": 0.8,
+        "mse_over_cramer_rao": [1.0 + seed],
+        "coverage_90": [0.9, 0.85 + 0.01 * seed],
+        "seconds": 100.0 + seed,
+        "settings": {"seed": seed, "fast": False},
+        **changes,
+    }
     (folder / f"{system}_{seed}.json").write_text(json.dumps(metrics), encoding="utf-8")
 
 
@@ -323,9 +453,21 @@ def test_the_table_holds_the_worst_linear_r_and_means_over_seeds(tmp_path: Path)
         for seed in SEEDS:
             fake(tmp_path, system, seed)
     done = run(RESULTS / "table.py", str(tmp_path), cwd=tmp_path)
-    header, line, *rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in done.stdout.splitlines()]
-    assert len(header) == len(line) == 8 and [row[0] for row in rows] == [name.replace("_", " ") for name in SYSTEMS]
-    expected = ["0, 1, 2", "known 0.980, hidden 0.950", "0.970", "0.930 / 0.800", "2.0", "0.90, 0.86", "101"]
+    header, line, *rows = [
+        [cell.strip() for cell in row.strip("|").split("|")] for row in done.stdout.splitlines()
+    ]
+    assert len(header) == len(line) == 8 and [row[0] for row in rows] == [
+        name.replace("_", " ") for name in SYSTEMS
+    ]
+    expected = [
+        "0, 1, 2",
+        "known 0.980, hidden 0.950",
+        "0.970",
+        "0.930 / 0.800",
+        "2.0",
+        "0.90, 0.86",
+        "101",
+    ]
     assert all(row[1:] == expected for row in rows)
 
 
@@ -336,22 +478,33 @@ def test_the_table_refuses_what_is_missing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("seed, fast", [(1, False), (0, True)], ids=["other seed", "tiny"])
-def test_the_table_refuses_results_that_are_not_what_their_name_says(tmp_path: Path, seed: int, fast: bool) -> None:
+def test_the_table_refuses_results_that_are_not_what_their_name_says(
+    tmp_path: Path, seed: int, fast: bool
+) -> None:
     fake(tmp_path, "double_pendulum", 0, settings={"seed": seed, "fast": fast})
     done = run(RESULTS / "table.py", str(tmp_path), cwd=tmp_path)
     assert done.returncode == 1 and "expected a full run of seed 0" in done.stderr
 
 
 @pytest.mark.parametrize(
-    "path", sorted(path for name in SYSTEMS for path in RESULTS.glob(f"{name}_*.json")), ids=lambda path: path.stem
+    "path",
+    sorted(path for name in SYSTEMS for path in RESULTS.glob(f"{name}_*.json")),
+    ids=lambda path: path.stem,
 )
 def test_every_result_is_what_the_example_wrote_by_default(path: Path) -> None:
-    (system, _, number), metrics = path.stem.rpartition("_"), json.loads(path.read_text(encoding="utf-8"))
+    (system, _, number), metrics = (
+        path.stem.rpartition("_"),
+        json.loads(path.read_text(encoding="utf-8")),
+    )
     seed = int(number)
-    assert set(metrics) == documented_keys() and all(math.isfinite(value) for value in numbers_in(metrics))
+    assert set(metrics) == documented_keys() and all(
+        math.isfinite(value) for value in numbers_in(metrics)
+    )
     script, settings = (EXAMPLES / f"{system}.py").read_text(encoding="utf-8"), metrics["settings"]
     default = re.search(rf'"{system}", tasks=(\d+), steps=(\d+)[,)]', script)
-    assert default is not None and [settings["tasks"], settings["steps"]] == [int(text) for text in default.groups()]
+    assert default is not None and [settings["tasks"], settings["steps"]] == [
+        int(text) for text in default.groups()
+    ]
     assert settings["seed"] == seed
     assert not any(value is True for value in settings.values())  # --fast, or a comparison
 
@@ -361,17 +514,24 @@ def test_the_readme_shows_the_table_of_the_results() -> None:
     assert done.returncode == 0, done.stderr
     shown = re.search(r"<!-- results -->\n(.*?)\n<!-- /results -->", README, re.DOTALL)
     assert shown is not None, "README has no <!-- results --> ... <!-- /results -->"
-    assert shown[1].strip() == done.stdout.strip(), "write what docs/results/table.py prints between the markers"
+    assert shown[1].strip() == done.stdout.strip(), (
+        "write what docs/results/table.py prints between the markers"
+    )
 
 
 def test_the_readme_has_no_result_outside_of_that_table() -> None:
-    prose = re.sub(r"<!-- results -->.*?<!-- /results -->|```.*?```|`[^`]*`|\]\([^)]*\)", " ", README, flags=re.DOTALL)
+    prose = re.sub(
+        r"<!-- results -->.*?<!-- /results -->|```.*?```|`[^`]*`|\]\([^)]*\)",
+        " ",
+        README,
+        flags=re.DOTALL,
+    )
     numbers = set(re.findall(r"\d+\.\d+|\d+(?:\.\d+)?\s*%", prose))
     # Python's version, the licence's, the seconds of a trajectory (49 steps of 0.05 s), and a nominal interval
     assert numbers <= {"3.11", "2.0", "2.5", "90%"}, numbers
 
 
-# ---- what the pages say of certificates ----------------------------------------------------------------------------
+# ---- what the pages say of certificates ----------------------------------------------------------
 
 PAGE = (ROOT / "docs" / "identifiability.md").read_text(encoding="utf-8")
 CERTIFICATES = RESULTS / "certificates"
@@ -398,8 +558,12 @@ def test_the_page_refuses_a_program_that_fits_by_the_names_of_what_only_counts_t
     numbers = json.loads((RESULTS / "identifiability.json").read_text(encoding="utf-8"))
     found = {check["condition"]: check for check in numbers["mass_and_stiffness"]["conditions"]}
     injectivity = [found[f"injectivity, {name} (ii)"] for name in ("local", "global")]
-    assert found["fit"]["status"] == "holds" and {check["status"] for check in injectivity} == {"fails"}
-    assert all(name in " ".join(check["why"] for check in injectivity) for name in ("mass", "stiffness"))
+    assert found["fit"]["status"] == "holds" and {check["status"] for check in injectivity} == {
+        "fails"
+    }
+    assert all(
+        name in " ".join(check["why"] for check in injectivity) for name in ("mass", "stiffness")
+    )
     one, other = numbers["prediction_error_in_noises"]
     assert max(one, other) < 1.5 * min(one, other)  # "equally well"
 
@@ -407,41 +571,71 @@ def test_the_page_refuses_a_program_that_fits_by_the_names_of_what_only_counts_t
 def test_every_file_that_the_page_of_identifiability_shows_is_there() -> None:
     images = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", PAGE)
     included = re.findall(r"^```\{(?:literal)?include\} (\S+)$", PAGE, re.MULTILINE)
-    assert len(images) >= 10 and set(included) == {f"results/{name}" for name in
-                                                   ("certified.txt", "refused.txt", "certificates.md")}
+    assert len(images) >= 10 and set(included) == {
+        f"results/{name}" for name in ("certified.txt", "refused.txt", "certificates.md")
+    }
     missing = [name for name in (*images, *included) if not (ROOT / "docs" / name).is_file()]
     assert not missing, missing
 
 
 def test_the_page_shows_the_table_of_the_certificates(identifiability: Any) -> None:
     shown = (RESULTS / "certificates.md").read_text(encoding="utf-8")
-    assert shown == identifiability.table(CERTIFICATES), "run python docs/results/identifiability.py --table"
+    assert shown == identifiability.table(CERTIFICATES), (
+        "run python docs/results/identifiability.py --table"
+    )
     assert len(shown.splitlines()) == 2 + len(list(CERTIFICATES.glob("*.json")))
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in CERTIFICATES.glob("*.json")))
 def test_every_certificate_is_what_the_example_wrote_by_default(name: str) -> None:
-    found, system = json.loads((CERTIFICATES / f"{name}.json").read_text(encoding="utf-8")), name.rpartition("_")[0]
+    found, system = (
+        json.loads((CERTIFICATES / f"{name}.json").read_text(encoding="utf-8")),
+        name.rpartition("_")[0],
+    )
     assert system in SYSTEMS and len(list(CERTIFICATES.glob(f"{system}_*.json"))) >= 2
-    tasks = re.search(rf'"{system}", tasks=(\d+)', (EXAMPLES / f"{system}.py").read_text(encoding="utf-8"))
+    tasks = re.search(
+        rf'"{system}", tasks=(\d+)', (EXAMPLES / f"{system}.py").read_text(encoding="utf-8")
+    )
     assert tasks is not None and found["systems"] == int(tasks[1]) and found["shots"] == 4
-    assert found["verdict"] == implied(found) and all(math.isfinite(value) for value in numbers_in(found))
+    assert found["verdict"] == implied(found) and all(
+        math.isfinite(value) for value in numbers_in(found)
+    )
 
 
 def test_the_table_of_certificates_has_a_line_for_each_with_what_was_not_met(
     identifiability: Any, tmp_path: Path
 ) -> None:
-    names = ("fit", "injectivity, local (ii)", "injectivity, global (ii)", "variability of means (iv)",
-             "variability (iv)", "ambiguity against the truth", "separability", "efficiency")
-    found = {name: {"condition": name, "status": "holds", "value": 1.2345, "interval": [1.0, 20.0]} for name in names}
+    names = (
+        "fit",
+        "injectivity, local (ii)",
+        "injectivity, global (ii)",
+        "variability of means (iv)",
+        "variability (iv)",
+        "ambiguity against the truth",
+        "separability",
+        "efficiency",
+    )
+    found = {
+        name: {"condition": name, "status": "holds", "value": 1.2345, "interval": [1.0, 20.0]}
+        for name in names
+    }
     found["fit"] |= {"status": "fails"}
     found["efficiency"] |= {"status": "not checked", "value": None}
     for seed, verdict in ((1, "undecided"), (0, "fails")):
-        text = json.dumps({"verdict": verdict, "conditions": list(found.values())[:5],
-                           "further": list(found.values())[5:]})
+        text = json.dumps(
+            {
+                "verdict": verdict,
+                "conditions": list(found.values())[:5],
+                "further": list(found.values())[5:],
+            }
+        )
         (tmp_path / f"double_pendulum_{seed}.json").write_text(text, encoding="utf-8")
-    lines = [[cell.strip() for cell in row.strip("|").split("|")]
-             for row in identifiability.table(tmp_path).splitlines()]
+    lines = [
+        [cell.strip() for cell in row.strip("|").split("|")]
+        for row in identifiability.table(tmp_path).splitlines()
+    ]
     assert len({len(line) for line in lines}) == 1 and [line[:3] for line in lines[2:]] == [
-        ["double pendulum", "0", "fails"], ["double pendulum", "1", "undecided"]]
+        ["double pendulum", "0", "fails"],
+        ["double pendulum", "1", "undecided"],
+    ]
     assert lines[2][3:] == ["1.23 (1 to 20), fails", *["1.23 (1 to 20)"] * 6, "not checked"]

@@ -25,7 +25,10 @@ from pyro_hybrid.families import Normal
 
 ROOT, SYSTEM = Path(__file__).parents[1], "double pendulum"
 FEW = MODELS[::3]  # ours, and a rival
-THREADS = ("--threads", str(torch.get_num_threads()))  # the command line would leave another number behind
+THREADS = (
+    "--threads",
+    str(torch.get_num_threads()),
+)  # the command line would leave another number behind
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +45,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "MODELS", FEW)
 
 
-# ---- runs ----------------------------------------------------------------------------------------------------------
+# ---- runs ----------------------------------------------------------------------------------------
 
 
 def experiment(computed: list[str], fails: str = "") -> Any:
@@ -55,19 +58,32 @@ def experiment(computed: list[str], fails: str = "") -> Any:
 
         return Run(name, compute)
 
-    return SimpleNamespace(__name__="package.toy", runs=lambda choice: [run("b"), run("a"), run("c")], table=str,
-                           figure=Figure)
+    return SimpleNamespace(
+        __name__="package.toy",
+        runs=lambda choice: [run("b"), run("a"), run("c")],
+        table=str,
+        figure=Figure,
+    )
 
 
 def test_what_was_done_is_not_done_again(tmp_path: Path) -> None:
     done: list[str] = []
     with pytest.raises(KeyboardInterrupt):
         carry_out(experiment(done, fails="c"), Choice(folder=tmp_path))
-    assert done == ["b", "a"] and [one["of"] for one in results(experiment(done), Choice(folder=tmp_path))] == done
+    assert (
+        done == ["b", "a"]
+        and [one["of"] for one in results(experiment(done), Choice(folder=tmp_path))] == done
+    )
     found = carry_out(experiment(done), Choice(folder=tmp_path))
     assert done == ["b", "a", "c"] == [one["of"] for one in found]
-    assert all(one["seconds"] >= 0.0 and one["versions"]["torch"] == torch.__version__ for one in found)
-    assert sorted(path.name for path in (tmp_path / "toy").iterdir()) == ["a.json", "b.json", "c.json"]
+    assert all(
+        one["seconds"] >= 0.0 and one["versions"]["torch"] == torch.__version__ for one in found
+    )
+    assert sorted(path.name for path in (tmp_path / "toy").iterdir()) == [
+        "a.json",
+        "b.json",
+        "c.json",
+    ]
 
 
 def test_a_damaged_result_is_not_taken_for_one(tmp_path: Path) -> None:
@@ -77,7 +93,7 @@ def test_a_damaged_result_is_not_taken_for_one(tmp_path: Path) -> None:
         results(experiment([]), Choice(folder=tmp_path))
 
 
-# ---- trained models ------------------------------------------------------------------------------------------------
+# ---- trained models ------------------------------------------------------------------------------
 
 
 def test_the_program_reads_the_exact_posterior_from_wherever_the_encoder_points() -> None:
@@ -87,7 +103,10 @@ def test_the_program_reads_the_exact_posterior_from_wherever_the_encoder_points(
     found = Trained("any, sets", model, guide, ph.Fit(), 0.0, ph.Linearised(8))
     episode = make_tasks(5, 4, num_support=3).episode()
     torch.manual_seed(0)
-    read = torch.cat([value for _, value in sorted(found.read(episode.support, 20_000).items(), reverse=True)], -1)
+    read = torch.cat(
+        [value for _, value in sorted(found.read(episode.support, 20_000).items(), reverse=True)],
+        -1,
+    )
     true = exact(episode.support, loc=(0.0, 0.0, 0.0), scale=(1.0, 1.0, 1.0))
     spread = true.covariance[:, :3, :3].diagonal(dim1=-2, dim2=-1).sqrt()
     assert ((read.mean(0) - true.mean[:, :3]).abs() < 0.05 * spread).all()
@@ -95,7 +114,9 @@ def test_the_program_reads_the_exact_posterior_from_wherever_the_encoder_points(
 
 
 @pytest.mark.parametrize("model", MODELS[2:])
-def test_as_published_one_trajectory_is_read_and_with_sets_all_of_them(model: str, folder: Path) -> None:
+def test_as_published_one_trajectory_is_read_and_with_sets_all_of_them(
+    model: str, folder: Path
+) -> None:
     found = trained(SYSTEM, model, 0, Choice(fast=True, folder=folder))
     support = data(SYSTEM, 0, Choice(fast=True))[1].episode().support
 
@@ -125,7 +146,9 @@ def test_reconstructions_begin_where_the_shots_say_and_not_where_they_were_measu
     found.reconstructed(episode, 50)
     found.predicted(episode, episode.initial, 50)
     measured = found.model.start_noise.mean()
-    assert begun[0].std(0).mean() < 0.8 * measured  # the shots know more than the measurement of their beginnings
+    assert (
+        begun[0].std(0).mean() < 0.8 * measured
+    )  # the shots know more than the measurement of their beginnings
     assert begun[0].mean(0).abs().mean() > 0.1 * measured  # and disagree with it
     assert (begun[1] == 0.0).all()
 
@@ -135,7 +158,10 @@ def test_a_model_is_trained_once(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     one = trained(SYSTEM, OURS, 0, choice)
     monkeypatch.setattr("pyro_hybrid.experiments.trained.meta_train", None)
     other = trained(SYSTEM, OURS, 0, choice)
-    assert all(torch.equal(a, b) for a, b in zip(one.model.parameters(), other.model.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(one.model.parameters(), other.model.parameters(), strict=True)
+    )
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -149,7 +175,10 @@ def test_our_own_models_end_by_second_order_and_rivals_as_published(
     def spy(*who: Any, **how: Any) -> list[float]:
         before = [weight.clone() for weight in program.residual.parameters()]
         costs = ph.sharpen(*who, **how)
-        changed = [not torch.equal(a, b) for a, b in zip(before, program.residual.parameters(), strict=True)]
+        changed = [
+            not torch.equal(a, b)
+            for a, b in zip(before, program.residual.parameters(), strict=True)
+        ]
         seen.append((all(changed), how["width"], how["reading"]))
         return costs
 
@@ -163,10 +192,14 @@ def test_exactly_is_what_was_simulated_without_the_noise() -> None:
     system = ph.systems.DoublePendulum()
     seen, clear = system.simulate(30, 4, 0), exactly(system, 30, 4, 0)
     assert all(torch.equal(value, clear.truth[name]) for name, value in seen.truth.items())
-    assert torch.allclose((seen.values - clear.values).std((0, 1, 2)), torch.tensor(system.noise), rtol=0.05)
+    assert torch.allclose(
+        (seen.values - clear.values).std((0, 1, 2)), torch.tensor(system.noise), rtol=0.05
+    )
 
 
-def test_who_knows_everything_misses_one_noise_variance_and_truth_misses_what_was_measured() -> None:
+def test_who_knows_everything_misses_one_noise_variance_and_truth_misses_what_was_measured() -> (
+    None
+):
     system = ph.systems.DoublePendulum()
     tasks, clear = system.simulate(30, 4, 0), exactly(system, 30, 4, 0)
 
@@ -176,36 +209,47 @@ def test_who_knows_everything_misses_one_noise_variance_and_truth_misses_what_wa
 
         reconstructed = predicted
 
-    found = identify.errors(Knowing("all", ph.models.MetaHybridVAE(system), None, ph.Fit(), 0.0), tasks, clear)
+    found = identify.errors(
+        Knowing("all", ph.models.MetaHybridVAE(system), None, ph.Fit(), 0.0), tasks, clear
+    )
     assert found["prediction"] == found["reconstruction"] == pytest.approx(1.0, abs=0.03)
     assert found["truth_from_measured"] > found["prediction"]
 
 
-# ---- judgements ----------------------------------------------------------------------------------------------------
+# ---- judgements ----------------------------------------------------------------------------------
 
 
 def test_relative_errors_are_in_standard_deviations_and_nothing_is_drowned() -> None:
-    seen = torch.randn(9, 4, 81, 2, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 100.0])
+    seen = torch.randn(9, 4, 81, 2, generator=torch.Generator().manual_seed(0)) * torch.tensor(
+        [1.0, 100.0]
+    )
     off = seen + 0.3 * seen.std((0, 1, 2))
     off[0] = torch.nan
     assert float(longer.relative(off, seen)) == pytest.approx(0.3, abs=1e-4)
     late = seen.clone()
     late[:, :, 41:] += 2.0 * seen.std((0, 1, 2))
-    assert [float(x) for x in longer.by_stretch(late, seen)] == pytest.approx([0.0, 0.0, 0.0, 2.0], abs=1e-4)
+    assert [float(x) for x in longer.by_stretch(late, seen)] == pytest.approx(
+        [0.0, 0.0, 0.0, 2.0], abs=1e-4
+    )
 
 
 @pytest.mark.parametrize("rounding", [0.0, 1e-16])
 def test_what_is_held_at_zero_does_not_count(rounding: float) -> None:
     torch.manual_seed(0)
     seen = torch.randn(30, 4, 50, 2) * torch.tensor([1.0, rounding])
-    assert torch.equal(longer.relative(seen * 1.1, seen), longer.relative(seen[..., :1] * 1.1, seen[..., :1]))
+    assert torch.equal(
+        longer.relative(seen * 1.1, seen), longer.relative(seen[..., :1] * 1.1, seen[..., :1])
+    )
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_beyond_is_where_training_never_was(name: str) -> None:
     before = dict(CASES[name].system().ranges)
     latents = {*CASES[name].system().physics, *CASES[name].system().unknown}
-    for where, moved in (("initial states beyond", set(before) - latents), ("latents beyond", latents)):
+    for where, moved in (
+        ("initial states beyond", set(before) - latents),
+        ("latents beyond", latents),
+    ):
         after = beyond.beyond(CASES[name].system(), where).ranges
         assert {key for key in before if after[key] != before[key]} == moved
         assert all(after[key][0] >= before[key][1] for key in moved)
@@ -220,19 +264,22 @@ def test_two_runs_agree_where_one_is_a_linear_map_of_the_other() -> None:
     assert two_runs.agreement(z, other)["linear_r"] < 0.3
 
 
-# ---- as a stranger runs them ---------------------------------------------------------------------------------------
+# ---- as a stranger runs them ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("module", [identify, longer, beyond, enough, two_runs])
-def test_a_fast_run_ends_in_a_table_and_a_figure(module: Any, folder: Path, small: None,
-                                                 capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_fast_run_ends_in_a_table_and_a_figure(
+    module: Any, folder: Path, small: None, capsys: pytest.CaptureFixture[str]
+) -> None:
     name = module.__name__.rpartition(".")[2]
     seeds = "2" if module is two_runs else "1"
     command.main([name, "--fast", "--seeds", seeds, "--out", str(folder), *THREADS])
     text = capsys.readouterr().out
     assert f"{name}.png" in text and (folder / f"{name}.png").stat().st_size > 5000
     rows = (folder / f"{name}.md").read_text(encoding="utf-8").splitlines()
-    assert len({row.count("|") for row in rows}) == 1 and len(rows) == 2 + (3 if module is enough else len(FEW))
+    assert len({row.count("|") for row in rows}) == 1 and len(rows) == 2 + (
+        3 if module is enough else len(FEW)
+    )
     assert "nan" not in "\n".join(rows)
 
 
@@ -253,14 +300,17 @@ def test_help_names_every_experiment(capsys: pytest.CaptureFixture[str]) -> None
     assert all(f"\n  {name} " in text for name in command.NAMES)
 
 
-# ---- the page ------------------------------------------------------------------------------------------------------
+# ---- the page ------------------------------------------------------------------------------------
 
 
 def test_the_page_shows_what_the_committed_results_say() -> None:
     script = load(ROOT / "docs" / "results" / "experiments.py")
     page = script.PAGE.read_text(encoding="utf-8")
     assert script.filled(page) == page
-    assert all(f"<!-- {name} -->" in page and f"<!-- /{name} -->" in page for name in (*command.NAMES, "aphynity"))
+    assert all(
+        f"<!-- {name} -->" in page and f"<!-- /{name} -->" in page
+        for name in (*command.NAMES, "aphynity")
+    )
     for name in command.NAMES:
         found, image = script.kept(name), f"experiments_{name}.png"
         assert (image in page) == bool(found) == (script.IMAGES / image).exists()
@@ -269,9 +319,14 @@ def test_the_page_shows_what_the_committed_results_say() -> None:
 
 
 def test_what_a_published_error_of_parameters_implies_is_what_the_page_says() -> None:
-    script, choice = load(ROOT / "docs" / "results" / "aphynity.py"), SimpleNamespace(period=6.0, seed=0, substeps=3)
+    script, choice = (
+        load(ROOT / "docs" / "results" / "aphynity.py"),
+        SimpleNamespace(period=6.0, seed=0, substeps=3),
+    )
     said = json.loads((ROOT / "docs" / "results" / "aphynity.json").read_text(encoding="utf-8"))
-    assert script.implied(choice, 0.39) == pytest.approx(said["log10_mse_implied_by_published_error"], abs=2e-3)
+    assert script.implied(choice, 0.39) == pytest.approx(
+        said["log10_mse_implied_by_published_error"], abs=2e-3
+    )
     assert script.implied(choice, 0.0)["worst"] < -9.0  # the solver's own
 
 

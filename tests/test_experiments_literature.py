@@ -31,7 +31,9 @@ def told(units: int = 1) -> Driven:
         model.push.phase[0] = 0.5 * torch.pi
         model.residual.straight[1, 1] = -10.0 / 3.0  # damping times speed / (10 / 3)
         model.noise = torch.tensor([0.01])
-        model.prior.base.copy_(torch.tensor([[0.0, 0.0], [0.4, -1.5], [1.0, -0.5], [4.7, -0.1]]).flatten())
+        model.prior.base.copy_(
+            torch.tensor([[0.0, 0.0], [0.4, -1.5], [1.0, -0.5], [4.7, -0.1]]).flatten()
+        )
     return model
 
 
@@ -91,8 +93,10 @@ def test_friction_that_does_gravity_s_work_is_objected_to_and_a_push_never() -> 
 def test_reading_from_the_beginning_on_finds_what_reading_it_all_at_once_does_not() -> None:
     model, tasks = told(), ForcedPendulum().simulate(20, 4, seed=1, num_support=2)
     found: dict[str, Tensor] = {}
-    for name, evidence in (("grown", Growing(3, horizons=(4, 4, 4, 4, 6, 6, 9, 9, 14, 14, 24, 24))),
-                           ("at once", ph.Linearised(12))):
+    for name, evidence in (
+        ("grown", Growing(3, horizons=(4, 4, 4, 4, 6, 6, 9, 9, 14, 14, 24, 24))),
+        ("at once", ph.Linearised(12)),
+    ):
         model.prior.evidence = evidence
         found[name] = model.prior(tasks.episode().support)["unknown"].mean[:, 2]
     true = tasks.truth["unknown"][:, 2]
@@ -111,7 +115,11 @@ def test_a_tiny_run_says_all_that_the_table_shows(results: list[dict[str, Any]])
     for one in results:
         assert list(one["by_shots"]) == ["2", "1"]
         for found in one["by_shots"].values():
-            assert 0.0 <= found["strong"] <= 1.0 and len(found["linear_r"]) == 4 and found["cramer_rao"] > 0.0
+            assert (
+                0.0 <= found["strong"] <= 1.0
+                and len(found["linear_r"]) == 4
+                and found["cramer_rao"] > 0.0
+            )
     text = literature.table(results).splitlines()
     assert len(text) == 2 + 2 + len(PUBLISHED)
     assert "0.171" in text[4] and "0.057" in text[4] and "0.141" in text[5]

@@ -32,7 +32,10 @@ def made_up(runs: int = 4, seconds: float = 14.0) -> Recordings:
     """Compound pendulums let go from different angles, with the noise of smoothed recordings."""
     torch.manual_seed(1)
     times = torch.arange(round(400 * seconds), dtype=torch.float64) / 400.0
-    start = (*(1.5 * torch.randn(2, runs, dtype=torch.float64)), *torch.zeros(2, runs, dtype=torch.float64))
+    start = (
+        *(1.5 * torch.randn(2, runs, dtype=torch.float64)),
+        *torch.zeros(2, runs, dtype=torch.float64),
+    )
     states = ph.solve(compound(TRUE, ONE), start, times)
     return Recordings(dict(enumerate(states + 1e-3 * torch.randn_like(states))))
 
@@ -40,20 +43,26 @@ def made_up(runs: int = 4, seconds: float = 14.0) -> Recordings:
 def state(number: int = 50) -> tuple[Tensor, ...]:
     """Random states of a task."""
     random = torch.Generator().manual_seed(0)
-    return tuple(torch.randn(4, 1, number, generator=random, dtype=torch.float64) * torch.tensor(3.0))
+    return tuple(
+        torch.randn(4, 1, number, generator=random, dtype=torch.float64) * torch.tensor(3.0)
+    )
 
 
 def constantly(*values: Any) -> Any:
     """A force that is always the same, in the system's units."""
-    return lambda *felt: tuple(value / unit for value, unit in zip(values, RecordedDoublePendulum.UNITS, strict=True))
+    return lambda *felt: tuple(
+        value / unit for value, unit in zip(values, RecordedDoublePendulum.UNITS, strict=True)
+    )
 
 
-# ---- the system ----------------------------------------------------------------------------------------------------
+# ---- the system ----------------------------------------------------------------------------------
 
 
 def test_without_a_force_it_is_two_point_masses() -> None:
     share, gravity = 0.2, torch.tensor([[70.0]], dtype=torch.float64)
-    slopes = RecordedDoublePendulum(share).known({"gravity": gravity}, constantly(0.0, 0.0, 0.0, 0.0))(ONE, state())
+    slopes = RecordedDoublePendulum(share).known(
+        {"gravity": gravity}, constantly(0.0, 0.0, 0.0, 0.0)
+    )(ONE, state())
     expected = point_mass(torch.tensor([70.0, share], dtype=torch.float64), ONE)(ONE, state())
     for slope, other in zip(slopes, expected, strict=True):
         assert_close(slope, other)
@@ -62,8 +71,12 @@ def test_without_a_force_it_is_two_point_masses() -> None:
 def test_damping_rates_are_the_compound_pendulums_friction() -> None:
     share, gravity = 0.2, torch.tensor([[70.0]], dtype=torch.float64)
     beta, alpha = share * RODS, share * RODS**2
-    parameters = torch.tensor([alpha, beta, 70.0, 70.0 * beta, 0.3, 0.4 * alpha], dtype=torch.float64)
-    slopes = RecordedDoublePendulum(share).known({"gravity": gravity}, constantly(0.0, 0.0, 0.3, 0.4))(ONE, state())
+    parameters = torch.tensor(
+        [alpha, beta, 70.0, 70.0 * beta, 0.3, 0.4 * alpha], dtype=torch.float64
+    )
+    slopes = RecordedDoublePendulum(share).known(
+        {"gravity": gravity}, constantly(0.0, 0.0, 0.3, 0.4)
+    )(ONE, state())
     for slope, other in zip(slopes, compound(parameters, ONE)(ONE, state()), strict=True):
         assert_close(slope, other)
 
@@ -73,7 +86,9 @@ def test_torques_are_in_units_of_gravity_and_of_the_lower_arms_inertia() -> None
     beta, alpha = 0.2 * RODS, 0.2 * RODS**2
     slopes = system.known({"gravity": 70.0 * ONE}, constantly(0.5, 0.25, 0.0, 0.0))(ONE, still)
     assert_close(slopes[2] + beta * slopes[3], torch.full_like(slopes[2], 0.5 * 70.0))
-    assert_close(beta * slopes[2] + alpha * slopes[3], torch.full_like(slopes[2], alpha * 0.25 * 70.0))
+    assert_close(
+        beta * slopes[2] + alpha * slopes[3], torch.full_like(slopes[2], alpha * 0.25 * 70.0)
+    )
 
 
 def test_what_is_felt_is_the_same_by_any_clock_and_backwards_in_time() -> None:
@@ -88,21 +103,33 @@ def test_what_is_felt_is_the_same_by_any_clock_and_backwards_in_time() -> None:
 
 
 def test_nobody_can_simulate_it() -> None:
-    with pytest.raises(NotImplementedError, match=r"can be simulated; got a real pendulum\. Make tasks with"):
+    with pytest.raises(
+        NotImplementedError, match=r"can be simulated; got a real pendulum\. Make tasks with"
+    ):
         RecordedDoublePendulum().simulate(2, 2, seed=0)
-    with pytest.raises(NotImplementedError, match=r"torques are known; got a real pendulum\. Judge the latents by"):
+    with pytest.raises(
+        NotImplementedError, match=r"torques are known; got a real pendulum\. Judge the latents by"
+    ):
         RecordedDoublePendulum().truth(torch.ones(1, 1))
 
 
-# ---- judging -------------------------------------------------------------------------------------------------------
+# ---- judging -------------------------------------------------------------------------------------
 
 
 def test_the_stretch_of_a_window_is_where_it_begins() -> None:
     settings = real_learned.FAST
     time = torch.arange(5600, dtype=torch.float64) / 400.0
-    told = Recordings({run: torch.stack([time / 10.0, 0.0 * time + 0.1 * run, 0.0 * time + 0.1, 0.0 * time], -1)
-                       for run in (2, 5)})
-    start = real_learned.tasks(told, settings.judged, 4 + settings.queries, 3, points=101).values[:, :, 0]
+    told = Recordings(
+        {
+            run: torch.stack(
+                [time / 10.0, 0.0 * time + 0.1 * run, 0.0 * time + 0.1, 0.0 * time], -1
+            )
+            for run in (2, 5)
+        }
+    )
+    start = real_learned.tasks(told, settings.judged, 4 + settings.queries, 3, points=101).values[
+        :, :, 0
+    ]
     expected = (start[..., 1] * 10.0).round() * 1000 + (start[..., 0] * 10.0 / real.STRETCH).floor()
     assert torch.equal(real.stretches(told, settings, 3), expected.long())
 
@@ -125,8 +152,10 @@ def test_intervals_of_the_ratio_hold_what_they_should() -> None:
 def test_windows_counted_twice_make_no_interval_narrower() -> None:
     random = torch.Generator().manual_seed(2)
     ours, theirs = torch.rand(2, 60, 1, generator=random, dtype=torch.float64) + 1.0
-    once, many = (real.intervals(ours.repeat(k, 1), theirs.repeat(k, 1), torch.arange(60).repeat(k), 200)
-                  for k in (1, 9))
+    once, many = (
+        real.intervals(ours.repeat(k, 1), theirs.repeat(k, 1), torch.arange(60).repeat(k), 200)
+        for k in (1, 9)
+    )
     assert float(many[1] - many[0]) > 0.8 * float(once[1] - once[0])
 
 
@@ -143,7 +172,10 @@ class Told(torch.nn.Module):
 
     def forward(self, support: ph.Episode) -> dict[str, Any]:
         gravity = float(TRUE[2]) * self.clock.square()
-        return {"gravity": SimpleNamespace(mean=gravity), "unknown": SimpleNamespace(mean=self.clock)}
+        return {
+            "gravity": SimpleNamespace(mean=gravity),
+            "unknown": SimpleNamespace(mean=self.clock),
+        }
 
 
 class Knowing(ph.models.MetaHybridVAE):
@@ -159,11 +191,17 @@ def test_a_model_that_knows_everything_errs_as_the_truth_does() -> None:
     model = Knowing(RecordedDoublePendulum(SHARE))
     model.prior = Told(windows.truth["scale"])  # type: ignore[assignment]
     states, latents = real.predicted(model, windows)
-    parameters = torch.stack([SHARE * RODS**2 * ONE, TRUE[1], TRUE[2], TRUE[1] * TRUE[2], TRUE[4], TRUE[5]])
+    parameters = torch.stack(
+        [SHARE * RODS**2 * ONE, TRUE[1], TRUE[2], TRUE[1] * TRUE[2], TRUE[4], TRUE[5]]
+    )
     ours = real.errors(states, windows)
-    theirs = real.errors(open_loop(compound, parameters, windows)[0][:, real_learned.SUPPORT:], windows)
+    theirs = real.errors(
+        open_loop(compound, parameters, windows)[0][:, real_learned.SUPPORT :], windows
+    )
     assert_close(ours[:, :3], theirs[:, :3], rtol=0.01, atol=1e-4)
-    assert_close(real.damping(model, latents, windows), windows.truth["scale"] * torch.tensor(DAMPED))
+    assert_close(
+        real.damping(model, latents, windows), windows.truth["scale"] * torch.tensor(DAMPED)
+    )
 
 
 def test_what_diverged_counts_as_infinitely_wrong() -> None:
@@ -172,15 +210,20 @@ def test_what_diverged_counts_as_infinitely_wrong() -> None:
     assert bool(real.errors(states, windows).isinf().all())
 
 
-# ---- as a stranger runs it -----------------------------------------------------------------------------------------
+# ---- as a stranger runs it -----------------------------------------------------------------------
 
 
-def test_a_fast_run_ends_in_a_table_and_a_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fast_run_ends_in_a_table_and_a_figure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(real, "ibm_double_pendulum", lambda folder: made_up())
     monkeypatch.setattr(real, "HELD_OUT", (2, 3))
     (one,) = found = carry_out(real, Choice((0,), True, tmp_path))
     assert one["learned from runs"] == [0, 1] and one["judged on runs"] == [2, 3]
-    assert one["query_windows"] == real_learned.FAST.judged * real_learned.FAST.queries and len(one["ratio"]) == 5
+    assert (
+        one["query_windows"] == real_learned.FAST.judged * real_learned.FAST.queries
+        and len(one["ratio"]) == 5
+    )
     assert one["log_gravity_strong"] > 0.9
     text = real.table(found)
     assert "hybrid / compound, seed 0" in text and "nan" not in text
@@ -191,16 +234,34 @@ def test_a_fast_run_ends_in_a_table_and_a_figure(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.slow
-def test_the_example_runs_on_recordings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                        capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_example_runs_on_recordings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(ph.systems, "ibm_double_pendulum", lambda folder: made_up())
     monkeypatch.setattr(real, "HELD_OUT", (2, 3))
     example = Path(__file__).parents[1] / "examples" / "double_pendulum.py"
     monkeypatch.syspath_prepend(str(example.parent))
-    monkeypatch.setattr(sys, "argv", [str(example), "--fast", "--data", "recordings", "--out", str(tmp_path / "out"),
-                                      "--threads", str(torch.get_num_threads())])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            str(example),
+            "--fast",
+            "--data",
+            "recordings",
+            "--out",
+            str(tmp_path / "out"),
+            "--threads",
+            str(torch.get_num_threads()),
+        ],
+    )
     load(example).main()
     assert capsys.readouterr().out.startswith("| median error, rad |")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "metrics.json", "recovered.png", "loss.png", "trajectories.png", "prior_posterior.png"}
+        "metrics.json",
+        "recovered.png",
+        "loss.png",
+        "trajectories.png",
+        "prior_posterior.png",
+    }
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["seed"] == 0

@@ -48,8 +48,9 @@ def test_evidence_of_a_group_is_the_density_of_all_its_members_together() -> Non
     one = torch.eye(d, dtype=torch.float64)
     joint = torch.block_diag(*covariance) + one.repeat(2, 2)  # both share one latent
     zero = torch.zeros(2 * d, dtype=torch.float64)
-    expected = (MultivariateNormal(zero, joint).log_prob(location.flatten())
-                - MultivariateNormal(zero, torch.block_diag(*covariance)).log_prob(location.flatten()))
+    expected = MultivariateNormal(zero, joint).log_prob(location.flatten()) - MultivariateNormal(
+        zero, torch.block_diag(*covariance)
+    ).log_prob(location.flatten())
     both = Evidence.at(location, covariance).by(torch.zeros(2, dtype=torch.long))
     torch.testing.assert_close(log_evidence(both), expected.unsqueeze(0))
 
@@ -66,7 +67,10 @@ def test_what_has_no_groups_is_left_alone() -> None:
     torch.manual_seed(0)
     location = torch.randn(200, 5, dtype=torch.float64)
     covariance = 1e-4 * torch.eye(5, dtype=torch.float64).expand(200, 5, 5)
-    assert len(group(location, covariance, torch.zeros(5, 5, dtype=torch.float64), 20.0).unique()) > 195
+    assert (
+        len(group(location, covariance, torch.zeros(5, 5, dtype=torch.float64), 20.0).unique())
+        > 195
+    )
 
 
 def test_misfit_is_recovered_from_pairs() -> None:
@@ -95,12 +99,17 @@ def test_dependence_tells_a_function_of_the_start_from_independence() -> None:
     apart = torch.stack([dependence(torch.rand(400, 3), start) for _ in range(20)])
     assert float(dependence(start, start)) == pytest.approx(1.0, abs=1e-5)
     assert abs(float(apart.mean())) < 0.003  # unbiased
-    assert float(dependence((start[:, :1] - 0.5).square(), start)) > 0.1  # uncorrelated, and yet dependent
+    assert (
+        float(dependence((start[:, :1] - 0.5).square(), start)) > 0.1
+    )  # uncorrelated, and yet dependent
 
 
 def heap(values: Tensor) -> ph.Tasks:
-    return ph.Tasks.from_trajectories(torch.arange(4.0), values, num_support=1) if values.shape[1] > 1 else ph.Tasks(
-        torch.arange(4.0), values, (values[..., 0],), 1)
+    return (
+        ph.Tasks.from_trajectories(torch.arange(4.0), values, num_support=1)
+        if values.shape[1] > 1
+        else ph.Tasks(torch.arange(4.0), values, (values[..., 0],), 1)
+    )
 
 
 def test_pairs_are_two_of_a_group_and_a_loner_with_itself() -> None:
@@ -118,9 +127,17 @@ def test_sets_are_whole_groups_and_leave_loners_out() -> None:
     numbers = torch.arange(6.0).view(6, 1, 1, 1).expand(6, 1, 4, 1)
     tasks = sets(heap(numbers), labels, 4)
     counts = torch.as_tensor(tasks.mask).expand_as(tasks.values)[:, :, 1:].all((-1, -2))
-    members = [row[some].tolist() for row, some in zip(tasks.values[:, :, 0, 0].long(), counts, strict=True)]
-    assert [set(some) for some in members] == [{0, 2, 4}, {1, 5}] and [len(some) for some in members] == [3, 2]
-    assert tasks.num_support == 2 and counts.tolist() == [[True, True, True, False], [True, False, True, False]]
+    members = [
+        row[some].tolist()
+        for row, some in zip(tasks.values[:, :, 0, 0].long(), counts, strict=True)
+    ]
+    assert [set(some) for some in members] == [{0, 2, 4}, {1, 5}] and [
+        len(some) for some in members
+    ] == [3, 2]
+    assert tasks.num_support == 2 and counts.tolist() == [
+        [True, True, True, False],
+        [True, False, True, False],
+    ]
     assert len(sets(heap(numbers), torch.arange(6), 4)) == 6  # nothing found, nothing to leave out
 
 
@@ -164,8 +181,12 @@ def test_a_piece_moves_on_as_the_whole_did() -> None:
     assert tasks.truth is not None and isinstance(pieces.initial, tuple)
     latents = {name: value.double() for name, value in tasks.truth.items()}
     initial = tuple(part.double() for part in pieces.initial)
-    torch.testing.assert_close(clocked.trajectories(latents, initial, tasks.times.double()).float(), tasks.values,
-                               rtol=0.0, atol=1e-4)
+    torch.testing.assert_close(
+        clocked.trajectories(latents, initial, tasks.times.double()).float(),
+        tasks.values,
+        rtol=0.0,
+        atol=1e-4,
+    )
 
 
 def test_ordinary_trajectories_begin_at_zero() -> None:

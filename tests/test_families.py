@@ -29,8 +29,13 @@ FAMILIES: dict[str, Callable[..., Family]] = {
 }
 INDEPENDENT = sorted(set(FAMILIES) - {"FullNormal"})
 WITH_KL = sorted(set(FAMILIES) - {"VonMises"})
-STOCK = {"Beta": dist.Beta, "Gamma": dist.Gamma, "LogNormal": dist.LogNormal, "Normal": dist.Normal,
-         "VonMises": dist.VonMises}
+STOCK = {
+    "Beta": dist.Beta,
+    "Gamma": dist.Gamma,
+    "LogNormal": dist.LogNormal,
+    "Normal": dist.Normal,
+    "VonMises": dist.VonMises,
+}
 N = 3
 
 every_family = pytest.mark.parametrize("name", sorted(FAMILIES))
@@ -104,8 +109,12 @@ def test_log_prob_is_the_exponential_form(name: str) -> None:
     natural = member(family, 5)
     stock = family.distribution(natural)
     z = stock.sample((4,))
-    expected = inner(family.statistics(z), natural) + total(family, family.log_base(z) - family.log_partition(natural))
-    torch.testing.assert_close(stock.log_prob(z), expected, rtol=tolerance(name), atol=tolerance(name))
+    expected = inner(family.statistics(z), natural) + total(
+        family, family.log_base(z) - family.log_partition(natural)
+    )
+    torch.testing.assert_close(
+        stock.log_prob(z), expected, rtol=tolerance(name), atol=tolerance(name)
+    )
 
 
 @every_family
@@ -114,7 +123,9 @@ def test_natural_undoes_distribution(name: str) -> None:
     natural = member(family, 2, 5)
     # no angle is quite uniform: its concentration stays above 1e-4
     atol = 1e-5 if name == "VonMises" else 1e-9
-    torch.testing.assert_close(family.natural(family.distribution(natural)), natural, rtol=1e-9, atol=atol)
+    torch.testing.assert_close(
+        family.natural(family.distribution(natural)), natural, rtol=1e-9, atol=atol
+    )
 
 
 @every_family
@@ -123,7 +134,11 @@ def test_adding_natural_parameters_multiplies_densities(name: str) -> None:
     prior, evidence = member(family), family.evidence(torch.randn(N, family.k))
     posterior = family.distribution(prior + evidence)
     z = posterior.sample((50,))
-    ratio = posterior.log_prob(z) - family.distribution(prior).log_prob(z) - inner(family.statistics(z), evidence)
+    ratio = (
+        posterior.log_prob(z)
+        - family.distribution(prior).log_prob(z)
+        - inner(family.statistics(z), evidence)
+    )
     torch.testing.assert_close(ratio, ratio[:1].expand(50), rtol=1e-6, atol=1e-6)
 
 
@@ -131,7 +146,10 @@ def test_adding_natural_parameters_multiplies_densities(name: str) -> None:
 def test_zero_increment_changes_nothing(name: str) -> None:
     family = FAMILIES[name](N)
     natural = member(family)
-    prior, same = family.distribution(natural), family.distribution(natural + torch.zeros(N, family.k))
+    prior, same = (
+        family.distribution(natural),
+        family.distribution(natural + torch.zeros(N, family.k)),
+    )
     z = prior.sample((10,))
     assert torch.equal(prior.log_prob(z), same.log_prob(z))
 
@@ -150,8 +168,12 @@ def test_two_pieces_of_evidence_commute(name: str) -> None:
 def test_torch_kl_is_the_bregman_divergence_of_log_partition(name: str) -> None:
     family = FAMILIES[name](N)
     p, q = member(family, 5), member(family, 5)
-    bregman = total(family, family.log_partition(q) - family.log_partition(p)) - inner(q - p, family.mean_statistics(p))
-    torch.testing.assert_close(kl_divergence(family.distribution(p), family.distribution(q)), bregman)
+    bregman = total(family, family.log_partition(q) - family.log_partition(p)) - inner(
+        q - p, family.mean_statistics(p)
+    )
+    torch.testing.assert_close(
+        kl_divergence(family.distribution(p), family.distribution(q)), bregman
+    )
 
 
 def test_von_mises_leaves_kl_to_sampling_and_registers_nothing() -> None:
@@ -185,7 +207,8 @@ def test_raw_numbers_shift_the_location_and_change_the_log_scale(name: str) -> N
 @settings(max_examples=50, deadline=None)
 @given(data=st.data())
 def test_any_raw_numbers_give_a_proper_member_with_finite_gradients(
-        name: str, dtype: torch.dtype, data: st.DataObject) -> None:
+    name: str, dtype: torch.dtype, data: st.DataObject
+) -> None:
     family = FAMILIES[name](N)
     raw = data.draw(raws(family, dtype)).requires_grad_()
     natural = family.from_raw(raw)
@@ -200,7 +223,9 @@ def test_any_raw_numbers_give_a_proper_member_with_finite_gradients(
 @every_family
 @settings(max_examples=50, deadline=None)
 @given(data=st.data())
-def test_any_evidence_keeps_any_member_proper(name: str, dtype: torch.dtype, data: st.DataObject) -> None:
+def test_any_evidence_keeps_any_member_proper(
+    name: str, dtype: torch.dtype, data: st.DataObject
+) -> None:
     family = FAMILIES[name](N)
     prior, raw = (data.draw(raws(family, dtype)) for _ in range(2))
     raw = raw.requires_grad_()
@@ -243,7 +268,9 @@ def test_weak_evidence_leaves_the_prior(name: str) -> None:
 @pytest.mark.parametrize("size", [2, 6, 20])
 @settings(max_examples=20, deadline=None)
 @given(data=st.data())
-def test_full_normals_of_any_size_stay_factorisable_in_float32(size: int, data: st.DataObject) -> None:
+def test_full_normals_of_any_size_stay_factorisable_in_float32(
+    size: int, data: st.DataObject
+) -> None:
     family = FullNormal(size)
     seed = data.draw(st.integers(0, 1000))
     generator = torch.Generator().manual_seed(seed)
@@ -269,7 +296,9 @@ def test_gaussian_undoes_from_gaussian(name: str) -> None:
 def test_gaussian_is_the_moments_of_unconstrained_samples(name: str) -> None:
     family = FAMILIES[name](N)
     mean, scale = torch.tensor([-0.5, 0.0, 1.0]), torch.tensor([0.1, 0.4, 0.8])
-    u = family.unconstrained(family.distribution(family.from_gaussian(mean, scale)).sample((100_000,)))
+    u = family.unconstrained(
+        family.distribution(family.from_gaussian(mean, scale)).sample((100_000,))
+    )
     centre, spread = circular(u) if name == "VonMises" else (u.mean(0), u.std(0))
     torch.testing.assert_close(centre, mean, rtol=0, atol=0.015)
     torch.testing.assert_close(spread, scale, rtol=0.02, atol=0)
@@ -323,7 +352,10 @@ def test_angles_wrap_to_the_half_open_circle() -> None:
 def test_uniform_angles_are_allowed_and_have_finite_gradients_in_float32() -> None:
     natural = torch.zeros(1, 2, dtype=torch.float32, requires_grad=True)
     stock = VonMises(1).distribution(natural)
-    loss = stock.log_prob(torch.tensor([0.3], dtype=torch.float32)) - VonMises(1).log_partition(natural).sum()
+    loss = (
+        stock.log_prob(torch.tensor([0.3], dtype=torch.float32))
+        - VonMises(1).log_partition(natural).sum()
+    )
     (gradient,) = torch.autograd.grad(loss, natural)
     assert gradient.isfinite().all()
 
@@ -341,8 +373,14 @@ def test_batch_dimensions_pass_through(name: str, batch: tuple[int, ...]) -> Non
     assert (stock.batch_shape, stock.event_shape) == (batch, (N,))
     assert stock.event_dim == family.event_dim == 1
     assert natural.shape == family.natural(stock).shape == (*batch, N, family.k)
-    assert family.statistics(stock.sample()).shape == family.evidence(natural).shape == natural.shape
-    assert family.log_partition(natural).shape == family.log_base(stock.sample()).shape == batch + components
+    assert (
+        family.statistics(stock.sample()).shape == family.evidence(natural).shape == natural.shape
+    )
+    assert (
+        family.log_partition(natural).shape
+        == family.log_base(stock.sample()).shape
+        == batch + components
+    )
     assert family.gaussian(natural)[0].shape == (*batch, N)
 
 
@@ -350,13 +388,20 @@ def test_batch_dimensions_pass_through(name: str, batch: tuple[int, ...]) -> Non
 def test_natural_reads_independent_expanded_and_plain_distributions(name: str) -> None:
     family, stock = FAMILIES[name](N), STOCK[name](torch.tensor(0.7), torch.tensor(1.3))
     one = family.natural(stock.expand((N,)))
-    for wrapped in (stock.expand((5, N)), stock.expand((5, N)).to_event(1), stock.expand((5, N)).to_event(2),
-                    stock.expand((N,)).to_event(1).expand((5,)), dist.ExpandedDistribution(stock, (5, N)).to_event(1)):
+    for wrapped in (
+        stock.expand((5, N)),
+        stock.expand((5, N)).to_event(1),
+        stock.expand((5, N)).to_event(2),
+        stock.expand((N,)).to_event(1).expand((5,)),
+        dist.ExpandedDistribution(stock, (5, N)).to_event(1),
+    ):
         torch.testing.assert_close(family.natural(wrapped), one.expand(5, N, 2))
 
 
 def test_natural_reads_torchs_own_distributions() -> None:
-    assert torch.equal(Gamma(1).natural(torch.distributions.Gamma(torch.ones(1), 2.0)), torch.tensor([[0.0, -2.0]]))
+    assert torch.equal(
+        Gamma(1).natural(torch.distributions.Gamma(torch.ones(1), 2.0)), torch.tensor([[0.0, -2.0]])
+    )
 
 
 @every_family
@@ -382,13 +427,18 @@ def test_full_normal_is_torchs_multivariate_normal() -> None:
     torch.testing.assert_close(family.distribution(natural).log_prob(z), stock.log_prob(z))
     torch.testing.assert_close(family.natural(stock), natural)
     torch.testing.assert_close(family.gaussian(natural)[1], stock.variance.sqrt())
-    torch.testing.assert_close(family.natural(dist.MultivariateNormal(mean[0], torch.eye(N)).expand((4,))),
-                               family.from_precision(mean[:1].expand(4, N), torch.eye(N)))
+    torch.testing.assert_close(
+        family.natural(dist.MultivariateNormal(mean[0], torch.eye(N)).expand((4,))),
+        family.from_precision(mean[:1].expand(4, N), torch.eye(N)),
+    )
 
 
 def test_diagonal_full_normal_is_normal() -> None:
     mean, scale, z = torch.randn(N), torch.rand(N) + 0.5, torch.randn(N)
-    full, diagonal = (family.distribution(family.from_gaussian(mean, scale)) for family in (FullNormal(N), Normal(N)))
+    full, diagonal = (
+        family.distribution(family.from_gaussian(mean, scale))
+        for family in (FullNormal(N), Normal(N))
+    )
     torch.testing.assert_close(full.log_prob(z), diagonal.log_prob(z))
 
 
@@ -396,20 +446,33 @@ def test_full_normal_update_is_the_kalman_update() -> None:
     family, design, noise = FullNormal(2), torch.tensor([[1.0, 2.0], [0.5, -1.0], [0.0, 1.0]]), 0.3
     truth = torch.tensor([0.4, -0.2])
     precision = design.T @ design / noise**2
-    natural = family.from_gaussian(torch.zeros(2), torch.ones(2)) + family.from_precision(truth, precision)
+    natural = family.from_gaussian(torch.zeros(2), torch.ones(2)) + family.from_precision(
+        truth, precision
+    )
     covariance = torch.eye(2) + 0.0
-    gain = covariance @ design.T @ torch.linalg.inv(design @ covariance @ design.T + noise**2 * torch.eye(3))
+    gain = (
+        covariance
+        @ design.T
+        @ torch.linalg.inv(design @ covariance @ design.T + noise**2 * torch.eye(3))
+    )
     mean, scale = family.gaussian(natural)
     torch.testing.assert_close(mean, gain @ design @ truth)
-    torch.testing.assert_close(scale, ((torch.eye(2) - gain @ design) @ covariance).diagonal().sqrt())
+    torch.testing.assert_close(
+        scale, ((torch.eye(2) - gain @ design) @ covariance).diagonal().sqrt()
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ names of terms
 
 
 BY_NAME: dict[str, Callable[[Tensor], Tensor]] = {
-    "z": lambda z: z, "z²": lambda z: z**2, "log z": lambda z: z.log(), "log² z": lambda z: z.log() ** 2,
-    "log(1 - z)": lambda z: (1 - z).log(), "cos z": lambda z: z.cos(), "sin z": lambda z: z.sin(),
+    "z": lambda z: z,
+    "z²": lambda z: z**2,
+    "log z": lambda z: z.log(),
+    "log² z": lambda z: z.log() ** 2,
+    "log(1 - z)": lambda z: (1 - z).log(),
+    "cos z": lambda z: z.cos(),
+    "sin z": lambda z: z.sin(),
 }
 
 
@@ -450,16 +513,21 @@ def test_a_family_is_factorised_where_its_density_is_a_product(name: str) -> Non
 # -------------------------------------------------------------------------------------------------------------- errors
 
 
-@pytest.mark.parametrize(("name", "bad", "condition"), [
-    ("Normal", [0.0, 0.1], r"λ\[..., 1\] < 0"),
-    ("LogNormal", [0.0, 0.0], r"λ\[..., 1\] < 0"),
-    ("Gamma", [-1.5, -1.0], r"λ\[..., 0\] > -1 and λ\[..., 1\] < 0"),
-    ("Gamma", [0.0, 1.0], r"λ\[..., 0\] > -1 and λ\[..., 1\] < 0"),
-    ("Beta", [0.0, -2.0], "λ > -1"),
-    ("VonMises", [math.nan, 0.0], "λ finite"),
-    ("FullNormal", [0.0, 0.5], "positive definite"),
-])
-def test_improper_natural_parameters_are_refused_by_name(name: str, bad: list[float], condition: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "bad", "condition"),
+    [
+        ("Normal", [0.0, 0.1], r"λ\[..., 1\] < 0"),
+        ("LogNormal", [0.0, 0.0], r"λ\[..., 1\] < 0"),
+        ("Gamma", [-1.5, -1.0], r"λ\[..., 0\] > -1 and λ\[..., 1\] < 0"),
+        ("Gamma", [0.0, 1.0], r"λ\[..., 0\] > -1 and λ\[..., 1\] < 0"),
+        ("Beta", [0.0, -2.0], "λ > -1"),
+        ("VonMises", [math.nan, 0.0], "λ finite"),
+        ("FullNormal", [0.0, 0.5], "positive definite"),
+    ],
+)
+def test_improper_natural_parameters_are_refused_by_name(
+    name: str, bad: list[float], condition: str
+) -> None:
     with pytest.raises(ValueError, match=f"proper {name}, .*{condition}"):
         FAMILIES[name](1).distribution(torch.tensor([bad]))
 
@@ -473,7 +541,10 @@ def test_improper_natural_parameters_pass_when_validation_is_off() -> None:
 def test_wrong_shapes_are_refused_with_the_right_one(name: str) -> None:
     family = FAMILIES[name](N)
     for method in (family.distribution, family.from_raw, family.evidence):
-        with pytest.raises(ValueError, match=rf"{name}\(3\) parameters of shape \(..., 3, {family.k}\); got \(2, 5\)"):
+        with pytest.raises(
+            ValueError,
+            match=rf"{name}\(3\) parameters of shape \(..., 3, {family.k}\); got \(2, 5\)",
+        ):
             method(torch.zeros(2, 5))
 
 
@@ -490,9 +561,13 @@ def test_components_and_scales_must_be_positive(name: str) -> None:
 def test_distributions_of_another_family_are_refused() -> None:
     with pytest.raises(TypeError, match="a distribution of Gamma's kind; got Normal"):
         Gamma(1).natural(dist.Normal(torch.zeros(1), 1.0).to_event(1))
-    with pytest.raises(ValueError, match=r"a distribution over \(..., 2\) for Normal\(2\); got \(3,\)"):
+    with pytest.raises(
+        ValueError, match=r"a distribution over \(..., 2\) for Normal\(2\); got \(3,\)"
+    ):
         Normal(2).natural(dist.Normal(torch.zeros(3), 1.0).to_event(1))
-    with pytest.raises(ValueError, match=r"a distribution over \(..., 2\) for Normal\(2\); got \(\)"):
+    with pytest.raises(
+        ValueError, match=r"a distribution over \(..., 2\) for Normal\(2\); got \(\)"
+    ):
         Normal(2).natural(dist.Normal(0.0, 1.0))
 
 

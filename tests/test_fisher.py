@@ -45,29 +45,46 @@ def guiding(families: dict[str, Family], points: Tensor) -> Program:
         with episode.plate:
             pieces = points.split([family.n for family in families.values()], -1)
             for (name, family), u in zip(families.items(), pieces, strict=True):
-                pyro.sample(name, family.distribution(family.from_gaussian(u, torch.full_like(u, 1e-6))))
+                pyro.sample(
+                    name, family.distribution(family.from_gaussian(u, torch.full_like(u, 1e-6)))
+                )
 
     return guide
 
 
-def observing(states: Callable[..., Tensor], families: dict[str, Family], noise: float = 0.1) -> Program:
+def observing(
+    states: Callable[..., Tensor], families: dict[str, Family], noise: float = 0.1
+) -> Program:
     """x = states(latents, times) + noise."""
 
     def program(episode: ph.Episode) -> None:
         tasks, shots = episode.shape
         with episode.plate:
-            raw = {name: torch.zeros(tasks, family.n, family.k).double() for name, family in families.items()}
-            z = {name: pyro.sample(name, family.distribution(family.from_raw(raw[name])))[..., None, None, :]
-                 for name, family in families.items()}
-            mean = states(**z, t=episode.times.unsqueeze(-1)) + torch.zeros(tasks, shots, len(episode.times), 1)
+            raw = {
+                name: torch.zeros(tasks, family.n, family.k).double()
+                for name, family in families.items()
+            }
+            z = {
+                name: pyro.sample(name, family.distribution(family.from_raw(raw[name])))[
+                    ..., None, None, :
+                ]
+                for name, family in families.items()
+            }
+            mean = states(**z, t=episode.times.unsqueeze(-1)) + torch.zeros(
+                tasks, shots, len(episode.times), 1
+            )
             pyro.sample("x", dist.Normal(mean, noise).to_event(3), obs=episode.query)
 
     return program
 
 
-def measured(states: Callable[..., Tensor], families: dict[str, Family], points: Tensor, noise: float = 0.1) -> Fisher:
+def measured(
+    states: Callable[..., Tensor], families: dict[str, Family], points: Tensor, noise: float = 0.1
+) -> Fisher:
     """Fisher information of such a program at points (task, latent), from three shots of each task."""
-    episode = ph.Episode(CLOCK, torch.zeros(len(points), 3, 9, 1).double(), (torch.zeros(len(points), 3).double(),))
+    episode = ph.Episode(
+        CLOCK, torch.zeros(len(points), 3, 9, 1).double(), (torch.zeros(len(points), 3).double(),)
+    )
     program = observing(states, families, noise)
     return fisher(program, guiding(families, points), episode, believed(families, points))
 
@@ -76,7 +93,7 @@ def population(tasks: int, n: int, seed: int = 0) -> Tensor:
     return torch.randn(tasks, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-# ---- against closed forms ------------------------------------------------------------------------------------------
+# ---- against closed forms ------------------------------------------------------------------------
 
 
 def line(inferred: bool) -> tuple[Fisher, Reading]:
@@ -97,13 +114,17 @@ def closed_form(inferred: bool) -> Array:
 
 
 @pytest.mark.parametrize("inferred", [False, True])
-def test_information_of_a_linear_model_is_in_closed_form_in_units_of_the_population(inferred: bool) -> None:
+def test_information_of_a_linear_model_is_in_closed_form_in_units_of_the_population(
+    inferred: bool,
+) -> None:
     found, reading = line(inferred)
     spread = np.sqrt(reading.coordinates()[0][0].numpy().var(0) + 1e-6)
     expected = closed_form(inferred) * np.outer(spread, spread)
     assert found.information.shape == (2, 25, 3, 3)
     assert np.abs(found.information.numpy() / expected - 1.0).max() < 1e-6
-    assert found.singular[1, 7].tolist() == pytest.approx(np.sqrt(np.linalg.eigvalsh(expected)).tolist(), rel=1e-6)
+    assert found.singular[1, 7].tolist() == pytest.approx(
+        np.sqrt(np.linalg.eigvalsh(expected)).tolist(), rel=1e-6
+    )
     weakest = np.linalg.eigh(expected)[1][:, 0] ** 2
     assert found.weakest.tolist() == pytest.approx(weakest.tolist(), rel=1e-4)
     assert found.weakest.sum() == pytest.approx(1.0)
@@ -129,13 +150,20 @@ def test_units_of_a_latent_do_not_matter() -> None:
     points, unit = population(20, 2), torch.tensor([50.0, 0.02]).double()
     singular = []
     for u in (torch.ones(2).double(), unit):
+
         def states(z: Tensor, t: Tensor, u: Tensor = u) -> Tensor:
             return z[..., :1] / u[0] * t + z[..., 1:] / u[1] * t**2
 
-        episode = ph.Episode(CLOCK, torch.zeros(20, 3, 9, 1).double(), (torch.zeros(20, 3).double(),))
+        episode = ph.Episode(
+            CLOCK, torch.zeros(20, 3, 9, 1).double(), (torch.zeros(20, 3).double(),)
+        )
         families: dict[str, Family] = {"z": Normal(2)}
         reading = believed(families, points * u, 1e-3 * u)
-        singular.append(fisher(observing(states, families), guiding(families, points * u), episode, reading).singular)
+        singular.append(
+            fisher(
+                observing(states, families), guiding(families, points * u), episode, reading
+            ).singular
+        )
     assert_close(*singular, rtol=1e-4, atol=0.0)
 
 
@@ -146,11 +174,17 @@ def test_masked_observations_say_nothing() -> None:
 
     def program(episode: ph.Episode) -> None:
         with episode.plate:
-            z = pyro.sample("z", dist.Normal(torch.zeros(6, 1).double(), 1.0).to_event(1))[..., None, None, :]
+            z = pyro.sample("z", dist.Normal(torch.zeros(6, 1).double(), 1.0).to_event(1))[
+                ..., None, None, :
+            ]
             mean = z * episode.times.unsqueeze(-1) + torch.zeros(6, 3, 9, 1)
-            pyro.sample("x", dist.Normal(mean, 0.1).mask(episode.mask).to_event(3), obs=episode.query)
+            pyro.sample(
+                "x", dist.Normal(mean, 0.1).mask(episode.mask).to_event(3), obs=episode.query
+            )
 
-    episode = ph.Episode(CLOCK, torch.zeros(6, 3, 9, 1).double(), (torch.zeros(6, 3).double(),), mask=mask)
+    episode = ph.Episode(
+        CLOCK, torch.zeros(6, 3, 9, 1).double(), (torch.zeros(6, 3).double(),), mask=mask
+    )
     found = fisher(program, guiding(families, points), episode, believed(families, points))
     spread = float(believed(families, points).spread()[1])
     expected = spread * np.sqrt(3.0 * float(CLOCK[:5].square().sum())) / 0.1
@@ -166,7 +200,7 @@ def test_the_program_is_posed_in_float64_with_next_to_no_prior_and_left_as_it_wa
     assert all(p.dtype == torch.float32 for p in model.parameters())
 
 
-# ---- three ways ----------------------------------------------------------------------------------------------------
+# ---- three ways ----------------------------------------------------------------------------------
 
 
 def judged(*arguments: object, **options: float) -> Check:
@@ -174,7 +208,11 @@ def judged(*arguments: object, **options: float) -> Check:
 
 
 def test_latents_that_move_the_observations_hold() -> None:
-    check = judged(lambda z, t: z[..., :1] * t + z[..., 1:] * torch.sin(3.0 * t), {"z": Normal(2)}, population(20, 2))
+    check = judged(
+        lambda z, t: z[..., :1] * t + z[..., 1:] * torch.sin(3.0 * t),
+        {"z": Normal(2)},
+        population(20, 2),
+    )
     assert check.status == "holds" and check.value > 3.0 and not check.remedy
     assert check.why.endswith("moves least, in standard deviations of the noise")
 
@@ -185,7 +223,9 @@ def test_a_product_of_two_latents_fails_and_both_are_named() -> None:
     check = judged(lambda a, b, c, t: a * b * t + c, families, points)
     assert check.status == "fails" and check.value < 1e-3
     assert check.why.startswith("1 of 3 directions moves no observation by the noise: ")
-    assert all(f"{name} (" in check.why for name in ("a", "b")) and "c" not in check.why.split(": ")[1]
+    assert (
+        all(f"{name} (" in check.why for name in ("a", "b")) and "c" not in check.why.split(": ")[1]
+    )
     assert "Fix or merge what only counts together" in check.remedy
 
 
@@ -196,7 +236,9 @@ def test_a_sum_of_two_latents_fails_and_both_are_named() -> None:
 
 
 def test_an_ignored_latent_fails_and_is_named() -> None:
-    check = judged(lambda z, t: z[..., :1] * t + z[..., 2:] * t**2, {"z": Normal(3)}, population(20, 3))
+    check = judged(
+        lambda z, t: z[..., :1] * t + z[..., 2:] * t**2, {"z": Normal(3)}, population(20, 3)
+    )
     assert check.status == "fails" and check.value < 1e-3
     assert check.why == "1 of 3 directions moves no observation by the noise: z[1]"
 
@@ -214,15 +256,23 @@ def test_a_latent_that_moves_about_as_much_as_the_noise_is_left_open() -> None:
 
 def test_where_systems_disagree_it_is_left_open() -> None:
     singular = torch.linspace(0.1, 20.0, 50, dtype=torch.float64).view(1, 50, 1)
-    check = judge_fisher(Fisher(["z"], torch.zeros(1, 50, 1), torch.zeros(1, 50, 1, 1), singular, torch.ones(1)))
+    check = judge_fisher(
+        Fisher(["z"], torch.zeros(1, 50, 1), torch.zeros(1, 50, 1, 1), singular, torch.ones(1))
+    )
     assert check.status == "undecided" and check.interval[0] < 1.5 and check.interval[1] > 18.0
 
 
 def test_a_run_too_steep_for_float64_does_not_hide_the_names() -> None:
     points = population(20, 2)
     points[0, 0] = 350.0  # exp(350) can be squared, its slope can't
-    check = judged(lambda z, t: (0.5 * z[..., :1] * t).exp() / 1e-4 + 0.0 * z[..., 1:], {"z": Normal(2)}, points)
-    assert check.why.startswith("1 of 2 directions moves no observation by the noise: z[1]") and "nan" not in str(check)
+    check = judged(
+        lambda z, t: (0.5 * z[..., :1] * t).exp() / 1e-4 + 0.0 * z[..., 1:],
+        {"z": Normal(2)},
+        points,
+    )
+    assert check.why.startswith(
+        "1 of 2 directions moves no observation by the noise: z[1]"
+    ) and "nan" not in str(check)
 
 
 def test_a_run_that_diverges_does_not_crash() -> None:

@@ -36,7 +36,9 @@ def posterior(episode: ph.Episode, noise: float = NOISE) -> Exact:
     """From support and query together, by the normal equations."""
     assert episode.support is not None
     sides = episode.support, episode
-    grown = torch.cat([side.query - side.initial[0][..., None, None] for side in sides], 1).squeeze(-1)
+    grown = torch.cat([side.query - side.initial[0][..., None, None] for side in sides], 1).squeeze(
+        -1
+    )
     weight = torch.cat([side.mask for side in sides], 1).squeeze(-1).double() / noise**2
     precision = torch.eye(3).double() + torch.einsum("tsn,ni,nj->tij", weight, DESIGN, DESIGN)
     pull = torch.einsum("tsn,ni,tsn->ti", weight, DESIGN, grown)
@@ -72,9 +74,14 @@ def test_errors_at_the_middle_of_the_exact_posterior_are_as_in_closed_form() -> 
 
 def test_the_exact_model_holds() -> None:
     check = judged(NOISE)
-    assert check.status == "holds" and check.value == pytest.approx(1.0, abs=0.15) and not check.remedy
+    assert (
+        check.status == "holds" and check.value == pytest.approx(1.0, abs=0.15) and not check.remedy
+    )
     assert check.interval[0] <= check.value <= check.interval[1]
-    assert "times the noise that the program claims" in check.why and "in the worst of 30 systems" in check.why
+    assert (
+        "times the noise that the program claims" in check.why
+        and "in the worst of 30 systems" in check.why
+    )
 
 
 def test_the_library_s_own_guide_does_as_well() -> None:
@@ -83,7 +90,9 @@ def test_the_library_s_own_guide_does_as_well() -> None:
     assert judge_fit(misfit(model, guide, EPISODE)).value == pytest.approx(1.0, abs=0.15)
 
 
-def test_latents_that_trade_off_against_each_other_do_not_count_against_a_factorised_guide() -> None:
+def test_latents_that_trade_off_against_each_other_do_not_count_against_a_factorised_guide() -> (
+    None
+):
     """Slope and bend are correlated by -0.99: independent draws of them would miss by twice the noise."""
     model = Line(ph.Linearised(10)).double()
     guide = ph.AmortizedGuide(model.prior, evidence=ph.Linearised(10)).double()
@@ -99,7 +108,9 @@ def test_a_noise_that_is_too_small_fails() -> None:
 
 def test_a_noise_that_is_too_large_is_to_be_learned() -> None:
     check = judged(1.2)
-    assert check.status != "holds" and check.value > 2.0 and check.remedy.startswith("Learn the noise")
+    assert (
+        check.status != "holds" and check.value > 2.0 and check.remedy.startswith("Learn the noise")
+    )
 
 
 def test_what_the_program_cannot_express_fails() -> None:
@@ -121,9 +132,13 @@ def test_the_typical_task_counts_not_the_worst() -> None:
     assert check.status == "holds" and "1e+03 times in the worst of 50 systems" in check.why
 
 
-@pytest.mark.parametrize(("error", "factor"), [(9.0, 3.0), (1 / 9.0, 3.0), (1.0, 1.0), (0.0, 1e12), (math.inf, 1e12)])
+@pytest.mark.parametrize(
+    ("error", "factor"), [(9.0, 3.0), (1 / 9.0, 3.0), (1.0, 1.0), (0.0, 1e12), (math.inf, 1e12)]
+)
 def test_too_large_and_too_small_are_told_by_the_same_factor(error: float, factor: float) -> None:
-    assert judge_fit(Misfit(torch.full((20,), error, dtype=torch.float64))).value == pytest.approx(factor)
+    assert judge_fit(Misfit(torch.full((20,), error, dtype=torch.float64))).value == pytest.approx(
+        factor
+    )
 
 
 def test_masked_observations_do_not_count_whatever_their_values() -> None:
@@ -154,19 +169,29 @@ def test_a_task_of_which_nothing_is_observed_is_left_out() -> None:
 def test_where_nothing_is_observed_nothing_is_judged() -> None:
     blind = replace(EPISODE, mask=torch.zeros_like(EPISODE.mask))
     check = judge_fit(misfit(MODEL, drawing(posterior(EPISODE)), blind))
-    assert check.status == "not checked" and check.why == "of no system is anything observed but its support"
+    assert (
+        check.status == "not checked"
+        and check.why == "of no system is anything observed but its support"
+    )
 
 
 def test_one_system_is_told_in_the_singular() -> None:
-    assert judge_fit(Misfit(torch.ones(1, dtype=torch.float64))).why.endswith("1 times in the worst of 1 system")
+    assert judge_fit(Misfit(torch.ones(1, dtype=torch.float64))).why.endswith(
+        "1 times in the worst of 1 system"
+    )
 
 
-# ---- programs that go wrong, and odd ones --------------------------------------------------------------------------
+# ---- programs that go wrong, and odd ones --------------------------------------------------------
 
 
-def growing(rate: Tensor) -> tuple[Callable[[ph.Episode], None], Callable[[ph.Episode], None], ph.Episode]:
+def growing(
+    rate: Tensor,
+) -> tuple[Callable[[ph.Episode], None], Callable[[ph.Episode], None], ph.Episode]:
     """y' = z y², from y = 1: infinite before the end where z is above 1; its guide is sure of z."""
-    times, start = torch.linspace(0.0, 1.0, 5, dtype=torch.float64), torch.ones(len(rate), 2, dtype=torch.float64)
+    times, start = (
+        torch.linspace(0.0, 1.0, 5, dtype=torch.float64),
+        torch.ones(len(rate), 2, dtype=torch.float64),
+    )
 
     def guide(episode: ph.Episode) -> None:
         with episode.plate:
@@ -175,10 +200,14 @@ def growing(rate: Tensor) -> tuple[Callable[[ph.Episode], None], Callable[[ph.Ep
     def model(episode: ph.Episode) -> None:
         with episode.plate:
             z = pyro.sample("z", dist.Normal(torch.zeros_like(rate).unsqueeze(-1), 1.0).to_event(1))
-            states = ph.solve(lambda t, y: (z * y[0] ** 2,), episode.initial, episode.times, substeps=40)
+            states = ph.solve(
+                lambda t, y: (z * y[0] ** 2,), episode.initial, episode.times, substeps=40
+            )
             pyro.sample("x", dist.Normal(states, 0.1).to_event(3), obs=episode.query)
 
-    query = 1.0 / (1.0 - rate.clamp(max=0.5).view(-1, 1, 1, 1) * times.view(-1, 1)) + torch.zeros(len(rate), 2, 5, 1)
+    query = 1.0 / (1.0 - rate.clamp(max=0.5).view(-1, 1, 1, 1) * times.view(-1, 1)) + torch.zeros(
+        len(rate), 2, 5, 1
+    )
     return model, guide, ph.Episode(times, query, (start,))
 
 
@@ -213,7 +242,10 @@ def test_an_observation_that_no_latent_moves_counts_like_any_other() -> None:
             pyro.sample("gauge", dist.Normal(fixed, 0.5).to_event(3), obs=torch.ones_like(fixed))
 
     found = posterior(EPISODE)
-    alone, both = (misfit(program, drawing(found), EPISODE, num_samples=500).error for program in (MODEL, model))
+    alone, both = (
+        misfit(program, drawing(found), EPISODE, num_samples=500).error
+        for program in (MODEL, model)
+    )
     assert_close(both, (20 * alone + 24 * 4.0) / 44, rtol=0.05, atol=0.0)
 
 

@@ -13,7 +13,11 @@ from pyro_hybrid.systems import ForcedPendulum
 
 def test_it_obeys_its_equation() -> None:
     system = ForcedPendulum()
-    z, (angle, _), t = latents(system, 4), starts(system, 4, 3), torch.tensor(1.7, dtype=torch.float64)
+    z, (angle, _), t = (
+        latents(system, 4),
+        starts(system, 4, 3),
+        torch.tensor(1.7, dtype=torch.float64),
+    )
     speed = torch.randn_like(angle)
     slope, turn = system.full(z)(t, (angle, speed))
     damping, amplitude, frequency = z["unknown"].unsqueeze(1).unbind(-1)
@@ -28,19 +32,28 @@ def test_the_push_is_in_units_of_gravity_and_the_drag_is_not() -> None:
     state, one, none = starts(system, 4, 3), torch.ones(4, 3), torch.zeros(4, 3)
 
     def turn(*force: torch.Tensor) -> torch.Tensor:
-        return system.known({"omega": z["omega"]}, lambda t, angle, speed: force)(torch.zeros(()), state)[1]
+        return system.known({"omega": z["omega"]}, lambda t, angle, speed: force)(
+            torch.zeros(()), state
+        )[1]
 
-    assert_close(turn(none, none), -z["omega"] ** 2 * state[0].sin())
+    assert_close(turn(none, none), -(z["omega"] ** 2) * state[0].sin())
     assert_close(turn(one, none) - turn(none, none), (z["omega"] ** 2).expand(4, 3))
     assert_close(turn(none, one) - turn(none, none), one.double())
 
 
 def test_its_settings_are_the_literature_s() -> None:
     system = ForcedPendulum()
-    assert system.ranges == {"omega": (0.785, 3.14), "damping": (0.0, 0.8), "amplitude": (0.0, 40.0),
-                             "frequency": (3.14, 6.28), "angle": (-1.57, 1.57)}
+    assert system.ranges == {
+        "omega": (0.785, 3.14),
+        "damping": (0.0, 0.8),
+        "amplitude": (0.0, 40.0),
+        "frequency": (3.14, 6.28),
+        "angle": (-1.57, 1.57),
+    }
     assert_close(system.times, 0.05 * torch.arange(50, dtype=torch.float64))
-    assert system.noise == (0.01,) and system.names == ("angle",) and system.unknown[-1] == "frequency"
+    assert (
+        system.noise == (0.01,) and system.names == ("angle",) and system.unknown[-1] == "frequency"
+    )
 
 
 def test_tasks_show_the_angle_alone_and_start_at_rest() -> None:
@@ -55,8 +68,11 @@ def test_simulation_steps_are_fine_enough_for_the_force() -> None:
     system = ForcedPendulum()
     z, y0 = latents(system, 60), starts(system, 60, 1)
     exact = ph.solve(system.full(z), y0, system.times, method="dopri8", rtol=1e-9, atol=1e-9)
-    error = [float((ph.solve(system.full(z), y0, system.times, substeps=n) - exact)[..., 0].abs().max()) / 0.01
-             for n in (1, 2, system.substeps)]
+    error = [
+        float((ph.solve(system.full(z), y0, system.times, substeps=n) - exact)[..., 0].abs().max())
+        / 0.01
+        for n in (1, 2, system.substeps)
+    ]
     assert error[0] > 0.2 and error[1] < 0.1 and error[2] < 0.01  # in units of the noise
     assert error[1] / error[2] > 12.0  # order four: 16 times
 
@@ -70,17 +86,26 @@ def test_the_force_is_called_with_sizes_that_the_system_says() -> None:
         seen.append([float(x.abs().max()) for x in inputs[1:]])
         return truth(*inputs)
 
-    ph.solve(system.known({"omega": z["omega"]}, force), starts(system, 60, 1), system.times, substeps=4)
+    ph.solve(
+        system.known({"omega": z["omega"]}, force), starts(system, 60, 1), system.times, substeps=4
+    )
     for most, size in zip(torch.tensor(seen).amax(0).tolist(), system.inputs[1:], strict=True):
         assert 0.3 * size < most < 3.0 * size
-    assert system.inputs[0] < 0.5 / system.ranges["frequency"][1]  # a fraction of the shortest period
+    assert (
+        system.inputs[0] < 0.5 / system.ranges["frequency"][1]
+    )  # a fraction of the shortest period
 
 
 def test_the_bound_is_that_of_finite_differences() -> None:
     system = ForcedPendulum()
     tasks = system.simulate(2, 2, seed=0)
     support = tasks.episode().support
-    assert_close(system.cramer_rao(support, tasks.truth), bound(system, support, tasks.truth), rtol=1e-3, atol=0.0)
+    assert_close(
+        system.cramer_rao(support, tasks.truth),
+        bound(system, support, tasks.truth),
+        rtol=1e-3,
+        atol=0.0,
+    )
 
 
 def test_one_sequence_says_as_much_as_was_published() -> None:
@@ -88,7 +113,9 @@ def test_one_sequence_says_as_much_as_was_published() -> None:
     system = ForcedPendulum()
     tasks = system.simulate(400, 2, seed=0)
     bounds = system.cramer_rao(tasks.episode().support, tasks.truth).sort(0).values[:396].mean(0)
-    spread = torch.tensor([(high - low) ** 2 / 12.0 for high, low in map(system.ranges.get, system.unknown)])
+    spread = torch.tensor(
+        [(high - low) ** 2 / 12.0 for high, low in map(system.ranges.get, system.unknown)]
+    )
     assert 1.5e-4 < bounds[0] < 8e-4
     assert ((1.0 - bounds[1:] / spread).sqrt() > torch.tensor([0.98, 0.993, 0.999])).all()
 
@@ -97,6 +124,13 @@ def test_one_sequence_says_as_much_as_was_published() -> None:
 def test_the_hybrid_model_runs_on_it(linear: bool) -> None:
     system = ForcedPendulum()
     model = ph.models.MetaHybridVAE(system, linear=linear, substeps=2)
-    fit = ph.meta_train(model, model.guide(), system.simulate(4, 4, seed=0), steps=2, batch_size=4,
-                        curriculum={0.0: None}, progress=False)
+    fit = ph.meta_train(
+        model,
+        model.guide(),
+        system.simulate(4, 4, seed=0),
+        steps=2,
+        batch_size=4,
+        curriculum={0.0: None},
+        progress=False,
+    )
     assert len(fit.loss) == 2 and all(torch.isfinite(torch.as_tensor(fit.loss)))

@@ -28,7 +28,9 @@ def encoder() -> ph.SetEncoder:
     return ph.SetEncoder(1, POINTS, 8, width=16)
 
 
-def pair(reading: str, *, inferred: bool = False, sites: dict | None = None) -> tuple[Line, ph.AmortizedGuide]:
+def pair(
+    reading: str, *, inferred: bool = False, sites: dict | None = None
+) -> tuple[Line, ph.AmortizedGuide]:
     torch.manual_seed(0)
     evidence = EVIDENCE if reading == "computed" else None
     model = Line(evidence, inferred=inferred, sites=sites).double()
@@ -38,17 +40,21 @@ def pair(reading: str, *, inferred: bool = False, sites: dict | None = None) -> 
 def divergence(guide: ph.AmortizedGuide, episode: ph.Episode) -> Tensor:
     naturals, p = guide.natural(episode), guide.prior(episode.support)
     sites = guide.prior.sites
-    return torch.stack([kl_divergence(sites[name].distribution(naturals[name]), p[name]) for name in p])
+    return torch.stack(
+        [kl_divergence(sites[name].distribution(naturals[name]), p[name]) for name in p]
+    )
 
 
-# ---- zero evidence -------------------------------------------------------------------------------------------------
+# ---- zero evidence -------------------------------------------------------------------------------
 
 
 def test_a_deaf_prior_needs_no_support_for_its_guide_to_read_by() -> None:
     model = Line(prior=ph.UnconditionalPrior(slope=Normal(1), bend=Normal(2))).double()
     guide = ph.AmortizedGuide(model.prior, evidence=EVIDENCE)
     episode = make_tasks(3, 4, num_support=2).episode()
-    alone, with_support = (guide.natural(replace(episode, support=s)) for s in (None, episode.support))
+    alone, with_support = (
+        guide.natural(replace(episode, support=s)) for s in (None, episode.support)
+    )
     assert all(torch.equal(alone[name], with_support[name]) for name in alone)
     assert ph.draws(model, guide, replace(episode, support=None), 7)["bend"].shape == (7, 3, 2)
 
@@ -73,13 +79,17 @@ def test_a_query_that_is_masked_entirely_adds_nothing() -> None:
 @READINGS
 def test_an_unconditional_prior_with_nothing_to_explain_is_matched_too(reading: str) -> None:
     prior = ph.UnconditionalPrior(omega=LogNormal(1), unknown=Normal(2)).double()
-    guide = ph.AmortizedGuide(prior, *((encoder(), None) if reading == "learned" else (None, EVIDENCE)))
+    guide = ph.AmortizedGuide(
+        prior, *((encoder(), None) if reading == "learned" else (None, EVIDENCE))
+    )
     assert (divergence(guide, make_tasks(3, 4).episode().simulation()) == 0.0).all()
 
 
 @READINGS
 @pytest.mark.parametrize("plates", [0, 1])
-def test_with_nothing_to_explain_the_guide_draws_latents_and_no_data(reading: str, plates: int) -> None:
+def test_with_nothing_to_explain_the_guide_draws_latents_and_no_data(
+    reading: str, plates: int
+) -> None:
     _, guide = pair(reading, inferred=True)
     with contextlib.ExitStack() as stack:
         if plates:
@@ -90,7 +100,7 @@ def test_with_nothing_to_explain_the_guide_draws_latents_and_no_data(reading: st
     assert values["slope"].shape == (5, 3, 1) if plates else (3, 1)
 
 
-# ---- computed evidence ---------------------------------------------------------------------------------------------
+# ---- computed evidence ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("inferred", [False, True])
@@ -99,7 +109,8 @@ def test_computed_evidence_gives_the_exact_marginals(inferred: bool) -> None:
     episode = make_tasks(4, 6, num_support=2, inferred=inferred).episode()
     naturals, truth = guide.natural(episode), exact(episode.support, episode, inferred=inferred)
     mean, scale = (
-        torch.cat(x, -1) for x in zip(*(guide.prior.sites[n].gaussian(v) for n, v in naturals.items()), strict=True)
+        torch.cat(x, -1)
+        for x in zip(*(guide.prior.sites[n].gaussian(v) for n, v in naturals.items()), strict=True)
     )
     assert_close(mean, truth.mean[:, :3], **CLOSE)
     assert_close(scale, truth.covariance.diagonal(dim1=-2, dim2=-1)[:, :3].sqrt(), **CLOSE)
@@ -120,7 +131,9 @@ def test_computed_standard_deviations_are_exact_and_shrink_as_shots_are_added(su
     everything = make_tasks(4, support + 20, num_support=support).episode()
     before = guide.prior(everything.support)["slope"].stddev
     for shots in (1, 2, 5, 20):
-        episode = replace(everything.pick(torch.arange(shots).expand(4, -1)), support=everything.support)
+        episode = replace(
+            everything.pick(torch.arange(shots).expand(4, -1)), support=everything.support
+        )
         scale = guide.prior.sites["slope"].distribution(guide.natural(episode)["slope"]).stddev
         expected = exact(episode.support, episode).covariance[:, :1, 0].sqrt()
         assert ((scale / expected - 1.0).abs() < 1e-3).all() and (scale < before).all()
@@ -143,14 +156,20 @@ def test_starts_are_drawn_from_their_exact_joint_posterior_with_the_tasks_latent
     with torch.no_grad(), pyro.plate("draw", 40_000, dim=-2):
         values = guide(episode)
     assert values["start"].shape == (40_000, 2, 3, 1)
-    joint = torch.cat([values["both"], values["start"].squeeze(-1)], -1)  # (draw, task, latents and starts)
+    joint = torch.cat(
+        [values["both"], values["start"].squeeze(-1)], -1
+    )  # (draw, task, latents and starts)
     # the support's starts are latents of its own, which the exact posterior has first
-    truth = exact(episode.support, episode, inferred=True, loc=(0.0, 0.0, 0.0), scale=(1.0, 1.0, 1.0))
+    truth = exact(
+        episode.support, episode, inferred=True, loc=(0.0, 0.0, 0.0), scale=(1.0, 1.0, 1.0)
+    )
     rows = torch.tensor([0, 1, 2, 4, 5, 6])
     for task in range(2):
         goal = truth.covariance[task][rows][:, rows]
         assert_close(joint[:, task].mean(0), truth.mean[task, rows], atol=0.01, rtol=0.0)
-        assert (torch.linalg.solve(goal, torch.cov(joint[:, task].T)) - torch.eye(6)).abs().max() < 0.15
+        assert (
+            torch.linalg.solve(goal, torch.cov(joint[:, task].T)) - torch.eye(6)
+        ).abs().max() < 0.15
 
 
 def test_several_latents_of_a_shot_are_drawn_jointly() -> None:
@@ -171,12 +190,22 @@ def test_several_latents_of_a_shot_are_drawn_jointly() -> None:
     torch.manual_seed(2)
     with torch.no_grad(), pyro.plate("draw", 40_000, dim=-2):
         values = guide(episode)
-    drawn = torch.cat([values["z"].squeeze(1), *(values[n][:, 0, :, 0] for n in "ab")], -1)  # z, a1, a2, b1, b2
-    t, one, nil = episode.times, torch.ones(POINTS, dtype=torch.float64), torch.zeros(POINTS, dtype=torch.float64)
-    design = torch.cat([torch.stack([one, one, nil, t, nil], -1), torch.stack([one, nil, one, nil, t], -1)])
+    drawn = torch.cat(
+        [values["z"].squeeze(1), *(values[n][:, 0, :, 0] for n in "ab")], -1
+    )  # z, a1, a2, b1, b2
+    t, one, nil = (
+        episode.times,
+        torch.ones(POINTS, dtype=torch.float64),
+        torch.zeros(POINTS, dtype=torch.float64),
+    )
+    design = torch.cat(
+        [torch.stack([one, one, nil, t, nil], -1), torch.stack([one, nil, one, nil, t], -1)]
+    )
     weight = torch.tensor([1.0, 1.0, 1.0, 0.25, 0.25], dtype=torch.float64)
     precision = torch.diag(weight) + design.T @ design / 0.25
-    right = weight * torch.tensor([0.0, 0.0, 0.0, 0.5, 0.5]) + design.T @ episode.query.flatten() / 0.25
+    right = (
+        weight * torch.tensor([0.0, 0.0, 0.0, 0.5, 0.5]) + design.T @ episode.query.flatten() / 0.25
+    )
     assert_close(drawn.mean(0), torch.linalg.solve(precision, right), atol=0.03, rtol=0.0)
     assert (precision @ torch.cov(drawn.T) - torch.eye(5)).abs().max() < 0.2
 
@@ -198,8 +227,13 @@ class Start(ph.Linearised):
 def test_computed_evidence_begins_where_the_encoder_points_and_ends_at_the_same_posterior() -> None:
     model, guide = pair("learned")
     episode = make_tasks(4, 6, num_support=2).episode()
-    pointed = torch.cat([model.prior.sites[name].gaussian(natural)[0]
-                         for name, natural in guide.natural(episode).items()], -1)
+    pointed = torch.cat(
+        [
+            model.prior.sites[name].gaussian(natural)[0]
+            for name, natural in guide.natural(episode).items()
+        ],
+        -1,
+    )
     guide.evidence = model.prior.evidence = Start(8)
     naturals = guide.natural(episode)
     reference = pair("computed")[1].natural(episode)
@@ -214,14 +248,16 @@ def test_computed_evidence_begins_where_the_encoder_points_and_ends_at_the_same_
     assert not any(value.requires_grad for value in guide(episode).values())
 
 
-# ---- the encoder alone ---------------------------------------------------------------------------------------------
+# ---- the encoder alone ---------------------------------------------------------------------------
 
 
 def test_a_learned_guide_is_the_priors_natural_parameters_plus_what_the_encoder_says() -> None:
     model, guide = pair("learned")
     episode = make_tasks(3, 4).episode()
     naturals, prior = guide.natural(episode), model.prior.natural(episode.support)
-    features = torch.cat([guide.encoder(episode.canonical), model.prior.encoder(episode.support.canonical)], -1)
+    features = torch.cat(
+        [guide.encoder(episode.canonical), model.prior.encoder(episode.support.canonical)], -1
+    )
     raw = dict(zip(prior, guide.head(features).split([2, 4], -1), strict=True))
     for name, family in model.prior.sites.items():
         evidence = family.evidence(raw[name].unflatten(-1, (family.n, 2)))
@@ -250,7 +286,9 @@ def test_a_learned_guide_leaves_the_starts_their_prior() -> None:
 def test_gradients_reach_every_parameter_of_a_learned_guide() -> None:
     _, guide = pair("learned")
     sum(value.sum() for value in guide(make_tasks(3, 4).episode()).values()).backward()
-    without = {name for name, p in guide.named_parameters() if p.grad is None or p.grad.abs().max() == 0}
+    without = {
+        name for name, p in guide.named_parameters() if p.grad is None or p.grad.abs().max() == 0
+    }
     assert without == {"prior.base"}  # the population is the model's business
 
 
@@ -279,7 +317,9 @@ def ratios(guide: ph.AmortizedGuide, support: int, query: int) -> tuple[Tensor, 
     double = tasks.episode()
     truth = exact(double.support, double, loc=(0.5,), scale=(2.0,), noise=2.0)
     with torch.no_grad():
-        q = guide.prior.sites["slope"].distribution(guide.natural(in_float32(tasks).episode())["slope"])
+        q = guide.prior.sites["slope"].distribution(
+            guide.natural(in_float32(tasks).episode())["slope"]
+        )
     expected = truth.covariance[:, 0, 0].sqrt()
     return q.stddev.squeeze(-1), expected, (q.mean.squeeze(-1) - truth.mean[:, 0]) / expected
 
@@ -294,14 +334,23 @@ def test_learned_standard_deviations_are_within_a_tenth_of_the_exact_ones(
     assert error.square().mean() < 0.3  # the mean is off by little, against the spread
 
 
-def test_learned_standard_deviations_shrink_as_shots_are_added(trained: tuple[Line, ph.AmortizedGuide]) -> None:
-    guide, shots = trained[1], in_float32(make_tasks(100, 9, seed=98, num_support=4, latents=1, noise=2.0)).episode()
+def test_learned_standard_deviations_shrink_as_shots_are_added(
+    trained: tuple[Line, ph.AmortizedGuide],
+) -> None:
+    guide, shots = (
+        trained[1],
+        in_float32(make_tasks(100, 9, seed=98, num_support=4, latents=1, noise=2.0)).episode(),
+    )
     scales = []
     with torch.no_grad():
         for size in (1, 2, 3, 4):
             support = shots.support.pick(torch.arange(size).expand(100, -1))
             scales.append(guide.prior(support)["slope"].stddev.squeeze(-1))
-        scales.append(guide.prior.sites["slope"].distribution(guide.natural(shots)["slope"]).stddev.squeeze(-1))
+        scales.append(
+            guide.prior.sites["slope"]
+            .distribution(guide.natural(shots)["slope"])
+            .stddev.squeeze(-1)
+        )
     for before, after in zip(scales, scales[1:], strict=False):
         assert (after < before).double().mean() > 0.95 and after.mean() < before.mean()
 
@@ -310,12 +359,14 @@ def test_the_learned_noise_is_the_true_one(trained: tuple[Line, ph.AmortizedGuid
     assert 1.9 < trained[0].noise.item() < 2.1
 
 
-# ---- as a Pyro guide -----------------------------------------------------------------------------------------------
+# ---- as a Pyro guide -----------------------------------------------------------------------------
 
 
 @READINGS
 @pytest.mark.parametrize("inferred", [False, True])
-def test_the_guide_samples_every_latent_of_the_program_and_nothing_else(reading: str, inferred: bool) -> None:
+def test_the_guide_samples_every_latent_of_the_program_and_nothing_else(
+    reading: str, inferred: bool
+) -> None:
     model, guide = pair(reading, inferred=inferred)
     episode = make_tasks(3, 4).episode()
     with pyro.plate("particles", 5, dim=-2):
@@ -336,9 +387,13 @@ def test_a_guide_is_pickier_than_its_prior_on_the_truth() -> None:
     episode = tasks.episode()
     truth = torch.cat(list(tasks.truth.values()), -1)
     q = TOGETHER["both"].distribution(guide.natural(episode)["both"])
-    assert q.log_prob(truth).mean() > guide.prior(episode.support)["both"].log_prob(truth).mean() + 0.5
+    assert (
+        q.log_prob(truth).mean() > guide.prior(episode.support)["both"].log_prob(truth).mean() + 0.5
+    )
 
 
 def test_a_guide_that_cannot_read_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"an encoder or evidence=ph\.Linearised\(\.\.\.\); got neither"):
+    with pytest.raises(
+        ValueError, match=r"an encoder or evidence=ph\.Linearised\(\.\.\.\); got neither"
+    ):
         ph.AmortizedGuide(Line().prior)

@@ -39,7 +39,9 @@ def episode_of(name: str = "pendulum", shots: int = 4) -> ph.Episode:
     return SYSTEMS[name]().simulate(3, shots, seed=0).episode()
 
 
-def factors(model: HybridVAE, episode: ph.Episode, values: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+def factors(
+    model: HybridVAE, episode: ph.Episode, values: dict[str, Tensor] | None = None
+) -> dict[str, Tensor]:
     """What each regulariser adds to the log density of each task, latents drawn from the guide or at ``values``."""
     torch.manual_seed(1)
     with ph.module.local_parameters():
@@ -53,35 +55,43 @@ def silent(residual: torch.nn.Module) -> None:
         torch.nn.init.zeros_(parameter)
 
 
-# ---- a program like the others -------------------------------------------------------------------------------------
+# ---- a program like the others -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(options) or "published")
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_it_keeps_every_contract(name: str, options: dict[str, Any]) -> None:
     model = model_of(name, **options)
-    lines = ph.check_hybrid_model(model, model.guide(), SYSTEMS[name]().simulate(2, 4, seed=0).episode())
+    lines = ph.check_hybrid_model(
+        model, model.guide(), SYSTEMS[name]().simulate(2, 4, seed=0).episode()
+    )
     assert len(lines) == 25 and not any("not checked" in line for line in lines)
 
 
 def test_negative_weights_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"expected weights and outside of 0 or more; got \(-1\.0, .*weight of 0"):
+    with pytest.raises(
+        ValueError, match=r"expected weights and outside of 0 or more; got \(-1\.0, .*weight of 0"
+    ):
         model_of(discrepancy=-1.0)
 
 
-# ---- the guide -----------------------------------------------------------------------------------------------------
+# ---- the guide -----------------------------------------------------------------------------------
 
 
 def evidence(model: HybridVAE, episode: ph.Episode) -> dict[str, Tensor]:
     before = model.prior.natural(None)
-    return {name: natural - before[name] for name, natural in model.guide().natural(episode).items()}
+    return {
+        name: natural - before[name] for name, natural in model.guide().natural(episode).items()
+    }
 
 
 NONE = dict.fromkeys(("omega", "diffusion", "unknown"), torch.zeros(1))
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return all(torch.allclose(value, other[name], rtol=1e-4, atol=1e-5) for name, value in one.items())
+    return all(
+        torch.allclose(value, other[name], rtol=1e-4, atol=1e-5) for name, value in one.items()
+    )
 
 
 def test_the_evidence_about_neural_latents_is_the_sum_of_that_of_single_trajectories() -> None:
@@ -111,12 +121,15 @@ def test_a_shot_of_which_nothing_counts_is_no_evidence() -> None:
     mask = torch.ones_like(episode.query, dtype=torch.bool)
     mask[:, 1] = False
     first = episode.pick(torch.zeros(3, 1, dtype=torch.long))
-    assert torch.allclose(evidence(model, replace(episode, mask=mask))["unknown"], evidence(model, first)["unknown"],
-                          rtol=1e-4)
+    assert torch.allclose(
+        evidence(model, replace(episode, mask=mask))["unknown"],
+        evidence(model, first)["unknown"],
+        rtol=1e-4,
+    )
     assert same(evidence(model, replace(episode, mask=mask & False)), NONE)
 
 
-# ---- regularisers --------------------------------------------------------------------------------------------------
+# ---- regularisers --------------------------------------------------------------------------------
 
 
 def test_regularisers_act_in_training_only() -> None:
@@ -133,7 +146,10 @@ def test_a_weight_weighs_its_own_regulariser_and_zero_leaves_it_out(name: str) -
     episode = episode_of()
     before = factors(model_of(), episode)
     twice = factors(model_of(**{name: 2.0 * getattr(model_of(), name)}), episode)
-    assert all(torch.allclose(twice[key], (2.0 if key == name else 1.0) * before[key]) for key in REGULARISERS)
+    assert all(
+        torch.allclose(twice[key], (2.0 if key == name else 1.0) * before[key])
+        for key in REGULARISERS
+    )
     assert factors(model_of(**{name: 0.0}), episode).keys() == REGULARISERS - {name}
 
 
@@ -159,15 +175,21 @@ def test_discrepancy_is_the_divergence_from_what_the_physics_alone_predicts(left
     full, noise = predicted(model, episode, values), model.noise.detach()
     silent(model.residual), silent(model.correction)
     bare = predicted(model, episode, values)
-    assert torch.allclose(-found, kl_divergence(Normal(full, noise), Normal(bare, noise)).sum((1, 2, 3)), rtol=1e-4)
+    assert torch.allclose(
+        -found, kl_divergence(Normal(full, noise), Normal(bare, noise)).sum((1, 2, 3)), rtol=1e-4
+    )
 
 
 def test_discrepancy_of_segments_is_measured_on_the_scale_of_whole_trajectories() -> None:
     model, episode = model_of(), episode_of()
     values = {name: value.detach() for name, value in model.guide()(episode).items()}
     pieces = episode.cut(1)
-    some = [factors(model, pieces.some(torch.arange(k, 10, 2)), values)["discrepancy"] for k in range(2)]
-    assert torch.allclose(0.5 * (some[0] + some[1]), factors(model, pieces, values)["discrepancy"], rtol=1e-4)
+    some = [
+        factors(model, pieces.some(torch.arange(k, 10, 2)), values)["discrepancy"] for k in range(2)
+    ]
+    assert torch.allclose(
+        0.5 * (some[0] + some[1]), factors(model, pieces, values)["discrepancy"], rtol=1e-4
+    )
 
 
 def test_nothing_is_left_to_unmix_where_the_physics_alone_made_the_data() -> None:
@@ -182,11 +204,18 @@ def test_nothing_is_left_to_unmix_where_the_physics_alone_made_the_data() -> Non
     assert (factors(model, episode, values | {"omega": omega + 0.5})["unmixing"] < -1e-3).all()
 
 
-def test_recovery_is_perfect_for_an_encoder_that_inverts_the_physics(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recovery_is_perfect_for_an_encoder_that_inverts_the_physics(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def by_energy(values: Tensor) -> dict[str, Tensor]:
         angle, speed = values.double().unbind(-1)
         gained, fallen = (0.5 * (x - x[..., :1]) for x in (speed.square(), 2.0 * angle.cos()))
-        return {"omega": 0.5 * ((gained * fallen).sum(-1, keepdim=True) / fallen.square().sum(-1, keepdim=True)).log()}
+        return {
+            "omega": 0.5
+            * (
+                (gained * fallen).sum(-1, keepdim=True) / fallen.square().sum(-1, keepdim=True)
+            ).log()
+        }
 
     model, episode = model_of(recovery=1.0), episode_of()
     assert (factors(model, episode)["recovery"] < -0.1).all()
@@ -195,7 +224,15 @@ def test_recovery_is_perfect_for_an_encoder_that_inverts_the_physics(monkeypatch
 
 
 LEARNING = {
-    "discrepancy": {"residual", "first", "second", "unmixer", "heads.unknown", "heads.omega", "base"},
+    "discrepancy": {
+        "residual",
+        "first",
+        "second",
+        "unmixer",
+        "heads.unknown",
+        "heads.omega",
+        "base",
+    },
     "unmixing": {"first", "unmixer", "heads.unknown", "base"},
     "recovery": {"second", "heads.omega"},
 }
@@ -211,7 +248,7 @@ def test_each_regulariser_trains_what_the_paper_says(name: str) -> None:
     assert all(any(part in key for part in LEARNING[name]) for key in moved), moved
 
 
-# ---- training ------------------------------------------------------------------------------------------------------
+# ---- training ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("num_support", [2, 3], ids=["of sets", "of one trajectory at a time"])
@@ -224,12 +261,16 @@ def test_a_short_training_lowers_the_loss_and_finds_the_physics(num_support: int
     fit = ph.meta_train(model, model.guide(), train, steps=60, batch_size=32, progress=False)
     assert sum(fit.loss[-10:]) < sum(fit.loss[:10]) and not fit.skipped
     found = ph.draws(model, model.guide(), held_out.episode(), 20)["omega"].mean(0)
-    assert torch.corrcoef(torch.cat([found, held_out.truth["omega"]], -1).T)[0, 1] > 0.6  # chance: 0.13
+    assert (
+        torch.corrcoef(torch.cat([found, held_out.truth["omega"]], -1).T)[0, 1] > 0.6
+    )  # chance: 0.13
 
 
 def test_model_and_guide_that_share_an_encoder_are_saved_and_loaded(tmp_path: Path) -> None:
     model, other = model_of(outside=1), model_of(outside=1, seed=1)
-    fit = ph.meta_train(model, model.guide(), SYSTEMS["pendulum"]().simulate(4, 4, seed=0), steps=2, progress=False)
+    fit = ph.meta_train(
+        model, model.guide(), SYSTEMS["pendulum"]().simulate(4, 4, seed=0), steps=2, progress=False
+    )
     fit.save(tmp_path / "fit", model, model.guide())
     assert ph.load(tmp_path / "fit", other, other.guide()).loss == fit.loss
     values = {name: value.detach() for name, value in model.guide()(episode_of()).items()}

@@ -39,20 +39,37 @@ def at(program: Program, episode: ph.Episode, reading: Reading) -> Fisher:
     """Fisher information at the points themselves."""
     points = reading.coordinates()[0][0]
     spread = reading.spread()[1]
-    scaled = information(posed(program, episode, reading, points), points) * spread * spread.unsqueeze(-1)
+    scaled = (
+        information(posed(program, episode, reading, points), points)
+        * spread
+        * spread.unsqueeze(-1)
+    )
     singular = torch.linalg.eigvalsh(scaled).clamp(min=0.0).sqrt()
-    return Fisher(reading.names, points[None], scaled[None], singular[None], torch.ones(points.shape[1]))
+    return Fisher(
+        reading.names, points[None], scaled[None], singular[None], torch.ones(points.shape[1])
+    )
 
 
-def hunt(states: Callable[..., Tensor], families: dict[str, Family], points: Tensor, noise: float = 0.05) -> Twins:
+def hunt(
+    states: Callable[..., Tensor], families: dict[str, Family], points: Tensor, noise: float = 0.05
+) -> Twins:
     """For twins of these points under x = states(latents, times) + noise."""
-    episode = ph.Episode(CLOCK, torch.zeros(len(points), 2, 9, 1).double(), (torch.zeros(len(points), 2).double(),))
+    episode = ph.Episode(
+        CLOCK, torch.zeros(len(points), 2, 9, 1).double(), (torch.zeros(len(points), 2).double(),)
+    )
 
     def program(episode: ph.Episode) -> None:
         with episode.plate:
-            raw = {name: torch.zeros(len(points), family.n, family.k).double() for name, family in families.items()}
-            z = {name: pyro.sample(name, family.distribution(family.from_raw(raw[name])))[..., None, None, :]
-                 for name, family in families.items()}
+            raw = {
+                name: torch.zeros(len(points), family.n, family.k).double()
+                for name, family in families.items()
+            }
+            z = {
+                name: pyro.sample(name, family.distribution(family.from_raw(raw[name])))[
+                    ..., None, None, :
+                ]
+                for name, family in families.items()
+            }
             mean = states(**z, t=episode.times.unsqueeze(-1)) + torch.zeros(len(points), 2, 9, 1)
             pyro.sample("x", dist.Normal(mean, noise).to_event(3), obs=episode.query)
 
@@ -70,7 +87,7 @@ def gaussian(tasks: int, n: int) -> Tensor:
     return torch.randn(tasks, n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
-# ---- what is there is found ----------------------------------------------------------------------------------------
+# ---- what is there is found ----------------------------------------------------------------------
 
 
 def test_of_a_square_the_twin_is_the_negative() -> None:
@@ -84,7 +101,9 @@ def test_of_a_square_the_twin_is_the_negative() -> None:
 
 
 def test_of_a_symmetric_function_the_twin_has_its_arguments_exchanged() -> None:
-    points = torch.stack([torch.linspace(-2.0, -1.0, 12), torch.linspace(2.0, 0.5, 12)], -1).double()
+    points = torch.stack(
+        [torch.linspace(-2.0, -1.0, 12), torch.linspace(2.0, 0.5, 12)], -1
+    ).double()
     families: dict[str, Family] = {"a": LogNormal(1), "b": LogNormal(1)}
     shifted = points * torch.where(torch.arange(12) % 2 == 0, 1.0, -1.0).unsqueeze(-1)
     found = hunt(lambda a, b, t: (-a * t).exp() + (-b * t).exp(), families, shifted)
@@ -94,7 +113,11 @@ def test_of_a_symmetric_function_the_twin_has_its_arguments_exchanged() -> None:
 
 def test_a_twin_that_is_no_mirror_image_is_found_from_elsewhere() -> None:
     """(z - 2)(z + 0.5) has the same value at 1.5 - z."""
-    points = torch.cat([torch.linspace(-1.0, -0.3, 10), torch.linspace(1.8, 2.5, 10)]).double().unsqueeze(-1)
+    points = (
+        torch.cat([torch.linspace(-1.0, -0.3, 10), torch.linspace(1.8, 2.5, 10)])
+        .double()
+        .unsqueeze(-1)
+    )
     found = hunt(lambda z, t: (z - 2.0) * (z + 0.5) * t, {"z": Normal(1)}, points)
     assert (found.second - (1.5 - points)).abs().max() < 1e-3
 
@@ -108,20 +131,25 @@ def test_only_the_latents_that_differ_are_told() -> None:
 
 @pytest.mark.parametrize("weight", [0.0, 1e-3], ids=["ignored", "hardly seen"])
 def test_a_latent_that_is_not_seen_has_a_twin_wherever_it_is_else(weight: float) -> None:
-    found = hunt(lambda z, t: z[..., :1] * t + weight * z[..., 1:] * t**2, {"z": Normal(2)}, gaussian(40, 2))
+    found = hunt(
+        lambda z, t: z[..., :1] * t + weight * z[..., 1:] * t**2, {"z": Normal(2)}, gaussian(40, 2)
+    )
     check = judge_twins(found)
     assert check.status == "fails" and check.value == 0.0 and (found.distance < 0.5).all()
     assert "(z[1] " in check.why and "z[0]" not in check.why
 
 
-# ---- what isn't there isn't claimed --------------------------------------------------------------------------------
+# ---- what isn't there isn't claimed --------------------------------------------------------------
 
 
-@pytest.mark.parametrize("states", [
-    lambda z, t: z * t,
-    lambda z, t: z.exp() * t,
-    lambda z, t: z * t + z**3 * t**2,
-])
+@pytest.mark.parametrize(
+    "states",
+    [
+        lambda z, t: z * t,
+        lambda z, t: z.exp() * t,
+        lambda z, t: z * t + z**3 * t**2,
+    ],
+)
 def test_a_monotone_map_has_no_twins(states: Callable[..., Tensor]) -> None:
     found = hunt(states, {"z": Normal(1)}, gaussian(40, 1))
     check = judge_twins(found)
@@ -139,13 +167,17 @@ def test_a_linear_program_with_latents_of_shots_has_no_twins() -> None:
 
 
 @pytest.mark.parametrize("held", [0, 8])
-def test_twins_are_found_past_latents_of_shots_moved_or_held(monkeypatch: pytest.MonkeyPatch, held: int) -> None:
+def test_twins_are_found_past_latents_of_shots_moved_or_held(
+    monkeypatch: pytest.MonkeyPatch, held: int
+) -> None:
     monkeypatch.setattr(module, "HELD", held)
     points = both_signs(10)
 
     def program(episode: ph.Episode) -> None:
         with episode.plate:
-            z = pyro.sample("z", dist.Normal(torch.zeros(10, 1).double(), 1.0).to_event(1))[..., None, None, :]
+            z = pyro.sample("z", dist.Normal(torch.zeros(10, 1).double(), 1.0).to_event(1))[
+                ..., None, None, :
+            ]
             start = pyro.sample("start", dist.Normal(episode.measured, 0.1).to_event(2))
             mean = start.unsqueeze(-2) + z**2 * episode.times.unsqueeze(-1)
             pyro.sample("x", dist.Normal(mean, 0.05).to_event(3), obs=episode.query)
@@ -161,20 +193,31 @@ def test_what_is_observed_does_not_matter_but_what_could_be() -> None:
 
     def program(episode: ph.Episode) -> None:
         with episode.plate:
-            z = pyro.sample("z", dist.Normal(torch.zeros(10, 1).double(), 1.0).to_event(1))[..., None, None, :]
+            z = pyro.sample("z", dist.Normal(torch.zeros(10, 1).double(), 1.0).to_event(1))[
+                ..., None, None, :
+            ]
             mean = z**2 * episode.times.unsqueeze(-1) + torch.zeros(10, 2, 9, 1)
-            pyro.sample("x", dist.Normal(mean, 0.05).mask(episode.mask).to_event(3), obs=episode.query)
+            pyro.sample(
+                "x", dist.Normal(mean, 0.05).mask(episode.mask).to_event(3), obs=episode.query
+            )
 
     episode = ph.Episode(CLOCK, torch.zeros(10, 2, 9, 1).double(), (torch.zeros(10, 2).double(),))
     other = replace(episode, query=torch.full_like(episode.query, 5.0))
     reading = believed(states, points)
-    one, two = (twins(program, e, reading, at(program, e, reading), progress=False) for e in (episode, other))
+    one, two = (
+        twins(program, e, reading, at(program, e, reading), progress=False)
+        for e in (episode, other)
+    )
     assert (one.second - two.second).abs().max() < 1e-6
 
 
 def test_what_is_nearer_than_a_spread_is_no_twin() -> None:
     """z² has its twin at -z, which is near where z is small compared with the spread."""
-    points = torch.cat([torch.linspace(0.01, 0.2, 10), torch.tensor([3.0, -3.0, 2.0, -2.0])]).double().unsqueeze(-1)
+    points = (
+        torch.cat([torch.linspace(0.01, 0.2, 10), torch.tensor([3.0, -3.0, 2.0, -2.0])])
+        .double()
+        .unsqueeze(-1)
+    )
     found = hunt(lambda z, t: z**2 * t, {"z": Normal(1)}, points)
     assert (found.distance[:10] > module.ALIKE).all() and (found.distance[10:] < module.ALIKE).all()
 
@@ -186,7 +229,7 @@ def test_what_is_far_from_all_systems_is_no_twin() -> None:
     assert judge_twins(found).status == "holds"
 
 
-# ---- the verdict ---------------------------------------------------------------------------------------------------
+# ---- the verdict ---------------------------------------------------------------------------------
 
 
 def pairs(distance: list[float]) -> Twins:
@@ -200,7 +243,9 @@ def judged(alike: int, tasks: int) -> Check:
     return judge_twins(pairs([0.1] * alike + [INF] * (tasks - alike)))
 
 
-@pytest.mark.parametrize(("alike", "tasks"), [(0, 10), (10, 10), (2, 10), (1, 40), (0, 1), (17, 40)])
+@pytest.mark.parametrize(
+    ("alike", "tasks"), [(0, 10), (10, 10), (2, 10), (1, 40), (0, 1), (17, 40)]
+)
 def test_the_interval_is_clopper_and_pearson_s(alike: int, tasks: int) -> None:
     expected = binomtest(tasks - alike, tasks).proportion_ci(0.95, method="exact")
     check = judged(alike, tasks)
@@ -213,10 +258,17 @@ def test_the_interval_of_ten_out_of_ten_is_the_textbook_s() -> None:
     assert judged(2, 10).interval == pytest.approx((0.4439, 0.9748), abs=1e-4)
 
 
-@pytest.mark.parametrize(("alike", "tasks", "status"), [
-    (0, 40, "holds"), (0, 20, "undecided"), (2, 40, "undecided"), (1, 1, "undecided"), (12, 40, "fails"),
-    (40, 40, "fails"),
-])
+@pytest.mark.parametrize(
+    ("alike", "tasks", "status"),
+    [
+        (0, 40, "holds"),
+        (0, 20, "undecided"),
+        (2, 40, "undecided"),
+        (1, 1, "undecided"),
+        (12, 40, "fails"),
+        (40, 40, "fails"),
+    ],
+)
 def test_few_systems_say_little_and_many_say_more(alike: int, tasks: int, status: str) -> None:
     assert judged(alike, tasks).status == status
 
@@ -224,8 +276,10 @@ def test_few_systems_say_little_and_many_say_more(alike: int, tasks: int, status
 def test_pairs_whose_trajectories_can_be_told_apart_are_reported_and_not_counted() -> None:
     check = judge_twins(pairs([INF] * 20 + [4.0, 7.0] + [INF] * 20))
     assert check.status == "holds"
-    assert check.why == ("in 12 hunts for each of 42 systems the closest pair was (z 20 and 22), whose trajectories "
-                         "differ by 4 standard deviations of the noise")
+    assert check.why == (
+        "in 12 hunts for each of 42 systems the closest pair was (z 20 and 22), whose trajectories "
+        "differ by 4 standard deviations of the noise"
+    )
 
 
 def test_one_system_with_a_twin_is_told_in_the_singular() -> None:
@@ -237,9 +291,15 @@ def test_where_nothing_was_found_it_says_so() -> None:
 
 
 def test_how_far_twins_are_apart_is_in_spreads_in_unconstrained_coordinates() -> None:
-    points = torch.cat([torch.linspace(-2.0, -1.0, 10), torch.linspace(1.0, 2.0, 10)]).double().unsqueeze(-1)
+    points = (
+        torch.cat([torch.linspace(-2.0, -1.0, 10), torch.linspace(1.0, 2.0, 10)])
+        .double()
+        .unsqueeze(-1)
+    )
     found = hunt(lambda z, t: z.log() ** 2 * t, {"z": LogNormal(1)}, points)
     spread = believed({"z": LogNormal(1)}, points).spread()[1]
     assert (found.apart + 2.0 * points / spread).abs().max() < 1e-3
-    assert (found.first - points.exp()).abs().max() < 1e-9  # the pair itself as the program knows it
+    assert (
+        found.first - points.exp()
+    ).abs().max() < 1e-9  # the pair itself as the program knows it
     assert (found.second * found.first - 1.0).abs().max() < 1e-3

@@ -26,7 +26,9 @@ FIVE = torch.linspace(0.0, 1.0, 5, dtype=torch.float64)
 def posterior(model: Line, episode: ph.Episode, iterations: int = 8) -> Belief:
     mean, precision = model.prior.gaussian(None)
     tasks = episode.shape[0]
-    problem = Problem(model, episode, model.prior.sites, mean.expand(tasks, -1), precision.expand(tasks, -1, -1))
+    problem = Problem(
+        model, episode, model.prior.sites, mean.expand(tasks, -1), precision.expand(tasks, -1, -1)
+    )
     return ph.Linearised(iterations)(problem, problem.mean)
 
 
@@ -50,7 +52,9 @@ def test_the_latents_of_shots_have_their_exact_marginals_and_conditionals() -> N
     belief, truth = posterior(line(inferred=True), episode), exact(episode, inferred=True)
     assert_close(belief.shot_mean.squeeze(-1), truth.mean[:, 3:], **CLOSE)
     gain = torch.linalg.solve(belief.shot_precision, belief.coupling)
-    marginal = torch.linalg.inv(belief.shot_precision) + gain @ belief.covariance.unsqueeze(1) @ gain.mT
+    marginal = (
+        torch.linalg.inv(belief.shot_precision) + gain @ belief.covariance.unsqueeze(1) @ gain.mT
+    )
     assert_close(marginal.flatten(1), truth.covariance.diagonal(dim1=-2, dim2=-1)[:, 3:], **CLOSE)
     elsewhere = belief.mean + 1.0
     across, within = truth.covariance[:, 3:, :3], truth.covariance[:, :3, :3]
@@ -80,9 +84,13 @@ def test_masked_observations_say_nothing_whatever_their_values(inferred: bool) -
 def test_with_everything_masked_the_posterior_is_the_prior() -> None:
     episode = make_tasks(2, 3, num_support=2).episode().support
     model = line()
-    belief = posterior(model, replace(episode, mask=torch.zeros_like(episode.query, dtype=torch.bool)))
+    belief = posterior(
+        model, replace(episode, mask=torch.zeros_like(episode.query, dtype=torch.bool))
+    )
     mean, precision = model.prior.gaussian(None)
-    assert torch.equal(belief.mean, mean.expand(2, -1)) and torch.equal(belief.precision, precision.expand(2, -1, -1))
+    assert torch.equal(belief.mean, mean.expand(2, -1)) and torch.equal(
+        belief.precision, precision.expand(2, -1, -1)
+    )
 
 
 def test_evidence_of_two_sets_of_shots_adds_up() -> None:
@@ -103,11 +111,14 @@ def test_evidence_of_two_sets_of_shots_adds_up() -> None:
 def test_every_observation_of_a_segmented_problem_counts_once() -> None:
     pieces = make_tasks(2, 4, num_support=3).episode().support.cut(2)
     assert pieces.shape == (2, 9)
-    grown = features(pieces.times) - features(pieces.times[:, :1])  # (shot, time, 3), from each segment's own start
+    grown = features(pieces.times) - features(
+        pieces.times[:, :1]
+    )  # (shot, time, 3), from each segment's own start
     counts = pieces.mask.squeeze(-1).double()
     assert (counts.unflatten(1, (3, 3)).sum((2, 3)) == len(TIMES) - 1).all()
     expected = (
-        torch.diag(torch.tensor([0.25, 1.0, 1.0])) + torch.einsum("ksi,ksj,tks->tij", grown, grown, counts) / NOISE**2
+        torch.diag(torch.tensor([0.25, 1.0, 1.0]))
+        + torch.einsum("ksi,ksj,tks->tij", grown, grown, counts) / NOISE**2
     )
     assert_close(posterior(line(), pieces).precision, expected, **CLOSE)
 
@@ -116,7 +127,9 @@ def test_segments_come_first_and_the_whole_trajectories_have_the_last_word() -> 
     episode = make_tasks(3, 4, num_support=3).episode().support
     model, truth = line(), exact(episode)
     mean, precision = (x.expand(3, *x.shape) for x in model.prior.gaussian(None))
-    belief = ph.Linearised(6, segments=(2, 2, 3))(Problem(model, episode, SEPARATE, mean, precision), mean)
+    belief = ph.Linearised(6, segments=(2, 2, 3))(
+        Problem(model, episode, SEPARATE, mean, precision), mean
+    )
     assert_close(belief.mean, truth.mean[:, :3], **CLOSE)
     assert_close(belief.covariance, truth.covariance[:, :3, :3], **CLOSE)
 
@@ -131,14 +144,18 @@ def test_a_program_is_run_out_of_sight_of_handlers_outside() -> None:
     assert_close(sites[0].scale, torch.full_like(sites[0].scale, NOISE), check_dtype=False)
 
 
-# ---- a nonlinear program, where steps can go wrong -----------------------------------------------------------------
+# ---- a nonlinear program, where steps can go wrong -----------------------------------------------
 
 
 def oscillation(episode: ph.Episode) -> None:
     """x = sin(rate t): many local optima, and Gauss-Newton steps that overshoot."""
     with episode.plate:
-        rate = pyro.sample("rate", dist.LogNormal(torch.zeros(1, dtype=torch.float64), 1.0).to_event(1))
-        mean = torch.sin(rate[..., None, :] * 5.0 * episode.times) * episode.initial[0].unsqueeze(-1)
+        rate = pyro.sample(
+            "rate", dist.LogNormal(torch.zeros(1, dtype=torch.float64), 1.0).to_event(1)
+        )
+        mean = torch.sin(rate[..., None, :] * 5.0 * episode.times) * episode.initial[0].unsqueeze(
+            -1
+        )
         pyro.sample("x", dist.Normal(mean.unsqueeze(-1), 0.05).to_event(3), obs=episode.query)
 
 
@@ -148,13 +165,19 @@ def swing(rate: Tensor) -> Problem:
     episode = ph.Episode(FIVE, query, (torch.ones(tasks, 2, dtype=torch.float64),))
     flat = torch.zeros(tasks, 1, dtype=torch.float64)
     return Problem(
-        oscillation, episode, {"rate": ph.families.LogNormal(1)}, flat, torch.ones(tasks, 1, 1, dtype=torch.float64)
+        oscillation,
+        episode,
+        {"rate": ph.families.LogNormal(1)},
+        flat,
+        torch.ones(tasks, 1, 1, dtype=torch.float64),
     )
 
 
 def cost(problem: Problem, task: Tensor) -> Tensor:
     shot = torch.zeros(problem.tasks, problem.episode.shape[1], 0, dtype=task.dtype)
-    return problem.errors(task[None], shot[None])[0].square().sum((1, 2)) + (task - problem.mean).square().sum(-1)
+    return problem.errors(task[None], shot[None])[0].square().sum((1, 2)) + (
+        task - problem.mean
+    ).square().sum(-1)
 
 
 @settings(max_examples=40, deadline=None)
@@ -178,8 +201,15 @@ def test_from_nearby_it_finds_the_truth_and_its_spread() -> None:
     belief = ph.Linearised(6)(problem, rate.log().unsqueeze(-1) + 0.05)
     found = problem.values(belief.mean)["rate"]
     assert (found.squeeze(-1) - rate).abs().max() < 0.02
-    derivative = rate.view(-1, 1) * 5.0 * FIVE * torch.cos(rate.view(-1, 1) * 5.0 * FIVE)  # by u = log rate
-    assert_close(belief.precision.flatten(), 1.0 + 2 * derivative.square().sum(1) / 0.05**2, rtol=0.03, atol=0.0)
+    derivative = (
+        rate.view(-1, 1) * 5.0 * FIVE * torch.cos(rate.view(-1, 1) * 5.0 * FIVE)
+    )  # by u = log rate
+    assert_close(
+        belief.precision.flatten(),
+        1.0 + 2 * derivative.square().sum(1) / 0.05**2,
+        rtol=0.03,
+        atol=0.0,
+    )
 
 
 def test_a_step_is_no_longer_than_its_reach() -> None:
@@ -194,14 +224,23 @@ def test_a_latent_of_large_units_is_as_near_as_any_other() -> None:
     # A neural latent has the units that training left it with: what is 70 in some is 0.7 in others.
     def proportional(episode: ph.Episode) -> None:
         with episode.plate:
-            z = pyro.sample("z", dist.Normal(torch.zeros(1, dtype=torch.float64), 100.0).to_event(1))
+            z = pyro.sample(
+                "z", dist.Normal(torch.zeros(1, dtype=torch.float64), 100.0).to_event(1)
+            )
             mean = (z * FIVE)[..., None, :, None]
             pyro.sample("x", dist.Normal(mean, 0.1).to_event(3), obs=episode.query)
 
     query = 70.0 * FIVE.view(1, 1, -1, 1)
-    episode, zero = ph.Episode(FIVE, query, (torch.zeros(1, 1, dtype=torch.float64),)), query.new_zeros(1, 1)
-    problem = Problem(proportional, episode, {"z": ph.families.Normal(1)}, zero, 1e-4 * query.new_ones(1, 1, 1))
-    assert_close(ph.Linearised(1, damping=0.0)(problem, zero).mean, zero + 70.0, rtol=1e-4, atol=0.0)
+    episode, zero = (
+        ph.Episode(FIVE, query, (torch.zeros(1, 1, dtype=torch.float64),)),
+        query.new_zeros(1, 1),
+    )
+    problem = Problem(
+        proportional, episode, {"z": ph.families.Normal(1)}, zero, 1e-4 * query.new_ones(1, 1, 1)
+    )
+    assert_close(
+        ph.Linearised(1, damping=0.0)(problem, zero).mean, zero + 70.0, rtol=1e-4, atol=0.0
+    )
 
 
 def runaway(episode: ph.Episode) -> None:
@@ -218,19 +257,34 @@ def runaway(episode: ph.Episode) -> None:
 
 def escape(z: list[float]) -> Problem:
     start = torch.ones(len(z), 2, dtype=torch.float64)
-    query = 1.0 / (1.0 - torch.tensor([0.3, 0.4, 0.5], dtype=torch.float64).view(-1, 1, 1, 1) * FIVE.view(-1, 1))
+    query = 1.0 / (
+        1.0
+        - torch.tensor([0.3, 0.4, 0.5], dtype=torch.float64).view(-1, 1, 1, 1) * FIVE.view(-1, 1)
+    )
     episode = ph.Episode(FIVE, query.expand(-1, 2, -1, -1).contiguous(), (start,))
     flat = torch.tensor(z, dtype=torch.float64).unsqueeze(-1)
-    return Problem(runaway, episode, {"z": ph.families.Normal(1)}, flat, torch.ones(len(z), 1, 1, dtype=torch.float64))
+    return Problem(
+        runaway,
+        episode,
+        {"z": ph.families.Normal(1)},
+        flat,
+        torch.ones(len(z), 1, 1, dtype=torch.float64),
+    )
 
 
 def test_a_task_that_diverges_stays_put_and_leaves_the_others_alone() -> None:
     fine, wild = escape([0.2, 0.2, 0.2]), escape([9.0, 0.2, 0.2])
     calm, storm = (ph.Linearised(4)(problem, problem.mean) for problem in (fine, wild))
-    assert not torch.isfinite(wild.errors(wild.mean[None], wild.mean.new_zeros(1, 3, 2, 0))[0, 0]).all()
-    assert torch.equal(calm.mean[1:], storm.mean[1:]) and torch.equal(calm.precision[1:], storm.precision[1:])
+    assert not torch.isfinite(
+        wild.errors(wild.mean[None], wild.mean.new_zeros(1, 3, 2, 0))[0, 0]
+    ).all()
+    assert torch.equal(calm.mean[1:], storm.mean[1:]) and torch.equal(
+        calm.precision[1:], storm.precision[1:]
+    )
     assert storm.mean[0] == 9.0 and torch.isfinite(storm.precision).all()
-    assert (calm.mean.flatten() - torch.tensor([0.3, 0.4, 0.5], dtype=torch.float64)).abs().max() < 0.02
+    assert (
+        calm.mean.flatten() - torch.tensor([0.3, 0.4, 0.5], dtype=torch.float64)
+    ).abs().max() < 0.02
 
 
 def test_a_step_into_divergence_is_taken_back() -> None:
@@ -240,29 +294,39 @@ def test_a_step_into_divergence_is_taken_back() -> None:
     assert torch.isfinite(belief.mean).all() and (belief.mean <= 0.99).all()
 
 
-# ---- Fisher information --------------------------------------------------------------------------------------------
+# ---- Fisher information --------------------------------------------------------------------------
 
 
 def line_problem(episode: ph.Episode, *, inferred: bool = False, precision: float = 1.0) -> Problem:
     model, tasks = line(inferred=inferred), episode.shape[0]
     weak = precision * torch.eye(3, dtype=torch.float64).expand(tasks, 3, 3)
-    return Problem(model, episode, model.prior.sites, torch.zeros(tasks, 3, dtype=torch.float64), weak)
+    return Problem(
+        model, episode, model.prior.sites, torch.zeros(tasks, 3, dtype=torch.float64), weak
+    )
 
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("inferred", [False, True])
-def test_information_is_that_of_least_squares_with_the_starts_eliminated_by_hand(inferred: bool, masked: bool) -> None:
-    mask = torch.rand(4, 4, 6, 1, generator=torch.Generator().manual_seed(1)) < (0.6 if masked else 2.0)
+def test_information_is_that_of_least_squares_with_the_starts_eliminated_by_hand(
+    inferred: bool, masked: bool
+) -> None:
+    mask = torch.rand(4, 4, 6, 1, generator=torch.Generator().manual_seed(1)) < (
+        0.6 if masked else 2.0
+    )
     mask[:, :, 0] = True
     episode = make_tasks(4, 4, num_support=3, inferred=inferred, mask=mask).episode().support
-    weight = torch.diag_embed(episode.mask.squeeze(-1).double()) / NOISE**2  # (task, shot, time, time)
+    weight = (
+        torch.diag_embed(episode.mask.squeeze(-1).double()) / NOISE**2
+    )  # (task, shot, time, time)
     if inferred:  # the Schur complement of each shot's start
         pull = weight.sum(-1, keepdim=True)
         weight = weight - pull @ pull.mT / (weight.sum((-2, -1), keepdim=True) + START_NOISE**-2)
     design = features(TIMES)
     expected = torch.einsum("ni,tsnm,mj->tij", design, weight, design)
     at = torch.randn(4, 3, dtype=torch.float64)
-    assert_close(information(line_problem(episode, inferred=inferred), at), expected, atol=1e-6, rtol=1e-6)
+    assert_close(
+        information(line_problem(episode, inferred=inferred), at), expected, atol=1e-6, rtol=1e-6
+    )
 
 
 def test_information_knows_nothing_of_the_prior_nor_of_the_values_observed() -> None:
@@ -285,8 +349,12 @@ def test_information_of_a_nonlinear_program_is_that_of_its_derivative_at_the_poi
 def test_latents_of_shots_are_eliminated_at_the_point_that_is_asked_for() -> None:
     def program(episode: ph.Episode) -> None:
         with episode.plate:
-            z = pyro.sample("z", dist.Normal(torch.zeros(2, 1, dtype=torch.float64), 1.0).to_event(1))
-            gain = pyro.sample("gain", dist.Normal(torch.ones(2, 3, 1, dtype=torch.float64), 1e-6).to_event(2))
+            z = pyro.sample(
+                "z", dist.Normal(torch.zeros(2, 1, dtype=torch.float64), 1.0).to_event(1)
+            )
+            gain = pyro.sample(
+                "gain", dist.Normal(torch.ones(2, 3, 1, dtype=torch.float64), 1e-6).to_event(2)
+            )
             mean = gain.unsqueeze(-1) * z[..., None, None, :] * episode.times.unsqueeze(-1)
             pyro.sample("x", dist.Normal(mean, 0.1).to_event(3), obs=episode.query)
 
@@ -294,7 +362,10 @@ def test_latents_of_shots_are_eliminated_at_the_point_that_is_asked_for() -> Non
     one = torch.ones(2, 1, dtype=torch.float64)
     problem = Problem(program, episode, {"z": ph.families.Normal(1)}, one, one.unsqueeze(-1))
     expected = 3.0 * float(FIVE.square().sum()) / 0.01
-    usual, doubled = information(problem, one), information(problem, one, torch.full((2, 3, 1), 2.0).double())
+    usual, doubled = (
+        information(problem, one),
+        information(problem, one, torch.full((2, 3, 1), 2.0).double()),
+    )
     assert_close(usual.flatten(), torch.full((2,), expected).double(), rtol=1e-5, atol=0.0)
     assert_close(doubled.flatten(), torch.full((2,), 4.0 * expected).double(), rtol=1e-5, atol=0.0)
 
@@ -305,7 +376,7 @@ def test_where_a_program_diverges_there_is_no_information() -> None:
     assert found[0] == 0.0 and (found[1:] > 0.0).all()
 
 
-# ---- one descent ---------------------------------------------------------------------------------------------------
+# ---- one descent ---------------------------------------------------------------------------------
 
 
 def cost_without_prior(problem: Problem, end: Point) -> Tensor:
@@ -349,16 +420,20 @@ def test_tasks_descend_each_for_itself() -> None:
     rate = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
     start = rate.log().unsqueeze(-1) + 0.3
     together = ph.Linearised().descend(swing(rate), start, 5)
-    alone = [ph.Linearised().descend(swing(rate[i : i + 1]), start[i : i + 1], 5).task for i in range(3)]
+    alone = [
+        ph.Linearised().descend(swing(rate[i : i + 1]), start[i : i + 1], 5).task for i in range(3)
+    ]
     assert_close(together.task, torch.cat(alone), rtol=1e-12, atol=1e-12)
 
 
-# ---- what it refuses -----------------------------------------------------------------------------------------------
+# ---- what it refuses -----------------------------------------------------------------------------
 
 
 def test_a_program_that_observes_nothing_is_refused_with_words() -> None:
     episode = make_tasks(2, 2).episode().support.simulation()
-    with pytest.raises(ValueError, match=r"expected a program that observes something.*obs=episode\.query"):
+    with pytest.raises(
+        ValueError, match=r"expected a program that observes something.*obs=episode\.query"
+    ):
         posterior(line(), episode)
 
 
@@ -372,10 +447,16 @@ def test_a_latent_of_an_odd_shape_is_refused_by_name(event: int) -> None:
             pyro.sample("x", dist.Normal(mean, 1.0).to_event(3), obs=episode.query)
 
     episode = make_tasks(2, 3, num_support=2).episode().support
-    with pytest.raises(ValueError, match=r"latent site 'odd' of shape \(task, shot, component\).*SupportPrior"):
-        Problem(program, episode, {"z": ph.families.Normal(1)}, torch.zeros(2, 1), torch.ones(2, 1, 1))
+    with pytest.raises(
+        ValueError, match=r"latent site 'odd' of shape \(task, shot, component\).*SupportPrior"
+    ):
+        Problem(
+            program, episode, {"z": ph.families.Normal(1)}, torch.zeros(2, 1), torch.ones(2, 1, 1)
+        )
 
 
 def test_no_iteration_at_all_is_refused() -> None:
-    with pytest.raises(ValueError, match="expected iterations of 1 or more; got 0. Leave evidence=None"):
+    with pytest.raises(
+        ValueError, match="expected iterations of 1 or more; got 0. Leave evidence=None"
+    ):
         ph.Linearised(0)

@@ -12,7 +12,9 @@ from pyro_hybrid.identifiability.mcc import _matrix
 
 
 def uniform(tasks: int, components: int, seed: int = 0) -> Tensor:
-    return torch.rand(tasks, components, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.rand(
+        tasks, components, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
 
 
 def rotation(angle: float) -> Tensor:
@@ -77,7 +79,9 @@ def test_a_true_component_that_no_estimate_can_partner_counts_as_zero() -> None:
     score = mcc(truth[:, [1]], truth)
     np.testing.assert_array_equal(score.assignment, [-1, 0])
     np.testing.assert_allclose(score.matched, [0.0, 1.0])
-    assert score.strong == score.score.pearson == pytest.approx(0.5) and score.weak == pytest.approx(0.5, abs=1e-3)
+    assert score.strong == score.score.pearson == pytest.approx(
+        0.5
+    ) and score.weak == pytest.approx(0.5, abs=1e-3)
     assert score.linear_r[0] < 0.1 and score.linear_r[1] == pytest.approx(1.0)
 
 
@@ -88,7 +92,7 @@ def test_a_duplicated_estimate_changes_neither_weak_nor_linear_score() -> None:
     np.testing.assert_allclose(score.linear_r, 1.0)
 
 
-# ---- both correlations ---------------------------------------------------------------------------------------------
+# ---- both correlations ---------------------------------------------------------------------------
 
 
 def test_both_correlations_are_there_and_method_chooses_strong_alone() -> None:
@@ -101,7 +105,7 @@ def test_both_correlations_are_there_and_method_chooses_strong_alone() -> None:
     np.testing.assert_array_equal(np.hstack(pearson.score), np.hstack(spearman.score))
 
 
-# ---- intervals -----------------------------------------------------------------------------------------------------
+# ---- intervals -----------------------------------------------------------------------------------
 
 
 def test_intervals_cover_what_all_tasks_would_give_nineteen_times_in_twenty() -> None:
@@ -121,7 +125,9 @@ def test_intervals_narrow_with_the_root_of_the_number_of_tasks() -> None:
         score = mcc(signal, signal + noise)
         return np.hstack(score.high) - np.hstack(score.low)
 
-    np.testing.assert_allclose(widths(250) / widths(4000), 4.0, rtol=0.5)  # a width from 200 resamples is off by 10%
+    np.testing.assert_allclose(
+        widths(250) / widths(4000), 4.0, rtol=0.5
+    )  # a width from 200 resamples is off by 10%
 
 
 def test_a_task_drawn_twice_does_not_leak_from_the_fit_into_the_score() -> None:
@@ -136,7 +142,7 @@ def test_intervals_of_noise_lie_around_its_score_and_not_above() -> None:
     assert middle == pytest.approx(score.score.pearson, abs=0.01)
 
 
-# ---- controls ------------------------------------------------------------------------------------------------------
+# ---- controls ------------------------------------------------------------------------------------
 
 
 def test_the_random_control_is_what_noise_scores_whatever_the_estimate() -> None:
@@ -164,7 +170,9 @@ def test_principal_components_of_data_that_contain_the_truth_find_it() -> None:
 
 def test_principal_components_of_mixed_data_are_linear_in_the_truth_only() -> None:
     truth = uniform(1000, 2)
-    control = mcc(truth, truth, data=(truth @ rotation(np.pi / 4).double()) * torch.tensor([2.0, 1.0])).pca
+    control = mcc(
+        truth, truth, data=(truth @ rotation(np.pi / 4).double()) * torch.tensor([2.0, 1.0])
+    ).pca
     assert control is not None and control.linear_r.min() > 0.999
     assert control.pearson == pytest.approx(np.cos(np.pi / 4), abs=0.03)
 
@@ -176,15 +184,20 @@ def test_principal_components_of_unrelated_data_know_nothing() -> None:
 
 def test_data_may_have_any_axes_after_the_task_and_fewer_numbers_than_estimates() -> None:
     truth, data = uniform(60, 3), uniform(60, 12, seed=1)
-    flat, shaped = mcc(truth, truth, data=data).pca, mcc(truth, truth, data=data.view(60, 2, 3, 2).numpy()).pca
+    flat, shaped = (
+        mcc(truth, truth, data=data).pca,
+        mcc(truth, truth, data=data.view(60, 2, 3, 2).numpy()).pca,
+    )
     assert flat is not None and shaped is not None
     np.testing.assert_array_equal(np.hstack(flat), np.hstack(shaped))
     single = mcc(truth, truth, data=truth[:, 0]).pca
-    assert single is not None and single.linear_r[0] == pytest.approx(1.0) and single.linear_r[1] < 0.3
+    assert (
+        single is not None and single.linear_r[0] == pytest.approx(1.0) and single.linear_r[1] < 0.3
+    )
     assert single.pearson < 0.5  # one principal component partners one latent of three
 
 
-# ---- the table, and what is asked of every function ----------------------------------------------------------------
+# ---- the table, and what is asked of every function ----------------------------------------------
 
 
 def test_the_score_prints_as_a_table_with_a_column_for_each_control() -> None:
@@ -194,17 +207,25 @@ def test_the_score_prints_as_a_table_with_a_column_for_each_control() -> None:
     assert [line[:18].strip() for line in lines[1:]] == [
         "strong (Pearson)", "strong (Spearman)", "weak", "linear R 0", "linear R 1"
     ]  # fmt: skip
-    assert lines[1].split()[2:6] == ["1.000", "1.000", "to", "1.000"] and len({len(line) for line in lines}) == 1
+    assert (
+        lines[1].split()[2:6] == ["1.000", "1.000", "to", "1.000"]
+        and len({len(line) for line in lines}) == 1
+    )
     assert "PCA" not in str(mcc(truth, truth)) and "random" in str(mcc(truth, truth))
 
 
 def test_numbers_repeat_for_tensors_and_arrays_and_leave_the_global_random_state_alone() -> None:
     estimate, truth = uniform(100, 3, seed=6).requires_grad_(), uniform(100, 2, seed=7)
     before, before_torch = str(np.random.get_state()), torch.get_rng_state()
-    first, second = mcc(estimate, truth, seed=3), mcc(estimate.detach().numpy(), truth.numpy(), seed=3)
+    first, second = (
+        mcc(estimate, truth, seed=3),
+        mcc(estimate.detach().numpy(), truth.numpy(), seed=3),
+    )
     assert first.assignment.tolist() == second.assignment.tolist() and str(first) == str(second)
     for name in ("score", "low", "high", "random"):
-        np.testing.assert_array_equal(np.hstack(getattr(first, name)), np.hstack(getattr(second, name)))
+        np.testing.assert_array_equal(
+            np.hstack(getattr(first, name)), np.hstack(getattr(second, name))
+        )
     assert mcc(estimate, truth, seed=4).weak != first.weak
     assert str(np.random.get_state()) == before and torch.equal(torch.get_rng_state(), before_torch)
 
@@ -239,7 +260,9 @@ def test_data_of_other_tasks_or_without_variation_are_refused() -> None:
 
 
 def test_rows_that_are_not_the_same_tasks_are_refused() -> None:
-    with pytest.raises(ValueError, match="one row a task in both estimate and truth; got 50 and 49 rows"):
+    with pytest.raises(
+        ValueError, match="one row a task in both estimate and truth; got 50 and 49 rows"
+    ):
         mcc(uniform(50, 2), uniform(49, 2))
 
 

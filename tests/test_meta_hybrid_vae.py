@@ -20,7 +20,9 @@ def test_the_true_force_of_a_field_overlaps_with_the_physics_along_its_trajector
     tasks = exactly(system, 20, 4, 0)
     model, episode = ph.models.MetaHybridVAE(system, correction=1.0), tasks.episode()
     physics, unknown = {"diffusion": tasks.truth["diffusion"]}, tasks.truth["unknown"]
-    monkeypatch.setattr(model, "force", lambda unknown: system.truth(unknown[..., None, None, :].squeeze(-1)))
+    monkeypatch.setattr(
+        model, "force", lambda unknown: system.truth(unknown[..., None, None, :].squeeze(-1))
+    )
     along = model.objections(physics, unknown, episode.times, episode.query)
     began = model.objections(physics, unknown, *model.places(episode, episode.query))
     assert (began.abs() < 1e-3 * along.abs().mean()).all() and (along > 0.0).all()
@@ -42,7 +44,7 @@ def test_others_are_judged_along_their_trajectories() -> None:
     assert times is episode.times and places is episode.query
 
 
-# ---- settled: what the neural force does in the physics' place counts as physics -------------------------------------
+# ---- settled: what the neural force does in the physics' place counts as physics -----------------
 
 
 def pushed(share: float) -> tuple[ph.models.MetaHybridVAE, ph.Tasks]:
@@ -59,9 +61,16 @@ def pushed(share: float) -> tuple[ph.models.MetaHybridVAE, ph.Tasks]:
 
 
 def trajectories(model: ph.models.MetaHybridVAE, tasks: ph.Tasks) -> Tensor:
-    episode, truth = tasks.shots(slice(None)), {name: value.double() for name, value in tasks.truth.items()}
-    return model.trajectories({"omega": truth["omega"]}, truth["unknown"], episode.measured.double(),
-                              episode.times.double())
+    episode, truth = (
+        tasks.shots(slice(None)),
+        {name: value.double() for name, value in tasks.truth.items()},
+    )
+    return model.trajectories(
+        {"omega": truth["omega"]},
+        truth["unknown"],
+        episode.measured.double(),
+        episode.times.double(),
+    )
 
 
 def test_once_settled_physics_latents_mean_what_they_say() -> None:
@@ -98,8 +107,12 @@ def test_fields_are_settled_where_they_began() -> None:
     tasks, model = system.simulate(3, 4, 0), ph.models.MetaHybridVAE(system)
     model.settle(tasks)
     assert torch.equal(model.samples, tasks.shots(slice(None)).measured.flatten(0, 1))
-    states = model.trajectories({"diffusion": torch.full((3, 1), 0.05)}, torch.zeros(3, 1),
-                                tasks.shots(slice(None)).measured, tasks.times)
+    states = model.trajectories(
+        {"diffusion": torch.full((3, 1), 0.05)},
+        torch.zeros(3, 1),
+        tasks.shots(slice(None)).measured,
+        tasks.times,
+    )
     assert states.shape == (3, 4, len(tasks.times), 6) and states.isfinite().all()
 
 
@@ -120,9 +133,13 @@ def test_copies_that_are_the_same_are_settled_once_and_gradients_stay() -> None:
     copies = (unknown + moved).requires_grad_()
     both = model.settled({"omega": omega.expand(4, -1, -1)}, copies)["omega"]
     for k in range(4):
-        assert torch.allclose(both[k], model.settled({"omega": omega}, copies[k])["omega"], rtol=1e-12)
-    alone, = torch.autograd.grad(model.settled({"omega": omega}, copies[2])["omega"].sum(), copies)
-    grad, = torch.autograd.grad(both[2].sum(), copies)
+        assert torch.allclose(
+            both[k], model.settled({"omega": omega}, copies[k])["omega"], rtol=1e-12
+        )
+    (alone,) = torch.autograd.grad(
+        model.settled({"omega": omega}, copies[2])["omega"].sum(), copies
+    )
+    (grad,) = torch.autograd.grad(both[2].sum(), copies)
     assert torch.allclose(grad[1:3].sum(0), alone[2], rtol=1e-9) and alone.abs().sum() > 0.0
 
 
@@ -132,7 +149,10 @@ def test_physics_latents_with_draws_are_settled_beside_neural_ones_without() -> 
     omega, unknown = tasks.truth["omega"].double(), tasks.truth["unknown"].double()
     draws = torch.stack([omega, 1.1 * omega])
     both = model.settled({"omega": draws}, unknown)["omega"]
-    assert all(torch.allclose(both[k], model.settled({"omega": draws[k]}, unknown)["omega"]) for k in range(2))
+    assert all(
+        torch.allclose(both[k], model.settled({"omega": draws[k]}, unknown)["omega"])
+        for k in range(2)
+    )
 
 
 def test_no_place_at_all_is_refused() -> None:

@@ -60,7 +60,9 @@ def judged(losses: Losses, at: Tensor, **options: Any) -> tuple[MetaParameters, 
 
 def optimum(losses: Losses, at: Tensor, steps: int = 200) -> Tensor:
     at = at.clone().requires_grad_()
-    optimizer = torch.optim.LBFGS([at], max_iter=steps, line_search_fn="strong_wolfe", tolerance_grad=1e-8)
+    optimizer = torch.optim.LBFGS(
+        [at], max_iter=steps, line_search_fn="strong_wolfe", tolerance_grad=1e-8
+    )
 
     def closure() -> Tensor:
         optimizer.zero_grad()
@@ -72,7 +74,7 @@ def optimum(losses: Losses, at: Tensor, steps: int = 200) -> Tensor:
     return at.detach()
 
 
-# ---- the usual statements, and why they are wrong ------------------------------------------------------------------
+# ---- the usual statements, and why they are wrong ------------------------------------------------
 
 
 def test_ten_identical_quadratics_have_one_optimum_though_their_scores_have_no_covariance() -> None:
@@ -81,7 +83,9 @@ def test_ten_identical_quadratics_have_one_optimum_though_their_scores_have_no_c
     assert numbers.score_rank == 0 and numbers.rank == 4
 
 
-def test_ten_lines_that_cancel_have_no_optimum_though_their_scores_covariance_has_full_rank() -> None:
+def test_ten_lines_that_cancel_have_no_optimum_though_their_scores_covariance_has_full_rank() -> (
+    None
+):
     slopes = normal(10, 4)
     slopes = slopes - slopes.mean(0)
     numbers, status, why = judged(lambda p: slopes @ p, CENTRE)
@@ -92,26 +96,40 @@ def test_ten_lines_that_cancel_have_no_optimum_though_their_scores_covariance_ha
 
 def test_three_quadratics_in_four_dimensions_have_one_optimum_though_none_alone_has() -> None:
     matrices = normal(3, 2, 4)
-    numbers, status, _ = judged(quadratics(matrices), CENTRE, residuals=lambda p: matrices @ (p - CENTRE))
+    numbers, status, _ = judged(
+        quadratics(matrices), CENTRE, residuals=lambda p: matrices @ (p - CENTRE)
+    )
     assert status == "holds"
-    assert numbers.tasks == 3 and numbers.rank == 4 and numbers.jacobian_rank == 4 and numbers.score_rank == 0
+    assert (
+        numbers.tasks == 3
+        and numbers.rank == 4
+        and numbers.jacobian_rank == 4
+        and numbers.score_rank == 0
+    )
     for matrix in matrices:
         alone, status, _ = judged(quadratics(matrix.unsqueeze(0)), CENTRE)
-        assert status == "fails" and alone.rank == alone.jacobian_rank == 2 and len(alone.directions) == 2
+        assert (
+            status == "fails"
+            and alone.rank == alone.jacobian_rank == 2
+            and len(alone.directions) == 2
+        )
 
 
 def test_the_mean_loss_is_not_injective_where_its_optimum_is_the_only_one() -> None:
     losses = quadratics(normal(5, 4, 4))
     numbers, status, _ = judged(losses, CENTRE)
-    moves = [numbers.eigenvectors[:, 0], -numbers.eigenvectors[:, 0],
-             numbers.eigenvectors[:, 3] * (numbers.eigenvalues[0] / numbers.eigenvalues[3]).sqrt()]
+    moves = [
+        numbers.eigenvectors[:, 0],
+        -numbers.eigenvectors[:, 0],
+        numbers.eigenvectors[:, 3] * (numbers.eigenvalues[0] / numbers.eigenvalues[3]).sqrt(),
+    ]
     values = torch.stack([losses(CENTRE + move).mean() for move in moves])
     assert status == "holds"
     assert_close(values, values[:1].expand(3))
     assert values[0] > losses(CENTRE).mean() + 0.01
 
 
-# ---- closed forms --------------------------------------------------------------------------------------------------
+# ---- closed forms --------------------------------------------------------------------------------
 
 
 def test_spectra_and_gain_of_quadratics_are_their_closed_forms() -> None:
@@ -125,13 +143,21 @@ def test_spectra_and_gain_of_quadratics_are_their_closed_forms() -> None:
     assert numbers.gain == pytest.approx(float(quadratics(matrices)(at).mean()), abs=1e-8)
     assert_close(numbers.singular_values, torch.linalg.svdvals(matrices.flatten(0, 1)) / 6**0.5)
     scores = hessians @ (at - CENTRE)
-    assert_close(numbers.score_eigenvalues, torch.linalg.eigvalsh(scores.T @ scores / 6).flip(0), atol=1e-8, rtol=0.0)
+    assert_close(
+        numbers.score_eigenvalues,
+        torch.linalg.eigvalsh(scores.T @ scores / 6).flip(0),
+        atol=1e-8,
+        rtol=0.0,
+    )
 
 
 def test_without_residuals_the_stacked_jacobian_is_that_of_the_gradients() -> None:
     matrices = normal(3, 2, 4)
     numbers = meta_parameters(quadratics(matrices), CENTRE)
-    assert_close(numbers.singular_values, torch.linalg.svdvals((matrices.mT @ matrices).flatten(0, 1)) / 3**0.5)
+    assert_close(
+        numbers.singular_values,
+        torch.linalg.svdvals((matrices.mT @ matrices).flatten(0, 1)) / 3**0.5,
+    )
 
 
 def test_the_order_of_tasks_does_not_matter() -> None:
@@ -149,7 +175,7 @@ def test_the_order_of_tasks_does_not_matter() -> None:
         assert_close(a, b, atol=1e-12, rtol=1e-9, msg=name)
 
 
-# ---- fails -------------------------------------------------------------------------------------------------------
+# ---- fails ---------------------------------------------------------------------------------------
 
 
 def test_two_parameters_seen_as_their_product_are_named() -> None:
@@ -160,7 +186,9 @@ def test_two_parameters_seen_as_their_product_are_named() -> None:
 
 @pytest.mark.parametrize("away", [1e-7, 1e-5, 1e-3, 1e-2])
 @pytest.mark.parametrize("a", [0.05, 1.0, 30.0])
-def test_a_flat_direction_is_found_from_beside_the_optimum_where_it_looks_curved(a: float, away: float) -> None:
+def test_a_flat_direction_is_found_from_beside_the_optimum_where_it_looks_curved(
+    a: float, away: float
+) -> None:
     at = double(a, 2.0 / a, 2.0) * (1.0 + away * double(1.0, -0.5, 0.7))
     numbers, status, _ = judged(products, at, names=AB)
     assert status == "fails" and "c" not in numbers.directions[0]
@@ -178,7 +206,11 @@ def test_a_chain_of_linear_layers_is_flat_in_as_many_directions_as_it_can_be_res
 
     names, start = {"first": (2, 2), "last": (2, 2)}, normal(8, seed=3)
     numbers, status, _ = judged(losses, optimum(losses, start), names=names, residuals=residuals)
-    assert status == "fails" and numbers.rank == numbers.jacobian_rank == 4 and len(numbers.directions) == 4
+    assert (
+        status == "fails"
+        and numbers.rank == numbers.jacobian_rank == 4
+        and len(numbers.directions) == 4
+    )
     assert all("first[" in direction and "last[" in direction for direction in numbers.directions)
     assert meta_parameters(losses, start, residuals=residuals).jacobian_rank == 4
 
@@ -186,29 +218,40 @@ def test_a_chain_of_linear_layers_is_flat_in_as_many_directions_as_it_can_be_res
 def test_a_dead_parameter_is_named_alone() -> None:
     numbers, status, _ = judged(quadratics(normal(5, 4, 2), CENTRE[:2]), CENTRE[:2])
     assert status == "holds" and numbers.rank == 2
-    numbers, status, _ = judged(lambda p: quadratics(normal(5, 4, 2), CENTRE[:2])(p[:2]), CENTRE[:3])
+    numbers, status, _ = judged(
+        lambda p: quadratics(normal(5, 4, 2), CENTRE[:2])(p[:2]), CENTRE[:3]
+    )
     assert status == "fails" and numbers.directions == ("parameter[2] (+1.00)",)
 
 
 @pytest.mark.parametrize("away", [0.0, 0.01])
 def test_a_saddle_falls_along_the_direction_that_is_named(away: float) -> None:
-    numbers, status, why = judged(lambda p: products(p) - 3.0 * (p[2] - 2.0) ** 2 + (p[0] - 1.0) ** 2,
-                                  double(1.0, 2.0, 2.0 + away), names=AB)
+    numbers, status, why = judged(
+        lambda p: products(p) - 3.0 * (p[2] - 2.0) ** 2 + (p[0] - 1.0) ** 2,
+        double(1.0, 2.0, 2.0 + away),
+        names=AB,
+    )
     assert status == "fails" and "falls along c" in why
     assert numbers.smallest < -0.1 and numbers.rank == 3
 
 
 def test_a_slope_without_curvature_falls_along_it() -> None:
-    numbers, status, why = judged(lambda p: (p[0] - TARGETS) ** 2 - 0.3 * p[1] + 0.4 * p[2], double(2.0, 1.0, 1.0))
+    numbers, status, why = judged(
+        lambda p: (p[0] - TARGETS) ** 2 - 0.3 * p[1] + 0.4 * p[2], double(2.0, 1.0, 1.0)
+    )
     assert status == "fails" and "falls along parameter[2] (-0.80), parameter[1] (+0.60)" in why
-    assert numbers.slope == pytest.approx(0.5) and numbers.rank == 1 and len(numbers.directions) == 2
+    assert (
+        numbers.slope == pytest.approx(0.5) and numbers.rank == 1 and len(numbers.directions) == 2
+    )
 
 
-# ---- undecided -----------------------------------------------------------------------------------------------------
+# ---- undecided -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "losses", [quadratics(normal(5, 4, 4)), lambda p: products(p[:3]) + p[3] ** 2], ids=["unique", "flat"]
+    "losses",
+    [quadratics(normal(5, 4, 4)), lambda p: products(p[:3]) + p[3] ** 2],
+    ids=["unique", "flat"],
 )
 def test_away_from_an_optimum_nothing_follows_and_it_says_so(losses: Losses) -> None:
     numbers, status, why = judged(losses, double(3.0, 3.0, 3.0, 3.0))
@@ -229,17 +272,24 @@ def test_a_quartic_optimum_has_no_curvature_but_no_way_out() -> None:
 
 
 def test_curvature_that_is_gone_where_newton_steps_lead_is_no_yes() -> None:
-    numbers, status, _ = judged(lambda p: torch.relu(p[0]) ** 4 + 0.0 * TARGETS, double(0.2))  # all below 0 is flat
+    numbers, status, _ = judged(
+        lambda p: torch.relu(p[0]) ** 4 + 0.0 * TARGETS, double(0.2)
+    )  # all below 0 is flat
     assert status == "undecided" and numbers.smallest > 0.9
 
 
 def test_curvature_without_margin_is_no_yes() -> None:
     for size, expected in ((1e-5, "holds"), (1e-8, "undecided"), (1e-11, "fails")):
-        assert judged(lambda p, s=size: (p[0] - TARGETS) ** 2 + s * p[1] ** 2, double(2.0, 0.0))[1] == expected
+        assert (
+            judged(lambda p, s=size: (p[0] - TARGETS) ** 2 + s * p[1] ** 2, double(2.0, 0.0))[1]
+            == expected
+        )
 
 
 @pytest.mark.parametrize("shift", [-0.02, 0.0, 0.02])
-def test_curvature_whose_sign_depends_on_the_weights_of_tasks_is_neither_a_yes_nor_a_no(shift: float) -> None:
+def test_curvature_whose_sign_depends_on_the_weights_of_tasks_is_neither_a_yes_nor_a_no(
+    shift: float,
+) -> None:
     signs = double(1.0, -1.0, 1.0, -1.0) + shift
     numbers, status, _ = judged(lambda p: p[0] ** 2 + signs * p[1] ** 2, double(0.0, 0.0))
     assert status == "undecided" and numbers.interval[0] < -0.1 and numbers.interval[1] > 0.1
@@ -259,7 +309,7 @@ def test_other_weights_of_tasks_are_judged_at_their_own_optimum() -> None:
     assert smallest(double(1.0, 2.0), weights) < 0.0 < smallest(double(1.0, 1.5), weights)
 
 
-# ---- restarts ------------------------------------------------------------------------------------------------------
+# ---- restarts ------------------------------------------------------------------------------------
 
 
 def test_restarts_that_agree_differ_by_nothing() -> None:
@@ -290,7 +340,7 @@ def test_a_flipped_tanh_unit_is_another_optimum_and_both_are_locally_unique() ->
     assert apart.difference == pytest.approx(2.0) and apart.gap > 10.0
 
 
-# ---- Pyro programs -------------------------------------------------------------------------------------------------
+# ---- Pyro programs -------------------------------------------------------------------------------
 
 
 class Drift(ph.HybridModel):
@@ -307,7 +357,9 @@ class Drift(ph.HybridModel):
         with episode.plate:
             z = torch.cat([pyro.sample(name, p[name]) for name in p], -1)
             grown = (features(episode.times) * z[..., None, None, :]).sum(-1)
-            mean = torch.stack(episode.initial, -1) + grown + self.left * self.right * episode.times**3
+            mean = (
+                torch.stack(episode.initial, -1) + grown + self.left * self.right * episode.times**3
+            )
             x = dist.Normal(mean.unsqueeze(-1), self.noise).mask(episode.mask)
             return pyro.sample("x", x.to_event(3), obs=episode.query)
 
@@ -331,7 +383,12 @@ def test_a_programs_redundant_parameters_are_named_and_one_of_them_alone_has_one
     both = weights_of(model, guide, EPISODE, ["left", "right", "noise"], particles=4)
     at = optimum(both.losses, both.at)
     numbers, status, why = measured(both, at)
-    assert status == "fails" and "left (" in why and "right (" in why and "noise" not in numbers.directions[0]
+    assert (
+        status == "fails"
+        and "left (" in why
+        and "right (" in why
+        and "noise" not in numbers.directions[0]
+    )
     assert re.search(r"with \d+ other parameter tensors of model and guide held fixed", why)
     with torch.no_grad():
         model.left.copy_(at[0]), model.right.copy_(at[1])
@@ -342,7 +399,9 @@ def test_a_programs_redundant_parameters_are_named_and_one_of_them_alone_has_one
 
 
 @pytest.mark.parametrize("evidence", [None, ph.Linearised(2)], ids=["learned", "computed"])
-def test_the_hessian_of_a_program_is_the_slope_of_its_gradient(evidence: ph.Linearised | None) -> None:
+def test_the_hessian_of_a_program_is_the_slope_of_its_gradient(
+    evidence: ph.Linearised | None,
+) -> None:
     weights = weights_of(*program(evidence), EPISODE)
     assert weights.names == {"left": (), "right": (), "noise": (), "prior.base": (6,)}
     numbers = meta_parameters(weights.losses, weights.at)
@@ -352,19 +411,29 @@ def test_the_hessian_of_a_program_is_the_slope_of_its_gradient(evidence: ph.Line
         return torch.autograd.grad(weights.losses(at).mean(), at)[0]
 
     moves = 1e-5 * torch.eye(9, dtype=torch.float64)[:3]
-    slopes = torch.stack([(gradient(weights.at + m) - gradient(weights.at - m)) / 2e-5 for m in moves])
+    slopes = torch.stack(
+        [(gradient(weights.at + m) - gradient(weights.at - m)) / 2e-5 for m in moves]
+    )
     assert_close(numbers.hessian[:3], slopes, atol=1e-4, rtol=1e-5)
 
 
 def test_a_programs_loss_is_its_elbo_and_neither_model_nor_random_state_are_touched() -> None:
     model, guide = program()
-    before, random = {k: v.clone() for k, v in model.state_dict().items()}, torch.random.get_rng_state()
+    before, random = (
+        {k: v.clone() for k, v in model.state_dict().items()},
+        torch.random.get_rng_state(),
+    )
     weights = weights_of(model, guide, EPISODE, seed=5)
     values = weights.losses(weights.at)
     assert torch.equal(weights.losses(weights.at), values)
     assert torch.equal(torch.random.get_rng_state(), random)
-    assert all(torch.equal(v, before[k]) and v.dtype == before[k].dtype for k, v in model.state_dict().items())
-    elbo = pyro.infer.TraceMeanField_ELBO(num_particles=10, vectorize_particles=True, max_plate_nesting=1)
+    assert all(
+        torch.equal(v, before[k]) and v.dtype == before[k].dtype
+        for k, v in model.state_dict().items()
+    )
+    elbo = pyro.infer.TraceMeanField_ELBO(
+        num_particles=10, vectorize_particles=True, max_plate_nesting=1
+    )
     model, guide = model.double(), guide.double()
     torch.manual_seed(5)
     svi = ph.SVI(model, guide, torch.optim.SGD(model.parameters(), 0.0), elbo)
@@ -378,8 +447,10 @@ def test_a_residual_inside_a_vector_field_has_second_derivatives() -> None:
     model = ph.models.MetaHybridVAE(pendulum, width=2).eval()
     episode = pendulum.simulate(2, 3, seed=0).episode()
     weights = weights_of(model, model.guide(), episode, ["residual"], particles=2)
-    assert set(weights.names) == {f"residual.{n}" for n in ("straight", "first.weight", "first.bias", "last.weight",
-                                                            "last.bias")}
+    assert set(weights.names) == {
+        f"residual.{n}"
+        for n in ("straight", "first.weight", "first.bias", "last.weight", "last.bias")
+    }
     numbers = meta_parameters(**weights._asdict())
     assert numbers.rank > 10 and judge_meta_parameters(numbers).status == "undecided"
 
@@ -389,7 +460,7 @@ def test_the_guides_parameters_can_be_named_too() -> None:
     assert list(weights.names) == ["noise", "guide.head.1.weight", "guide.head.1.bias"]
 
 
-# ---- messages ------------------------------------------------------------------------------------------------------
+# ---- messages ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -398,17 +469,44 @@ def test_the_guides_parameters_can_be_named_too() -> None:
         (products, torch.ones(3, dtype=torch.int64), {}, "expected at in float32 or float64"),
         (products, torch.ones(3, 1), {}, r"expected at of shape \(parameters,\); got \(3, 1\)"),
         (products, double(1.0, torch.nan, 1.0), {}, "expected finite at"),
-        (products, torch.ones(3), {"names": {"a": (2,)}}, "expected names of 3 parameters; got 2 by"),
+        (
+            products,
+            torch.ones(3),
+            {"names": {"a": (2,)}},
+            "expected names of 3 parameters; got 2 by",
+        ),
         (products, torch.ones(LARGEST + 1), {}, f"expected at most {LARGEST} parameters"),
-        (lambda p: products(p).mean(), torch.ones(3), {}, r"expected losses of shape \(tasks,\); got \(\)"),
+        (
+            lambda p: products(p).mean(),
+            torch.ones(3),
+            {},
+            r"expected losses of shape \(tasks,\); got \(\)",
+        ),
         (lambda p: products(p).log(), double(1.0, 1.0, 1.0), {}, "expected finite losses"),
         (lambda p: p[0] * TARGETS.float(), torch.ones(3), {}, "expected losses in float64"),
-        (lambda p: p[0] + torch.randn(3).double(), torch.ones(3), {}, "expected the same losses at the same point"),
-        (lambda p: (p * TARGETS).abs().sqrt(), double(0.0, 1.0, 1.0), {}, "expected finite second derivatives"),
-        (products, torch.ones(3), {"residuals": lambda p: p}, r"expected residuals of shape \(tasks, number\)"),
+        (
+            lambda p: p[0] + torch.randn(3).double(),
+            torch.ones(3),
+            {},
+            "expected the same losses at the same point",
+        ),
+        (
+            lambda p: (p * TARGETS).abs().sqrt(),
+            double(0.0, 1.0, 1.0),
+            {},
+            "expected finite second derivatives",
+        ),
+        (
+            products,
+            torch.ones(3),
+            {"residuals": lambda p: p},
+            r"expected residuals of shape \(tasks, number\)",
+        ),
     ],
 )
-def test_what_can_not_be_measured_is_refused(losses: Losses, at: Tensor, options: dict[str, Any], message: str) -> None:
+def test_what_can_not_be_measured_is_refused(
+    losses: Losses, at: Tensor, options: dict[str, Any], message: str
+) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         meta_parameters(losses, at, **options)
 
@@ -427,5 +525,7 @@ def test_programs_that_can_not_be_judged_are_refused() -> None:
     with pytest.raises(ValueError, match="expected a parameter or more"):
         weights_of(model, guide, EPISODE, [])
     model.large = torch.nn.Parameter(torch.zeros(LARGEST))
-    with pytest.raises(ValueError, match=f"expected at most {LARGEST} parameters.*'large'.*name some"):
+    with pytest.raises(
+        ValueError, match=f"expected at most {LARGEST} parameters.*'large'.*name some"
+    ):
         weights_of(model, guide, EPISODE)

@@ -18,7 +18,9 @@ both_forms = pytest.mark.parametrize("linear", [True, False], ids=["linear", "fr
 
 
 def residual(linear: bool, outputs: int = 1, depth: int = 2, periodic: bool = False) -> ph.Residual:
-    term = ph.Residual(INPUTS, LATENTS, outputs, linear, width=5, depth=depth, scale=SCALE, periodic=periodic).double()
+    term = ph.Residual(
+        INPUTS, LATENTS, outputs, linear, width=5, depth=depth, scale=SCALE, periodic=periodic
+    ).double()
     with torch.no_grad():
         for parameter in term.parameters():
             parameter.copy_(torch.randn_like(parameter))
@@ -46,7 +48,9 @@ def naively(term: ph.Residual, z: Tensor, *inputs: Tensor) -> Tensor:
     shape = torch.broadcast_shapes(z.shape[:-1], *(x.shape for x in inputs))
     z, inputs = z.expand(*shape, -1), [x.expand(shape) for x in inputs]
     places = [tuple(place) for place in torch.ones(shape).nonzero().tolist()]
-    return torch.stack([naive(term, z[i], *(x[i] for x in inputs)) for i in places]).view(*shape, term.outputs)
+    return torch.stack([naive(term, z[i], *(x[i] for x in inputs)) for i in places]).view(
+        *shape, term.outputs
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ Residual
@@ -56,7 +60,12 @@ def naively(term: ph.Residual, z: Tensor, *inputs: Tensor) -> Tensor:
 @pytest.mark.parametrize("depth", [1, 2, 4])
 @pytest.mark.parametrize("periodic", [False, True])
 def test_the_residual_is_the_documented_formula(linear: bool, depth: int, periodic: bool) -> None:
-    term, z, x, y = residual(linear, depth=depth, periodic=periodic), normal(4, 1, LATENTS), normal(4, 3), normal(4, 3)
+    term, z, x, y = (
+        residual(linear, depth=depth, periodic=periodic),
+        normal(4, 1, LATENTS),
+        normal(4, 3),
+        normal(4, 3),
+    )
     pushed = term.given(z)(x, y)
     assert pushed.shape == (4, 3)
     assert_close(pushed, naively(term, z, x, y).squeeze(-1), **EXACT)
@@ -89,13 +98,21 @@ BATCHES = {
 @pytest.mark.parametrize("case", BATCHES)
 def test_latents_and_inputs_broadcast(case: str, linear: bool) -> None:
     (of_latents, of_inputs), term = BATCHES[case], residual(linear, outputs=2)
-    z, x, y = normal(*of_latents, LATENTS), normal(*of_inputs), torch.tensor(0.3, dtype=torch.float64)
+    z, x, y = (
+        normal(*of_latents, LATENTS),
+        normal(*of_inputs),
+        torch.tensor(0.3, dtype=torch.float64),
+    )
     assert_close(torch.stack(term.given(z)(x, y), -1), naively(term, z, x, y), **EXACT)
 
 
 def test_a_linear_residual_is_linear_in_its_latents() -> None:
     term, x, y = residual(linear=True), normal(4, 3), normal(4, 3)
-    z, more, nothing = normal(4, 1, LATENTS), normal(4, 1, LATENTS), torch.zeros(4, 1, LATENTS, dtype=torch.float64)
+    z, more, nothing = (
+        normal(4, 1, LATENTS),
+        normal(4, 1, LATENTS),
+        torch.zeros(4, 1, LATENTS, dtype=torch.float64),
+    )
 
     def part(latents: Tensor) -> Tensor:
         return term.given(latents)(x, y) - term.given(nothing)(x, y)
@@ -135,7 +152,10 @@ def test_gradients_in_float32_are_those_of_the_documented_formula(
         for parameter in exact.parameters():
             parameter.copy_(parameter.float())
     term.load_state_dict(exact.state_dict())
-    z, x, y = (v.float().requires_grad_() for v in (normal(*particles, 4, 1, LATENTS), normal(4, 3), normal(4, 3)))
+    z, x, y = (
+        v.float().requires_grad_()
+        for v in (normal(*particles, 4, 1, LATENTS), normal(4, 3), normal(4, 3))
+    )
     pushed = torch.stack(term.given(z)(x, y), -1)
     truth = naively(exact, *(v.double() for v in (z, x, y)))
     weights = normal(*truth.shape).float()
@@ -170,11 +190,17 @@ def test_two_residuals_share_nothing() -> None:
 
 
 BAD_RESIDUALS = {
-    "no inputs": ({"inputs": 0}, r"width and depth of 1 or more; got \(0, 3, 1, 32, 2\). Where nothing is unknown"),
+    "no inputs": (
+        {"inputs": 0},
+        r"width and depth of 1 or more; got \(0, 3, 1, 32, 2\). Where nothing is unknown",
+    ),
     "no latents": ({"latents": 0}, r"width and depth of 1 or more; got \(2, 0, 1, 32, 2\)"),
     "no outputs": ({"outputs": 0}, r"width and depth of 1 or more; got \(2, 3, 0, 32, 2\)"),
     "no hidden layer": ({"depth": 0}, r"width and depth of 1 or more; got \(2, 3, 1, 32, 0\)"),
-    "a scale too few": ({"scale": (1.0,)}, r"2 positive scales; got \(1.0,\). Give the rough size of each input"),
+    "a scale too few": (
+        {"scale": (1.0,)},
+        r"2 positive scales; got \(1.0,\). Give the rough size of each input",
+    ),
     "a scale of nothing": ({"scale": (1.0, 0.0)}, r"2 positive scales; got \(1.0, 0.0\)"),
 }
 
@@ -188,7 +214,9 @@ def test_a_residual_that_makes_no_sense_is_refused_with_words(case: str) -> None
 
 def test_a_residual_called_otherwise_than_built_is_refused_with_words() -> None:
     term = residual(linear=True)
-    with pytest.raises(ValueError, match=r"3 latents in the last axis; got \(4, 1, 2\). Build the Residual with"):
+    with pytest.raises(
+        ValueError, match=r"3 latents in the last axis; got \(4, 1, 2\). Build the Residual with"
+    ):
         term.given(normal(4, 1, 2))
     with pytest.raises(ValueError, match="2 inputs; got 1. Call the term as it was built"):
         term.given(normal(4, 1, LATENTS))(normal(4, 3))
@@ -202,16 +230,22 @@ def test_overlap_is_the_documented_quotient_of_pairs_of_samples() -> None:
     expected = torch.zeros(2, 4, dtype=torch.float64)
     for tangent in tangents:
         products = (correction * tangent).sum(-1)
-        pairs = torch.stack([products[..., i] * products[..., j] for i in range(7) for j in range(7) if i != j])
+        pairs = torch.stack(
+            [products[..., i] * products[..., j] for i in range(7) for j in range(7) if i != j]
+        )
         expected += pairs.mean(0) / tangent.square().sum(-1).mean(-1)
     assert_close(overlap(correction, tangents), expected, **EXACT)
 
 
 def test_overlap_of_what_the_physics_could_do_is_its_size_and_of_anything_else_zero() -> None:
     tangent, other = normal(2000, 50, 1).sign(), normal(2000, 50, 1)
-    assert_close(overlap(3.0 * tangent, [tangent]), torch.full((2000,), 9.0, dtype=torch.float64), **EXACT)
+    assert_close(
+        overlap(3.0 * tangent, [tangent]), torch.full((2000,), 9.0, dtype=torch.float64), **EXACT
+    )
     unrelated = overlap(other, [tangent])
-    assert unrelated.mean().abs() < 5.0 * unrelated.std() / 2000**0.5  # no bias from the samples' spread
+    assert (
+        unrelated.mean().abs() < 5.0 * unrelated.std() / 2000**0.5
+    )  # no bias from the samples' spread
     assert_close(overlap(other, []), torch.zeros(2000, dtype=torch.float64))
 
 
@@ -233,11 +267,15 @@ def test_mixing_is_the_documented_formula(width: int, batch: tuple[int, ...]) ->
 
 @pytest.mark.parametrize(("width", "count"), [(0, 8), (7, 8 + 28 + 14)])
 def test_mixing_has_no_parameter_that_another_could_stand_for(width: int, count: int) -> None:
-    assert sum(p.numel() for p in ph.Mixing(3, 2, width).parameters()) == count  # one bias for each sensor, not two
+    assert (
+        sum(p.numel() for p in ph.Mixing(3, 2, width).parameters()) == count
+    )  # one bias for each sensor, not two
 
 
 def test_mixing_refuses_other_states_than_it_was_built_for_with_words() -> None:
-    with pytest.raises(ValueError, match=r"3 components in the last axis; got \(4, 2\). Build the Mixing with"):
+    with pytest.raises(
+        ValueError, match=r"3 components in the last axis; got \(4, 2\). Build the Mixing with"
+    ):
         ph.Mixing(3, 2)(torch.zeros(4, 2))
     with pytest.raises(ValueError, match=r"a width of 0 or more; got \(3, 0, 0\)"):
         ph.Mixing(3, 0)
@@ -254,23 +292,39 @@ def test_what_the_physics_explains_of_a_mixture_are_its_shares() -> None:
     mixture = (2.0 * one - 3.0 * other + rest).unflatten(-1, (20, 2))
     expected = torch.tensor([2.0, -3.0], dtype=torch.float64).expand(5, 2)
     assert_close(explained([(mixture, tangents)]), expected, **EXACT)
-    halves = [(mixture[:, part], [x[:, part] for x in tangents]) for part in (slice(0, 7), slice(7, 20))]
+    halves = [
+        (mixture[:, part], [x[:, part] for x in tangents]) for part in (slice(0, 7), slice(7, 20))
+    ]
     assert_close(explained(halves), expected, **EXACT)
 
 
-def test_centred_shares_are_those_beside_a_constant_and_of_functions_of_other_components_none() -> None:
+def test_centred_shares_are_those_beside_a_constant_and_of_functions_of_other_components_none() -> (
+    None
+):
     torch.manual_seed(0)
     angle, clock = 0.3 + torch.rand(2, 1, 30, dtype=torch.float64)
-    grid_angle, grid_clock = (x.flatten() for x in torch.meshgrid(angle[0], clock[0], indexing="ij"))  # independent
+    grid_angle, grid_clock = (
+        x.flatten() for x in torch.meshgrid(angle[0], clock[0], indexing="ij")
+    )  # independent
     tangent = grid_angle.sin().view(1, -1, 1)
     push = (2.0 + (7.0 * grid_clock).cos()).view(1, -1, 1)
     force, halves = push + 0.5 * tangent, (slice(400), slice(400, 900))
     pieces = [(force[:, half], [tangent[:, half]]) for half in halves]
-    assert_close(explained(pieces, centred=True), torch.tensor([[0.5]], dtype=torch.float64), **EXACT)
+    assert_close(
+        explained(pieces, centred=True), torch.tensor([[0.5]], dtype=torch.float64), **EXACT
+    )
     assert float(explained(pieces)) > 2.0  # a constant looks like a sine that is never zero
-    two = torch.randn(4, 50, 2, dtype=torch.float64), [torch.randn(4, 50, 2, dtype=torch.float64) for _ in range(2)]
-    ones = [torch.tensor([1.0, 0.0]).expand(4, 50, 2), torch.tensor([0.0, 1.0]).expand(4, 50, 2)]  # by component
-    assert_close(explained([two], centred=True), explained([(two[0], [*two[1], *ones])])[:, :2], **EXACT)
+    two = (
+        torch.randn(4, 50, 2, dtype=torch.float64),
+        [torch.randn(4, 50, 2, dtype=torch.float64) for _ in range(2)],
+    )
+    ones = [
+        torch.tensor([1.0, 0.0]).expand(4, 50, 2),
+        torch.tensor([0.0, 1.0]).expand(4, 50, 2),
+    ]  # by component
+    assert_close(
+        explained([two], centred=True), explained([(two[0], [*two[1], *ones])])[:, :2], **EXACT
+    )
 
 
 def test_a_physics_latent_that_does_nothing_explains_nothing() -> None:

@@ -34,7 +34,9 @@ def state(*modules: nn.Module) -> list[Tensor]:
 
 
 def same(first: list[Tensor], second: list[Tensor]) -> bool:
-    return len(first) == len(second) and all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    return len(first) == len(second) and all(
+        torch.equal(a, b) for a, b in zip(first, second, strict=True)
+    )
 
 
 def train(model: nn.Module, guide: nn.Module, steps: int = 2) -> None:
@@ -61,12 +63,17 @@ def surroundings() -> dict[str, Any]:
 def test_two_instances_share_no_parameter() -> None:
     first, second = Line(), Line()
     assert not {id(p) for p in first.parameters()} & {id(p) for p in second.parameters()}
-    assert not {p.data_ptr() for p in first.parameters()} & {p.data_ptr() for p in second.parameters()}
+    assert not {p.data_ptr() for p in first.parameters()} & {
+        p.data_ptr() for p in second.parameters()
+    }
 
 
 def test_training_one_instance_leaves_another_as_it_was() -> None:
     first, second = Line(), Line()
-    first(episode().simulation()), second(episode().simulation())  # a default Pyro store would tie them here
+    (
+        first(episode().simulation()),
+        second(episode().simulation()),
+    )  # a default Pyro store would tie them here
     before = state(second)
     train(first, guide_of(first))
     assert same(state(second), before) and not same(state(first), before)
@@ -78,14 +85,20 @@ def test_setting_a_parameter_of_one_instance_leaves_another_as_it_was() -> None:
     first.noise = torch.tensor(7.0)
     first(episode().simulation())
     assert first.noise.item() == pytest.approx(7.0) and second.noise.item() == pytest.approx(0.3)
-    assert isinstance(first.noise_unconstrained, nn.Parameter)  # still a parameter, with its constraint
+    assert isinstance(
+        first.noise_unconstrained, nn.Parameter
+    )  # still a parameter, with its constraint
 
 
 def test_a_deepcopy_is_independent_and_its_prior_belongs_to_it() -> None:
     model = Line(ph.Linearised())
     model(episode())
     twin = copy.deepcopy(model)
-    assert same(state(twin), state(model)) and twin.prior.program is twin and model.prior.program is model
+    assert (
+        same(state(twin), state(model))
+        and twin.prior.program is twin
+        and model.prior.program is model
+    )
     before = state(model)
     train(twin, guide_of(twin))
     assert same(state(model), before) and not same(state(twin), before)
@@ -107,7 +120,9 @@ def test_a_copy_through_a_state_dict_says_the_same() -> None:
 
 
 @pytest.mark.parametrize("evidence", [None, ph.Linearised(1)], ids=["learned", "computed"])
-def test_constructing_calling_and_training_change_nothing_global(evidence: ph.Linearised | None) -> None:
+def test_constructing_calling_and_training_change_nothing_global(
+    evidence: ph.Linearised | None,
+) -> None:
     before = surroundings()
     model = Line(evidence)
     assert surroundings() == before
@@ -117,7 +132,12 @@ def test_constructing_calling_and_training_change_nothing_global(evidence: ph.Li
     assert surroundings() == before
     state_of_torch = torch.get_rng_state()
     ph.meta_train(
-        model, guide_of(model).requires_grad_(), in_float32(make_tasks(4, 4)), steps=2, batch_size=2, progress=False
+        model,
+        guide_of(model).requires_grad_(),
+        in_float32(make_tasks(4, 4)),
+        steps=2,
+        batch_size=2,
+        progress=False,
     )
     guide_of(model)
     assert surroundings() == before and state_of_torch.shape == torch.get_rng_state().shape
@@ -160,7 +180,12 @@ class GuideWithNet(ph.HybridModel):
 def test_a_model_and_a_guide_that_both_have_a_net_both_train() -> None:
     model, guide = WithNet(), GuideWithNet()
     before_model, before_guide = state(model), state(guide)
-    svi = ph.SVI(model, guide, torch.optim.Adam([*model.parameters(), *guide.parameters()], 0.1), Trace_ELBO())
+    svi = ph.SVI(
+        model,
+        guide,
+        torch.optim.Adam([*model.parameters(), *guide.parameters()], 0.1),
+        Trace_ELBO(),
+    )
     for _ in range(3):
         svi.step(torch.full((5,), 4.0))
     for before, module in ((before_model, model), (before_guide, guide)):
@@ -186,14 +211,18 @@ def test_a_stock_svi_would_not_do_it() -> None:
     """The reason why ph.SVI exists; when Pyro mends it, this test says so."""
     with pyro.settings.context(module_local_params=True):
         model, guide = WithNet(), GuideWithNet()
-    with pyro.settings.context(module_local_params=True), pytest.raises(AttributeError, match="unconstrained"):
+    with (
+        pyro.settings.context(module_local_params=True),
+        pytest.raises(AttributeError, match="unconstrained"),
+    ):
         StockSVI(model, guide, pyro.optim.Adam({"lr": 0.1}), Trace_ELBO()).step(torch.ones(5))
 
 
 def test_a_guide_that_shares_its_parameters_by_name_is_refused_with_what_to_do() -> None:
     model, optim = WithNet(), pyro.optim.Adam({"lr": 0.1})
     with pytest.raises(
-        ValueError, match="expected a guide whose parameters belong to it; got AutoNormal.*Derive it from ph.Hybr"
+        ValueError,
+        match="expected a guide whose parameters belong to it; got AutoNormal.*Derive it from ph.Hybr",
     ):
         ph.SVI(model, AutoNormal(model), optim)
 
@@ -203,7 +232,10 @@ def test_an_autoguide_built_with_parameters_of_its_own_trains() -> None:
     with pyro.settings.context(module_local_params=True):
         guide = AutoNormal(model)
         guide(data)
-    svi, before = ph.SVI(model, guide, pyro.optim.Adam({"lr": 0.1}), Trace_ELBO()), state(model, guide)
+    svi, before = (
+        ph.SVI(model, guide, pyro.optim.Adam({"lr": 0.1}), Trace_ELBO()),
+        state(model, guide),
+    )
     svi.step(data)
     assert all(not torch.equal(a, b) for a, b in zip(before, state(model, guide), strict=True))
 
@@ -227,5 +259,7 @@ def test_a_model_without_a_forward_says_what_is_missing() -> None:
     class Empty(ph.HybridModel):
         pass
 
-    with pytest.raises(NotImplementedError, match='Module \\[Empty\\] is missing the required "forward" function'):
+    with pytest.raises(
+        NotImplementedError, match='Module \\[Empty\\] is missing the required "forward" function'
+    ):
         Empty()(episode())

@@ -29,7 +29,10 @@ from pyro_hybrid.identifiability.separability import Separability
 from pyro_hybrid.identifiability.statistics import INDEPENDENT, Statistics
 from pyro_hybrid.identifiability.variability import LOCATIONS, NATS, Variability
 
-LATENTS, TERMS = ["rate", "unknown[0]"], ["rate: log z", "rate: log² z", "unknown[0]: z", "unknown[0]: z²"]
+LATENTS, TERMS = (
+    ["rate", "unknown[0]"],
+    ["rate: log z", "rate: log² z", "unknown[0]: z", "unknown[0]: z²"],
+)
 
 
 def doubles(*values: Any) -> torch.Tensor:
@@ -43,7 +46,9 @@ def fit(*factors: float) -> Misfit:
 def fisher(singular: torch.Tensor) -> Fisher:
     n = singular.shape[-1]
     points = torch.zeros(*singular.shape)
-    return Fisher(LATENTS[:n], points, torch.diag_embed(singular.square()), singular, torch.full((n,), 1 / n))
+    return Fisher(
+        LATENTS[:n], points, torch.diag_embed(singular.square()), singular, torch.full((n,), 1 / n)
+    )
 
 
 def twins(distance: torch.Tensor, apart: torch.Tensor) -> Twins:
@@ -55,8 +60,18 @@ def statistics(margin: torch.Tensor) -> Statistics:
 
 
 def variability(locations: torch.Tensor, nats: torch.Tensor, tasks: int = 300) -> Variability:
-    return Variability(LATENTS, TERMS, tasks, 4, locations, (0.1, 9.0), doubles(0.5, 0.5), nats, (0.01, 0.02),
-                       torch.full((4,), 0.25))
+    return Variability(
+        LATENTS,
+        TERMS,
+        tasks,
+        4,
+        locations,
+        (0.1, 9.0),
+        doubles(0.5, 0.5),
+        nats,
+        (0.01, 0.02),
+        torch.full((4,), 0.25),
+    )
 
 
 def ambiguity(matrix: np.ndarray) -> Ambiguity:
@@ -64,21 +79,36 @@ def ambiguity(matrix: np.ndarray) -> Ambiguity:
     return Ambiguity("linear", 1.0, whole, one, one, 0.7, one, 0.7, whole, 0.3, whole, matrix, 2.0)
 
 
-def separability(value: list[float], interval: list[tuple[float, float]], level: float) -> Separability:
-    return Separability(np.array(value), np.array(interval), level, 0.1, (0, 1), 0.1, np.ones(len(value)), 1.0,
-                        (1.0, 1.0))
+def separability(
+    value: list[float], interval: list[tuple[float, float]], level: float
+) -> Separability:
+    return Separability(
+        np.array(value),
+        np.array(interval),
+        level,
+        0.1,
+        (0, 1),
+        0.1,
+        np.ones(len(value)),
+        1.0,
+        (1.0, 1.0),
+    )
 
 
 def efficiency(ratio: torch.Tensor, bound: float = 0.25) -> Efficiency:
-    return Efficiency(LATENTS, "truth", ratio * bound, torch.full_like(ratio, bound), ratio.expand(9, -1))
+    return Efficiency(
+        LATENTS, "truth", ratio * bound, torch.full_like(ratio, bound), ratio.expand(9, -1)
+    )
 
 
 def numbers() -> dict[str, Any]:
     """What a certificate of all checks holds."""
     generator = torch.Generator().manual_seed(0)
     return {
-        "reading": None, "noise": None,
-        "fit": fit(0.8, 1.0, 1.1, 1.3), "fisher": fisher(doubles([[4.0, 40.0], [5.0, 50.0], [6.0, 60.0]])),
+        "reading": None,
+        "noise": None,
+        "fit": fit(0.8, 1.0, 1.1, 1.3),
+        "fisher": fisher(doubles([[4.0, 40.0], [5.0, 50.0], [6.0, 60.0]])),
         "twins": twins(doubles(5.0, torch.inf, 30.0), doubles([1.0, 1.0], [0.0, 0.0], [0.0, 2.0])),
         "statistics": statistics(torch.rand(2, 4, generator=generator, dtype=torch.float64)),
         "variability": variability(doubles(4.0, 90.0), doubles(0.02, 0.1, 0.4, 3.0)),
@@ -88,8 +118,15 @@ def numbers() -> dict[str, Any]:
     }
 
 
-CONDITIONS = ("noise (i)", "fit", "injectivity, local (ii)", "injectivity, global (ii)", "statistics (iii)",
-              "variability of means (iv)", "variability (iv)")
+CONDITIONS = (
+    "noise (i)",
+    "fit",
+    "injectivity, local (ii)",
+    "injectivity, global (ii)",
+    "statistics (iii)",
+    "variability of means (iv)",
+    "variability (iv)",
+)
 FURTHER = ("ambiguity against restart 1", "separability", "efficiency")
 DRAWN = [*CONDITIONS[1:], *FURTHER]  # noise is looked up in a table: there is no picture of it
 
@@ -98,8 +135,16 @@ def certificate(status: Status = "holds", **changes: Any) -> ph.Certificate:
     def checks(names: tuple[str, ...]) -> list[Check]:
         return [Check(name, status, 1.0, (0.9, 1.1), SEEN, f"why {name}") for name in names]
 
-    return ph.Certificate(**{"conditions": checks(CONDITIONS), "further": checks(FURTHER), "numbers": numbers(),
-                             "systems": 300, "shots": 4, **changes})
+    return ph.Certificate(
+        **{
+            "conditions": checks(CONDITIONS),
+            "further": checks(FURTHER),
+            "numbers": numbers(),
+            "systems": 300,
+            "shots": 4,
+            **changes,
+        }
+    )
 
 
 def axes() -> Axes:
@@ -108,8 +153,12 @@ def axes() -> Axes:
 
 def limits(axis: Axes, *, across: bool = True) -> list[float]:
     """Where the dashed lines are that run from side to side, or from bottom to top; all of them must be in view."""
-    found = [line.get_ydata()[0] if across else line.get_xdata()[0] for line in axis.lines
-             if line.get_linestyle() == "--" and len(set(line.get_ydata() if across else line.get_xdata())) == 1]
+    found = [
+        line.get_ydata()[0] if across else line.get_xdata()[0]
+        for line in axis.lines
+        if line.get_linestyle() == "--"
+        and len(set(line.get_ydata() if across else line.get_xdata())) == 1
+    ]
     low, high = axis.get_ylim() if across else axis.get_xlim()
     assert all(low <= float(value) <= high for value in found), (found, low, high)
     return [float(value) for value in found]
@@ -117,15 +166,21 @@ def limits(axis: Axes, *, across: bool = True) -> list[float]:
 
 def bars(axis: Axes) -> list[float]:
     """Heights of all bars, in order."""
-    (container,) = [container for container in axis.containers if isinstance(container, BarContainer)]
+    (container,) = [
+        container for container in axis.containers if isinstance(container, BarContainer)
+    ]
     return [bar.get_height() for bar in container]
 
 
 def marks(axis: Axes, which: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Points (n, 2) with error bars, and the lower and upper ends of these (n, 2)."""
-    container = [container for container in axis.containers if isinstance(container, ErrorbarContainer)][which]
+    container = [
+        container for container in axis.containers if isinstance(container, ErrorbarContainer)
+    ][which]
     line, _, (ends,) = container.lines
-    return np.stack(line.get_data(), -1), np.array([segment[:, 1] for segment in ends.get_segments()])
+    return np.stack(line.get_data(), -1), np.array(
+        [segment[:, 1] for segment in ends.get_segments()]
+    )
 
 
 def texts(axis: Axes) -> str:
@@ -136,16 +191,23 @@ def names(axis: Axes) -> list[str]:
     return [label.get_text() for label in axis.get_xticklabels()]
 
 
-# ---- single panels -------------------------------------------------------------------------------------------------
+# ---- single panels -------------------------------------------------------------------------------
 
 
 def test_fit_counts_systems_by_their_error_and_marks_the_factor_both_ways() -> None:
     axis = axes()
     plots.fit(axis, fit(0.7, 1.0, 1.05, 4.0, 30.0))
-    counts = {(bar.get_x(), bar.get_x() + bar.get_width()): bar.get_height() for bar in axis.patches}
+    counts = {
+        (bar.get_x(), bar.get_x() + bar.get_width()): bar.get_height() for bar in axis.patches
+    }
     assert sum(counts.values()) == 5
     for factor, expected in ((0.7, 1), (4.0, 1), (30.0, 1)):
-        assert sum(count for (low, high), count in counts.items() if low <= factor <= high * (1 + 1e-9)) == expected
+        assert (
+            sum(
+                count for (low, high), count in counts.items() if low <= factor <= high * (1 + 1e-9)
+            )
+            == expected
+        )
     assert sorted(limits(axis, across=False)) == [1.0 / FACTOR.holds, FACTOR.holds]
     assert axis.get_xscale() == "log"
 
@@ -164,7 +226,9 @@ def test_local_shows_the_middle_nine_tenths_of_every_direction() -> None:
     steps = torch.linspace(0.0, 1.0, 101, dtype=torch.float64)
     plots.local(axis, fisher(torch.stack([2.0 + steps, 20.0 + 10.0 * steps], -1).unsqueeze(0)))
     points, ends = marks(axis)
-    assert np.allclose(points, [[0, 2.5], [1, 25.0]]) and np.allclose(ends, [[2.05, 2.95], [20.5, 29.5]])
+    assert np.allclose(points, [[0, 2.5], [1, 25.0]]) and np.allclose(
+        ends, [[2.05, 2.95], [20.5, 29.5]]
+    )
     assert limits(axis) == [SEEN.holds] and axis.get_yscale() == "log"
 
 
@@ -177,7 +241,10 @@ def test_local_has_a_place_for_a_direction_that_nothing_sees() -> None:
 
 def test_twin_shows_the_pairs_and_counts_the_systems_without_one() -> None:
     axis = axes()
-    plots.twin(axis, twins(doubles(0.01, torch.inf, 30.0), doubles([3.0, 4.0], [torch.nan] * 2, [0.0, -2.0])))
+    plots.twin(
+        axis,
+        twins(doubles(0.01, torch.inf, 30.0), doubles([3.0, 4.0], [torch.nan] * 2, [0.0, -2.0])),
+    )
     assert np.allclose(axis.collections[0].get_offsets(), [[5.0, 0.01], [2.0, 30.0]])
     assert "1 of 3 systems: none found" in texts(axis) and limits(axis) == [ALIKE]
     assert axis.get_xlim()[0] <= 2.0 and axis.get_xlim()[1] >= 5.0
@@ -189,7 +256,9 @@ def test_twin_keeps_its_limit_in_view_whatever_was_found(distance: float) -> Non
     plots.twin(axis, twins(doubles(distance, distance), doubles([1.5, 0.0], [0.0, 1.5])))
     low, high = axis.get_ylim()
     offsets = np.asarray(axis.collections[0].get_offsets())
-    assert len(offsets) == (0 if math.isinf(distance) else 2) and all(low <= y <= high for _, y in offsets)
+    assert len(offsets) == (0 if math.isinf(distance) else 2) and all(
+        low <= y <= high for _, y in offsets
+    )
     assert limits(axis) == [ALIKE]
 
 
@@ -203,7 +272,11 @@ def test_statistic_shows_the_worst_quarter_of_every_latent() -> None:
 def test_means_shows_the_signal_to_noise_ratios() -> None:
     axis = axes()
     plots.means(axis, variability(doubles(0.5, 90.0), torch.ones(4)))
-    assert bars(axis) == pytest.approx([0.5, 90.0]) and names(axis) == ["0", "1"] and limits(axis) == [LOCATIONS.holds]
+    assert (
+        bars(axis) == pytest.approx([0.5, 90.0])
+        and names(axis) == ["0", "1"]
+        and limits(axis) == [LOCATIONS.holds]
+    )
 
 
 def test_nats_shows_the_evidence_of_all_tasks() -> None:
@@ -223,14 +296,20 @@ def test_ratio_shows_errors_in_units_of_the_bound() -> None:
 @pytest.mark.parametrize(
     ("draw", "found", "expected"),
     [
-        (plots.statistic, statistics(torch.full((2, 4), 1e-17, dtype=torch.float64)), [INDEPENDENT.fails]),
+        (
+            plots.statistic,
+            statistics(torch.full((2, 4), 1e-17, dtype=torch.float64)),
+            [INDEPENDENT.fails],
+        ),
         (plots.means, variability(doubles(-0.3, 0.1), torch.ones(4)), [LOCATIONS.holds]),
         (plots.nats, variability(torch.ones(2), torch.full((4,), 1e-9)), [NATS]),
         (plots.ratio, efficiency(doubles(1e-3, 0.2)), [1.0, RATIO.holds]),
     ],
     ids=["statistic", "means", "nats", "ratio"],
 )
-def test_a_limit_that_no_bar_reaches_is_in_view(draw: Any, found: Any, expected: list[float]) -> None:
+def test_a_limit_that_no_bar_reaches_is_in_view(
+    draw: Any, found: Any, expected: list[float]
+) -> None:
     axis = axes()
     draw(axis, found)
     assert sorted(limits(axis)) == expected
@@ -247,7 +326,9 @@ def test_matrix_shows_every_row_by_its_largest_entry() -> None:
 
 def test_separability_shows_intervals_and_what_a_gaussian_reaches() -> None:
     axis = axes()
-    plots.separability(axis, separability([0.1, 0.3, 0.0], [(0.05, 0.2), (0.2, 0.5), (0.0, 0.01)], 0.02))
+    plots.separability(
+        axis, separability([0.1, 0.3, 0.0], [(0.05, 0.2), (0.2, 0.5), (0.0, 0.01)], 0.02)
+    )
     points, ends = marks(axis)
     assert np.allclose(points, [[0, 0.1], [1, 0.3], [2, 0.0]])
     assert np.allclose(ends, [[0.05, 0.2], [0.2, 0.5], [0.0, 0.01]]) and limits(axis) == [0.02]
@@ -255,12 +336,21 @@ def test_separability_shows_intervals_and_what_a_gaussian_reaches() -> None:
 
 def learned(threshold: int | None) -> Curve:
     r = np.array([[0.2, 0.5], [0.7, 0.8], [0.9, 0.99]])
-    return Curve("tasks" if threshold else "shots", ["rate", "drag"], [10, 100, 1000], r,
-                 np.stack([r - 0.1, r + 0.005], -1), r.mean(1), threshold)
+    return Curve(
+        "tasks" if threshold else "shots",
+        ["rate", "drag"],
+        [10, 100, 1000],
+        r,
+        np.stack([r - 0.1, r + 0.005], -1),
+        r.mean(1),
+        threshold,
+    )
 
 
 @pytest.mark.parametrize("threshold", [5, 2000, None], ids=["below", "above", "none"])
-def test_curve_shows_every_latent_with_its_interval_and_what_the_theorem_counts(threshold: int | None) -> None:
+def test_curve_shows_every_latent_with_its_interval_and_what_the_theorem_counts(
+    threshold: int | None,
+) -> None:
     axis, found = axes(), learned(threshold)
     plots.curve(axis, found)
     for i in range(2):
@@ -274,7 +364,7 @@ def test_curve_shows_every_latent_with_its_interval_and_what_the_theorem_counts(
     assert axis.get_xlabel() == ("support shots" if threshold is None else "tasks to learn from")
 
 
-# ---- all of them ---------------------------------------------------------------------------------------------------
+# ---- all of them ---------------------------------------------------------------------------------
 
 
 def test_a_certificate_is_nine_panels_each_with_its_verdict(tmp_path: Path) -> None:
@@ -297,8 +387,11 @@ def test_the_headline_is_the_verdict_in_its_colour(status: Status) -> None:
 
 def test_what_was_not_checked_shows_why() -> None:
     checks = {name: unchecked(name, f"no {name} because") for name in (*CONDITIONS, *FURTHER)}
-    figure = certificate(conditions=[checks[name] for name in CONDITIONS], further=[checks[name] for name in FURTHER],
-                         numbers={}).plot()
+    figure = certificate(
+        conditions=[checks[name] for name in CONDITIONS],
+        further=[checks[name] for name in FURTHER],
+        numbers={},
+    ).plot()
     for axis, name in zip(figure.axes, DRAWN, strict=True):
         assert axis.get_title() == f"{name}: not checked" and texts(axis) == f"no {name} because"
         assert not axis.axison and not axis.has_data()
@@ -306,10 +399,16 @@ def test_what_was_not_checked_shows_why() -> None:
 
 def test_without_a_second_training_the_panel_of_the_ambiguity_says_so() -> None:
     """The check then has the name of neither side."""
-    further = [unchecked("residual ambiguity", "there is nothing to compare with"), *certificate().further[1:]]
+    further = [
+        unchecked("residual ambiguity", "there is nothing to compare with"),
+        *certificate().further[1:],
+    ]
     found = {name: value for name, value in numbers().items() if not name.startswith("against")}
     axis = certificate(further=further, numbers=found).plot().axes[6]
-    assert axis.get_title() == "residual ambiguity: not checked" and texts(axis) == "there is nothing to compare with"
+    assert (
+        axis.get_title() == "residual ambiguity: not checked"
+        and texts(axis) == "there is nothing to compare with"
+    )
 
 
 def test_what_was_measured_but_not_judged_shows_why_as_well() -> None:
@@ -317,7 +416,10 @@ def test_what_was_measured_but_not_judged_shows_why_as_well() -> None:
     blind = efficiency(doubles(1.0, 1.0))._replace(bound=torch.full((2,), torch.inf))
     further = [*certificate().further[:2], unchecked("efficiency", "a direction isn't seen at all")]
     axis = certificate(further=further, numbers={**numbers(), "efficiency": blind}).plot().axes[8]
-    assert axis.get_title() == "efficiency: not checked" and "a direction isn't seen at all" in texts(axis)
+    assert (
+        axis.get_title() == "efficiency: not checked"
+        and "a direction isn't seen at all" in texts(axis)
+    )
     assert not axis.containers
 
 
@@ -325,11 +427,16 @@ def test_what_failed_before_anything_was_measured_shows_why() -> None:
     found = {name: value for name, value in numbers().items() if name != "variability"}
     figure = certificate("fails", numbers=found).plot()
     assert [texts(axis) for axis in figure.axes[4:6]] == [f"why {name}" for name in CONDITIONS[5:]]
-    assert [axis.get_title() for axis in figure.axes[4:6]] == [f"{name}: fails" for name in CONDITIONS[5:]]
+    assert [axis.get_title() for axis in figure.axes[4:6]] == [
+        f"{name}: fails" for name in CONDITIONS[5:]
+    ]
 
 
 def test_restarts_come_before_the_truth() -> None:
-    pairs = {"against restart 1": ambiguity(np.eye(2)), "against the truth": ambiguity(np.ones((2, 2)))}
+    pairs = {
+        "against restart 1": ambiguity(np.eye(2)),
+        "against the truth": ambiguity(np.ones((2, 2))),
+    }
     further = [Check(f"ambiguity {name}", "holds") for name in pairs]
     axis = certificate(further=further, numbers={**numbers(), **pairs}).plot().axes[6]
     assert axis.get_title() == "ambiguity against restart 1: holds"

@@ -33,14 +33,16 @@ def episode(shots: int = 5, *, inferred: bool = False) -> ph.Episode:
     return make_tasks(3, shots, num_support=2, inferred=inferred).episode()
 
 
-# ---- draws and predictions -----------------------------------------------------------------------------------------
+# ---- draws and predictions -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("inferred", [False, True])
 def test_draws_have_every_latent_with_the_draw_first(inferred: bool) -> None:
     values = ph.draws(*pair(inferred=inferred), episode(inferred=inferred), 7)
     shapes = {name: tuple(value.shape) for name, value in values.items()}
-    assert shapes == {"slope": (7, 3, 1), "bend": (7, 3, 2)} | ({"start": (7, 3, 3, 1)} if inferred else {})
+    assert shapes == {"slope": (7, 3, 1), "bend": (7, 3, 2)} | (
+        {"start": (7, 3, 3, 1)} if inferred else {}
+    )
     assert not any(value.requires_grad for value in values.values())
 
 
@@ -63,11 +65,17 @@ def test_draws_come_from_the_exact_posterior() -> None:
 
 def test_predictions_come_from_the_support_alone_with_the_exact_spread() -> None:
     data = episode()
-    values = ph.predict(pair(sites=TOGETHER)[0], data, 20_000)["x"].squeeze(-1)  # (draw, task, shot, time)
+    values = ph.predict(pair(sites=TOGETHER)[0], data, 20_000)["x"].squeeze(
+        -1
+    )  # (draw, task, shot, time)
     truth = exact(data.support, **STANDARD)
     grown = features(data.times)
     centre = data.initial[0].unsqueeze(-1) + (truth.mean[:, :3] @ grown.T).unsqueeze(1)
-    spread = (torch.einsum("si,tij,sj->ts", grown, truth.covariance[:, :3, :3], grown) + NOISE**2).sqrt().unsqueeze(1)
+    spread = (
+        (torch.einsum("si,tij,sj->ts", grown, truth.covariance[:, :3, :3], grown) + NOISE**2)
+        .sqrt()
+        .unsqueeze(1)
+    )
     assert ((values.mean(0) - centre) / spread).abs().max() < 0.05
     assert (values.std(0) / spread - 1.0).abs().max() < 0.04
     blind = ph.predict(pair(sites=TOGETHER)[0], replace(data, query=data.query + 100.0), 200)["x"]
@@ -87,11 +95,13 @@ def test_drawing_changes_nothing_global_and_follows_the_seed() -> None:
     torch.manual_seed(3)
     first = ph.draws(*both, episode(), 5)
     torch.manual_seed(3)
-    assert all(torch.equal(first[name], value) for name, value in ph.draws(*both, episode(), 5).items())
+    assert all(
+        torch.equal(first[name], value) for name, value in ph.draws(*both, episode(), 5).items()
+    )
     assert dict(pyro.settings.get()) == before
 
 
-# ---- importance ----------------------------------------------------------------------------------------------------
+# ---- importance ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("inferred", [False, True])
@@ -108,12 +118,14 @@ def test_pareto_k_is_high_where_the_guide_is_far_too_narrow() -> None:
             natural = guide.natural(data)["both"]
             mean, precision = TOGETHER["both"].distribution(natural).mean, -2.0 * natural[..., 1:]
             with data.plate:
-                pyro.sample("both", dist.MultivariateNormal(mean, precision_matrix=16.0 * precision))
+                pyro.sample(
+                    "both", dist.MultivariateNormal(mean, precision_matrix=16.0 * precision)
+                )
 
     assert (ph.pareto_k(model, Narrow(), episode(), 1000) > 0.7).all()
 
 
-# ---- ArviZ ---------------------------------------------------------------------------------------------------------
+# ---- ArviZ ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +150,11 @@ def data() -> arviz.InferenceData:
     ],
 )
 def test_every_group_of_draws_has_named_axes(
-    data: arviz.InferenceData, group: str, variable: str, dims: tuple[str, ...], shape: tuple[int, ...]
+    data: arviz.InferenceData,
+    group: str,
+    variable: str,
+    dims: tuple[str, ...],
+    shape: tuple[int, ...],
 ) -> None:
     assert data[group][variable].dims == ("chain", "draw", *dims)
     assert data[group][variable].shape == (1, 300, *shape)
@@ -149,7 +165,9 @@ def test_data_that_are_no_draws_have_named_axes_too(data: arviz.InferenceData) -
     assert data["observed_data"]["x"].dims == ("task", "shot", "time", "sensor")
     assert data["constant_data"]["support"].dims == ("task", "support_shot", "time", "sensor")
     assert data["constant_data"]["initial_measured"].dims == ("task", "shot", "state")
-    assert data["observed_data"]["x"].shape == (3, 10, POINTS, 1) and data["constant_data"]["support"].shape == (
+    assert data["observed_data"]["x"].shape == (3, 10, POINTS, 1) and data["constant_data"][
+        "support"
+    ].shape == (
         3,
         2,
         POINTS,
@@ -165,7 +183,9 @@ def test_components_have_the_names_they_were_given(data: arviz.InferenceData) ->
     assert data.attrs["num_support"] == 2
 
 
-def test_the_posterior_is_narrower_than_the_prior_and_neither_is_the_other(data: arviz.InferenceData) -> None:
+def test_the_posterior_is_narrower_than_the_prior_and_neither_is_the_other(
+    data: arviz.InferenceData,
+) -> None:
     after, before = (data[group]["slope"].std("draw").values for group in ("posterior", "prior"))
     assert (after < before).all()
 
@@ -179,7 +199,9 @@ def test_missing_observations_are_gaps_and_say_nothing(data: arviz.InferenceData
 
 def test_the_log_likelihood_is_that_of_each_shot_at_each_draw(data: arviz.InferenceData) -> None:
     posterior, x = data["posterior"], data["observed_data"]["x"].values[..., 0]
-    z = np.concatenate([posterior["slope"].values[0], posterior["bend"].values[0]], -1)  # (draw, task, 3)
+    z = np.concatenate(
+        [posterior["slope"].values[0], posterior["bend"].values[0]], -1
+    )  # (draw, task, 3)
     mean = (
         posterior["start"].values[0]
         + (z @ features(torch.linspace(0, 1.5, POINTS, dtype=torch.float64)).numpy().T)[:, :, None]
@@ -206,7 +228,9 @@ def test_a_summary_shows_no_r_hat_and_no_sample_size(data: arviz.InferenceData) 
     table = ph.summary(data)
     assert list(table.columns) == ["mean", "sd", "eti_5%", "eti_95%"]
     assert "bend[0, sine]" in table.index and "start[2, 9, 0]" in table.index
-    assert np.isclose(table.loc["slope[1, rate]", "mean"], data["posterior"]["slope"].values[0, :, 1, 0].mean())
+    assert np.isclose(
+        table.loc["slope[1, rate]", "mean"], data["posterior"]["slope"].values[0, :, 1, 0].mean()
+    )
 
 
 def test_it_survives_a_file(data: arviz.InferenceData, tmp_path: Path) -> None:
@@ -221,8 +245,22 @@ def test_it_survives_a_file(data: arviz.InferenceData, tmp_path: Path) -> None:
 
 
 CERTIFICATE = ph.Certificate(
-    [Check("fit", "holds", 1.1, (1.0, 1.25), Threshold(2.0, 2.0, larger=False), "errors are as large as the noise")],
-    [unchecked("efficiency", "σ², too few tasks", "Pass more tasks.")], {"reading": object()}, 300, 4, 12.34)
+    [
+        Check(
+            "fit",
+            "holds",
+            1.1,
+            (1.0, 1.25),
+            Threshold(2.0, 2.0, larger=False),
+            "errors are as large as the noise",
+        )
+    ],
+    [unchecked("efficiency", "σ², too few tasks", "Pass more tasks.")],
+    {"reading": object()},
+    300,
+    4,
+    12.34,
+)
 
 
 def test_a_certificate_goes_along_and_survives_a_file(tmp_path: Path) -> None:
@@ -230,7 +268,10 @@ def test_a_certificate_goes_along_and_survives_a_file(tmp_path: Path) -> None:
     ph.save_arviz(data, tmp_path / "posterior.nc")
     for given in (data, ph.load_arviz(tmp_path / "posterior.nc")):
         assert given.attrs["identified"] == "holds" and given.attrs["num_support"] == 2
-        assert json.loads(given.attrs["certificate"], parse_constant=pytest.fail) == CERTIFICATE.to_dict()
+        assert (
+            json.loads(given.attrs["certificate"], parse_constant=pytest.fail)
+            == CERTIFICATE.to_dict()
+        )
 
 
 @pytest.mark.parametrize("status", ["fails", "undecided", "not checked"])
@@ -247,7 +288,9 @@ def test_without_a_certificate_nothing_is_claimed(data: arviz.InferenceData) -> 
 
 def test_without_names_components_are_numbered() -> None:
     data = ph.to_arviz(*pair(), episode(), 4)
-    assert list(data["posterior"].bend_component.values) == [0, 1] and list(data["observed_data"].sensor.values) == [0]
+    assert list(data["posterior"].bend_component.values) == [0, 1] and list(
+        data["observed_data"].sensor.values
+    ) == [0]
     assert "start" not in data["posterior"]
 
 
@@ -258,12 +301,13 @@ def test_float32_models_and_learned_guides_are_exported_as_well() -> None:
     assert data["posterior"]["slope"].dtype == np.float32
 
 
-# ---- what it refuses -----------------------------------------------------------------------------------------------
+# ---- what it refuses -----------------------------------------------------------------------------
 
 
 def test_without_a_query_there_is_no_posterior_to_export() -> None:
     with pytest.raises(
-        ValueError, match="expected an episode with a query; got query=None. There is no posterior without data"
+        ValueError,
+        match="expected an episode with a query; got query=None. There is no posterior without data",
     ):
         ph.to_arviz(*pair(), episode().simulation())
 
@@ -289,7 +333,9 @@ def test_names_of_the_wrong_number_are_refused() -> None:
 
 
 def test_names_of_what_is_no_site_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"names of sites among \['bend', 'slope', 'x'\]; got \['unknown'\]"):
+    with pytest.raises(
+        ValueError, match=r"names of sites among \['bend', 'slope', 'x'\]; got \['unknown'\]"
+    ):
         ph.to_arviz(*pair(), episode(), 4, names={"unknown": ["a"]})
 
 
@@ -312,5 +358,7 @@ def test_observations_of_another_shape_are_refused_with_their_name() -> None:
 
     model = Flat().double()
     guide = ph.AmortizedGuide(model.prior, evidence=ph.Linearised(1))
-    with pytest.raises(ValueError, match=r"observations 'x' with axes \(task, shot, time, sensor\)"):
+    with pytest.raises(
+        ValueError, match=r"observations 'x' with axes \(task, shot, time, sensor\)"
+    ):
         ph.to_arviz(model, guide, episode(), 4)

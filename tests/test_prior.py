@@ -16,7 +16,9 @@ import pyro_hybrid as ph
 from pyro_hybrid.families import FullNormal, LogNormal, Normal
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
-READINGS = pytest.mark.parametrize("evidence", [None, ph.Linearised(2)], ids=["learned", "computed"])
+READINGS = pytest.mark.parametrize(
+    "evidence", [None, ph.Linearised(2)], ids=["learned", "computed"]
+)
 
 
 def flat(naturals: dict[str, Tensor]) -> Tensor:
@@ -27,7 +29,13 @@ def support(shots: int, tasks: int = 3, seed: int = 0) -> ph.Episode:
     return in_float32(make_tasks(tasks, shots + 1, seed, num_support=shots)).episode().support
 
 
-def line(evidence: ph.Linearised | None, *, inferred: bool = False, sites: dict | None = None, seed: int = 0) -> Line:
+def line(
+    evidence: ph.Linearised | None,
+    *,
+    inferred: bool = False,
+    sites: dict | None = None,
+    seed: int = 0,
+) -> Line:
     """Untrained, but with an encoder that has something to say."""
     torch.manual_seed(seed)
     return Line(evidence, inferred=inferred, sites=sites)
@@ -47,7 +55,9 @@ def test_the_order_of_shots_does_not_matter_to_the_last_bit(
 
 
 @READINGS
-def test_the_order_of_shots_does_not_matter_where_observations_are_missing(evidence: ph.Linearised | None) -> None:
+def test_the_order_of_shots_does_not_matter_where_observations_are_missing(
+    evidence: ph.Linearised | None,
+) -> None:
     mask = torch.rand(3, 6, POINTS, 1, generator=torch.Generator().manual_seed(2)) < 0.5
     mask[:, :, 0] = True
     first = make_tasks(3, 6, num_support=5, mask=mask).episode().support
@@ -58,34 +68,53 @@ def test_the_order_of_shots_does_not_matter_where_observations_are_missing(evide
 
 
 @READINGS
-def test_the_order_of_shots_does_not_matter_when_they_are_cut_into_segments(evidence: ph.Linearised | None) -> None:
+def test_the_order_of_shots_does_not_matter_when_they_are_cut_into_segments(
+    evidence: ph.Linearised | None,
+) -> None:
     model, first = line(evidence), support(4)
     backwards = first.pick(torch.arange(3, -1, -1).expand(3, -1))
-    assert torch.equal(flat(model.prior.natural(backwards.cut(2))), flat(model.prior.natural(first.cut(2))))
+    assert torch.equal(
+        flat(model.prior.natural(backwards.cut(2))), flat(model.prior.natural(first.cut(2)))
+    )
 
 
 @READINGS
 @pytest.mark.parametrize("shots", [1, 2, 7, 100])
-def test_any_number_of_shots_from_one_to_a_hundred_is_read(evidence: ph.Linearised | None, shots: int) -> None:
+def test_any_number_of_shots_from_one_to_a_hundred_is_read(
+    evidence: ph.Linearised | None, shots: int
+) -> None:
     model = line(evidence)
     p = model.prior(support(shots))
-    assert p["slope"].batch_shape == (3,) and p["slope"].event_shape == (1,) and p["bend"].event_shape == (2,)
+    assert (
+        p["slope"].batch_shape == (3,)
+        and p["slope"].event_shape == (1,)
+        and p["bend"].event_shape == (2,)
+    )
     assert torch.isfinite(flat(model.prior.natural(support(shots)))).all()
 
 
 @READINGS
-def test_a_prior_trained_on_some_shots_reads_other_numbers_of_them(evidence: ph.Linearised | None) -> None:
+def test_a_prior_trained_on_some_shots_reads_other_numbers_of_them(
+    evidence: ph.Linearised | None,
+) -> None:
     model = line(evidence)
     guide = ph.AmortizedGuide(model.prior, ph.SetEncoder(1, POINTS, 8, width=16))
     tasks = in_float32(make_tasks(8, 5, num_support=2))
-    ph.meta_train(model, guide, tasks, steps=3, batch_size=4, progress=False, curriculum={0.0: None})
+    ph.meta_train(
+        model, guide, tasks, steps=3, batch_size=4, progress=False, curriculum={0.0: None}
+    )
     for shots in (1, 4, 50):
         assert torch.isfinite(flat(model.prior.natural(support(shots)))).all()
-        assert model.prior(tasks.episode(num_support=min(shots, 4)).support)["slope"].batch_shape == (8,)
+        assert model.prior(tasks.episode(num_support=min(shots, 4)).support)[
+            "slope"
+        ].batch_shape == (8,)
 
 
 def test_more_shots_make_a_computed_prior_narrower() -> None:
-    model, everything = line(ph.Linearised(6)), make_tasks(3, 101, num_support=100).episode().support
+    model, everything = (
+        line(ph.Linearised(6)),
+        make_tasks(3, 101, num_support=100).episode().support,
+    )
     model = model.double()
     scales = []
     for shots in (1, 3, 10, 100):
@@ -94,7 +123,7 @@ def test_more_shots_make_a_computed_prior_narrower() -> None:
     assert all((after < before).all() for before, after in zip(scales, scales[1:], strict=False))
 
 
-# ---- computed evidence ---------------------------------------------------------------------------------------------
+# ---- computed evidence ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("inferred", [False, True])
@@ -115,7 +144,9 @@ def test_a_declared_full_normal_gets_the_full_covariance() -> None:
     truth = exact(episode, loc=(0.0, 0.0, 0.0), scale=(1.0, 1.0, 1.0))
     assert_close(p.covariance_matrix, truth.covariance[:, :3, :3], **CLOSE)
     assert_close(p.mean, truth.mean[:, :3], **CLOSE)
-    assert (truth.covariance[:, 0, 1].abs() > 1e-3).all()  # there is something off the diagonal to get right
+    assert (
+        truth.covariance[:, 0, 1].abs() > 1e-3
+    ).all()  # there is something off the diagonal to get right
 
 
 def test_a_full_normal_beside_another_site_gets_its_own_block() -> None:
@@ -131,9 +162,13 @@ def test_natural_parameters_are_the_populations_plus_what_each_set_of_shots_adds
     everything = make_tasks(3, 6, num_support=5).episode().support
     prior = line(ph.Linearised(8), sites=TOGETHER).double().prior
     base = prior.natural(None)["both"]
-    first, second = (everything.pick(torch.tensor(rows).expand(3, -1)) for rows in ([0, 1], [2, 3, 4]))
+    first, second = (
+        everything.pick(torch.tensor(rows).expand(3, -1)) for rows in ([0, 1], [2, 3, 4])
+    )
     gains = [prior.natural(part)["both"] - base for part in (first, second)]
-    assert_close(prior.natural(everything)["both"], base + gains[0] + gains[1], atol=1e-4, rtol=1e-5)
+    assert_close(
+        prior.natural(everything)["both"], base + gains[0] + gains[1], atol=1e-4, rtol=1e-5
+    )
 
 
 def test_the_population_is_where_the_computed_evidence_is_added() -> None:
@@ -142,7 +177,9 @@ def test_the_population_is_where_the_computed_evidence_is_added() -> None:
     with torch.no_grad():
         model.prior.base.copy_(torch.tensor([0.7, -0.4, -0.2, 0.1, 0.5, -0.3]))
     mean, precision = model.prior.gaussian(None)
-    truth = exact(episode, loc=tuple(mean.tolist()), scale=tuple(precision.diagonal().rsqrt().tolist()))
+    truth = exact(
+        episode, loc=tuple(mean.tolist()), scale=tuple(precision.diagonal().rsqrt().tolist())
+    )
     assert_close(model.prior(episode)["bend"].mean, truth.mean[:, 1:3], **CLOSE)
     assert not torch.equal(mean, torch.tensor([0.5, 0.0, 0.0], dtype=mean.dtype))
 
@@ -157,14 +194,22 @@ def test_proposals_have_value_zero_and_train_the_population_and_a_proposing_enco
     proposals = trace.nodes["proposals"]["log_prob_sum"]
     assert proposals.item() == 0.0
     (-proposals).backward()
-    trained = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+    trained = {
+        name
+        for name, p in model.named_parameters()
+        if p.grad is not None and p.grad.abs().max() > 0
+    }
     assert trained == {
-        n for n, _ in model.named_parameters() if n == "prior.base" or evidence and n.startswith("prior.")
+        n
+        for n, _ in model.named_parameters()
+        if n == "prior.base" or evidence and n.startswith("prior.")
     }
 
 
 @READINGS
-def test_where_nothing_can_be_trained_there_are_no_proposals(evidence: ph.Linearised | None) -> None:
+def test_where_nothing_can_be_trained_there_are_no_proposals(
+    evidence: ph.Linearised | None,
+) -> None:
     with torch.no_grad():
         trace = poutine.trace(line(evidence)).get_trace(in_float32(make_tasks(3, 4)).episode())
     assert "proposals" not in trace.nodes
@@ -190,7 +235,11 @@ def test_the_encoder_and_the_base_are_trained_towards_the_computed_evidence() ->
 
     def distance() -> float:
         with torch.no_grad():
-            return float((prior.unconstrained(prior._split(prior.propose(episode.support)))[0] - goal).square().mean())
+            return float(
+                (prior.unconstrained(prior._split(prior.propose(episode.support)))[0] - goal)
+                .square()
+                .mean()
+            )
 
     before, optim = distance(), torch.optim.Adam(model.prior.parameters(), 3e-2)
     for _ in range(20):
@@ -215,7 +264,7 @@ def test_what_it_remembers_is_forgotten_after_a_step_of_the_optimizer(fused: boo
     assert not torch.equal(first.precision, fresh.precision)
 
 
-# ---- the encoder alone ---------------------------------------------------------------------------------------------
+# ---- the encoder alone ---------------------------------------------------------------------------
 
 
 def test_without_evidence_the_encoder_says_everything() -> None:
@@ -224,7 +273,9 @@ def test_without_evidence_the_encoder_says_everything() -> None:
     pieces = dict(zip(SEPARATE, raw.split([2, 4], -1), strict=True))
     naturals = model.prior.natural(episode.support)
     for name, family in SEPARATE.items():
-        assert torch.equal(naturals[name], family.from_raw(pieces[name].unflatten(-1, (family.n, 2))))
+        assert torch.equal(
+            naturals[name], family.from_raw(pieces[name].unflatten(-1, (family.n, 2)))
+        )
 
 
 def test_without_evidence_the_population_follows_what_the_encoder_says() -> None:
@@ -237,8 +288,12 @@ def test_without_evidence_the_population_follows_what_the_encoder_says() -> None
     with torch.no_grad():
         mean, scale = model.prior.unconstrained(model.prior.natural(episode.support))
         centre, width = model.prior.unconstrained(model.prior.natural(None))
-    assert_close(centre, mean.mean(0), atol=0.02, rtol=0.0)  # the best Normal for a mixture has its moments
-    assert_close(width.square(), scale.square().mean(0) + mean.var(0, correction=0), atol=0.0, rtol=0.1)
+    assert_close(
+        centre, mean.mean(0), atol=0.02, rtol=0.0
+    )  # the best Normal for a mixture has its moments
+    assert_close(
+        width.square(), scale.square().mean(0) + mean.var(0, correction=0), atol=0.0, rtol=0.1
+    )
 
 
 def test_without_evidence_gradients_reach_the_encoder_through_the_distributions() -> None:
@@ -256,10 +311,14 @@ def test_a_distribution_has_the_natural_parameters_that_the_prior_names() -> Non
 def test_without_a_support_the_prior_is_the_populations() -> None:
     prior = line(ph.Linearised()).prior
     p = prior(None)
-    assert p["slope"].batch_shape == () and p["slope"].mean.item() == 0.5 and p["slope"].stddev.item() == 2.0
+    assert (
+        p["slope"].batch_shape == ()
+        and p["slope"].mean.item() == 0.5
+        and p["slope"].stddev.item() == 2.0
+    )
 
 
-# ---- the negative control ------------------------------------------------------------------------------------------
+# ---- the negative control ------------------------------------------------------------------------
 
 
 def test_an_unconditional_prior_is_deaf_to_the_support() -> None:
@@ -280,17 +339,21 @@ def test_an_unconditional_prior_still_belongs_to_a_task_each() -> None:
     )
 
 
-# ---- what it refuses -----------------------------------------------------------------------------------------------
+# ---- what it refuses -----------------------------------------------------------------------------
 
 
 def test_a_prior_without_sites_is_refused_with_an_example() -> None:
-    with pytest.raises(ValueError, match=r"at least one site; got none.*omega=ph\.families\.LogNormal\(1\)"):
+    with pytest.raises(
+        ValueError, match=r"at least one site; got none.*omega=ph\.families\.LogNormal\(1\)"
+    ):
         ph.SupportPrior(ph.SetEncoder(1, POINTS, 8))
 
 
 def test_computed_evidence_without_a_program_is_refused_with_what_to_do() -> None:
     prior = ph.SupportPrior(ph.SetEncoder(1, POINTS, 8), ph.Linearised(), **SEPARATE)
-    with pytest.raises(ValueError, match=r"a prior that belongs to a program.*prior\.bind\(program\)"):
+    with pytest.raises(
+        ValueError, match=r"a prior that belongs to a program.*prior\.bind\(program\)"
+    ):
         prior(support(2))
 
 
@@ -303,6 +366,10 @@ def test_a_prior_bound_to_a_plain_function_reads_it() -> None:
 
 def test_trajectories_of_another_length_are_refused_with_what_to_do() -> None:
     episode = in_float32(make_tasks(3, 4)).episode().support
-    short = replace(episode, times=episode.times[:4], query=episode.query[:, :, :4], mask=episode.mask[:, :, :4])
-    with pytest.raises(ValueError, match=r"trajectories of \(time, sensor\) = \(6, 1\); got \(4, 1\)"):
+    short = replace(
+        episode, times=episode.times[:4], query=episode.query[:, :, :4], mask=episode.mask[:, :, :4]
+    )
+    with pytest.raises(
+        ValueError, match=r"trajectories of \(time, sensor\) = \(6, 1\); got \(4, 1\)"
+    ):
         line(None).prior(short)

@@ -57,13 +57,23 @@ METHODS = {
     "SupportPrior": ("natural",),
     "Certificate": ("verdict", "conditions", "plot", "to_dict"),
 }
-PUBLIC = {name: getattr(ph, name) for name in ph.__all__ if not isinstance(getattr(ph, name), types.ModuleType)}
-MODULES = sorted(m.name for m in pkgutil.walk_packages(ph.__path__, "pyro_hybrid.") if not m.name.endswith("__main__"))
+PUBLIC = {
+    name: getattr(ph, name)
+    for name in ph.__all__
+    if not isinstance(getattr(ph, name), types.ModuleType)
+}
+MODULES = sorted(
+    m.name
+    for m in pkgutil.walk_packages(ph.__path__, "pyro_hybrid.")
+    if not m.name.endswith("__main__")
+)
 
 
 def in_order(names: list[str]) -> list[str]:
     """CONSTANTS, then Classes, then functions, each by the alphabet."""
-    return sorted(names, key=lambda n: (0 if n.isupper() else 1 if n.lstrip("_")[0].isupper() else 2, n))
+    return sorted(
+        names, key=lambda n: (0 if n.isupper() else 1 if n.lstrip("_")[0].isupper() else 2, n)
+    )
 
 
 def run(*arguments: str) -> str:
@@ -73,13 +83,18 @@ def run(*arguments: str) -> str:
         "OMP_NUM_THREADS": "1",
     }
     done = subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, env=environment, cwd=ROOT, timeout=300
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=ROOT,
+        timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
-# ---- names and docstrings ------------------------------------------------------------------------------------------
+# ---- names and docstrings ------------------------------------------------------------------------
 
 
 def test_every_name_of_the_design_is_there() -> None:
@@ -97,7 +112,9 @@ def test_classes_have_the_members_of_the_design(name: str) -> None:
 def test_names_are_sorted_and_exist(module: str) -> None:
     found = importlib.import_module(module)
     assert list(found.__all__) == in_order(list(found.__all__))
-    assert all(hasattr(found, name) for name in found.__all__) and len(set(found.__all__)) == len(found.__all__)
+    assert all(hasattr(found, name) for name in found.__all__) and len(set(found.__all__)) == len(
+        found.__all__
+    )
     assert found.__doc__ and found.__doc__.strip().endswith((".", ":", "``"))
 
 
@@ -129,7 +146,7 @@ def test_every_public_method_says_what_it_does(name: str) -> None:
     assert all(documented.values()), documented
 
 
-# ---- imports -------------------------------------------------------------------------------------------------------
+# ---- imports -------------------------------------------------------------------------------------
 
 
 def test_importing_changes_no_global_setting() -> None:
@@ -162,7 +179,7 @@ print(json.dumps({"changed": changed, "plots": [m for m in ("arviz", "matplotlib
     assert json.loads(out) == {"changed": [], "plots": []}  # and nothing else was printed
 
 
-# ---- messages ------------------------------------------------------------------------------------------------------
+# ---- messages ------------------------------------------------------------------------------------
 
 
 def episode(**changes: Any) -> ph.Episode:
@@ -191,12 +208,17 @@ class Empty(ph.HybridModel):
 
 
 def arviz_data() -> Any:
-    return ph.posterior._arviz.to_inference_data({"posterior": {"z": torch.zeros(1, 2).numpy()}}, {}, {}, {})
+    return ph.posterior._arviz.to_inference_data(
+        {"posterior": {"z": torch.zeros(1, 2).numpy()}}, {}, {}, {}
+    )
 
 
 # What a newcomer gets wrong first, and the words that must come back.
 MISUSES: dict[str, tuple[Callable[[], object], str]] = {
-    "AmortizedGuide": (lambda: ph.AmortizedGuide(prior()), r"expected an encoder or evidence=ph\.Linearised"),
+    "AmortizedGuide": (
+        lambda: ph.AmortizedGuide(prior()),
+        r"expected an encoder or evidence=ph\.Linearised",
+    ),
     "Certificate": (
         lambda: ph.Certificate([Check("noise (i)", "holds")])["fit"],
         r"'fit' isn't among \['noise \(i\)'\]",
@@ -206,7 +228,10 @@ MISUSES: dict[str, tuple[Callable[[], object], str]] = {
         r"expected measured states at all times.*Pass initial= with a time axis to Tasks",
     ),
     "HybridModel": (lambda: Empty()(episode()), 'missing the required "forward" function'),
-    "Linearised": (lambda: ph.Linearised(0), r"expected iterations of 1 or more; got 0\. Leave evidence=None"),
+    "Linearised": (
+        lambda: ph.Linearised(0),
+        r"expected iterations of 1 or more; got 0\. Leave evidence=None",
+    ),
     "Mixing": (
         lambda: ph.Mixing(3, 2)(torch.zeros(4, 2)),
         r"expected 3 components in the last axis; got \(4, 2\)\. Build the Mixing",
@@ -223,7 +248,10 @@ MISUSES: dict[str, tuple[Callable[[], object], str]] = {
         lambda: encoder()(episode(query=torch.zeros(2, 2, 4, 1))),
         r"expected trajectories of \(time, sensor\) = \(3, 1\); got \(4, 1\)\. Build the SetEncoder",
     ),
-    "SupportPrior": (lambda: ph.SupportPrior(encoder()), r"expected at least one site; got none\. Name one"),
+    "SupportPrior": (
+        lambda: ph.SupportPrior(encoder()),
+        r"expected at least one site; got none\. Name one",
+    ),
     "Tasks": (
         lambda: tasks(torch.full((2, 3, 3, 1), torch.nan)),
         r"expected finite values; got nan at index \(0, 0, 0, 0\).*pass mask=",
@@ -233,12 +261,20 @@ MISUSES: dict[str, tuple[Callable[[], object], str]] = {
         r"expected a family from ph\.families for 'omega'; got Normal\. For example omega=ph\.families\.Normal\(2\)",
     ),
     "Calibration": (
-        lambda: ph.Calibration([Latent("rate", "holds", "fine", (), (), 0.0, 1.0, 0.5)], Check("k-hat", "holds"),
-                               torch.zeros(1, 1).numpy(), torch.zeros(1).numpy(), 1, 99)["drag"],
+        lambda: ph.Calibration(
+            [Latent("rate", "holds", "fine", (), (), 0.0, 1.0, 0.5)],
+            Check("k-hat", "holds"),
+            torch.zeros(1, 1).numpy(),
+            torch.zeros(1).numpy(),
+            1,
+            99,
+        )["drag"],
         r"'drag' isn't among \['rate'\]",
     ),
     "calibrate": (
-        lambda: ph.calibrate(ph.models.MetaHybridVAE(ph.systems.Pendulum()), tasks(torch.zeros(2, 3, 3, 1))),
+        lambda: ph.calibrate(
+            ph.models.MetaHybridVAE(ph.systems.Pendulum()), tasks(torch.zeros(2, 3, 3, 1))
+        ),
         r"expected a SupportPrior with computed evidence; got SupportPrior\. Set model\.prior\.evidence",
     ),
     "certify": (
@@ -257,9 +293,18 @@ MISUSES: dict[str, tuple[Callable[[], object], str]] = {
         lambda: ph.disentangle([1.0, 2.0]),
         r"to be a torch tensor or a numpy array; got list\. Convert it",
     ),
-    "draws": (lambda: ph.draws(Empty(), Empty(), episode(), 0), "expected num_samples of 1 or more; got 0"),
-    "families": (lambda: ph.families.Normal(0), r"expected Normal\(n\) with at least one component; got 0"),
-    "load": (lambda: ph.load("/nowhere", Empty(), Empty()), r"/nowhere can't be loaded: manifest\.json can't be read"),
+    "draws": (
+        lambda: ph.draws(Empty(), Empty(), episode(), 0),
+        "expected num_samples of 1 or more; got 0",
+    ),
+    "families": (
+        lambda: ph.families.Normal(0),
+        r"expected Normal\(n\) with at least one component; got 0",
+    ),
+    "load": (
+        lambda: ph.load("/nowhere", Empty(), Empty()),
+        r"/nowhere can't be loaded: manifest\.json can't be read",
+    ),
     "load_arviz": (lambda: ph.load_arviz("/nowhere/posterior.nc"), r"/nowhere/posterior\.nc"),
     "mcc": (
         lambda: ph.mcc(torch.randn(9, 2), torch.randn(8, 2)),
@@ -277,9 +322,18 @@ MISUSES: dict[str, tuple[Callable[[], object], str]] = {
         lambda: ph.overlap(torch.ones(4, 1, 2), [torch.ones(4, 1, 2)]),
         r"expected a correction .* of two samples or more; got \(4, 1, 2\)\. Evaluate both terms at many states",
     ),
-    "pareto_k": (lambda: ph.pareto_k(Empty(), Empty(), episode(), 0), "expected num_samples of 1 or more; got 0"),
-    "predict": (lambda: ph.predict(Empty(), episode(), 0), "expected num_samples of 1 or more; got 0"),
-    "save_arviz": (lambda: ph.save_arviz(arviz_data(), "/nowhere/posterior.nc"), r"/nowhere/posterior\.nc"),
+    "pareto_k": (
+        lambda: ph.pareto_k(Empty(), Empty(), episode(), 0),
+        "expected num_samples of 1 or more; got 0",
+    ),
+    "predict": (
+        lambda: ph.predict(Empty(), episode(), 0),
+        "expected num_samples of 1 or more; got 0",
+    ),
+    "save_arviz": (
+        lambda: ph.save_arviz(arviz_data(), "/nowhere/posterior.nc"),
+        r"/nowhere/posterior\.nc",
+    ),
     "sharpen": (
         lambda: ph.sharpen(Empty(), Empty(), tasks(torch.zeros(2, 3, 3, 1))),  # type: ignore[arg-type]
         r"expected a network; got Empty without a residual\. Pass network=",
@@ -305,7 +359,13 @@ MISUSES: dict[str, tuple[Callable[[], object], str]] = {
         r"expected an episode with a query; got query=None\. There is no posterior without data",
     ),
 }
-RESULTS = {"CheckpointError", "ContractError", "Fit", "SolverError", "TrainingError"}  # handed out, not called
+RESULTS = {
+    "CheckpointError",
+    "ContractError",
+    "Fit",
+    "SolverError",
+    "TrainingError",
+}  # handed out, not called
 
 
 def messages() -> None:
@@ -322,7 +382,9 @@ def messages() -> None:
 @pytest.fixture(scope="module")
 def said() -> dict[str, str]:
     """The messages under ``python -O``, without the type checks that pytest adds."""
-    return json.loads(run("-O", "-c", "import test_public_api; test_public_api.messages()").splitlines()[-1])
+    return json.loads(
+        run("-O", "-c", "import test_public_api; test_public_api.messages()").splitlines()[-1]
+    )
 
 
 def test_every_public_name_is_misused_below() -> None:
@@ -330,7 +392,9 @@ def test_every_public_name_is_misused_below() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(MISUSES))
-def test_a_misuse_is_answered_with_what_was_expected_what_came_and_what_to_do(name: str, said: dict[str, str]) -> None:
+def test_a_misuse_is_answered_with_what_was_expected_what_came_and_what_to_do(
+    name: str, said: dict[str, str]
+) -> None:
     assert name in said, f"{name} accepted its misuse"
     assert re.search(MISUSES[name][1], said[name], re.DOTALL), said[name]
     assert not said[name].startswith("AssertionError")

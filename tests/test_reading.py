@@ -38,15 +38,21 @@ def stated(episode: ph.Episode) -> None:
 
 
 def data(tasks: int = 9, shots: int = 6, num_support: int = 2, seed: int = 0) -> ph.Tasks:
-    values = torch.randn(tasks, shots, 5, 1, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return ph.Tasks.from_trajectories(torch.arange(5.0, dtype=torch.float64), values, num_support=num_support)
+    values = torch.randn(
+        tasks, shots, 5, 1, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
+    return ph.Tasks.from_trajectories(
+        torch.arange(5.0, dtype=torch.float64), values, num_support=num_support
+    )
 
 
-def quietly(program: Callable[[ph.Episode], object], tasks: ph.Tasks, shots: int | None = None) -> Reading:
+def quietly(
+    program: Callable[[ph.Episode], object], tasks: ph.Tasks, shots: int | None = None
+) -> Reading:
     return read(program, tasks, shots=shots, progress=False)
 
 
-# ---- what is read --------------------------------------------------------------------------------------------------
+# ---- what is read --------------------------------------------------------------------------------
 
 
 def test_a_prior_by_hand_is_read_from_disjoint_supports() -> None:
@@ -55,20 +61,27 @@ def test_a_prior_by_hand_is_read_from_disjoint_supports() -> None:
     means = torch.stack([tasks.values[:, 2 * i : 2 * i + 2].mean((1, 2)) for i in range(3)])
     assert found.shots == 2 and found.families == {"z": Normal(1), "rate": Gamma(1)}
     assert_close(found.natural["z"], torch.stack([means / 0.25, torch.full_like(means, -2.0)], -1))
-    assert_close(found.natural["rate"], torch.stack([means.abs(), torch.full_like(means, -2.0)], -1))
+    assert_close(
+        found.natural["rate"], torch.stack([means.abs(), torch.full_like(means, -2.0)], -1)
+    )
 
 
 def test_latents_of_shots_and_of_no_task_are_not_the_task_s() -> None:
     assert set(quietly(stated, data()).natural) == {"z", "rate"}
 
 
-@pytest.mark.parametrize("make", [
-    lambda n: dist.Normal(torch.zeros(n), 1.0).to_event(1),
-    lambda n: dist.Normal(torch.zeros(n), 1.0),
-    lambda n: dist.Normal(torch.zeros(n, 2), 1.0).to_event(2),
-], ids=["vector", "batch", "matrix"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda n: dist.Normal(torch.zeros(n), 1.0).to_event(1),
+        lambda n: dist.Normal(torch.zeros(n), 1.0),
+        lambda n: dist.Normal(torch.zeros(n, 2), 1.0).to_event(2),
+    ],
+    ids=["vector", "batch", "matrix"],
+)
 def test_latents_of_no_task_are_not_the_task_s_even_if_they_are_as_many_as_tasks(
-        make: Callable[[int], dist.Distribution]) -> None:
+    make: Callable[[int], dist.Distribution],
+) -> None:
     def program(episode: ph.Episode) -> None:
         pyro.sample("shared", make(episode.shape[0]))
         stated(episode)
@@ -78,22 +91,29 @@ def test_latents_of_no_task_are_not_the_task_s_even_if_they_are_as_many_as_tasks
 
 def test_latents_of_shots_in_a_plate_of_their_own_are_not_the_task_s() -> None:
     def program(episode: ph.Episode) -> None:
-        with pyro.plate("system", episode.shape[0], dim=-2), pyro.plate("trial", episode.shape[1], dim=-1):
+        with (
+            pyro.plate("system", episode.shape[0], dim=-2),
+            pyro.plate("trial", episode.shape[1], dim=-1),
+        ):
             pyro.sample("kick", dist.Normal(0.0, 1.0))
         stated(episode)
 
     assert set(quietly(program, data()).natural) == {"z", "rate"}
 
 
-@pytest.mark.parametrize(("shots", "num_support", "chosen", "supports"), [
-    (6, 2, None, 3),
-    (7, 2, None, 3),  # the last shot stays unread
-    (6, 5, None, 2),  # two supports of five there are not
-    (6, 2, 6, 1),
-    (6, 2, 1, 6),
-])
-def test_supports_are_as_large_as_in_training_where_two_of_them_fit(shots: int, num_support: int, chosen: int | None,
-                                                                   supports: int) -> None:
+@pytest.mark.parametrize(
+    ("shots", "num_support", "chosen", "supports"),
+    [
+        (6, 2, None, 3),
+        (7, 2, None, 3),  # the last shot stays unread
+        (6, 5, None, 2),  # two supports of five there are not
+        (6, 2, 6, 1),
+        (6, 2, 1, 6),
+    ],
+)
+def test_supports_are_as_large_as_in_training_where_two_of_them_fit(
+    shots: int, num_support: int, chosen: int | None, supports: int
+) -> None:
     found = quietly(stated, data(4, shots, num_support), chosen)
     assert found.natural["z"].shape == (supports, 4, 1, 2)
     assert found.shots == (chosen or min(num_support, shots // 2))
@@ -116,7 +136,10 @@ def test_a_support_prior_and_the_same_prior_by_hand_give_the_same() -> None:
 
 
 def test_a_module_with_latents_of_shots_is_read_like_any_other() -> None:
-    found = quietly(Line(ph.Linearised(3), inferred=True).double(), make_tasks(4, 4, num_support=2, inferred=True))
+    found = quietly(
+        Line(ph.Linearised(3), inferred=True).double(),
+        make_tasks(4, 4, num_support=2, inferred=True),
+    )
     assert list(found.natural) == ["slope", "bend"]
 
 
@@ -124,9 +147,13 @@ def test_masked_values_are_not_read() -> None:
     mask = torch.rand(6, 8, 6, 1, generator=torch.Generator().manual_seed(1)) < 0.7
     mask[:, :, 0] = True
     tasks, model = make_tasks(6, 8, num_support=4, mask=mask), Line(ph.Linearised(3)).double()
-    wild = ph.Tasks.from_trajectories(tasks.times, tasks.values.where(mask, 1e6), num_support=4, mask=mask)
+    wild = ph.Tasks.from_trajectories(
+        tasks.times, tasks.values.where(mask, 1e6), num_support=4, mask=mask
+    )
     assert torch.equal(quietly(model, tasks).flat, quietly(model, wild).flat)
-    assert not torch.equal(quietly(model, tasks).flat, quietly(model, make_tasks(6, 8, num_support=4)).flat)
+    assert not torch.equal(
+        quietly(model, tasks).flat, quietly(model, make_tasks(6, 8, num_support=4)).flat
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -173,15 +200,25 @@ def test_nobody_outside_sees_the_runs() -> None:
     assert set(trace.trace.nodes) <= {"_INPUT", "_RETURN"}
 
 
-# ---- what follows from it ------------------------------------------------------------------------------------------
+# ---- what follows from it ------------------------------------------------------------------------
 
 
 def test_numbers_stand_in_the_order_of_their_names() -> None:
     families: dict[str, Family] = {"a": LogNormal(1), "b": VonMises(2)}
-    natural = {"a": torch.arange(2.0).view(1, 1, 1, 2), "b": torch.arange(10.0, 14.0).view(1, 1, 2, 2)}
+    natural = {
+        "a": torch.arange(2.0).view(1, 1, 1, 2),
+        "b": torch.arange(10.0, 14.0).view(1, 1, 2, 2),
+    }
     found = Reading(families, natural, shots=1)
     assert found.names == ["a", "b[0]", "b[1]"]
-    assert found.terms == ["a: log z", "a: log² z", "b[0]: cos z", "b[0]: sin z", "b[1]: cos z", "b[1]: sin z"]
+    assert found.terms == [
+        "a: log z",
+        "a: log² z",
+        "b[0]: cos z",
+        "b[0]: sin z",
+        "b[1]: cos z",
+        "b[1]: sin z",
+    ]
     assert found.flat.tolist() == [[[0.0, 1.0, 10.0, 11.0, 12.0, 13.0]]]
 
 
@@ -192,15 +229,22 @@ def test_a_full_normal_has_terms_for_all_its_products() -> None:
 
 
 def test_a_site_of_one_component_goes_by_its_own_name() -> None:
-    assert names_of({"omega": 1, "unknown": 3}) == ["omega", "unknown[0]", "unknown[1]", "unknown[2]"]
+    assert names_of({"omega": 1, "unknown": 3}) == [
+        "omega",
+        "unknown[0]",
+        "unknown[1]",
+        "unknown[2]",
+    ]
 
 
 def test_coordinates_and_their_spread_are_those_of_all_that_is_believed() -> None:
     families: dict[str, Family] = {"a": LogNormal(1), "b": Beta(2)}
     mean = torch.randn(3, 50, 3, dtype=torch.float64)
     scale = 0.2 + torch.rand(3, 50, 3, dtype=torch.float64)
-    natural = {"a": families["a"].from_gaussian(mean[..., :1], scale[..., :1]),
-               "b": families["b"].from_gaussian(mean[..., 1:], scale[..., 1:])}
+    natural = {
+        "a": families["a"].from_gaussian(mean[..., :1], scale[..., :1]),
+        "b": families["b"].from_gaussian(mean[..., 1:], scale[..., 1:]),
+    }
     found = Reading(families, natural, shots=1)
     assert_close(found.coordinates(), (mean, scale), rtol=1e-6, atol=1e-6)
     draws = (mean + scale * torch.randn(4000, 3, 50, 3, dtype=torch.float64)).flatten(0, 2)
@@ -221,7 +265,7 @@ def test_in_double_copies_a_module_and_leaves_a_function_as_it_is() -> None:
     assert in_double(stated) is stated
 
 
-# ---- what it refuses -----------------------------------------------------------------------------------------------
+# ---- what it refuses -----------------------------------------------------------------------------
 
 
 def latent(make: Callable[[Tensor], dist.Distribution]) -> Callable[[ph.Episode], None]:
@@ -235,14 +279,20 @@ def latent(make: Callable[[Tensor], dist.Distribution]) -> Callable[[ph.Episode]
 
 def test_a_prior_outside_exponential_families_is_refused_by_name() -> None:
     program = latent(lambda known: dist.Uniform(known - 1.0, known + 1.0).to_event(1))
-    with pytest.raises(TypeError, match=r"a prior from an exponential family for 'z'; got Uniform\. Use one of "
-                                        r"ph\.families"):
+    with pytest.raises(
+        TypeError,
+        match=r"a prior from an exponential family for 'z'; got Uniform\. Use one of "
+        r"ph\.families",
+    ):
         quietly(program, data())
 
 
 def test_latents_without_a_component_axis_are_refused_with_the_remedy() -> None:
     program = latent(lambda known: dist.Normal(known[:, 0], 1.0))
-    with pytest.raises(ValueError, match=r"latent 'z' of shape \(task, component\); got \(9,\)\. Give it a component"):
+    with pytest.raises(
+        ValueError,
+        match=r"latent 'z' of shape \(task, component\); got \(9,\)\. Give it a component",
+    ):
         quietly(program, data())
 
 
@@ -250,7 +300,10 @@ def test_a_program_without_latents_of_tasks_is_refused() -> None:
     def program(episode: ph.Episode) -> None:
         pyro.sample("level", dist.Normal(0.0, 1.0))
 
-    with pytest.raises(ValueError, match="a program with latents of tasks.*got none. Sample them inside `with episode"):
+    with pytest.raises(
+        ValueError,
+        match="a program with latents of tasks.*got none. Sample them inside `with episode",
+    ):
         quietly(program, data())
 
 
@@ -261,23 +314,31 @@ def test_tasks_on_which_the_prior_fails_are_counted_and_the_first_is_named() -> 
         bad = torch.isin(known, tasks.values[3:6:2, :2].mean((1, 2)))
         return dist.Normal(known.masked_fill(bad, torch.nan), 1.0).to_event(1)
 
-    with pytest.raises(ValueError, match="finite natural parameters of 'z'; got NaN or Inf in 2 tasks, the first being "
-                                         "task 3"):
+    with pytest.raises(
+        ValueError,
+        match="finite natural parameters of 'z'; got NaN or Inf in 2 tasks, the first being task 3",
+    ):
         quietly(latent(lost), tasks)
 
 
 def test_a_task_on_which_the_prior_has_no_mean_is_named() -> None:
     def improper(known: Tensor) -> dist.Distribution:
-        return dist.Gamma(torch.ones_like(known).index_fill(0, torch.tensor(4), 1e-300), 1.0).to_event(1)
+        return dist.Gamma(
+            torch.ones_like(known).index_fill(0, torch.tensor(4), 1e-300), 1.0
+        ).to_event(1)
 
-    with pytest.raises(ValueError, match="a finite mean and spread of 'z'; got NaN or Inf in 1 task, the first being "
-                                         "task 4"):
+    with pytest.raises(
+        ValueError,
+        match="a finite mean and spread of 'z'; got NaN or Inf in 1 task, the first being task 4",
+    ):
         quietly(latent(improper), data())
 
 
 def test_tasks_of_one_shot_are_refused() -> None:
     one = replace(data(), values=data().values[:, :1], states=(torch.zeros(9, 1, 5).double(),))
-    with pytest.raises(ValueError, match="expected two shots or more of every task; got 1. One support alone"):
+    with pytest.raises(
+        ValueError, match="expected two shots or more of every task; got 1. One support alone"
+    ):
         quietly(stated, one)
 
 

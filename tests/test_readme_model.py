@@ -20,7 +20,12 @@ from pyro_hybrid.module import local_parameters
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 MODEL, USE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-SMALLER = {"tasks=1000": "tasks=6", "split(100)": "split(2)", "steps=1000": "steps=2", "batch_size=64": "batch_size=2"}
+SMALLER = {
+    "tasks=1000": "tasks=6",
+    "split(100)": "split(2)",
+    "steps=1000": "steps=2",
+    "batch_size=64": "batch_size=2",
+}
 POINTS = 12
 
 printed: dict[str, Any] = {"__name__": "readme"}
@@ -43,7 +48,9 @@ def make_tasks(tasks: int = 4, shots: int = 4) -> ph.Tasks:
 
 
 TASKS = make_tasks()
-KINDS = pytest.mark.parametrize("kind", [DampedPendulum, ComputedPendulum], ids=["learned", "computed"])
+KINDS = pytest.mark.parametrize(
+    "kind", [DampedPendulum, ComputedPendulum], ids=["learned", "computed"]
+)
 
 
 def pair(kind: type[ph.HybridModel]) -> tuple[ph.HybridModel, ph.AmortizedGuide]:
@@ -60,7 +67,9 @@ def many_particles(both: tuple[ph.HybridModel, ph.AmortizedGuide], episode: ph.E
     return ph.SVI(*both, torch.optim.SGD(both[0].parameters(), 0.0), loss).evaluate_loss(episode)
 
 
-def test_what_the_readme_does_with_its_model_runs_as_printed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_the_readme_does_with_its_model_runs_as_printed(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     use = USE
     for large, small in SMALLER.items():
         assert use.count(large) == 1
@@ -81,7 +90,9 @@ def test_it_trains_with_meta_train(kind: type[ph.HybridModel]) -> None:
 
 @KINDS
 @pytest.mark.parametrize(
-    "loss", [None, Trace_ELBO(num_particles=3, vectorize_particles=True)], ids=["default", "particles"]
+    "loss",
+    [None, Trace_ELBO(num_particles=3, vectorize_particles=True)],
+    ids=["default", "particles"],
 )
 def test_it_trains_step_by_step(kind: type[ph.HybridModel], loss: Any) -> None:
     both, episode = pair(kind), TASKS.episode()
@@ -91,7 +102,9 @@ def test_it_trains_step_by_step(kind: type[ph.HybridModel], loss: Any) -> None:
 
 
 @KINDS
-def test_particles_in_one_run_estimate_the_same_loss_as_one_by_one(kind: type[ph.HybridModel]) -> None:
+def test_particles_in_one_run_estimate_the_same_loss_as_one_by_one(
+    kind: type[ph.HybridModel],
+) -> None:
     both, episode = pair(kind), TASKS.episode()
     optim, losses = torch.optim.SGD(both[0].parameters(), 0.0), []
     for vectorised in (True, False):
@@ -107,7 +120,9 @@ def test_it_simulates_under_predictive(kind: type[ph.HybridModel], parallel: boo
     samples = Predictive(model, num_samples=3, parallel=parallel)(TASKS.episode().simulation())
     shapes = {name: tuple(value.shape) for name, value in samples.items()}
     assert shapes == {"omega": (3, 4, 1), "unknown": (3, 4, 3), "x": (3, 4, 2, POINTS, 2)}
-    after = Predictive(model, guide=guide, num_samples=3, parallel=parallel)(TASKS.episode().simulation())
+    after = Predictive(model, guide=guide, num_samples=3, parallel=parallel)(
+        TASKS.episode().simulation()
+    )
     assert after["x"].shape == (3, 4, 2, POINTS, 2) and (after["omega"] > 0).all()
 
 
@@ -136,7 +151,9 @@ def test_it_obeys_handlers(kind: type[ph.HybridModel]) -> None:
     uncond = poutine.trace(poutine.uncondition(model)).get_trace(episode)
     assert not torch.equal(uncond.nodes["x"]["value"], episode.query)
     scaled = poutine.trace(poutine.scale(poutine.replay(model, trace=ours), 0.5)).get_trace(episode)
-    assert scaled.log_prob_sum().item() == pytest.approx(0.5 * theirs.log_prob_sum().item(), rel=1e-5)
+    assert scaled.log_prob_sum().item() == pytest.approx(
+        0.5 * theirs.log_prob_sum().item(), rel=1e-5
+    )
 
 
 @KINDS
@@ -145,7 +162,9 @@ def test_an_intervention_changes_what_is_simulated(kind: type[ph.HybridModel]) -
     episode, swings = TASKS.episode().simulation(), []
     for value in (0.1, 3.0):
         torch.manual_seed(0)
-        fixed = poutine.do(model, {"omega": torch.full((4, 1), value), "unknown": torch.zeros(4, 3)})
+        fixed = poutine.do(
+            model, {"omega": torch.full((4, 1), value), "unknown": torch.zeros(4, 3)}
+        )
         swings.append(poutine.trace(fixed).get_trace(episode).nodes["x"]["value"])
     assert (swings[0] - swings[1]).abs().max() > 0.3
 
@@ -163,11 +182,18 @@ def test_nuts_runs_over_its_latents(kind: type[ph.HybridModel], outside: str) ->
         model.requires_grad_(False)
         program = poutine.condition(model, {"x": episode.query})
         with local_parameters():
-            mcmc = MCMC(NUTS(program, **options), num_samples=4, warmup_steps=4, disable_progbar=True)
+            mcmc = MCMC(
+                NUTS(program, **options), num_samples=4, warmup_steps=4, disable_progbar=True
+            )
             mcmc.run(episode.simulation())
     samples = mcmc.get_samples()
-    assert {name: tuple(value.shape) for name, value in samples.items()} == {"omega": (4, 2, 1), "unknown": (4, 2, 3)}
-    assert (samples["omega"] > 0).all() and all(torch.isfinite(value).all() for value in samples.values())
+    assert {name: tuple(value.shape) for name, value in samples.items()} == {
+        "omega": (4, 2, 1),
+        "unknown": (4, 2, 3),
+    }
+    assert (samples["omega"] > 0).all() and all(
+        torch.isfinite(value).all() for value in samples.values()
+    )
     assert len(samples["omega"].unique()) > 2  # it moved
 
 
@@ -180,7 +206,9 @@ def test_the_log_density_that_nuts_sees_is_the_programs(kind: type[ph.HybridMode
     p = model.prior(episode.support)
     prior: Tensor = sum(p[name].log_prob(value).sum() for name, value in values.items())
     seen = poutine.trace(poutine.condition(model, values)).get_trace(episode).nodes["x"]
-    assert total.item() == pytest.approx((prior + seen["fn"].log_prob(episode.query).sum()).item(), rel=1e-5)
+    assert total.item() == pytest.approx(
+        (prior + seen["fn"].log_prob(episode.query).sum()).item(), rel=1e-5
+    )
 
 
 @KINDS

@@ -38,27 +38,37 @@ INDEPENDENT: dict[str, Sampler] = {
 DEPENDENT: dict[str, Sampler] = {
     "parabola": parabola,
     "ring": ring,
-    "common scale": lambda rng, shape: rng.laplace(size=shape) * np.exp(0.7 * rng.normal(size=(shape[0], 1))),
+    "common scale": lambda rng, shape: (
+        rng.laplace(size=shape) * np.exp(0.7 * rng.normal(size=(shape[0], 1)))
+    ),
 }
 OTHER: dict[str, Sampler] = {"gaussian": lambda rng, shape: rng.normal(size=shape)}
 
 
-def mixed(kind: str, tasks: int, components: int, seed: int, gaussians: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def mixed(
+    kind: str, tasks: int, components: int, seed: int, gaussians: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(seed)
     sources = {**INDEPENDENT, **DEPENDENT, **OTHER}[kind](rng, (tasks, components))
     sources[:, :gaussians] = rng.normal(size=(tasks, gaussians))
-    return sources @ rng.normal(size=(components, components)) + rng.normal(size=components), sources
+    return sources @ rng.normal(size=(components, components)) + rng.normal(
+        size=components
+    ), sources
 
 
 def uniform(tasks: int, components: int, seed: int = 0) -> Tensor:
-    return torch.rand(tasks, components, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.rand(
+        tasks, components, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
 
 
 def judged(kind: str, tasks: int, components: int, seed: int = 0, gaussians: int = 0) -> Check:
-    return judge_separability(separable(mixed(kind, tasks, components, seed, gaussians)[0], seed=seed))
+    return judge_separability(
+        separable(mixed(kind, tasks, components, seed, gaussians)[0], seed=seed)
+    )
 
 
-# ---- disentangle ---------------------------------------------------------------------------------------------------
+# ---- disentangle ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("components", range(2, 9))
@@ -70,7 +80,9 @@ def test_disentangle_recovers_linearly_mixed_uniform_sources(components: int) ->
 
 @pytest.mark.parametrize("kind", sorted(INDEPENDENT))
 @pytest.mark.parametrize("components", [2, 5])
-def test_disentangle_recovers_light_heavy_skewed_and_bimodal_sources(kind: str, components: int) -> None:
+def test_disentangle_recovers_light_heavy_skewed_and_bimodal_sources(
+    kind: str, components: int
+) -> None:
     z, sources = mixed(kind, 1000, components, seed=0)
     assert mcc(disentangle(z), sources).strong > 0.98
 
@@ -78,7 +90,10 @@ def test_disentangle_recovers_light_heavy_skewed_and_bimodal_sources(kind: str, 
 def test_disentangle_finds_light_and_heavy_tails_in_one_mixture() -> None:
     light, heavy = mixed("uniform", 500, 2, seed=1)[1], mixed("laplace", 500, 2, seed=2)[1]
     sources = np.column_stack([light, heavy])
-    assert mcc(disentangle(sources @ np.random.default_rng(3).normal(size=(4, 4))), sources).strong > 0.98
+    assert (
+        mcc(disentangle(sources @ np.random.default_rng(3).normal(size=(4, 4))), sources).strong
+        > 0.98
+    )
 
 
 def test_two_gaussians_that_nothing_resolves_spoil_no_other_component() -> None:
@@ -110,10 +125,14 @@ def test_disentangle_returns_the_type_precision_and_shape_it_was_given() -> None
     assert disentangle(z.detach()[:, :1]).shape == (200, 1)
 
 
-def test_disentangle_warns_in_its_own_words_when_no_run_converges(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_disentangle_warns_in_its_own_words_when_no_run_converges(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(separability, "ITERATIONS", 1)
     monkeypatch.setattr(separability, "PATIENCE", 2)
-    with pytest.warns(RuntimeWarning, match="expected ICA to converge; got 15 runs of 2 iterations that didn't"):
+    with pytest.warns(
+        RuntimeWarning, match="expected ICA to converge; got 15 runs of 2 iterations that didn't"
+    ):
         disentangle(uniform(200, 4))
 
 
@@ -127,24 +146,34 @@ def spared(seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_disentangle_leaves_a_spare_latent_out_where_it_is_told_how_many_there_are(seed: int) -> None:
+def test_disentangle_leaves_a_spare_latent_out_where_it_is_told_how_many_there_are(
+    seed: int,
+) -> None:
     z, sources = spared(seed)
     found = disentangle(z[300:], components=3, fit=z[:300])
     assert found.shape == (300, 3) and mcc(found, sources[300:]).strong > 0.98
     assert mcc(z[300:], sources[300:]).linear_r.min() > 0.99
-    assert mcc(disentangle(z[300:], fit=z[:300]), sources[300:]).strong < 0.95  # nothing unmixes all four
+    assert (
+        mcc(disentangle(z[300:], fit=z[:300]), sources[300:]).strong < 0.95
+    )  # nothing unmixes all four
 
 
-def test_fewer_components_come_in_the_order_and_with_the_signs_of_the_latents_they_resemble() -> None:
+def test_fewer_components_come_in_the_order_and_with_the_signs_of_the_latents_they_resemble() -> (
+    None
+):
     sources = uniform(500, 3)
-    z = torch.cat([0.01 * sources.sum(1, keepdim=True).square(), sources * torch.tensor([1.0, -2.0, 0.5])], 1)
+    z = torch.cat(
+        [0.01 * sources.sum(1, keepdim=True).square(), sources * torch.tensor([1.0, -2.0, 0.5])], 1
+    )
     found = disentangle(z, components=3)
     together = torch.corrcoef(torch.cat([found, z[:, 1:]], 1).T)[:3, 3:]
     assert (together.diagonal() > 0.99).all()
 
 
 def test_disentangle_of_all_components_is_the_same_whether_or_not_it_is_told() -> None:
-    z = uniform(300, 3) @ torch.tensor([[1.0, 1.0, 0.0], [0.0, 1.0, 1.0], [1.0, 0.0, 1.0]], dtype=torch.float64)
+    z = uniform(300, 3) @ torch.tensor(
+        [[1.0, 1.0, 0.0], [0.0, 1.0, 1.0], [1.0, 0.0, 1.0]], dtype=torch.float64
+    )
     assert torch.equal(disentangle(z), disentangle(z, components=3))
 
 
@@ -159,7 +188,7 @@ def test_disentangle_refuses_a_fit_of_other_width() -> None:
         disentangle(uniform(50, 3), fit=uniform(50, 2))
 
 
-# ---- separable: what is good passes --------------------------------------------------------------------------------
+# ---- separable: what is good passes --------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", sorted(INDEPENDENT))
@@ -171,7 +200,9 @@ def test_independent_sources_that_are_not_gaussian_hold(kind: str) -> None:
     assert check.value == numbers.stability > 0.98 and check.interval[0] > 0.95
     assert "at most one is Gaussian" in check.why
     found = mcc(disentangle(z, seed=1), sources)
-    np.testing.assert_allclose(numbers.agreement[found.assignment], found.matched, atol=0.02)  # what stability promises
+    np.testing.assert_allclose(
+        numbers.agreement[found.assignment], found.matched, atol=0.02
+    )  # what stability promises
 
 
 def test_many_sources_hold() -> None:
@@ -192,13 +223,16 @@ def test_a_single_latent_has_nothing_to_be_separated_from() -> None:
     assert numbers.stability == pytest.approx(1.0) and judge_separability(numbers).status == "holds"
 
 
-# ---- what is bad fails ---------------------------------------------------------------------------------------------
+# ---- what is bad fails ---------------------------------------------------------------------------
 
 
 def test_gaussian_sources_fail_and_their_rotation_is_blamed() -> None:
     check = judged("gaussian", 500, 2)
     assert check.status == "fails" and check.interval[0] < 0.9, check
-    assert "components 0 and 1 look Gaussian over tasks: any rotation of them fits as well" in check.why
+    assert (
+        "components 0 and 1 look Gaussian over tasks: any rotation of them fits as well"
+        in check.why
+    )
     assert check.remedy.startswith("Report them up to a rotation, or resolve it by what is known")
 
 
@@ -206,7 +240,9 @@ def test_two_gaussians_are_named_and_the_rest_is_not() -> None:
     z, sources = mixed("uniform", 500, 3, seed=0, gaussians=2)
     one, other = sorted(mcc(disentangle(z), sources).assignment[:2])
     check = judge_separability(separable(z))
-    assert check.status == "fails" and check.why.startswith(f"components {one} and {other} look Gaussian"), check
+    assert check.status == "fails" and check.why.startswith(
+        f"components {one} and {other} look Gaussian"
+    ), check
 
 
 @pytest.mark.parametrize("kind", sorted(DEPENDENT))
@@ -217,7 +253,7 @@ def test_dependent_sources_fail_however_stable_their_components_are(kind: str) -
     assert "name the physics" in check.remedy
 
 
-# ---- what is unknowable says so ------------------------------------------------------------------------------------
+# ---- what is unknowable says so ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["bimodal", "gaussian"])
@@ -227,7 +263,7 @@ def test_thirty_tasks_decide_nothing(kind: str) -> None:
     assert "can't be seen with so few tasks" in check.why
 
 
-# ---- the numbers, against what is known ----------------------------------------------------------------------------
+# ---- the numbers, against what is known ----------------------------------------------------------
 
 
 def test_negentropy_is_zero_for_a_gaussian_and_that_of_a_uniform_is_the_yardstick() -> None:
@@ -235,7 +271,9 @@ def test_negentropy_is_zero_for_a_gaussian_and_that_of_a_uniform_is_the_yardstic
     columns = np.stack([norm.ppf(grid), grid, 1e3 * grid - 7, -np.log(grid)], 1)
     gaussian, uniformly, moved, exponential = separability._negentropy(columns)
     assert gaussian == pytest.approx(0.0, abs=1e-5)
-    assert uniformly == pytest.approx(separability.UNIFORM, abs=1e-4) and moved == pytest.approx(uniformly)
+    assert uniformly == pytest.approx(separability.UNIFORM, abs=1e-4) and moved == pytest.approx(
+        uniformly
+    )
     assert exponential > 2 * uniformly
 
 
@@ -262,13 +300,15 @@ def test_what_ica_makes_of_noise_is_more_than_noise_has() -> None:
 def test_numbers_repeat_and_leave_the_global_random_state_alone() -> None:
     z, _ = mixed("bimodal", 60, 2, seed=5)
     before, before_torch = str(np.random.get_state()), torch.get_rng_state()
-    for left, right in zip(separable(z, seed=9), separable(torch.as_tensor(z), seed=9), strict=True):
+    for left, right in zip(
+        separable(z, seed=9), separable(torch.as_tensor(z), seed=9), strict=True
+    ):
         np.testing.assert_array_equal(left, right)
     np.testing.assert_array_equal(disentangle(z, seed=9), disentangle(z, seed=9))
     assert str(np.random.get_state()) == before and torch.equal(torch.get_rng_state(), before_torch)
 
 
-# ---- the judgement, from numbers alone -----------------------------------------------------------------------------
+# ---- the judgement, from numbers alone -----------------------------------------------------------
 
 SOUND = Separability(
     non_gaussianity=np.full(3, 0.06),
@@ -287,8 +327,16 @@ GAUSSIAN, UNCERTAIN, CLEAR = [0.0, 0.02], [0.005, 0.1], [0.05, 0.07]
 @pytest.mark.parametrize(
     ("changes", "status", "why"),
     [
-        ({}, "holds", r"hardly depend on each other \(0\.10, by chance up to 0\.15\); at most one is Gaussian"),
-        ({"stability_interval": (0.94, 0.99)}, "undecided", "component 1 is another one .* by 0.94 only"),
+        (
+            {},
+            "holds",
+            r"hardly depend on each other \(0\.10, by chance up to 0\.15\); at most one is Gaussian",
+        ),
+        (
+            {"stability_interval": (0.94, 0.99)},
+            "undecided",
+            "component 1 is another one .* by 0.94 only",
+        ),
         ({"non_gaussianity_interval": np.array([CLEAR, GAUSSIAN, CLEAR])}, "holds", "at most one"),
         (
             {"non_gaussianity_interval": np.array([GAUSSIAN, CLEAR, GAUSSIAN])},
@@ -296,12 +344,18 @@ GAUSSIAN, UNCERTAIN, CLEAR = [0.0, 0.02], [0.005, 0.1], [0.05, 0.07]
             "components 0 and 2 can't be told from Gaussians",
         ),
         (
-            {"non_gaussianity_interval": np.array([GAUSSIAN, CLEAR, GAUSSIAN]), "stability_interval": (0.7, 0.9)},
+            {
+                "non_gaussianity_interval": np.array([GAUSSIAN, CLEAR, GAUSSIAN]),
+                "stability_interval": (0.7, 0.9),
+            },
             "fails",
             "components 0 and 2 look Gaussian over tasks: any rotation of them fits as well",
         ),
         (
-            {"non_gaussianity_interval": np.array([GAUSSIAN, UNCERTAIN, UNCERTAIN]), "stability_interval": (0.7, 0.9)},
+            {
+                "non_gaussianity_interval": np.array([GAUSSIAN, UNCERTAIN, UNCERTAIN]),
+                "stability_interval": (0.7, 0.9),
+            },
             "undecided",
             "components 0, 1 and 2 can't be told",
         ),
@@ -315,7 +369,9 @@ GAUSSIAN, UNCERTAIN, CLEAR = [0.0, 0.02], [0.005, 0.1], [0.05, 0.07]
         ),
     ],
 )
-def test_a_yes_needs_all_conditions_and_a_no_needs_evidence(changes: dict[str, Any], status: str, why: str) -> None:
+def test_a_yes_needs_all_conditions_and_a_no_needs_evidence(
+    changes: dict[str, Any], status: str, why: str
+) -> None:
     check = judge_separability(SOUND._replace(**changes))
     assert check.condition == "separability" and check.status == status, check
     assert bool(check.remedy) == (status != "holds")
@@ -323,7 +379,7 @@ def test_a_yes_needs_all_conditions_and_a_no_needs_evidence(changes: dict[str, A
         raise AssertionError(check.why)
 
 
-# ---- messages ------------------------------------------------------------------------------------------------------
+# ---- messages ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("score", [disentangle, separable])
@@ -332,11 +388,17 @@ def test_unusable_latents_are_named(score: Callable[[Tensor], object]) -> None:
     constant, broken = z.clone(), z.clone()
     constant[:, 1], broken[4, 2] = 0.5, torch.nan
     for unusable, message in (
-        (constant, r"every component of latents to vary over tasks; got component \[1\] constant over 50 tasks"),
+        (
+            constant,
+            r"every component of latents to vary over tasks; got component \[1\] constant over 50 tasks",
+        ),
         (broken, r"finite latents; got nan in task 4, component 2"),
         (z[:8], "expected at least 9 tasks in latents for 3 components; got 8 tasks"),
         (z[:, 0], r"latents of shape \(tasks, components\); got shape \(50,\)"),
-        (torch.cat([z, z.sum(1, keepdim=True)], 1), "expected 4 linearly independent components; got rank 3"),
+        (
+            torch.cat([z, z.sum(1, keepdim=True)], 1),
+            "expected 4 linearly independent components; got rank 3",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             score(unusable)

@@ -35,7 +35,9 @@ class Shared(Line):
             slope = pyro.sample("slope", p["slope"])
             if self.inferred:
                 start = pyro.sample("start", dist.Normal(start, START_NOISE).to_event(2))
-            mean = start + grown[..., 0] * slope[..., None] + self.residual(grown[..., 1:]).squeeze(-1)
+            mean = (
+                start + grown[..., 0] * slope[..., None] + self.residual(grown[..., 1:]).squeeze(-1)
+            )
             x = dist.Normal(mean.unsqueeze(-1), self.noise).mask(episode.mask)
             return pyro.sample("x", x.to_event(3), obs=episode.query)
 
@@ -44,7 +46,9 @@ def shared(number: int, shots: int = 3, *, inferred: bool = False) -> ph.Tasks:
     """Lines that all bend alike."""
     made = make_tasks(number, shots, inferred=inferred, latents=1)
     values = made.values + (features(TIMES)[:, 1:] @ BEND[0]).view(-1, 1)
-    return ph.Tasks.from_trajectories(TIMES, values, num_support=1, mask=torch.as_tensor(made.seen).expand_as(values))
+    return ph.Tasks.from_trajectories(
+        TIMES, values, num_support=1, mask=torch.as_tensor(made.seen).expand_as(values)
+    )
 
 
 def ready(**options: bool | float) -> tuple[Shared, ph.AmortizedGuide]:
@@ -55,7 +59,9 @@ def ready(**options: bool | float) -> tuple[Shared, ph.AmortizedGuide]:
 def posterior(model: Shared, tasks: ph.Tasks, width: float) -> Tensor:
     """Mean of the weights given all shots, slopes and starts integrated out: generalised least squares."""
     everything, times = tasks.shots(slice(None)), features(TIMES)[1:] - features(TIMES)[:1]
-    y = (everything.query[..., 0] - everything.initial[0].unsqueeze(-1))[..., 1:] - 0.5 * times[:, 0]
+    y = (everything.query[..., 0] - everything.initial[0].unsqueeze(-1))[..., 1:] - 0.5 * times[
+        :, 0
+    ]
     shots, design = y.shape[1], times[:, 1:]
     block = NOISE**2 * torch.eye(POINTS - 1).double() + (START_NOISE**2 if model.inferred else 0.0)
     covariance = torch.block_diag(*[block] * shots)
@@ -80,13 +86,33 @@ def test_one_batch_gives_the_exact_posterior_mean_of_a_linear_network(inferred: 
 def test_batches_add_up_to_all_of_it() -> None:
     (model, guide), tasks = ready(), shared(20)
     expected = posterior(model, tasks, width=0.3)
-    ph.sharpen(model, guide, tasks, steps=4, batch_size=5, noise=None, memory=1.0, width=0.3, progress=False)
+    ph.sharpen(
+        model,
+        guide,
+        tasks,
+        steps=4,
+        batch_size=5,
+        noise=None,
+        memory=1.0,
+        width=0.3,
+        progress=False,
+    )
     assert torch.allclose(model.residual.weight[0], expected, atol=1e-6)
 
 
 def test_what_is_forgotten_counts_less() -> None:
     (model, guide), tasks = ready(), shared(20)
-    ph.sharpen(model, guide, tasks, steps=4, batch_size=5, noise=None, memory=1e-9, width=1e3, progress=False)
+    ph.sharpen(
+        model,
+        guide,
+        tasks,
+        steps=4,
+        batch_size=5,
+        noise=None,
+        memory=1e-9,
+        width=1e3,
+        progress=False,
+    )
     rows, _ = list(zip(range(4), tasks.numbered_batches(5, 0), strict=False))[-1][1]
     alone = ready()[0]
     expected = posterior(alone, tasks[rows], width=1e3)
@@ -95,7 +121,10 @@ def test_what_is_forgotten_counts_less() -> None:
 
 @pytest.mark.parametrize("inferred", [False, True])
 def test_the_noise_is_what_stays_unexplained(inferred: bool) -> None:
-    (model, guide), tasks = ready(inferred=inferred, noise=3.0 * NOISE), shared(400, inferred=inferred)
+    (model, guide), tasks = (
+        ready(inferred=inferred, noise=3.0 * NOISE),
+        shared(400, inferred=inferred),
+    )
     before = model.prior.base.clone()
     ph.sharpen(model, guide, tasks, steps=8, batch_size=200, progress=False)
     assert model.noise.item() == pytest.approx(NOISE, rel=0.02)
@@ -126,8 +155,10 @@ def test_how_much_worse_a_task_may_be_is_the_users_choice() -> None:
     with torch.no_grad():
         problem, point = _read(model, guide, mixed, ph.Linearised(2))
         ratio = float(point.cost[7] / point.cost.median())
-        dropped = [(~_evidence(problem, point, model.residual, misread).kept).nonzero().flatten().tolist()
-                   for misread in (1.01 * ratio, 0.99 * ratio)]
+        dropped = [
+            (~_evidence(problem, point, model.residual, misread).kept).nonzero().flatten().tolist()
+            for misread in (1.01 * ratio, 0.99 * ratio)
+        ]
     assert ratio > 2.0 and dropped[0] == [] and 7 in dropped[1]
 
 
@@ -144,11 +175,19 @@ def test_a_force_is_sharpened_until_systems_are_explained() -> None:
     assert 0.8 < spread.mean().item() < 1.3 and again[0] == pytest.approx(1.0, abs=0.2)
 
 
-def forced(system: ph.systems.System, *, points: int = 5, settled: bool = False, **options: Any,
-           ) -> tuple[Any, Problem, Point]:
+def forced(
+    system: ph.systems.System,
+    *,
+    points: int = 5,
+    settled: bool = False,
+    **options: Any,
+) -> tuple[Any, Problem, Point]:
     torch.manual_seed(0)
     system.points = points
-    model, tasks = ph.models.MetaHybridVAE(system, **options).double(), system.simulate(3, 2, seed=0)
+    model, tasks = (
+        ph.models.MetaHybridVAE(system, **options).double(),
+        system.simulate(3, 2, seed=0),
+    )
     if settled:
         model.settle(tasks, 64)
     start = tuple(part.double() for part in tasks.shots(slice(None)).initial)
@@ -161,7 +200,9 @@ def forced(system: ph.systems.System, *, points: int = 5, settled: bool = False,
 
 @pytest.mark.parametrize("system", [ph.systems.Pendulum, ph.systems.DoublePendulum])
 @torch.no_grad()
-def test_derivatives_by_what_a_term_returns_are_those_by_its_weights(system: type[ph.systems.System]) -> None:
+def test_derivatives_by_what_a_term_returns_are_those_by_its_weights(
+    system: type[ph.systems.System],
+) -> None:
     model, problem, point = forced(system(), linear=False, width=9)
     errors = problem.errors(point.task[None], point.shot[None])[0]
     calls = _pushed(problem, point, model.residual, None)[1]
@@ -177,7 +218,9 @@ def test_derivatives_by_what_a_term_returns_are_those_by_its_weights(system: typ
 
 @pytest.mark.parametrize("options", [{"width": 1, "points": 9}, {"width": 9, "settled": True}])
 @torch.no_grad()
-def test_a_term_of_few_weights_or_called_elsewhere_too_is_moved_weight_by_weight(options: dict[str, Any]) -> None:
+def test_a_term_of_few_weights_or_called_elsewhere_too_is_moved_weight_by_weight(
+    options: dict[str, Any],
+) -> None:
     model, problem, point = forced(ph.systems.Pendulum(), **options)
     errors = problem.errors(point.task[None], point.shot[None])[0]
     expected = _one_by_one(problem, point, model.residual, errors)
@@ -202,12 +245,21 @@ def test_the_same_seed_gives_the_same_and_draws_nothing() -> None:
     ("options", "message"),
     [
         ({"steps": 0}, r"expected steps and batch_size of 1 or more; got \(0, 8\)"),
-        ({"memory": 0.0}, r"expected a memory in \(0, 1\] and a positive width; got \(0\.0, 0\.1\)"),
+        (
+            {"memory": 0.0},
+            r"expected a memory in \(0, 1\] and a positive width; got \(0\.0, 0\.1\)",
+        ),
         ({"width": 0.0}, r"expected a memory in \(0, 1\] and a positive width; got \(0\.9, 0\.0\)"),
         ({"misread": 1.0}, r"expected misread above 1; got 1\.0"),
         ({"network": nn.Tanh()}, r"expected a network with weights; got Tanh"),
-        ({"network": nn.Linear(100, 101)}, r"expected a network of up to 10000 weights; got 10201\. Sharpen a part"),
-        ({"noise": "sigma"}, r"expected 'sigma', a standard deviation of 1 sensors, or of all; got NoneType"),
+        (
+            {"network": nn.Linear(100, 101)},
+            r"expected a network of up to 10000 weights; got 10201\. Sharpen a part",
+        ),
+        (
+            {"noise": "sigma"},
+            r"expected 'sigma', a standard deviation of 1 sensors, or of all; got NoneType",
+        ),
     ],
 )
 def test_what_it_cannot_do_is_said(options: dict, message: str) -> None:
@@ -219,5 +271,7 @@ def test_what_it_cannot_do_is_said(options: dict, message: str) -> None:
 def test_a_program_without_a_residual_must_say_what_its_network_is() -> None:
     model = Line(sites=SITES).double()
     guide = ph.AmortizedGuide(model.prior, evidence=ph.Linearised(2))
-    with pytest.raises(ValueError, match=r"expected a network; got Line without a residual\. Pass network="):
+    with pytest.raises(
+        ValueError, match=r"expected a network; got Line without a residual\. Pass network="
+    ):
         ph.sharpen(model, guide, shared(4), steps=1)

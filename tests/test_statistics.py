@@ -40,14 +40,16 @@ class Constant(Normal):
 def believed(family: Family, centre: float = 0.0, spread: float = 1.0, tasks: int = 200) -> Reading:
     """Means that spread over tasks, each known to a third of that."""
     mean = centre + spread * torch.randn(2, tasks, family.n, dtype=torch.float64)
-    return Reading({"z": family}, {"z": family.from_gaussian(mean, torch.full_like(mean, spread / 3))}, shots=1)
+    return Reading(
+        {"z": family}, {"z": family.from_gaussian(mean, torch.full_like(mean, spread / 3))}, shots=1
+    )
 
 
 def status(family: Family, centre: float = 0.0, spread: float = 1.0) -> str:
     return judge_statistics(statistics(believed(family, centre, spread))).status
 
 
-# ---- the number ----------------------------------------------------------------------------------------------------
+# ---- the number ----------------------------------------------------------------------------------
 
 
 def test_the_margin_is_the_least_eigenvalue_of_the_correlation_matrix() -> None:
@@ -72,34 +74,53 @@ def test_on_a_quarter_it_is_the_margin_of_the_statistics_there() -> None:
     assert module._margin(z, Normal(1).statistics(z))[0] == pytest.approx(1 - correlation, rel=1e-3)
 
 
-# ---- what is good holds --------------------------------------------------------------------------------------------
+# ---- what is good holds --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", [Normal, LogNormal, Gamma, Beta, VonMises])
 def test_every_family_of_the_library_holds(family: Callable[[int], Family]) -> None:
     check = judge_statistics(statistics(believed(family(2))))
     assert check.status == "holds" and not check.remedy
-    assert check.why in ("the least independent are those of z[0]", "the least independent are those of z[1]")
+    assert check.why in (
+        "the least independent are those of z[0]",
+        "the least independent are those of z[1]",
+    )
 
 
-@pytest.mark.parametrize(("centre", "spread"), [(0.0, 1e-6), (0.0, 1e6), (3.0, 0.1), (-50.0, 5.0), (100.0, 0.01),
-                                                (100.0, 1e-3), (-1e4, 0.1), (1e-3, 1e-8)])
+@pytest.mark.parametrize(
+    ("centre", "spread"),
+    [
+        (0.0, 1e-6),
+        (0.0, 1e6),
+        (3.0, 0.1),
+        (-50.0, 5.0),
+        (100.0, 0.01),
+        (100.0, 1e-3),
+        (-1e4, 0.1),
+        (1e-3, 1e-8),
+    ],
+)
 def test_units_of_the_latent_and_its_origin_do_not_matter(centre: float, spread: float) -> None:
     assert status(Normal(1), centre, spread) == "holds"
 
 
 @pytest.mark.parametrize("family", [Normal, LogNormal, Gamma, Beta, VonMises])
-def test_a_narrow_range_far_from_zero_does_not_count_against_a_family(family: Callable[[int], Family]) -> None:
+def test_a_narrow_range_far_from_zero_does_not_count_against_a_family(
+    family: Callable[[int], Family],
+) -> None:
     assert status(family(1), 3.0, 0.01) == "holds"
 
 
-# ---- what is bad fails ---------------------------------------------------------------------------------------------
+# ---- what is bad fails ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", [Repeated, Constant])
-@pytest.mark.parametrize(("centre", "spread"), [(0.0, 1.0), (100.0, 1.0), (100.0, 1e-3), (0.0, 1e-4)])
-def test_a_statistic_that_follows_from_the_other_fails(family: Callable[[int], Family], centre: float,
-                                                       spread: float) -> None:
+@pytest.mark.parametrize(
+    ("centre", "spread"), [(0.0, 1.0), (100.0, 1.0), (100.0, 1e-3), (0.0, 1e-4)]
+)
+def test_a_statistic_that_follows_from_the_other_fails(
+    family: Callable[[int], Family], centre: float, spread: float
+) -> None:
     check = judge_statistics(statistics(believed(family(1), centre, spread)))
     assert check.status == "fails" and check.why == "one statistic of z follows from the others"
     assert check.remedy.startswith("Give the family statistics none of which follows")
@@ -110,30 +131,43 @@ def test_statistics_that_are_dependent_on_half_of_the_line_fail_thanks_to_quarte
     found = statistics(reading)
     assert judge_statistics(found).status == "fails"
     u = torch.randn(2000, 1, dtype=torch.float64)
-    assert module._margin(u[:, 0], Absolute(1).statistics(u)[:, 0])[0] > 0.1  # on all of the line nothing is wrong
+    assert (
+        module._margin(u[:, 0], Absolute(1).statistics(u)[:, 0])[0] > 0.1
+    )  # on all of the line nothing is wrong
     assert found.margin.shape == (1, module.PIECES) and (found.margin[0, [0, -1]] < 1e-12).all()
 
 
 def test_a_family_that_is_no_product_over_components_fails() -> None:
     check = judge_statistics(statistics(believed(FullNormal(2))))
-    assert check.status == "fails" and check.why == "the prior of z[0], z[1] isn't a product over components"
+    assert (
+        check.status == "fails"
+        and check.why == "the prior of z[0], z[1] isn't a product over components"
+    )
     assert "factorised" in check.remedy
 
 
 def test_the_latent_at_fault_is_named() -> None:
     one, other = believed(Normal(2)), believed(Repeated(1))
-    reading = Reading({"good": Normal(2), "bad": Repeated(1)}, {"good": one.natural["z"], "bad": other.natural["z"]}, 1)
+    reading = Reading(
+        {"good": Normal(2), "bad": Repeated(1)},
+        {"good": one.natural["z"], "bad": other.natural["z"]},
+        1,
+    )
     found = statistics(reading)
     assert found.names == ["good[0]", "good[1]", "bad"] and found.factorised == [True] * 3
     assert judge_statistics(found).why == "one statistic of bad follows from the others"
 
 
-# ---- what can't be known says so -----------------------------------------------------------------------------------
+# ---- what can't be known says so -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", [Normal, Repeated, Gamma])
-def test_so_narrow_and_so_far_from_zero_that_rounding_hides_all_it_stays_open(family: Callable[[int], Family]) -> None:
-    check = judge_statistics(statistics(believed(family(1), 100.0 if family is not Gamma else 3.0, 1e-8)))
+def test_so_narrow_and_so_far_from_zero_that_rounding_hides_all_it_stays_open(
+    family: Callable[[int], Family],
+) -> None:
+    check = judge_statistics(
+        statistics(believed(family(1), 100.0 if family is not Gamma else 3.0, 1e-8))
+    )
     assert check.status == "undecided" and check.interval[0] == 0.0 < check.interval[1]
     assert check.why.startswith("rounding hides whether those of z are independent")
     assert check.remedy == "Give the latent an origin and a unit near its values."
@@ -145,18 +179,30 @@ class Verdict(NamedTuple):
     status: str
 
 
-@pytest.mark.parametrize("case", [Verdict(1e-3, 1e-14, "holds"), Verdict(1e-20, 1e-12, "holds"),
-                                  Verdict(1e-20, 1e-9, "fails"), Verdict(0.0, 1e-14, "fails"),
-                                  Verdict(1e-10, 1e-4, "undecided")])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Verdict(1e-3, 1e-14, "holds"),
+        Verdict(1e-20, 1e-12, "holds"),
+        Verdict(1e-20, 1e-9, "fails"),
+        Verdict(0.0, 1e-14, "fails"),
+        Verdict(1e-10, 1e-4, "undecided"),
+    ],
+)
 def test_the_worst_quarter_of_the_worst_latent_decides(case: Verdict) -> None:
-    margin, rounding = torch.full((2, 3, 4), 0.5, dtype=torch.float64) * torch.tensor([1.0, 1e-14])[:, None, None]
+    margin, rounding = (
+        torch.full((2, 3, 4), 0.5, dtype=torch.float64) * torch.tensor([1.0, 1e-14])[:, None, None]
+    )
     margin[1, 2], rounding[1, 2] = case.margin, case.rounding
     check = judge_statistics(Statistics(["a", "b", "c"], margin, rounding, [True] * 3))
     assert (check.value, check.status) == (case.margin, case.status) and "of b" in check.why
 
 
 def test_what_is_dependent_comes_before_what_rounding_hides() -> None:
-    margin, rounding = torch.zeros(2, 1, dtype=torch.float64), torch.tensor([[1e-3], [1e-14]], dtype=torch.float64)
+    margin, rounding = (
+        torch.zeros(2, 1, dtype=torch.float64),
+        torch.tensor([[1e-3], [1e-14]], dtype=torch.float64),
+    )
     check = judge_statistics(Statistics(["far", "bad"], margin, rounding, [True] * 2))
     assert check.status == "fails" and check.why == "one statistic of bad follows from the others"
 

@@ -76,7 +76,10 @@ class Counting:
 
 def errors(states: Tensor, truth: Tensor, ends: slice) -> tuple[float, float]:
     """At the ends of steps, and between them."""
-    off, between = (states - truth).abs().amax((0, 1, 3)), torch.ones(states.shape[2], dtype=torch.bool)
+    off, between = (
+        (states - truth).abs().amax((0, 1, 3)),
+        torch.ones(states.shape[2], dtype=torch.bool),
+    )
     between[ends] = False
     return float(off[ends].max()), float(off[between].max())
 
@@ -84,8 +87,10 @@ def errors(states: Tensor, truth: Tensor, ends: slice) -> tuple[float, float]:
 def test_states_at_the_ends_of_steps_and_between_them_converge_with_order_four() -> None:
     times, y0 = grid(3.0, 193), start(2, 3)
     truth = oscillation(*y0, 2.0, times)
-    found = [errors(solve(oscillator(2.0), y0, times, step=3.0 / n), truth, slice(0, None, 192 // n))
-             for n in (12, 24, 48, 96)]
+    found = [
+        errors(solve(oscillator(2.0), y0, times, step=3.0 / n), truth, slice(0, None, 192 // n))
+        for n in (12, 24, 48, 96)
+    ]
     orders = torch.tensor(found[:-1]).div(torch.tensor(found[1:])).log2()
     assert_close(orders, torch.full((3, 2), 4.0), rtol=0.0, atol=0.25)
 
@@ -99,9 +104,16 @@ def test_a_path_that_is_a_cubic_of_time_is_exact_at_all_times(step: float) -> No
 
 
 # Of a span of 2 and observations every 0.1.
-LENGTHS = {"shorter than the spacing": (0.04, 50), "the spacing": (0.1, 20), "no divisor of it": (0.15, 14),
-           "longer than it": (0.7, 3), "a divisor of the span": (0.5, 4), "the span": (2.0, 1),
-           "longer than the span": (9.0, 1), "endless": (torch.inf, 1)}
+LENGTHS = {
+    "shorter than the spacing": (0.04, 50),
+    "the spacing": (0.1, 20),
+    "no divisor of it": (0.15, 14),
+    "longer than it": (0.7, 3),
+    "a divisor of the span": (0.5, 4),
+    "the span": (2.0, 1),
+    "longer than the span": (9.0, 1),
+    "endless": (torch.inf, 1),
+}
 
 
 @pytest.mark.parametrize("case", LENGTHS)
@@ -118,7 +130,9 @@ def test_steps_are_as_long_as_asked_for_or_a_little_less(case: str) -> None:
 
 @pytest.mark.parametrize("substeps", [1, 3])
 @pytest.mark.parametrize("field", [driven, driven_grid])
-def test_steps_that_fit_the_observations_are_substeps(field: Callable[..., Any], substeps: int) -> None:
+def test_steps_that_fit_the_observations_are_substeps(
+    field: Callable[..., Any], substeps: int
+) -> None:
     times, y0 = grid(3.0, 11), start(2, 3) if field is driven else uniform(2, 3, 4)
     fitting = solve(field, y0, times, step=0.3 / substeps)
     assert_close(fitting, solve(field, y0, times, substeps=substeps), **ROUNDING)
@@ -131,41 +145,68 @@ def test_the_first_state_is_the_initial_one_to_the_last_bit(
     field: Callable[..., Any], clocks: bool, dtype: torch.dtype
 ) -> None:
     y0 = torch.randn(2, 3, 4, dtype=dtype)
-    times = torch.tensor([0.1, 0.2, 0.7], dtype=dtype) + (torch.arange(3.0, dtype=dtype).unsqueeze(-1) if clocks else 0)
-    states = solve(field, y0 if field is driven_grid else (y0[..., 0], y0[..., 1]), times, step=0.13)
+    times = torch.tensor([0.1, 0.2, 0.7], dtype=dtype) + (
+        torch.arange(3.0, dtype=dtype).unsqueeze(-1) if clocks else 0
+    )
+    states = solve(
+        field, y0 if field is driven_grid else (y0[..., 0], y0[..., 1]), times, step=0.13
+    )
     assert states.dtype == dtype
     assert torch.equal(states[:, :, 0], y0 if field is driven_grid else y0[..., :2])
 
 
 @pytest.mark.parametrize("field", [driven, driven_grid])
-def test_shots_whose_clocks_differ_by_an_offset_are_each_solved_as_if_alone(field: Callable[..., Any]) -> None:
+def test_shots_whose_clocks_differ_by_an_offset_are_each_solved_as_if_alone(
+    field: Callable[..., Any],
+) -> None:
     y0 = start(2, 3) if field is driven else uniform(2, 3, 4)
     clocks = grid(1.0, 8) + torch.tensor([[0.0], [0.25], [7.0]], dtype=torch.float64)
     together = solve(field, y0, clocks, step=0.3)
     for shot in range(3):
-        one = tuple(part[:, shot : shot + 1] for part in y0) if isinstance(y0, tuple) else y0[:, shot : shot + 1]
-        assert_close(together[:, shot : shot + 1], solve(field, one, clocks[shot], step=0.3), rtol=0.0, atol=1e-12)
+        one = (
+            tuple(part[:, shot : shot + 1] for part in y0)
+            if isinstance(y0, tuple)
+            else y0[:, shot : shot + 1]
+        )
+        assert_close(
+            together[:, shot : shot + 1],
+            solve(field, one, clocks[shot], step=0.3),
+            rtol=0.0,
+            atol=1e-12,
+        )
     assert (together[:, 0] - together[:, 2]).abs().max() > 0.05  # the clock matters
 
 
-def test_segments_of_measured_trajectories_have_clocks_that_differ_by_an_offset_in_float32_too() -> None:
+def test_segments_of_measured_trajectories_have_clocks_that_differ_by_an_offset_in_float32_too() -> (
+    None
+):
     times = torch.linspace(0.0, 100.0, 1001)
-    episode = ph.Tasks.from_trajectories(times, torch.rand(2, 3, 1001, 2), num_support=1).episode().cut(37)
+    episode = (
+        ph.Tasks.from_trajectories(times, torch.rand(2, 3, 1001, 2), num_support=1)
+        .episode()
+        .cut(37)
+    )
     states = solve(oscillator(1.0), episode.initial, episode.times, step=0.2)
-    truth = oscillation(*(part.double() for part in episode.initial), 1.0, 0.1 * torch.arange(38).double())
+    truth = oscillation(
+        *(part.double() for part in episode.initial), 1.0, 0.1 * torch.arange(38).double()
+    )
     assert_close(states.double(), truth, rtol=0.0, atol=1e-3)
 
 
 @pytest.mark.parametrize("unit", [1.0, 1e-7])
 def test_clocks_of_different_spacing_are_refused_with_words(unit: float) -> None:
     clocks = unit * torch.stack([grid(1.0, 5), grid(1.0, 5) ** 2])
-    with pytest.raises(ValueError, match=r"offset only \(with step=\); got clocks of different spacing. Leave step"):
+    with pytest.raises(
+        ValueError, match=r"offset only \(with step=\); got clocks of different spacing. Leave step"
+    ):
         solve(driven, start(2, 2), clocks, step=unit)
 
 
 @pytest.mark.parametrize("particles", [(2,), (3,), (5, 3)])
 @pytest.mark.parametrize("clocks", [False, True], ids=["one clock", "a clock for each shot"])
-def test_batch_axes_of_what_the_field_captured_are_the_states_own(particles: tuple[int, ...], clocks: bool) -> None:
+def test_batch_axes_of_what_the_field_captured_are_the_states_own(
+    particles: tuple[int, ...], clocks: bool
+) -> None:
     times, y0, rate = grid(1.0, 4), start(2, 3), 1.0 + uniform(*particles, 2, 1)
     clock = times + torch.arange(3).unsqueeze(-1) if clocks else times
     states = solve(oscillator(rate), y0, clock, step=0.02)
@@ -189,22 +230,34 @@ KNOW_NOTHING = {
 
 
 @pytest.mark.parametrize("field", [*KNOW_NOTHING.values()], ids=[*KNOW_NOTHING])
-def test_slopes_that_know_nothing_of_the_batch_hold_for_all_of_it(field: Callable[..., Any]) -> None:
-    times, y0, slope = grid(1.0, 6), uniform(3, 2, 2), torch.tensor([1.0, -2.0], dtype=torch.float64)
+def test_slopes_that_know_nothing_of_the_batch_hold_for_all_of_it(
+    field: Callable[..., Any],
+) -> None:
+    times, y0, slope = (
+        grid(1.0, 6),
+        uniform(3, 2, 2),
+        torch.tensor([1.0, -2.0], dtype=torch.float64),
+    )
     initial = y0 if isinstance(field(times[0], y0), Tensor) else y0.unbind(-1)
     assert_close(solve(field, initial, times), y0.unsqueeze(-2) + times.unsqueeze(-1) * slope)
-    assert_close(solve(field, initial, times, step=0.3), y0.unsqueeze(-2) + times.unsqueeze(-1) * slope)
+    assert_close(
+        solve(field, initial, times, step=0.3), y0.unsqueeze(-2) + times.unsqueeze(-1) * slope
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------- gradients
 
 
-def pendulum(t: Tensor, angle: Tensor, speed: Tensor, rate: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
+def pendulum(
+    t: Tensor, angle: Tensor, speed: Tensor, rate: Tensor, damping: Tensor
+) -> tuple[Tensor, Tensor]:
     return speed, torch.cos(t) - damping * speed - rate * angle.sin()
 
 
 @pytest.mark.parametrize("clocks", [False, True], ids=["one clock", "a clock for each shot"])
-def test_gradients_through_steps_of_a_length_reach_captured_tensors_and_initial_states(clocks: bool) -> None:
+def test_gradients_through_steps_of_a_length_reach_captured_tensors_and_initial_states(
+    clocks: bool,
+) -> None:
     times = torch.tensor([0.0, 0.2, 0.35, 1.0], dtype=torch.float64)
     times = times + torch.arange(3).unsqueeze(-1) if clocks else times
 
@@ -219,10 +272,14 @@ def test_gradients_through_steps_of_a_length_reach_what_a_field_on_a_grid_captur
     def states(profile: Tensor, rate: Tensor) -> Tensor:
         return solve(lambda t, y: -rate * y.roll(1, -1) * y, profile, grid(1.0, 5), step=0.3)
 
-    assert gradcheck(states, [uniform(2, 2, 4).requires_grad_(), uniform(3, 2, 1, 1).requires_grad_()])
+    assert gradcheck(
+        states, [uniform(2, 2, 4).requires_grad_(), uniform(3, 2, 1, 1).requires_grad_()]
+    )
 
 
-def loop(field: Callable[..., tuple[Tensor, Tensor]], initial: tuple[Tensor, ...], knots: Tensor) -> Tensor:
+def loop(
+    field: Callable[..., tuple[Tensor, Tensor]], initial: tuple[Tensor, ...], knots: Tensor
+) -> Tensor:
     """RK4 as it is in the books."""
     y, path = torch.stack(initial), [torch.stack(initial)]
     for t, h in zip(knots[:-1], knots.diff(), strict=True):
@@ -240,26 +297,37 @@ def gradients(states: Tensor, of: list[Tensor]) -> list[Tensor]:
     return [*torch.autograd.grad((weights * states.square()).sum(), of)]
 
 
-
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("form", ["substeps", "step"])
 @pytest.mark.parametrize("number", [3, 40])
-def test_values_and_gradients_are_those_of_the_plain_loop(number: int, form: str, dtype: Any, tolerance: float) -> None:
+def test_values_and_gradients_are_those_of_the_plain_loop(
+    number: int, form: str, dtype: Any, tolerance: float
+) -> None:
     times, knots = grid(2.0, 5).to(dtype), grid(2.0, 4 * number + 1).to(dtype)
-    inputs = [x.to(dtype).requires_grad_() for x in (*start(2, 3), 1.0 + uniform(2, 1), uniform(2, 1))]
+    inputs = [
+        x.to(dtype).requires_grad_() for x in (*start(2, 3), 1.0 + uniform(2, 1), uniform(2, 1))
+    ]
 
     def field(t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         return pendulum(t, *state, *inputs[2:])
 
     options = {"substeps": number} if form == "substeps" else {"step": 0.5 / number}
-    states, truth = solve(field, (*inputs[:2],), times, **options), loop(field, (*inputs[:2],), knots)[:, :, ::number]
-    for found, expected in zip([states, *gradients(states, inputs)], [truth, *gradients(truth, inputs)], strict=True):
+    states, truth = (
+        solve(field, (*inputs[:2],), times, **options),
+        loop(field, (*inputs[:2],), knots)[:, :, ::number],
+    )
+    for found, expected in zip(
+        [states, *gradients(states, inputs)], [truth, *gradients(truth, inputs)], strict=True
+    ):
         assert (found - expected).abs().max() <= tolerance * expected.abs().max()
 
 
 @pytest.mark.parametrize("steps", [2 * SEGMENT + 1, 3 * SEGMENT])
 def test_a_last_segment_of_any_length_is_recomputed_right(steps: int) -> None:
-    rate, one = torch.tensor(0.7, dtype=torch.float64, requires_grad=True), torch.ones(1, 1, dtype=torch.float64)
+    rate, one = (
+        torch.tensor(0.7, dtype=torch.float64, requires_grad=True),
+        torch.ones(1, 1, dtype=torch.float64),
+    )
     states = solve(lambda t, y: (-rate * y[0],), (one,), grid(1.0, 2), substeps=steps)
     (gradient,) = torch.autograd.grad(states[0, 0, -1, 0], rate)
     assert_close(gradient, -torch.exp(-rate.detach()), rtol=1e-8, atol=0.0)
@@ -285,12 +353,19 @@ def kept(steps: int, options: dict[str, Any]) -> int:
 
 @pytest.mark.parametrize("form", ["substeps", "step"])
 def test_what_is_kept_for_the_gradient_stops_growing(form: str) -> None:
-    sizes = {n: kept(n, {"substeps": n // 2} if form == "substeps" else {"step": 1.0 / n}) for n in (64, 128, 800)}
+    sizes = {
+        n: kept(n, {"substeps": n // 2} if form == "substeps" else {"step": 1.0 / n})
+        for n in (64, 128, 800)
+    }
     assert sizes[128] > 1.8 * sizes[64] and sizes[800] < 3.0 * sizes[128]
 
 
-@pytest.mark.parametrize(("steps", "grad", "again"), [(128, True, 0), (192, True, 1), (192, False, 0)])
-def test_only_long_paths_with_a_gradient_are_computed_twice(steps: int, grad: bool, again: int) -> None:
+@pytest.mark.parametrize(
+    ("steps", "grad", "again"), [(128, True, 0), (192, True, 1), (192, False, 0)]
+)
+def test_only_long_paths_with_a_gradient_are_computed_twice(
+    steps: int, grad: bool, again: int
+) -> None:
     rate = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
     field = Counting(oscillator(rate))
     with torch.set_grad_enabled(grad):
@@ -308,12 +383,16 @@ def test_random_numbers_in_a_field_are_the_same_when_they_are_recomputed(steps: 
     def end() -> Tensor:
         torch.manual_seed(0)
         one = torch.ones(1, 1, dtype=torch.float64)
-        states = solve(lambda t, y: (-rate * torch.rand(()) * y[0],), (one,), grid(1.0, 2), substeps=steps)
+        states = solve(
+            lambda t, y: (-rate * torch.rand(()) * y[0],), (one,), grid(1.0, 2), substeps=steps
+        )
         return states[0, 0, -1, 0]
 
     state = end()
     (gradient,) = torch.autograd.grad(state, rate)
-    assert_close(gradient, state.detach().log() * state.detach() / rate.detach(), rtol=1e-3, atol=0.0)  # nearly linear
+    assert_close(
+        gradient, state.detach().log() * state.detach() / rate.detach(), rtol=1e-3, atol=0.0
+    )  # nearly linear
 
 
 class Lazy(ph.HybridModel):
@@ -326,7 +405,9 @@ class Lazy(ph.HybridModel):
 
     def forward(self, steps: int) -> tuple[Tensor, Tensor]:
         one = torch.ones(1, 1, dtype=torch.float64)
-        states = solve(lambda t, y: (-self.rate * self.factor * y[0],), (one,), grid(1.0, 2), substeps=steps)
+        states = solve(
+            lambda t, y: (-self.rate * self.factor * y[0],), (one,), grid(1.0, 2), substeps=steps
+        )
         return states[0, 0, -1, 0], self.rate
 
 
@@ -340,7 +421,9 @@ def test_latents_that_are_attributes_have_the_right_gradient() -> None:
 def test_latents_that_would_be_drawn_anew_when_steps_are_recomputed_are_refused() -> None:
     model = Lazy()
     state, _ = model(200)
-    with pytest.raises(RuntimeError, match="the same slope when it is called again.*before the field is defined"):
+    with pytest.raises(
+        RuntimeError, match="the same slope when it is called again.*before the field is defined"
+    ):
         torch.autograd.grad(state, model.factor)
 
 
@@ -352,7 +435,9 @@ def test_halved_steps_have_a_sixteenth_of_the_error(options: dict[str, Any]) -> 
     times, y0, field = grid(3.0, 7), start(2, 3), Counting(oscillator(2.0))
 
     def error() -> float:
-        return float((solve(field, y0, times, **options) - oscillation(*y0, 2.0, times)).abs().max())
+        return float(
+            (solve(field, y0, times, **options) - oscillation(*y0, 2.0, times)).abs().max()
+        )
 
     once, asked = error(), field.calls
     with steps_halved():
@@ -368,13 +453,27 @@ def test_halved_steps_have_a_sixteenth_of_the_error(options: dict[str, Any]) -> 
 # ------------------------------------------------------------------------------------------------------------ failures
 
 BAD = {
-    "a step of nothing": ({"step": 0.0}, "a positive step, without substeps; got step=0.0 and substeps=1. Pass one"),
+    "a step of nothing": (
+        {"step": 0.0},
+        "a positive step, without substeps; got step=0.0 and substeps=1. Pass one",
+    ),
     "a step backwards": ({"step": -0.1}, r"a positive step, without substeps; got step=-0.1"),
-    "a step that is no number": ({"step": torch.nan}, r"a positive step, without substeps; got step=nan"),
-    "step and substeps": ({"step": 0.1, "substeps": 2}, r"without substeps; got step=0.1 and substeps=2. Pass one of"),
-    "step with dopri5": ({"step": 0.1, "method": "dopri5"},
-                         "step and compile with method='rk4' only; got method='dopri5'. The adaptive methods choose"),
-    "compile with dopri8": ({"compile": True, "method": "dopri8"}, "with method='rk4' only; got method='dopri8'"),
+    "a step that is no number": (
+        {"step": torch.nan},
+        r"a positive step, without substeps; got step=nan",
+    ),
+    "step and substeps": (
+        {"step": 0.1, "substeps": 2},
+        r"without substeps; got step=0.1 and substeps=2. Pass one of",
+    ),
+    "step with dopri5": (
+        {"step": 0.1, "method": "dopri5"},
+        "step and compile with method='rk4' only; got method='dopri5'. The adaptive methods choose",
+    ),
+    "compile with dopri8": (
+        {"compile": True, "method": "dopri8"},
+        "with method='rk4' only; got method='dopri8'",
+    ),
 }
 
 
@@ -392,12 +491,16 @@ def spoiled(t: Tensor, state: tuple[Tensor]) -> tuple[Tensor]:
 
 
 # Steps of 0.4, of which the second asks for a slope at 0.6; with clocks, the shot that starts at 0.2 is lost first.
-@pytest.mark.parametrize(("offsets", "index", "time", "steps"), [(None, (3, 0), 0.8, 2), ([-5.0, 0.2], (3, 1), 0.6, 1)])
+@pytest.mark.parametrize(
+    ("offsets", "index", "time", "steps"), [(None, (3, 0), 0.8, 2), ([-5.0, 0.2], (3, 1), 0.6, 1)]
+)
 @pytest.mark.parametrize("halved", [False, True])
 def test_a_failure_names_the_end_of_the_step_and_the_number_of_steps(
     offsets: list[float] | None, index: tuple[int, int], time: float, steps: int, halved: bool
 ) -> None:
-    times = grid(2.0, 41) + (0.0 if offsets is None else torch.tensor(offsets, dtype=torch.float64).unsqueeze(-1))
+    times = grid(2.0, 41) + (
+        0.0 if offsets is None else torch.tensor(offsets, dtype=torch.float64).unsqueeze(-1)
+    )
     halvings = steps_halved() if halved else torch.enable_grad()
     with halvings, pytest.raises(SolverError, match=r"in task 3 .* after \d+ steps") as caught:
         solve(spoiled, (torch.ones(5, 2, dtype=torch.float64),), times, step=0.4)
@@ -426,8 +529,12 @@ def test_as_values_a_trajectory_is_good_up_to_its_failure() -> None:
 def test_a_last_slope_that_is_no_number_is_a_failure_too() -> None:
     # t³/3: the slopes of the one step are asked for at y = 0, 0, 0 and 0.25, that at its end at y = 0.33.
     with pytest.raises(SolverError):
-        states = solve(lambda t, y: (torch.where(y[0] > 0.3, torch.nan, t**2),), (uniform(1, 1) * 0.0,), grid(1.0, 3),
-                       step=1.0)
+        states = solve(
+            lambda t, y: (torch.where(y[0] > 0.3, torch.nan, t**2),),
+            (uniform(1, 1) * 0.0,),
+            grid(1.0, 3),
+            step=1.0,
+        )
         assert states.isfinite().all()
 
 
@@ -508,7 +615,9 @@ def afresh(**options):
     return compare(**options)
 """
 
-TRACED = COMPILING + """
+TRACED = (
+    COMPILING
+    + """
 out = {"seconds": [stepping.seconds_compiling()]}
 out["no compiler"] = [compare(), compare()]  # with inductor, whose compiler can't be found
 stepping._compiled.clear()
@@ -542,8 +651,11 @@ for name, field in {"too few": lambda t, y: (y[1],), "blows up": lambda t, y: (y
 out["words"] = words
 print(json.dumps(out))
 """
+)
 
-COMPILED = COMPILING + """
+COMPILED = (
+    COMPILING
+    + """
 out = {"batches": [compare(tasks=n) for n in (3, 5, 8, 13)], "steps of a length": [compare(tasks=5, step=0.07)],
        "initial states with a gradient": [compare(tasks=5, initial_grad=True)],
        "recomputed steps": [compare(tasks=5, substeps=50)]}
@@ -551,11 +663,18 @@ from torch._dynamo.utils import counters
 out["graphs"], out["seconds"] = counters["stats"]["unique_graphs"], stepping.seconds_compiling()
 print(json.dumps(out))
 """
+)
 
 
 def script(source: str, **environment: str) -> dict[str, Any]:
-    run = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=300,
-                         cwd=Path(__file__).parent.parent, env=os.environ | environment)
+    run = subprocess.run(
+        [sys.executable, "-c", source],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=Path(__file__).parent.parent,
+        env=os.environ | environment,
+    )
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout.splitlines()[-1])
 
@@ -583,31 +702,56 @@ def warned(runs: list[dict[str, Any]]) -> list[tuple[str, str]]:
 
 
 USES = {  # and how many gradients there are to compare
-    "batches": [1] * 4, "another field": [1] * 4, "back to the first": [1] * 2, "initial states with a gradient": [3],
-    "steps of a length": [1], "recomputed steps": [1], "a clock for each shot": [1, 1], "on a grid": [1] * 3,
-    "particles": [1] * 2, "without gradients": [0, 0, 2], "inference mode": [0], "float32": [1]}
+    "batches": [1] * 4,
+    "another field": [1] * 4,
+    "back to the first": [1] * 2,
+    "initial states with a gradient": [3],
+    "steps of a length": [1],
+    "recomputed steps": [1],
+    "a clock for each shot": [1, 1],
+    "on a grid": [1] * 3,
+    "particles": [1] * 2,
+    "without gradients": [0, 0, 2],
+    "inference mode": [0],
+    "float32": [1],
+}
 
 
 @pytest.mark.parametrize("case", USES)
-def test_traced_steps_give_the_values_and_gradients_of_eager_ones(traced: dict[str, Any], case: str) -> None:
+def test_traced_steps_give_the_values_and_gradients_of_eager_ones(
+    traced: dict[str, Any], case: str
+) -> None:
     assert agree(traced[case], 1e-5 if case == "float32" else 1e-12) and not warned(traced[case])
     assert [run["gradients"] for run in traced[case]] == USES[case]
 
 
-def test_one_compilation_serves_all_sizes_of_a_batch_and_none_another_field(traced: dict[str, Any]) -> None:
+def test_one_compilation_serves_all_sizes_of_a_batch_and_none_another_field(
+    traced: dict[str, Any],
+) -> None:
     for case in ("batches", "another field"):  # the first size of all is taken for a constant
         first, second, *later = (run["graphs"] for run in traced[case])
         assert first == 1 and second <= 1 and not any(later)
-    for case in ("back to the first", "initial states with a gradient", "steps of a length", "recomputed steps"):
+    for case in (
+        "back to the first",
+        "initial states with a gradient",
+        "steps of a length",
+        "recomputed steps",
+    ):
         assert not any(run["graphs"] for run in traced[case])
 
 
-REASONS = {"branch": "data-dependent", "branch_on_states": "data-dependent", "printing": "builtin",
-           "no compiler": r"no working c\+\+ compiler"}
+REASONS = {
+    "branch": "data-dependent",
+    "branch_on_states": "data-dependent",
+    "printing": "builtin",
+    "no compiler": r"no working c\+\+ compiler",
+}
 
 
 @pytest.mark.parametrize("case", REASONS)
-def test_what_cannot_be_compiled_is_said_once_and_solved_all_the_same(traced: dict[str, Any], case: str) -> None:
+def test_what_cannot_be_compiled_is_said_once_and_solved_all_the_same(
+    traced: dict[str, Any], case: str
+) -> None:
     first, second = traced[case]
     ((category, message),) = first["warnings"]
     assert category == "RuntimeWarning" and not second["warnings"] and agree([first, second])
@@ -637,8 +781,15 @@ def test_the_time_spent_compiling_is_known(traced: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-def test_compiled_steps_give_the_values_and_gradients_of_eager_ones(compiled: dict[str, Any]) -> None:
-    for case in ("batches", "steps of a length", "initial states with a gradient", "recomputed steps"):
+def test_compiled_steps_give_the_values_and_gradients_of_eager_ones(
+    compiled: dict[str, Any],
+) -> None:
+    for case in (
+        "batches",
+        "steps of a length",
+        "initial states with a gradient",
+        "recomputed steps",
+    ):
         assert agree(compiled[case]) and not warned(compiled[case])
         assert [run["gradients"] for run in compiled[case]] == USES[case]
     assert compiled["graphs"] <= 2 and compiled["seconds"] > 0.0

@@ -24,11 +24,24 @@ import torch
 from conftest import Note
 
 from pyro_hybrid import storage
-from pyro_hybrid.storage import MANIFEST, STATE, WEIGHTS, CheckpointError, Stored, discard, read, write
+from pyro_hybrid.storage import (
+    MANIFEST,
+    STATE,
+    WEIGHTS,
+    CheckpointError,
+    Stored,
+    discard,
+    read,
+    write,
+)
 
 CONTENT = Stored(
     {"model.a": torch.arange(200.0).reshape(20, 10), "model.flag": torch.tensor([True, False])},
-    {"fit": {"loss": [0.5, float("nan")], "stopped_early": False}, "mean": [torch.ones(30)], "none": None},
+    {
+        "fit": {"loss": [0.5, float("nan")], "stopped_early": False},
+        "mean": [torch.ones(30)],
+        "none": None,
+    },
     {"step": 7},
 )
 
@@ -68,28 +81,37 @@ def test_others_can_open_the_files(folder: Path) -> None:
 
 
 def test_nothing_is_overwritten(folder: Path) -> None:
-    with pytest.raises(CheckpointError, match="exists already. Choose another folder, or remove it first"):
+    with pytest.raises(
+        CheckpointError, match="exists already. Choose another folder, or remove it first"
+    ):
         write(folder, Stored({}, {}, {}))
     assert read(folder).about["step"] == 7 and len(list(folder.parent.iterdir())) == 1
 
 
 def test_what_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"nowhere can't be loaded: manifest.json can't be read \(No such file"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"nowhere can't be loaded: manifest.json can't be read \(No such file",
+    ):
         read(tmp_path / "nowhere")
 
 
 OLDER = "the version that wrote it"
 
 
-@pytest.mark.parametrize(("format", "remedy"), [(2, "Upgrade"), (0, OLDER), ("x", OLDER), (None, OLDER)])
+@pytest.mark.parametrize(
+    ("format", "remedy"), [(2, "Upgrade"), (0, OLDER), ("x", OLDER), (None, OLDER)]
+)
 def test_another_format_says_so(folder: Path, format: object, remedy: str) -> None:
     about = json.loads((folder / MANIFEST).read_bytes())
     (folder / MANIFEST).write_text(json.dumps(about | {"format": format}))
-    with pytest.raises(CheckpointError, match=f"it has format {format!r}, and .* reads format 1. .*{remedy}"):
+    with pytest.raises(
+        CheckpointError, match=f"it has format {format!r}, and .* reads format 1. .*{remedy}"
+    ):
         read(folder)
 
 
-# ---- files that rot ------------------------------------------------------------------------------------------------
+# ---- files that rot ------------------------------------------------------------------------------
 
 
 def flipped(data: bytes, bit: int) -> bytes:
@@ -116,16 +138,24 @@ def accepted(load: Callable[[bytes], object], data: bytes) -> bool:
 
 
 ALONE: dict[str, Callable[[bytes], object]] = {
-    WEIGHTS: safetensors.torch.load, STATE: lambda data: torch.load(io.BytesIO(data), weights_only=True)}
+    WEIGHTS: safetensors.torch.load,
+    STATE: lambda data: torch.load(io.BytesIO(data), weights_only=True),
+}
 
 
 def test_of_500_bit_flips_and_200_truncations_all_are_refused(folder: Path, figure: Note) -> None:
     dice, alone, read_by_others = random.Random(0), 0, 0
     originals = {name: (folder / name).read_bytes() for name in (WEIGHTS, STATE, MANIFEST)}
     for turn in range(700):
-        name = dice.choices([WEIGHTS, STATE, MANIFEST], [len(data) for data in originals.values()])[0]
+        name = dice.choices([WEIGHTS, STATE, MANIFEST], [len(data) for data in originals.values()])[
+            0
+        ]
         data = originals[name]
-        spoilt = flipped(data, dice.randrange(8 * len(data))) if turn < 500 else data[: dice.randrange(len(data))]
+        spoilt = (
+            flipped(data, dice.randrange(8 * len(data)))
+            if turn < 500
+            else data[: dice.randrange(len(data))]
+        )
         (folder / name).write_bytes(spoilt)
         assert refused(folder), (turn, name)
         (folder / name).write_bytes(data)
@@ -133,8 +163,17 @@ def test_of_500_bit_flips_and_200_truncations_all_are_refused(folder: Path, figu
             alone += accepted(ALONE[name], spoilt)
             read_by_others += 1
     assert same(read(folder).weights, CONTENT.weights)
-    assert alone > 100  # flips that the two libraries by themselves take for the file that was saved
-    figure("rot", flips=500, truncations=200, refused=700, flips_for_others=read_by_others, accepted_by_others=alone)
+    assert (
+        alone > 100
+    )  # flips that the two libraries by themselves take for the file that was saved
+    figure(
+        "rot",
+        flips=500,
+        truncations=200,
+        refused=700,
+        flips_for_others=read_by_others,
+        accepted_by_others=alone,
+    )
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, STATE, MANIFEST])
@@ -152,7 +191,7 @@ def test_a_file_that_is_not_as_it_was_is_refused(folder: Path, name: str, spoil:
     assert refused(folder)
 
 
-# ---- files from a stranger -----------------------------------------------------------------------------------------
+# ---- files from a stranger -----------------------------------------------------------------------
 
 PLANTED = "planted by a test"
 
@@ -183,11 +222,17 @@ def manifest(folder: Path, about: dict[str, Any]) -> None:
     (folder / MANIFEST).write_bytes(storage._encoded(about | {"sha256_of_the_rest": rest}))
 
 
-def archive(pickled: bytes, compression: int = zipfile.ZIP_STORED, more: dict[str, bytes] | None = None) -> bytes:
+def archive(
+    pickled: bytes, compression: int = zipfile.ZIP_STORED, more: dict[str, bytes] | None = None
+) -> bytes:
     """What torch.save would write, with a pickle of one's own."""
     data = io.BytesIO()
     with zipfile.ZipFile(data, "w", compression) as file:
-        for name, content in {"archive/data.pkl": pickled, "archive/version": b"3\n", **(more or {})}.items():
+        for name, content in {
+            "archive/data.pkl": pickled,
+            "archive/version": b"3\n",
+            **(more or {}),
+        }.items():
             file.writestr(name, content)
     return data.getvalue()
 
@@ -207,35 +252,51 @@ def bare(value: object) -> bytes:
 ATTACKS: dict[str, Callable[[Path, Path], None]] = {
     "a pickle as weights": lambda f, out: forged(f, weights=pickle.dumps(Evil(out))),
     "a pickle as state": lambda f, out: forged(f, state=pickle.dumps(Evil(out))),
-    "a pickle as manifest": lambda f, out: (f / MANIFEST).write_bytes(pickle.dumps(Evil(out))) and None,
+    "a pickle as manifest": lambda f, out: (
+        (f / MANIFEST).write_bytes(pickle.dumps(Evil(out))) and None
+    ),
     "a pickle in torch's old format": lambda f, out: forged(f, state=bare({"fit": Evil(out)})),
     "a pickle in torch's archive": lambda f, out: forged(f, state=saved({"fit": Evil(out)})),
     "a pickle in torch's archive, by a newer protocol": lambda f, out: forged(
-        f, state=archive(pickle.dumps({"fit": Evil(out)}, protocol=4))),
+        f, state=archive(pickle.dumps({"fit": Evil(out)}, protocol=4))
+    ),
     "a second pickle in the archive": lambda f, out: forged(
-        f, state=archive(pickle.dumps({}, 2), more={"other/data.pkl": pickle.dumps(Evil(out), 2)})),
-    "names of files that lead out": lambda f, out: manifest(f, {
-        "format": 1, "sha256": {f"../{out.name}": "0" * 64, str(out): "0" * 64}}),
+        f, state=archive(pickle.dumps({}, 2), more={"other/data.pkl": pickle.dumps(Evil(out), 2)})
+    ),
+    "names of files that lead out": lambda f, out: manifest(
+        f, {"format": 1, "sha256": {f"../{out.name}": "0" * 64, str(out): "0" * 64}}
+    ),
     "entries of the archive that lead out": lambda f, out: forged(
-        f, state=archive(pickle.dumps({"fit": {}}, 2), more={f"../../{out.name}": b"planted"})),
-    "a manifest that names a module": lambda f, out: manifest(f, json.loads((f / MANIFEST).read_bytes()) | {
-        "model": "planted_module.Evil", "sha256": {}}),
-    "a header of 10 GB": lambda f, out: forged(f, weights=struct.pack("<Q", 10**10) + b"{" + b" " * 100),
+        f, state=archive(pickle.dumps({"fit": {}}, 2), more={f"../../{out.name}": b"planted"})
+    ),
+    "a manifest that names a module": lambda f, out: manifest(
+        f, json.loads((f / MANIFEST).read_bytes()) | {"model": "planted_module.Evil", "sha256": {}}
+    ),
+    "a header of 10 GB": lambda f, out: forged(
+        f, weights=struct.pack("<Q", 10**10) + b"{" + b" " * 100
+    ),
     "a zip bomb": lambda f, out: forged(
-        f, state=archive(pickle.dumps({}, 2), zipfile.ZIP_DEFLATED, {"archive/data/0": bytes(10**8)})),
+        f,
+        state=archive(pickle.dumps({}, 2), zipfile.ZIP_DEFLATED, {"archive/data/0": bytes(10**8)}),
+    ),
     "a nested manifest": lambda f, out: (f / MANIFEST).write_bytes(b"[" * 500_000) and None,
     "an endless manifest": lambda f, out: (f / MANIFEST).write_bytes(b" " * 2 * 10**6) and None,
 }
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
-def test_a_malicious_file_is_not_executed_and_writes_nothing(folder: Path, attack: str, figure: Note,
-                                                             monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_malicious_file_is_not_executed_and_writes_nothing(
+    folder: Path, attack: str, figure: Note, monkeypatch: pytest.MonkeyPatch
+) -> None:
     outside = folder.parent / "outside"
-    (folder.parent / "planted_module.py").write_text(f"open({str(outside)!r}, 'w').write({PLANTED!r})")
+    (folder.parent / "planted_module.py").write_text(
+        f"open({str(outside)!r}, 'w').write({PLANTED!r})"
+    )
     monkeypatch.syspath_prepend(folder.parent)
     ATTACKS[attack](folder, outside)
-    before = {path: path.read_bytes() for path in sorted(folder.parent.rglob("*")) if path.is_file()}
+    before = {
+        path: path.read_bytes() for path in sorted(folder.parent.rglob("*")) if path.is_file()
+    }
     start, memory = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     try:
         found = read(folder)
@@ -243,8 +304,13 @@ def test_a_malicious_file_is_not_executed_and_writes_nothing(folder: Path, attac
         assert str(folder) in str(error)
     else:  # harmless entries of an archive are nobody's business
         assert attack == "entries of the archive that lead out" and found.state == {"fit": {}}
-    assert time.perf_counter() - start < 5.0 and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 10**6
-    assert before == {path: path.read_bytes() for path in sorted(folder.parent.rglob("*")) if path.is_file()}
+    assert (
+        time.perf_counter() - start < 5.0
+        and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 10**6
+    )
+    assert before == {
+        path: path.read_bytes() for path in sorted(folder.parent.rglob("*")) if path.is_file()
+    }
     figure("malice", files=1, executed=0, written_outside=0)
 
 
@@ -253,7 +319,7 @@ def test_the_attacks_would_succeed_where_pickles_are_loaded(tmp_path: Path) -> N
     assert (tmp_path / "outside").read_text() == PLANTED
 
 
-# ---- ends at any time ----------------------------------------------------------------------------------------------
+# ---- ends at any time ----------------------------------------------------------------------------
 
 
 def numbered(step: int) -> Stored:
@@ -279,7 +345,9 @@ def killed(work: Callable[[], None], after: float) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_of_200_processes_killed_while_they_save_none_leaves_a_broken_checkpoint(tmp_path: Path, figure: Note) -> None:
+def test_of_200_processes_killed_while_they_save_none_leaves_a_broken_checkpoint(
+    tmp_path: Path, figure: Note
+) -> None:
     dice, broken, partial = random.Random(0), 0, 0
 
     def save_on_and_on() -> None:
@@ -321,7 +389,9 @@ def test_torch_save_in_place_does_lose_checkpoints_to_kills(tmp_path: Path, figu
 
     for _ in range(60):
         killed(save_on_and_on, dice.uniform(0.5, 5.0) * usual)
-        lost += not accepted(lambda data: torch.load(io.BytesIO(data), weights_only=True), path.read_bytes())
+        lost += not accepted(
+            lambda data: torch.load(io.BytesIO(data), weights_only=True), path.read_bytes()
+        )
     assert lost > 0
     figure("kills", kills_in_place=60, lost_in_place=lost)
 
@@ -335,17 +405,24 @@ def small_files() -> Iterator[Callable[[int], None]]:
 
 
 def test_a_limit_on_file_sizes_leaves_the_old_checkpoint_and_nothing_else(
-        folder: Path, small_files: Callable[[int], None], figure: Note) -> None:
+    folder: Path, small_files: Callable[[int], None], figure: Note
+) -> None:
     small_files(20_000)
-    with pytest.raises(CheckpointError, match="next could not be written: File too large. Earlier .* are as they were"):
+    with pytest.raises(
+        CheckpointError,
+        match="next could not be written: File too large. Earlier .* are as they were",
+    ):
         write(folder.parent / "next", numbered(1))
-    assert [path.name for path in folder.parent.iterdir()] == ["step"] and read(folder).about["step"] == 7
+    assert [path.name for path in folder.parent.iterdir()] == ["step"] and read(folder).about[
+        "step"
+    ] == 7
     figure("full", file_size_limits=1, intact=1)
 
 
 @pytest.mark.parametrize("room", [0, 1, 2, 3])
-def test_a_full_disk_leaves_the_old_checkpoint_and_nothing_else(folder: Path, room: int, figure: Note,
-                                                               monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_the_old_checkpoint_and_nothing_else(
+    folder: Path, room: int, figure: Note, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The disk is full after so many flushes: one for each file, one for the folder."""
     flushes, fsync = iter(range(99)), os.fsync
 
@@ -355,9 +432,13 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_nothing_else(folder: Path, ro
         fsync(handle)
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(CheckpointError, match="No space left on device. .* Free some space, or save elsewhere"):
+    with pytest.raises(
+        CheckpointError, match="No space left on device. .* Free some space, or save elsewhere"
+    ):
         write(folder.parent / "next", numbered(1))
-    assert [path.name for path in folder.parent.iterdir()] == ["step"] and read(folder).about["step"] == 7
+    assert [path.name for path in folder.parent.iterdir()] == ["step"] and read(folder).about[
+        "step"
+    ] == 7
     figure("full", full_disks=1, intact=1)
 
 

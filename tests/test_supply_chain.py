@@ -14,17 +14,31 @@ import pytest
 from scripts import load
 
 ROOT = Path(__file__).parents[1]
-FILES = sorted(path for folder in ("pyro_hybrid", "examples", "docs") for path in (ROOT / folder).rglob("*.py")
-               if "_build" not in path.parts)
+FILES = sorted(
+    path
+    for folder in ("pyro_hybrid", "examples", "docs")
+    for path in (ROOT / folder).rglob("*.py")
+    if "_build" not in path.parts
+)
 CONSTRAINTS = (ROOT / "constraints.txt").read_text(encoding="utf-8")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 audit = load(ROOT / "tests" / "audit.py")
 
-# ---- what a file may not do: run code that another file holds ------------------------------------------------------
+# ---- what a file may not do: run code that another file holds ------------------------------------
 
 PICKLERS = ("pickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve")
-ALWAYS = ("eval", "exec", "pandas.read_pickle", "torch.jit.load", "torch.package.PackageImporter", "yaml.unsafe_load",
-          "yaml.full_load", "yaml.load_all", "yaml.unsafe_load_all", "yaml.full_load_all")
+ALWAYS = (
+    "eval",
+    "exec",
+    "pandas.read_pickle",
+    "torch.jit.load",
+    "torch.package.PackageImporter",
+    "yaml.unsafe_load",
+    "yaml.full_load",
+    "yaml.load_all",
+    "yaml.unsafe_load_all",
+    "yaml.full_load_all",
+)
 
 
 def dotted(node: ast.expr, names: dict[str, str]) -> str:
@@ -37,8 +51,12 @@ def imported(tree: ast.Module) -> dict[str, str]:
     names = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            names |= {one.asname or one.name.partition(".")[0]: one.name if one.asname else one.name.partition(".")[0]
-                      for one in node.names}
+            names |= {
+                one.asname or one.name.partition(".")[0]: one.name
+                if one.asname
+                else one.name.partition(".")[0]
+                for one in node.names
+            }
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             names |= {one.asname or one.name: f"{node.module}.{one.name}" for one in node.names}
     return names
@@ -73,7 +91,11 @@ def findings(source: str) -> list[int]:
     names, lines = imported(tree), []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import | ast.ImportFrom):
-            modules = [one.name for one in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+            modules = (
+                [one.name for one in node.names]
+                if isinstance(node, ast.Import)
+                else [node.module or ""]
+            )
             if not isinstance(node, ast.ImportFrom) or not node.level:
                 lines += [node.lineno for module in modules if module.partition(".")[0] in PICKLERS]
         elif isinstance(node, ast.Call) and unsafe(node, names):
@@ -137,19 +159,29 @@ h = "pickle.load(file)"  # pickle.load(file)
 
 def test_there_are_files_to_look_at() -> None:
     names = {path.relative_to(ROOT).as_posix() for path in FILES}
-    assert names > {"pyro_hybrid/training.py", "examples/pendulum.py", "docs/conf.py", "docs/results/table.py"}
+    assert names > {
+        "pyro_hybrid/training.py",
+        "examples/pendulum.py",
+        "docs/conf.py",
+        "docs/results/table.py",
+    }
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_no_file_loads_a_pickle_or_runs_a_string(path: Path) -> None:
     source = path.read_text(encoding="utf-8")
-    found = [f"{path.relative_to(ROOT)}:{n}: {source.splitlines()[n - 1].strip()}" for n in findings(source)]
+    found = [
+        f"{path.relative_to(ROOT)}:{n}: {source.splitlines()[n - 1].strip()}"
+        for n in findings(source)
+    ]
     assert not found, "\n".join(["unsafe to read from a file:", *found])
 
 
 def test_every_planted_line_is_found_by_its_number() -> None:
     harmless = ("import torch", "import numpy", "from torch", "from numpy", "from pyro")
-    planted = [n for n, line in enumerate(UNSAFE.splitlines(), 1) if line and not line.startswith(harmless)]
+    planted = [
+        n for n, line in enumerate(UNSAFE.splitlines(), 1) if line and not line.startswith(harmless)
+    ]
     assert findings(UNSAFE) == planted
 
 
@@ -157,27 +189,38 @@ def test_safe_lines_are_left_alone() -> None:
     assert findings(SAFE) == []
 
 
-def test_a_planted_line_fails_by_file_and_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "planted.py").write_text("import torch\n\nstate = torch.load('state.pt')\n", encoding="utf-8")
+def test_a_planted_line_fails_by_file_and_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "planted.py").write_text(
+        "import torch\n\nstate = torch.load('state.pt')\n", encoding="utf-8"
+    )
     monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
     with pytest.raises(AssertionError, match=r"planted\.py:3: state = torch\.load\('state\.pt'\)"):
         test_no_file_loads_a_pickle_or_runs_a_string(tmp_path / "planted.py")
 
 
-# ---- what is installed -----------------------------------------------------------------------------------------------
+# ---- what is installed ---------------------------------------------------------------------------
 
 Requirements = list[tuple[str, str]]
 
 
 def requirements() -> Requirements:
-    listed = [*PROJECT["dependencies"], *(one for extra in PROJECT["optional-dependencies"].values() for one in extra)]
+    listed = [
+        *PROJECT["dependencies"],
+        *(one for extra in PROJECT["optional-dependencies"].values() for one in extra),
+    ]
     return [re.fullmatch(r"([\w.-]+)(.*)", one).groups() for one in listed]
 
 
 def test_constraints_are_exact_versions_each_name_once() -> None:
     assert len(audit.pins(CONSTRAINTS)) > 50
-    for bad, message in (("torch>=2", "line 1: expected name==version"), ("a==1\nA==2", "line 2: A is pinned twice"),
-                         ("torch==2.*", "expected name==version"), ("-e .", "expected name==version")):
+    for bad, message in (
+        ("torch>=2", "line 1: expected name==version"),
+        ("a==1\nA==2", "line 2: A is pinned twice"),
+        ("torch==2.*", "expected name==version"),
+        ("-e .", "expected name==version"),
+    ):
         with pytest.raises(ValueError, match=re.escape(message)):
             audit.pins(bad)
 
@@ -187,8 +230,12 @@ def test_every_dependency_is_pinned_within_its_range(name: str, versions: str) -
     from packaging.specifiers import SpecifierSet
 
     pinned = audit.pins(CONSTRAINTS)
-    assert audit.canonical(name) in pinned, f"{name} is in pyproject.toml and not in constraints.txt"
-    assert pinned[audit.canonical(name)] in SpecifierSet(versions), f"{name} is pinned outside of {versions}"
+    assert audit.canonical(name) in pinned, (
+        f"{name} is in pyproject.toml and not in constraints.txt"
+    )
+    assert pinned[audit.canonical(name)] in SpecifierSet(versions), (
+        f"{name} is pinned outside of {versions}"
+    )
 
 
 def test_the_extras_are_all_looked_at() -> None:
@@ -196,7 +243,7 @@ def test_the_extras_are_all_looked_at() -> None:
     assert names > {"torch", "safetensors", "pytest", "jax", "sphinx", "pip-audit"}
 
 
-# ---- the audit -------------------------------------------------------------------------------------------------------
+# ---- the audit -----------------------------------------------------------------------------------
 
 PINNED = {"torch": "2.13.0", "pyro-ppl": "1.9.2"}
 
@@ -212,43 +259,74 @@ def test_an_audit_that_looked_everything_up_and_found_nothing_passes() -> None:
 
 
 def test_an_audit_names_what_is_vulnerable() -> None:
-    found = report(vulns=[{"id": "PYSEC-1", "fix_versions": ["2.0"]}, {"id": "PYSEC-2", "fix_versions": []}])
+    found = report(
+        vulns=[{"id": "PYSEC-1", "fix_versions": ["2.0"]}, {"id": "PYSEC-2", "fix_versions": []}]
+    )
     assert audit.complaints(found, "", PINNED) == [
-        "pyro-ppl==1.9.2: PYSEC-1, mended in 2.0.", "pyro-ppl==1.9.2: PYSEC-2, mended in no version yet."]
+        "pyro-ppl==1.9.2: PYSEC-1, mended in 2.0.",
+        "pyro-ppl==1.9.2: PYSEC-2, mended in no version yet.",
+    ]
 
 
 @pytest.mark.parametrize(
     ("output", "errors", "said"),
     [
         ("", "Traceback ...\nrequests.exceptions.ProxyError: no route", "ProxyError: no route"),
-        ("", "ERROR:pip_audit._cli:torch: Dependency not found", "so none counts as checked: ERROR:pip_audit"),
+        (
+            "",
+            "ERROR:pip_audit._cli:torch: Dependency not found",
+            "so none counts as checked: ERROR:pip_audit",
+        ),
         ("", "", "nothing was said"),
-        ('{"dependencies": [], "fixes": []}', "No known vulnerabilities found", "torch==2.13.0 was not looked up."),
-        ('{"dependencies": [{"name": "torch", "skip_reason": "not found"}]}', "", "torch==2.13.0 was not looked up."),
+        (
+            '{"dependencies": [], "fixes": []}',
+            "No known vulnerabilities found",
+            "torch==2.13.0 was not looked up.",
+        ),
+        (
+            '{"dependencies": [{"name": "torch", "skip_reason": "not found"}]}',
+            "",
+            "torch==2.13.0 was not looked up.",
+        ),
         (report(version="1.9.1"), "", "pyro-ppl==1.9.2 was not looked up."),
     ],
     ids=["no network", "not found", "silence", "nothing", "skipped", "another version"],
 )
-def test_an_audit_that_did_not_look_everything_up_fails(output: str, errors: str, said: str) -> None:
+def test_an_audit_that_did_not_look_everything_up_fails(
+    output: str, errors: str, said: str
+) -> None:
     assert any(said in line for line in audit.complaints(output, errors, PINNED))
 
 
 def command(pip_audit: str, folder: Path) -> subprocess.CompletedProcess[str]:
     """`make audit` with another pip-audit."""
     (folder / "pip_audit.py").write_text(pip_audit, encoding="utf-8")
-    return subprocess.run([sys.executable, ROOT / "tests" / "audit.py"], capture_output=True, text=True, timeout=60,
-                          env={"PYTHONPATH": str(folder)})
+    return subprocess.run(
+        [sys.executable, ROOT / "tests" / "audit.py"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={"PYTHONPATH": str(folder)},
+    )
 
 
-@pytest.mark.parametrize("pip_audit", ["print('No known vulnerabilities found')", "raise OSError('no network')"])
+@pytest.mark.parametrize(
+    "pip_audit", ["print('No known vulnerabilities found')", "raise OSError('no network')"]
+)
 def test_the_command_fails_where_pip_audit_checks_nothing(pip_audit: str, tmp_path: Path) -> None:
     done = command(pip_audit, tmp_path)
-    assert done.returncode == 1 and done.stdout.startswith("Not every version could be looked up"), done.stdout
+    assert done.returncode == 1 and done.stdout.startswith(
+        "Not every version could be looked up"
+    ), done.stdout
 
 
 def test_the_command_says_how_many_versions_were_looked_up(tmp_path: Path) -> None:
     pinned = audit.pins(CONSTRAINTS)
-    found = {"dependencies": [{"name": name, "version": version, "vulns": []} for name, version in pinned.items()]}
+    found = {
+        "dependencies": [
+            {"name": name, "version": version, "vulns": []} for name, version in pinned.items()
+        ]
+    }
     done = command(f"print({json.dumps(found)!r})", tmp_path)
     assert done.returncode == 0
     assert done.stdout == f"{len(pinned)} pinned versions looked up: no known vulnerabilities.\n"
@@ -257,11 +335,17 @@ def test_the_command_says_how_many_versions_were_looked_up(tmp_path: Path) -> No
 
 
 def test_make_help_says_that_the_audit_needs_a_network() -> None:
-    (line,) = re.findall(r"^audit:.*## (.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    (line,) = re.findall(
+        r"^audit:.*## (.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE
+    )
     assert "needs a network" in line
 
 
 def test_the_security_page_names_no_place_on_this_machine_and_no_registry() -> None:
     page = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
-    assert not re.search(r"https?://|\w\.org\b|\w\.com\b|(?<![\w.])/(work|home|tmp|opt|usr)\b", page)
-    assert all(word in page for word in ("safetensors", "weights_only=True", "SHA-256", "make audit"))
+    assert not re.search(
+        r"https?://|\w\.org\b|\w\.com\b|(?<![\w.])/(work|home|tmp|opt|usr)\b", page
+    )
+    assert all(
+        word in page for word in ("safetensors", "weights_only=True", "SHA-256", "make audit")
+    )

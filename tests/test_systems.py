@@ -39,7 +39,11 @@ def uniform(low: float, high: float, *shape: int) -> Tensor:
 
 def latents(system: System, tasks: int) -> dict[str, Tensor]:
     values = {name: uniform(*system.ranges[name], tasks, 1) for name in system.physics}
-    return values | {"unknown": torch.cat([uniform(*system.ranges[name], tasks, 1) for name in system.unknown], -1)}
+    return values | {
+        "unknown": torch.cat(
+            [uniform(*system.ranges[name], tasks, 1) for name in system.unknown], -1
+        )
+    }
 
 
 def starts(system: System, tasks: int, shots: int) -> Tensor | tuple[Tensor, ...]:
@@ -51,7 +55,11 @@ def starts(system: System, tasks: int, shots: int) -> Tensor | tuple[Tensor, ...
 
 def test_the_pendulum_obeys_its_equation() -> None:
     system = Pendulum()
-    z, (angle, speed), t = latents(system, 4), starts(system, 4, 3), torch.tensor(1.7, dtype=torch.float64)
+    z, (angle, speed), t = (
+        latents(system, 4),
+        starts(system, 4, 3),
+        torch.tensor(1.7, dtype=torch.float64),
+    )
     slope, turn = system.full(z)(t, (angle, speed))
     damping, amplitude, frequency = z["unknown"].unsqueeze(1).unbind(-1)
     assert torch.equal(slope, speed)
@@ -69,7 +77,10 @@ def accelerations(q: Tensor, w: Tensor, gravity: Tensor, ratio: Tensor, friction
 
         mass = torch.stack([torch.ones_like(ratio), ratio])
         velocity = jacfwd(places)(q) @ w
-        return 0.5 * (mass * velocity.square().sum(-1)).sum() - gravity * (mass * places(q)[:, 1]).sum()
+        return (
+            0.5 * (mass * velocity.square().sum(-1)).sum()
+            - gravity * (mass * places(q)[:, 1]).sum()
+        )
 
     inertia = hessian(lagrangian, argnums=1)(q, w)
     drift = jacfwd(grad(lagrangian, argnums=1), argnums=0)(q, w) @ w
@@ -83,13 +94,20 @@ def accelerations(q: Tensor, w: Tensor, gravity: Tensor, ratio: Tensor, friction
 def test_the_double_pendulum_obeys_the_laws_of_mechanics() -> None:
     system = DoublePendulum()
     z = latents(system, 6)
-    state = (*uniform(-3.0, 3.0, 2, 6, 1), *uniform(-4.0, 4.0, 2, 6, 1))  # far beyond where trajectories start
+    state = (
+        *uniform(-3.0, 3.0, 2, 6, 1),
+        *uniform(-4.0, 4.0, 2, 6, 1),
+    )  # far beyond where trajectories start
     slopes = system.full(z)(torch.zeros(()), state)
     assert torch.equal(slopes[0], state[2]) and torch.equal(slopes[1], state[3])
     for task in range(6):
         q, w = (torch.stack([part[task, 0] for part in pair]) for pair in (state[:2], state[2:]))
-        expected = accelerations(q, w, z["gravity"][task, 0], z["ratio"][task, 0], z["unknown"][task])
-        assert_close(torch.stack([slopes[2][task, 0], slopes[3][task, 0]]), expected, rtol=1e-9, atol=1e-9)
+        expected = accelerations(
+            q, w, z["gravity"][task, 0], z["ratio"][task, 0], z["unknown"][task]
+        )
+        assert_close(
+            torch.stack([slopes[2][task, 0], slopes[3][task, 0]]), expected, rtol=1e-9, atol=1e-9
+        )
 
 
 def test_joint_torques_act_as_documented() -> None:
@@ -121,16 +139,28 @@ def test_advection_and_diffusion_are_the_central_differences_of_their_equation()
         a, b, dx = z["diffusion"][task], z["unknown"][task], 0.1
         for i in range(1, 19):
             left, here, right = y[task, :, i - 1], y[task, :, i], y[task, :, i + 1]
-            assert_close(slope[task, :, i], a * (left - 2 * here + right) / dx**2 - b * (right - left) / (2 * dx))
+            assert_close(
+                slope[task, :, i],
+                a * (left - 2 * here + right) / dx**2 - b * (right - left) / (2 * dx),
+            )
 
 
 def test_a_sine_decays_at_the_rate_of_diffusion() -> None:
     system = AdvectionDiffusion()
     z = {"diffusion": uniform(0.01, 0.1, 3, 1), "unknown": torch.zeros(3, 1, dtype=torch.float64)}
     start = starts(system, 3, 2)
-    rate = z["diffusion"] / 0.1**2 * (2.0 - 2.0 * torch.cos(torch.tensor(torch.pi / 19, dtype=torch.float64)))
+    rate = (
+        z["diffusion"]
+        / 0.1**2
+        * (2.0 - 2.0 * torch.cos(torch.tensor(torch.pi / 19, dtype=torch.float64)))
+    )
     decay = torch.exp(-rate.unsqueeze(-1) * system.times).unsqueeze(-1)
-    assert_close(system.trajectories(z, start, system.times), start.unsqueeze(-2) * decay, rtol=0.0, atol=1e-9)
+    assert_close(
+        system.trajectories(z, start, system.times),
+        start.unsqueeze(-2) * decay,
+        rtol=0.0,
+        atol=1e-9,
+    )
 
 
 @full_systems
@@ -147,7 +177,9 @@ def test_without_the_unknown_the_full_equations_are_the_known_ones(name: str) ->
 
 
 @full_systems
-def test_the_force_is_called_with_as_many_inputs_and_returns_as_many_outputs_as_the_system_says(name: str) -> None:
+def test_the_force_is_called_with_as_many_inputs_and_returns_as_many_outputs_as_the_system_says(
+    name: str,
+) -> None:
     system, calls = SYSTEMS[name](), []
     z = latents(system, 4)
     truth = system.truth(z["unknown"][..., None, :])
@@ -161,7 +193,12 @@ def test_the_force_is_called_with_as_many_inputs_and_returns_as_many_outputs_as_
     assert all(len(inputs) == len(system.inputs) for inputs, _ in calls)
     assert all((len(out) if isinstance(out, tuple) else 1) == system.outputs for _, out in calls)
     assert_close(states, solve(system.full(z), starts_again(states, system), system.times))
-    sizes = torch.tensor([max(float(inputs[i].abs().max()) for inputs, _ in calls) for i in range(len(system.inputs))])
+    sizes = torch.tensor(
+        [
+            max(float(inputs[i].abs().max()) for inputs, _ in calls)
+            for i in range(len(system.inputs))
+        ]
+    )
     assert (sizes < 20.0 * torch.tensor(system.inputs)).all()
 
 
@@ -184,7 +221,9 @@ def test_latents_of_particles_broadcast_through_the_equations(name: str) -> None
 def test_simulation_steps_are_fine_enough_for_the_noise(name: str) -> None:
     system = SYSTEMS[name]()
     z, y0 = latents(system, 20), starts(system, 20, 1)
-    exact = system.observe(solve(system.full(z), y0, system.times, method="dopri8", rtol=1e-9, atol=1e-9))
+    exact = system.observe(
+        solve(system.full(z), y0, system.times, method="dopri8", rtol=1e-9, atol=1e-9)
+    )
     error = (system.trajectories(z, y0, system.times) - exact).abs().amax((0, 1, 2))
     assert (error < 0.01 * torch.tensor(system.noise)).all()
 
@@ -193,12 +232,26 @@ def test_simulation_steps_are_fine_enough_for_the_noise(name: str) -> None:
 
 RANGES = {
     "pendulum": {
-        "omega": (1.0, 3.0), "damping": (0.0, 0.8), "amplitude": (0.5, 2.0), "frequency": (0.2, 0.6),
-        "angle": (-1.57, 1.57), "speed": (-0.5, 0.5)},
+        "omega": (1.0, 3.0),
+        "damping": (0.0, 0.8),
+        "amplitude": (0.5, 2.0),
+        "frequency": (0.2, 0.6),
+        "angle": (-1.57, 1.57),
+        "speed": (-0.5, 0.5),
+    },
     "double pendulum": {
-        "gravity": (6.0, 14.0), "ratio": (0.5, 2.0), "upper": (0.0, 0.8), "lower": (0.0, 0.8),
-        "angle": (-1.2, 1.2), "speed": (-0.5, 0.5)},
-    "advection-diffusion": {"diffusion": (0.01, 0.1), "advection": (0.01, 0.1), "height": (0.5, 1.5)},
+        "gravity": (6.0, 14.0),
+        "ratio": (0.5, 2.0),
+        "upper": (0.0, 0.8),
+        "lower": (0.0, 0.8),
+        "angle": (-1.2, 1.2),
+        "speed": (-0.5, 0.5),
+    },
+    "advection-diffusion": {
+        "diffusion": (0.01, 0.1),
+        "advection": (0.01, 0.1),
+        "height": (0.5, 1.5),
+    },
 }
 STEP_AND_NOISE = {
     "pendulum": (0.1, (0.01, 0.01)),
@@ -225,11 +278,15 @@ def test_simulated_tasks_have_the_shapes_and_the_truth_that_they_say(name: str) 
     assert_close(tasks.times.double(), system.times, rtol=0.0, atol=1e-6)
     assert tasks.num_support == 2 and tasks.timed
     assert {key: tuple(value.shape) for key, value in tasks.truth.items()} == {
-        **{key: (6, 1) for key in system.physics}, "unknown": (6, len(system.unknown))}
+        **{key: (6, 1) for key in system.physics},
+        "unknown": (6, len(system.unknown)),
+    }
 
 
 @every_system
-def test_the_same_seed_gives_the_same_tasks_and_leaves_global_random_numbers_alone(name: str) -> None:
+def test_the_same_seed_gives_the_same_tasks_and_leaves_global_random_numbers_alone(
+    name: str,
+) -> None:
     system = SYSTEMS[name]()
     torch.manual_seed(3)
     one, same, other = (system.simulate(3, 2, seed=seed) for seed in (1, 1, 2))
@@ -238,7 +295,9 @@ def test_the_same_seed_gives_the_same_tasks_and_leaves_global_random_numbers_alo
     assert torch.equal(drawn, torch.rand(3))
     assert torch.equal(one.values, same.values) and not torch.equal(one.values, other.values)
     for key in one.truth:
-        assert torch.equal(one.truth[key], same.truth[key]) and not torch.equal(one.truth[key], other.truth[key])
+        assert torch.equal(one.truth[key], same.truth[key]) and not torch.equal(
+            one.truth[key], other.truth[key]
+        )
 
 
 def noiseless(name: str, tasks: int, shots: int) -> tuple[ph.Tasks, ph.Tasks]:
@@ -282,29 +341,45 @@ def test_noise_is_white_and_as_large_as_said(name: str) -> None:
 
 
 @pytest.mark.parametrize("system", [Pendulum, DoublePendulum])
-def test_angles_only_is_the_same_motion_seen_through_fewer_sensors(system: type[Pendulum | DoublePendulum]) -> None:
+def test_angles_only_is_the_same_motion_seen_through_fewer_sensors(
+    system: type[Pendulum | DoublePendulum],
+) -> None:
     full, part = system(), system(angles_only=True)
     full.noise, part.noise = tuple(0.0 for _ in full.noise), tuple(0.0 for _ in part.noise)
     all_of_it, angles = full.simulate(3, 2, seed=0), part.simulate(3, 2, seed=0)
     assert torch.equal(angles.values, all_of_it.values[..., : part.sensors])
     assert len(angles.states) == len(all_of_it.states) == 2 * part.sensors
     for i in range(2 * part.sensors):
-        assert torch.equal(angles.states[i], all_of_it.states[i] if i < part.sensors else torch.zeros(3, 2, 50))
+        assert torch.equal(
+            angles.states[i], all_of_it.states[i] if i < part.sensors else torch.zeros(3, 2, 50)
+        )
     low, high = part.ranges["speed"]
-    assert all(s >= high for s in part.start_noise[part.sensors:])  # a speed of zero is a guess, and known to be one
+    assert all(
+        s >= high for s in part.start_noise[part.sensors :]
+    )  # a speed of zero is a guess, and known to be one
 
 
-@pytest.mark.parametrize(("shots", "asked", "support"), [(2, None, 1), (8, None, 4), (5, None, 2), (8, 3, 3)])
-def test_half_of_the_shots_are_support_unless_said_otherwise(shots: int, asked: int | None, support: int) -> None:
+@pytest.mark.parametrize(
+    ("shots", "asked", "support"), [(2, None, 1), (8, None, 4), (5, None, 2), (8, 3, 3)]
+)
+def test_half_of_the_shots_are_support_unless_said_otherwise(
+    shots: int, asked: int | None, support: int
+) -> None:
     assert Pendulum().simulate(2, shots, seed=0, num_support=asked).num_support == support
 
 
 def test_what_cannot_be_simulated_is_refused_with_words() -> None:
-    with pytest.raises(ValueError, match="at least one task of two shots; got 3 of 1. One shot conditions the prior"):
+    with pytest.raises(
+        ValueError,
+        match="at least one task of two shots; got 3 of 1. One shot conditions the prior",
+    ):
         Pendulum().simulate(3, 1, seed=0)
     with pytest.raises(ValueError, match="at least one task of two shots; got 0 of 2"):
         Pendulum().simulate(0, 2, seed=0)
-    with pytest.raises(ValueError, match=r"num_support from 1 to 3 \(of 4 shots\); got 0. The support can't be empty"):
+    with pytest.raises(
+        ValueError,
+        match=r"num_support from 1 to 3 \(of 4 shots\); got 0. The support can't be empty",
+    ):
         Pendulum().simulate(3, 4, seed=0, num_support=0)
 
 
@@ -356,7 +431,9 @@ def test_the_true_program_expects_the_true_trajectories(name: str) -> None:
     x = trace.nodes["x"]["fn"]
     while not isinstance(x, dist.Normal):
         x = x.base_dist
-    error = (x.loc - system.trajectories(truth, start, system.times)).abs() / torch.tensor(system.noise)
+    error = (x.loc - system.trajectories(truth, start, system.times)).abs() / torch.tensor(
+        system.noise
+    )
     assert error.max() < 0.1  # in units of the noise
     assert_close(x.scale, torch.tensor(system.noise, dtype=torch.float64).expand_as(x.scale))
     trace.compute_log_prob()
@@ -383,16 +460,30 @@ def bound(system: System, support: ph.Episode, truth: Mapping[str, Tensor]) -> T
         known = torch.cat([value[task] for value in truth.values()]).double()
 
         def whitened(theta: Tensor, d: int = len(known)) -> Tensor:
-            z = dict(zip(truth, theta[None, :d].split([v.shape[-1] for v in truth.values()], -1), strict=True))
+            z = dict(
+                zip(
+                    truth,
+                    theta[None, :d].split([v.shape[-1] for v in truth.values()], -1),
+                    strict=True,
+                )
+            )
             y0 = theta[d:].view(1, shots, components)
-            states = solve(system.full(z), y0 if system.grid else y0.unbind(-1), system.times, substeps=4)
-            return (system.observe(states)[:, :, 1:] / torch.tensor(system.noise, dtype=torch.float64)).flatten()
+            states = solve(
+                system.full(z), y0 if system.grid else y0.unbind(-1), system.times, substeps=4
+            )
+            return (
+                system.observe(states)[:, :, 1:] / torch.tensor(system.noise, dtype=torch.float64)
+            ).flatten()
 
         theta, h = torch.cat([known, measured[task].flatten()]), 1e-5
         moves = h * torch.eye(len(theta), dtype=torch.float64)
-        slopes = torch.stack([(whitened(theta + move) - whitened(theta - move)) / (2 * h) for move in moves])
+        slopes = torch.stack(
+            [(whitened(theta + move) - whitened(theta - move)) / (2 * h) for move in moves]
+        )
         prior = torch.cat([torch.zeros_like(known), spread**-2])
-        rows.append(torch.linalg.inv(slopes @ slopes.T + torch.diag(prior)).diagonal()[: len(known)])
+        rows.append(
+            torch.linalg.inv(slopes @ slopes.T + torch.diag(prior)).diagonal()[: len(known)]
+        )
     return torch.stack(rows)
 
 
@@ -401,7 +492,12 @@ def test_the_cramer_rao_bound_is_that_of_finite_differences(name: str) -> None:
     system = SYSTEMS[name]()
     tasks = system.simulate(1, 3, seed=0, num_support=1 if system.grid else 2)
     support = tasks.episode().support
-    assert_close(system.cramer_rao(support, tasks.truth), bound(system, support, tasks.truth), rtol=1e-3, atol=0.0)
+    assert_close(
+        system.cramer_rao(support, tasks.truth),
+        bound(system, support, tasks.truth),
+        rtol=1e-3,
+        atol=0.0,
+    )
 
 
 def test_the_cramer_rao_bound_goes_with_the_noise_and_shrinks_with_shots() -> None:
@@ -409,8 +505,12 @@ def test_the_cramer_rao_bound_goes_with_the_noise_and_shrinks_with_shots() -> No
     tasks = system.simulate(5, 9, seed=0)
     few, many = (system.cramer_rao(tasks.episode(n).support, tasks.truth) for n in (2, 8))
     assert (many < few).all() and 0.1 < (many / few).log().mean().exp() < 0.5
-    system.noise, system.start_noise = (tuple(2.0 * s for s in noise) for noise in (system.noise, system.start_noise))
-    assert_close(system.cramer_rao(tasks.episode(2).support, tasks.truth), 4.0 * few, rtol=1e-4, atol=0.0)
+    system.noise, system.start_noise = (
+        tuple(2.0 * s for s in noise) for noise in (system.noise, system.start_noise)
+    )
+    assert_close(
+        system.cramer_rao(tasks.episode(2).support, tasks.truth), 4.0 * few, rtol=1e-4, atol=0.0
+    )
 
 
 def test_the_cramer_rao_bound_of_a_system_that_one_can_solve_is_the_closed_form() -> None:
@@ -429,5 +529,7 @@ def test_the_cramer_rao_bound_of_a_system_that_one_can_solve_is_the_closed_form(
 
 def test_a_bound_from_nothing_is_refused_with_words() -> None:
     tasks = Pendulum().simulate(2, 2, seed=0)
-    with pytest.raises(ValueError, match="a support with observations; got query=None. Pass tasks.episode"):
+    with pytest.raises(
+        ValueError, match="a support with observations; got query=None. Pass tasks.episode"
+    ):
         Pendulum().cramer_rao(tasks.episode().support.simulation(), tasks.truth)

@@ -25,7 +25,9 @@ T, SHOTS, POINTS, SENSORS = 4, 5, 11, 2
 TIMES = torch.linspace(0.0, 2.0, POINTS)
 
 
-def numbered(tasks: int = T, shots: int = SHOTS, points: int = POINTS, sensors: int = SENSORS) -> Tensor:
+def numbered(
+    tasks: int = T, shots: int = SHOTS, points: int = POINTS, sensors: int = SENSORS
+) -> Tensor:
     """Values that say where they came from."""
     return torch.arange(float(tasks * shots * points * sensors)).view(tasks, shots, points, sensors)
 
@@ -90,7 +92,11 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError,
         r"finite values; got nan at index \(1, 2, 3, 0\) \(1 such entries, in task 1\). Drop them, or pass mask=",
     ),
-    "Inf": ({"values": spoilt(-torch.inf)}, ValueError, r"finite values; got -inf at index \(1, 2, 3, 0\).*pass mask="),
+    "Inf": (
+        {"values": spoilt(-torch.inf)},
+        ValueError,
+        r"finite values; got -inf at index \(1, 2, 3, 0\).*pass mask=",
+    ),
     "NaN that the mask doesn't cover": (
         {"values": spoilt(torch.nan), "mask": holes(task=slice(0, 1), shot=slice(0, 1))},
         ValueError,
@@ -101,8 +107,16 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError,
         r"num_support from 1 to 4 \(of 5 shots\); got 0. The support can't be empty",
     ),
-    "no query": ({"num_support": 5}, ValueError, r"num_support from 1 to 4 .*got 5.* the query needs a shot too"),
-    "a single shot": ({"values": numbered(shots=1), "num_support": 1}, ValueError, "num_support from 1 to 0"),
+    "no query": (
+        {"num_support": 5},
+        ValueError,
+        r"num_support from 1 to 4 .*got 5.* the query needs a shot too",
+    ),
+    "a single shot": (
+        {"values": numbered(shots=1), "num_support": 1},
+        ValueError,
+        "num_support from 1 to 0",
+    ),
     "unsorted times": (
         {"times": TIMES.flip(0)},
         ValueError,
@@ -133,13 +147,21 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError,
         r"11 times.*got \(5, 11\). Pass times of shape \(time,\)",
     ),
-    "a single time": ({"times": TIMES[:1], "values": numbered(points=1)}, ValueError, "two times; got 1. One time"),
+    "a single time": (
+        {"times": TIMES[:1], "values": numbered(points=1)},
+        ValueError,
+        "two times; got 1. One time",
+    ),
     "no tasks": (
         {"values": numbered(tasks=0)},
         ValueError,
         r"at least one task, shot, sensor and two times; got \(0, 5, 11, 2\)",
     ),
-    "no sensors": ({"values": numbered(sensors=0)}, ValueError, r"got \(4, 5, 11, 0\). Check how the data were read"),
+    "no sensors": (
+        {"values": numbered(sensors=0)},
+        ValueError,
+        r"got \(4, 5, 11, 0\). Check how the data were read",
+    ),
     "an axis too few": (
         {"values": numbered()[0]},
         ValueError,
@@ -156,8 +178,16 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         TypeError,
         r"values in float32 or float64; got torch.int64. Convert it: values.float\(\)",
     ),
-    "half precision": ({"values": numbered().half()}, TypeError, "values in float32 or float64; got torch.float16"),
-    "integer times": ({"times": torch.arange(POINTS)}, TypeError, "times in float32 or float64; got torch.int64"),
+    "half precision": (
+        {"values": numbered().half()},
+        TypeError,
+        "values in float32 or float64; got torch.float16",
+    ),
+    "integer times": (
+        {"times": torch.arange(POINTS)},
+        TypeError,
+        "times in float32 or float64; got torch.int64",
+    ),
     "mixed dtypes": (
         {"times": TIMES.double()},
         TypeError,
@@ -214,7 +244,11 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError,
         r"shape \(4, 5, component\); got \(4, 3\)",
     ),
-    "no components": ({"initial": ()}, ValueError, "a component or more in initial; got an empty tuple"),
+    "no components": (
+        {"initial": ()},
+        ValueError,
+        "a component or more in initial; got an empty tuple",
+    ),
     "NaN in initial states": (
         {"initial": (torch.full((T, SHOTS), torch.nan),)},
         ValueError,
@@ -245,7 +279,11 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError,
         r"shape \(4, component\); got \(4,\)",
     ),
-    "truth in numpy": ({"truth": {"omega": np.zeros((T, 1))}}, ValueError, "a tensor .*; got ndarray"),
+    "truth in numpy": (
+        {"truth": {"omega": np.zeros((T, 1))}},
+        ValueError,
+        "a tensor .*; got ndarray",
+    ),
 }
 
 
@@ -263,14 +301,18 @@ def test_an_encoder_built_for_other_sensors_is_refused_before_anything_trains() 
     class Model(ph.HybridModel):
         def __init__(self) -> None:
             super().__init__()
-            self.prior = ph.SupportPrior(ph.SetEncoder(sensors=3, steps=POINTS, features=4), z=ph.families.Normal(1))
+            self.prior = ph.SupportPrior(
+                ph.SetEncoder(sensors=3, steps=POINTS, features=4), z=ph.families.Normal(1)
+            )
 
         def forward(self, episode: Episode) -> None:
             pytest.fail("the program was run")
 
     model = Model()
     guide = ph.AmortizedGuide(model.prior, ph.SetEncoder(sensors=3, steps=POINTS, features=4))
-    with pytest.raises(ValueError, match=r"\(time, sensor\) = \(11, 3\); got \(11, 2\). Build the SetEncoder with"):
+    with pytest.raises(
+        ValueError, match=r"\(time, sensor\) = \(11, 3\); got \(11, 2\). Build the SetEncoder with"
+    ):
         ph.meta_train(model, guide, make(), steps=1, progress=False)
 
 
@@ -287,11 +329,31 @@ ASKED = {
         "num_support from 1 to 4; got 0. Leave at least one shot",
     ),
     "no query": (lambda tasks: tasks.episode(SHOTS), ValueError, "num_support from 1 to 4; got 5"),
-    "empty batches": (lambda tasks: next(tasks.batches(0, seed=0)), ValueError, "a batch of 1 task or more; got 0"),
-    "a task by number": (lambda tasks: tasks[1], TypeError, r"a slice or a tensor of rows; got 1.*tasks\[3:4\]"),
-    "the last task": (lambda tasks: tasks.episode().only(-1), ValueError, "a task from 0 to 3; got -1"),
-    "a task too far": (lambda tasks: tasks.episode().only(T), ValueError, "a task from 0 to 3; got 4"),
-    "segments of nothing": (lambda tasks: tasks.episode().cut(0), ValueError, "segments of 1 step or more; got 0"),
+    "empty batches": (
+        lambda tasks: next(tasks.batches(0, seed=0)),
+        ValueError,
+        "a batch of 1 task or more; got 0",
+    ),
+    "a task by number": (
+        lambda tasks: tasks[1],
+        TypeError,
+        r"a slice or a tensor of rows; got 1.*tasks\[3:4\]",
+    ),
+    "the last task": (
+        lambda tasks: tasks.episode().only(-1),
+        ValueError,
+        "a task from 0 to 3; got -1",
+    ),
+    "a task too far": (
+        lambda tasks: tasks.episode().only(T),
+        ValueError,
+        "a task from 0 to 3; got 4",
+    ),
+    "segments of nothing": (
+        lambda tasks: tasks.episode().cut(0),
+        ValueError,
+        "segments of 1 step or more; got 0",
+    ),
     "no time at all": (lambda tasks: tasks.episode().until(0), ValueError, "1 step or more; got 0"),
     "pieces out of order": (
         lambda tasks: tasks.episode().cut(3).pick(torch.zeros(T, 1).long()),
@@ -312,7 +374,8 @@ def test_what_cannot_be_is_refused_with_words(case: str) -> None:
 def test_cutting_without_measured_states_is_refused_with_words() -> None:
     tasks = make(initial=(torch.zeros(T, SHOTS), torch.zeros(T, SHOTS)))
     with pytest.raises(
-        ValueError, match="measured states at all times, to restart from; got initial states alone. Pass initial="
+        ValueError,
+        match="measured states at all times, to restart from; got initial states alone. Pass initial=",
     ):
         tasks.episode().cut(3)
 
@@ -353,7 +416,9 @@ def test_whatever_stands_where_the_mask_says_missing_it_comes_in_nowhere(bad: fl
     values = torch.randn(mask.shape)
     episodes = [make(values.where(mask, filler), mask=mask).episode() for filler in (bad, 0.0)]
     for name, value in tensors(episodes[0]).items():
-        assert value.isfinite().all() and (value.dtype == torch.bool or value.abs().max() < 100.0), name
+        assert value.isfinite().all() and (
+            value.dtype == torch.bool or value.abs().max() < 100.0
+        ), name
     assert_same(*episodes)
     assert torch.equal(episodes[0].seen, mask[:, 2:])
     counts = mask[:, 2:].clone()
@@ -374,7 +439,10 @@ def test_gaps_in_measured_states_are_filled_linearly_in_time(form: str) -> None:
     initial = {"sensors": None, "tuple": gaps.unbind(-1), "grid": gaps}[form]
     tasks = Tasks.from_trajectories(times, gaps, num_support=1, mask=mask, initial=initial)
     filled = tasks.states if form == "grid" else torch.stack(tasks.states, -1)
-    assert_close(filled[0, :, :, 0], torch.tensor([[-1.0, 1.0, 5.0, 7.0, 15.0], [5.0, 5.0, 5.0, 7.0, 7.0], [0.0] * 5]))
+    assert_close(
+        filled[0, :, :, 0],
+        torch.tensor([[-1.0, 1.0, 5.0, 7.0, 15.0], [5.0, 5.0, 5.0, 7.0, 7.0], [0.0] * 5]),
+    )
 
 
 def test_a_fully_observed_data_set_is_kept_to_the_last_bit() -> None:
@@ -393,13 +461,22 @@ def test_split_holds_out_the_last_tasks() -> None:
     truth = {"omega": torch.arange(float(T)).unsqueeze(-1)}
     train, held_out = make(truth=truth, mask=torch.rand(T, SHOTS, POINTS, SENSORS) < 0.9).split(1)
     assert len(train) == T - 1 and len(held_out) == 1
-    assert train.truth["omega"][:, 0].tolist() == [0.0, 1.0, 2.0] and held_out.truth["omega"].tolist() == [[3.0]]
-    assert held_out.mask.shape == held_out.seen.shape == held_out.values.shape == (1, SHOTS, POINTS, SENSORS)
+    assert train.truth["omega"][:, 0].tolist() == [0.0, 1.0, 2.0] and held_out.truth[
+        "omega"
+    ].tolist() == [[3.0]]
+    assert (
+        held_out.mask.shape
+        == held_out.seen.shape
+        == held_out.values.shape
+        == (1, SHOTS, POINTS, SENSORS)
+    )
 
 
 def test_tasks_are_picked_by_slice_and_by_tensor() -> None:
     tasks, rows = make(), torch.tensor([3, 0])
-    assert torch.equal(tasks[rows].values, tasks.values[rows]) and torch.equal(tasks[1:3].values, tasks.values[1:3])
+    assert torch.equal(tasks[rows].values, tasks.values[rows]) and torch.equal(
+        tasks[1:3].values, tasks.values[1:3]
+    )
     assert torch.equal(tasks[rows].states[1], tasks.states[1][rows])
 
 
@@ -407,7 +484,9 @@ def test_tasks_are_picked_by_slice_and_by_tensor() -> None:
 def test_the_first_shots_are_the_support_and_the_others_the_query(size: int | None) -> None:
     tasks, n = make(), size or 2
     episode = tasks.episode(size)
-    assert torch.equal(episode.support.query, tasks.values[:, :n]) and torch.equal(episode.query, tasks.values[:, n:])
+    assert torch.equal(episode.support.query, tasks.values[:, :n]) and torch.equal(
+        episode.query, tasks.values[:, n:]
+    )
     assert episode.shape == (T, SHOTS - n) and episode.support.shape == (T, n)
     assert episode.support.support is None
 
@@ -420,7 +499,9 @@ def test_shots_are_those_shots_of_everything_with_no_support(which: slice) -> No
     assert shots.support is None and shots.whole is None and shots.uncut is None
     assert {name: value.shape for name, value in tensors(shots).items()}.keys() == everything.keys()
     for name, value in tensors(shots).items():
-        assert torch.equal(value, everything[name] if name == "times" else everything[name][:, which]), name
+        assert torch.equal(
+            value, everything[name] if name == "times" else everything[name][:, which]
+        ), name
 
 
 def test_support_and_query_are_shots() -> None:
@@ -524,7 +605,11 @@ def test_only_gives_one_task_of_everything() -> None:
 
 
 def test_to_moves_everything() -> None:
-    for part in (whole_episode(masked=True), whole_episode(masked=True).cut(3), whole_episode().until(4).cut(2)):
+    for part in (
+        whole_episode(masked=True),
+        whole_episode(masked=True).cut(3),
+        whole_episode().until(4).cut(2),
+    ):
         moved = tensors(part.to("meta"))
         assert moved.keys() == tensors(part).keys()
         assert {value.device.type for value in moved.values()} == {"meta"}
@@ -536,14 +621,20 @@ def test_double_is_the_same_in_float64() -> None:
         doubled, original = tensors(part.double()), tensors(part)
         assert doubled.keys() == original.keys()
         for name, value in original.items():
-            assert torch.equal(doubled[name], value.double() if value.is_floating_point() else value), name
+            assert torch.equal(
+                doubled[name], value.double() if value.is_floating_point() else value
+            ), name
             assert doubled[name].dtype in (torch.float64, torch.bool), name
 
 
 def test_simulation_observes_nothing_and_keeps_support_and_starts() -> None:
     episode = whole_episode(masked=True)
     simulation = episode.simulation()
-    assert simulation.query is None and simulation.mask is True and simulation.support is episode.support
+    assert (
+        simulation.query is None
+        and simulation.mask is True
+        and simulation.support is episode.support
+    )
     assert simulation.initial is episode.initial and simulation.shape == episode.shape
     assert simulation.cut(3) is simulation and simulation.canonical is simulation
 
@@ -553,7 +644,9 @@ def test_until_keeps_the_first_steps_of_everything_but_what_encoders_read() -> N
     begun = episode.until(4)
     for part, original in ((begun, episode), (begun.support, episode.support)):
         assert part.times.shape == (5,) and part.initial == original.initial
-        assert torch.equal(part.query, original.query[:, :, :5]) and torch.equal(part.mask, original.mask[:, :, :5])
+        assert torch.equal(part.query, original.query[:, :, :5]) and torch.equal(
+            part.mask, original.mask[:, :, :5]
+        )
         assert torch.equal(part.states[1], original.states[1][:, :, :5])
         assert part.whole is original
     assert episode.until(POINTS - 1) is episode
@@ -573,20 +666,30 @@ cuts = pytest.mark.parametrize("steps", [1, 2, 3, 4, 5, 7, 9])
 def originals(episode: Episode, whole: Episode) -> tuple[Tensor, Tensor]:
     """Shot and time index, in the whole trajectories, of every observation of a cut episode."""
     pieces = episode.shape[1] // whole.shape[1]
-    shot = torch.arange(whole.shape[1]).repeat_interleave(pieces).unsqueeze(-1).expand_as(episode.times)
+    shot = (
+        torch.arange(whole.shape[1])
+        .repeat_interleave(pieces)
+        .unsqueeze(-1)
+        .expand_as(episode.times)
+    )
     return shot, torch.searchsorted(whole.times, episode.times.contiguous())
 
 
 @cuts
 @pytest.mark.parametrize("points", [8, 11, 10])
-def test_segments_are_pieces_of_the_trajectories_with_their_own_clocks(steps: int, points: int) -> None:
+def test_segments_are_pieces_of_the_trajectories_with_their_own_clocks(
+    steps: int, points: int
+) -> None:
     whole = whole_episode(masked=True, points=points)
     for part, original in ((whole.cut(steps), whole), (whole.cut(steps).support, whole.support)):
         if steps >= points - 1:
             assert part is original
             continue
         pieces = -(-(points - 1) // steps)
-        assert part.shape == (T, original.shape[1] * pieces) and part.times.shape == (part.shape[1], steps + 1)
+        assert part.shape == (T, original.shape[1] * pieces) and part.times.shape == (
+            part.shape[1],
+            steps + 1,
+        )
         shot, time = originals(part, original)
         assert torch.equal(part.query, original.query[:, shot, time])
         assert torch.equal(part.times, original.times[time])
@@ -608,13 +711,18 @@ def test_every_observation_counts_exactly_once(steps: int, masked: bool, points:
         for row in range(part.shape[1]):
             counted[:, shot[row, 0], time[row]] += part.mask[:, row]
         assert torch.equal(counted, original.mask.long())
-        assert not part.mask[:, :, 0].any()  # a segment's start is the measurement of its initial state
+        assert not part.mask[
+            :, :, 0
+        ].any()  # a segment's start is the measurement of its initial state
 
 
 def test_the_last_segment_ends_with_the_data_and_repeats_nothing() -> None:
     whole = whole_episode()
     segments = whole.cut(4)  # of 10 steps: 0-4, 4-8, and 6-10, of which 6-8 has been seen
-    assert_close(segments.times[:3], TIMES[torch.tensor([[0, 1, 2, 3, 4], [4, 5, 6, 7, 8], [6, 7, 8, 9, 10]])])
+    assert_close(
+        segments.times[:3],
+        TIMES[torch.tensor([[0, 1, 2, 3, 4], [4, 5, 6, 7, 8], [6, 7, 8, 9, 10]])],
+    )
     assert segments.mask[0, 2, :, 0].tolist() == [False, False, False, True, True]
     assert segments.mask[0, 1, :, 0].tolist() == [False, True, True, True, True]
 
@@ -633,7 +741,9 @@ def test_a_cut_is_the_same_whatever_was_cut_before() -> None:
     segments = whole.cut(4)
     assert_same(segments.cut(3), whole.cut(3))
     assert_same(segments.cut(3).support, whole.support.cut(3))
-    assert segments.cut(4) is segments and segments.cut(7) is segments  # they are that short already
+    assert (
+        segments.cut(4) is segments and segments.cut(7) is segments
+    )  # they are that short already
     assert segments.cut(None) is whole
 
 
@@ -682,7 +792,10 @@ def test_some_takes_the_same_segments_of_every_task(order: list[int]) -> None:
 
 
 def test_some_of_what_was_not_cut_is_refused() -> None:
-    with pytest.raises(ValueError, match="an episode that was cut into segments; got whole trajectories. Cut it first"):
+    with pytest.raises(
+        ValueError,
+        match="an episode that was cut into segments; got whole trajectories. Cut it first",
+    ):
         whole_episode().some(torch.tensor([0]))
 
 
@@ -716,7 +829,11 @@ def test_the_canonical_order_of_some_segments_keeps_them_and_their_clocks(shots:
     assert ordered.shape == few.shape
     for shot in range(few.shape[1]):
         for task in range(T):
-            same = [k for k in range(few.shape[1]) if torch.equal(few.query[task, k], ordered.query[task, shot])]
+            same = [
+                k
+                for k in range(few.shape[1])
+                if torch.equal(few.query[task, k], ordered.query[task, shot])
+            ]
             assert any(torch.equal(ordered.times[shot], few.times[k]) for k in same)
 
 
@@ -724,7 +841,9 @@ def test_the_canonical_order_of_some_segments_keeps_them_and_their_clocks(shots:
 
 
 def shuffled(tasks: Tasks, order: list[int]) -> Tasks:
-    return Tasks.from_trajectories(tasks.times, tasks.values[:, order], num_support=tasks.num_support)
+    return Tasks.from_trajectories(
+        tasks.times, tasks.values[:, order], num_support=tasks.num_support
+    )
 
 
 def forth_and_back() -> Tensor:
@@ -736,14 +855,18 @@ def forth_and_back() -> Tensor:
 
 DATA: dict[str, Callable[[], Tensor]] = {
     "noise": lambda: torch.randn(T, SHOTS, POINTS, SENSORS),
-    "shares that add up to one": lambda: torch.eye(SENSORS)[torch.randint(SENSORS, (T, SHOTS, POINTS))],
+    "shares that add up to one": lambda: torch.eye(SENSORS)[
+        torch.randint(SENSORS, (T, SHOTS, POINTS))
+    ],
     "one trajectory, forth and back": forth_and_back,
 }
 
 
 @pytest.mark.parametrize("data", DATA)
 @pytest.mark.parametrize("change", ["whole", "cut", "until", "until and cut"])
-def test_the_canonical_order_is_the_same_bit_for_bit_whatever_order_shots_came_in(change: str, data: str) -> None:
+def test_the_canonical_order_is_the_same_bit_for_bit_whatever_order_shots_came_in(
+    change: str, data: str
+) -> None:
     tasks = make(DATA[data]())
     steps: dict[str, Callable[[Episode], Episode]] = {
         "whole": lambda episode: episode,
@@ -757,7 +880,9 @@ def test_the_canonical_order_is_the_same_bit_for_bit_whatever_order_shots_came_i
 
 
 def test_the_canonical_order_keeps_shots_whole() -> None:
-    episode = make(torch.randn(T, SHOTS, POINTS, SENSORS), mask=torch.rand(T, SHOTS, POINTS, SENSORS) < 0.9).episode()
+    episode = make(
+        torch.randn(T, SHOTS, POINTS, SENSORS), mask=torch.rand(T, SHOTS, POINTS, SENSORS) < 0.9
+    ).episode()
     ordered = episode.canonical
     for task in range(T):
         same = (ordered.query[task].unsqueeze(1) == episode.query[task]).flatten(2).all(-1)

@@ -26,7 +26,9 @@ from pyro_hybrid import svi as svi_module
 
 TASKS = in_float32(make_tasks(20, 4, num_support=2))
 SHORT = {"steps": 6, "batch_size": 8, "progress": False, "curriculum": {0.0: None}}
-READINGS = pytest.mark.parametrize("evidence", [None, ph.Linearised(1)], ids=["learned", "computed"])
+READINGS = pytest.mark.parametrize(
+    "evidence", [None, ph.Linearised(1)], ids=["learned", "computed"]
+)
 quiet = pytest.mark.filterwarnings("ignore:Encountered NaN:UserWarning")
 
 
@@ -44,10 +46,12 @@ def state(*modules: nn.Module) -> list[Tensor]:
 
 
 def same(first: list[Tensor], second: list[Tensor]) -> bool:
-    return len(first) == len(second) and all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    return len(first) == len(second) and all(
+        torch.equal(a, b) for a, b in zip(first, second, strict=True)
+    )
 
 
-# ---- same seed, same result ----------------------------------------------------------------------------------------
+# ---- same seed, same result ----------------------------------------------------------------------
 
 
 @READINGS
@@ -64,7 +68,9 @@ def test_the_same_seed_gives_the_same_result_bit_for_bit(evidence: ph.Linearised
 def test_another_seed_gives_another_result() -> None:
     first, second = pair(), pair()
     assert same(state(*first), state(*second))
-    fits = [ph.meta_train(*both, TASKS, seed=seed, **SHORT) for both, seed in ((first, 1), (second, 2))]
+    fits = [
+        ph.meta_train(*both, TASKS, seed=seed, **SHORT) for both, seed in ((first, 1), (second, 2))
+    ]
     assert not same(state(*first), state(*second)) and fits[0].loss != fits[1].loss
 
 
@@ -78,7 +84,9 @@ class Stepper:
     """An SVI loop that keeps its random state to itself."""
 
     def __init__(self, both: tuple[Line, ph.AmortizedGuide], seed: int) -> None:
-        self.svi = ph.SVI(*both, torch.optim.Adam({id(p): p for m in both for p in m.parameters()}.values(), 1e-2))
+        self.svi = ph.SVI(
+            *both, torch.optim.Adam({id(p): p for m in both for p in m.parameters()}.values(), 1e-2)
+        )
         self.batches, self.random, self.losses = (
             TASKS.batches(8, seed),
             torch.Generator().manual_seed(seed).get_state(),
@@ -93,7 +101,9 @@ class Stepper:
 
 
 @READINGS
-def test_two_trainings_step_by_step_in_turns_equal_two_apart_bit_for_bit(evidence: ph.Linearised | None) -> None:
+def test_two_trainings_step_by_step_in_turns_equal_two_apart_bit_for_bit(
+    evidence: ph.Linearised | None,
+) -> None:
     apart = [pair(evidence, seed=s) for s in (1, 2)]
     alone = [Stepper(both, seed) for seed, both in enumerate(apart)]
     for stepper in alone:
@@ -110,7 +120,9 @@ def test_two_trainings_step_by_step_in_turns_equal_two_apart_bit_for_bit(evidenc
 
 
 @READINGS
-def test_a_training_inside_the_steps_of_another_equals_two_apart_bit_for_bit(evidence: ph.Linearised | None) -> None:
+def test_a_training_inside_the_steps_of_another_equals_two_apart_bit_for_bit(
+    evidence: ph.Linearised | None,
+) -> None:
     apart = [pair(evidence, seed=s) for s in (1, 2, 3)]
     fits = [ph.meta_train(*apart[i], TASKS, seed=i, **SHORT) for i in (0, 1)]
     alone = Stepper(apart[2], 7)
@@ -125,16 +137,22 @@ def test_a_training_inside_the_steps_of_another_equals_two_apart_bit_for_bit(evi
             inner.append(ph.meta_train(*together[1], TASKS, seed=1, **SHORT))
 
     outer = ph.meta_train(*together[0], TASKS, seed=0, callback=meanwhile, **SHORT)
-    assert outer.loss == fits[0].loss and inner[0].loss == fits[1].loss and stepper.losses == alone.losses
+    assert (
+        outer.loss == fits[0].loss
+        and inner[0].loss == fits[1].loss
+        and stepper.losses == alone.losses
+    )
     for a, b in zip(apart, together, strict=True):
         assert same(state(*a), state(*b))
 
 
-# ---- what comes out ------------------------------------------------------------------------------------------------
+# ---- what comes out ------------------------------------------------------------------------------
 
 
 @READINGS
-def test_training_lowers_the_loss_and_keeps_a_record_of_every_step(evidence: ph.Linearised | None) -> None:
+def test_training_lowers_the_loss_and_keeps_a_record_of_every_step(
+    evidence: ph.Linearised | None,
+) -> None:
     both, seen = pair(evidence), []
     fit = ph.meta_train(
         *both,
@@ -147,7 +165,12 @@ def test_training_lowers_the_loss_and_keeps_a_record_of_every_step(evidence: ph.
     )
     assert seen == [(i, i + 1) for i in range(40)]
     assert len(fit.loss) == len(fit.log_likelihood) == len(fit.kl) == 40
-    assert sum(fit.loss[-10:]) < sum(fit.loss[:10]) and fit.skipped == 0 and fit.seconds > 0 and not fit.stopped_early
+    assert (
+        sum(fit.loss[-10:]) < sum(fit.loss[:10])
+        and fit.skipped == 0
+        and fit.seconds > 0
+        and not fit.stopped_early
+    )
     assert all(
         kl == pytest.approx(loss + ll, abs=1e-3)
         for loss, ll, kl in zip(fit.loss, fit.log_likelihood, fit.kl, strict=True)
@@ -160,15 +183,22 @@ def test_the_loss_is_that_of_pyros_elbo_per_task() -> None:
     fit = ph.meta_train(*both, TASKS, seed=3, **{**SHORT, "steps": 1}, learning_rate=0.0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3 * 1_000_003 + 1)
-        expected = ph.SVI(*both, torch.optim.SGD(both[0].parameters(), 0.0)).evaluate_loss(next(TASKS.batches(8, 3)))
+        expected = ph.SVI(*both, torch.optim.SGD(both[0].parameters(), 0.0)).evaluate_loss(
+            next(TASKS.batches(8, 3))
+        )
     assert fit.loss == [pytest.approx(expected / 8, rel=1e-6)]
 
 
 def test_several_particles_are_averaged_in_the_record_too() -> None:
     both = pair()
     options = {**SHORT, "steps": 3, "learning_rate": 0.0}
-    one, many = (ph.meta_train(*both, TASKS, loss=TraceMeanField_ELBO(num_particles=n), **options) for n in (1, 5))
-    assert many.kl == [pytest.approx(value, rel=1e-3) for value in one.kl]  # in closed form: no noise
+    one, many = (
+        ph.meta_train(*both, TASKS, loss=TraceMeanField_ELBO(num_particles=n), **options)
+        for n in (1, 5)
+    )
+    assert many.kl == [
+        pytest.approx(value, rel=1e-3) for value in one.kl
+    ]  # in closed form: no noise
     assert many.log_likelihood != one.log_likelihood
 
 
@@ -186,19 +216,25 @@ def test_support_and_query_are_drawn_anew_at_every_step() -> None:
 
         def forward(self, episode: ph.Episode) -> Tensor:
             if episode.support is not None:
-                self.supports.append(tuple(sorted(episode.support.query.flatten(2).sum(-1).flatten().tolist())))
+                self.supports.append(
+                    tuple(sorted(episode.support.query.flatten(2).sum(-1).flatten().tolist()))
+                )
             return super().forward(episode)
 
     ph.meta_train(*pair(model=Listening), TASKS[:1], **{**SHORT, "steps": 30})
     assert 3 < len(set(Listening.supports)) <= 6  # two of four shots
 
 
-def test_the_progress_bar_says_how_it_goes_and_can_be_silent(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_progress_bar_says_how_it_goes_and_can_be_silent(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     ph.meta_train(*pair(), TASKS, **SHORT)
     assert capsys.readouterr() == ("", "")
     ph.meta_train(*pair(), TASKS, **{**SHORT, "progress": True})
     out, err = capsys.readouterr()
-    assert out == "" and all(word in err for word in ("meta-training", "6/6", "loss", "log p", "KL"))
+    assert out == "" and all(
+        word in err for word in ("meta-training", "6/6", "loss", "log p", "KL")
+    )
 
 
 def test_the_device_may_be_named() -> None:
@@ -206,7 +242,7 @@ def test_the_device_may_be_named() -> None:
     assert math.isfinite(ph.meta_train(model, guide, TASKS, device="cpu", **SHORT).loss[-1])
 
 
-# ---- KL warm-up, curriculum, clipping, learning rate ---------------------------------------------------------------
+# ---- KL warm-up, curriculum, clipping, learning rate ---------------------------------------------
 
 
 def test_the_weight_of_the_kl_rises_to_one_over_the_warm_up() -> None:
@@ -214,7 +250,9 @@ def test_the_weight_of_the_kl_rises_to_one_over_the_warm_up() -> None:
     full = ph.meta_train(*both, TASKS, **options)
     risen = ph.meta_train(*both, TASKS, warmup=0.5, **options)
     weights = [a / b for a, b in zip(risen.kl, full.kl, strict=True)]
-    assert weights == [pytest.approx(w, rel=1e-3) for w in (0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0, 1.0)]
+    assert weights == [
+        pytest.approx(w, rel=1e-3) for w in (0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0, 1.0)
+    ]
     assert risen.log_likelihood == full.log_likelihood
 
 
@@ -236,12 +274,17 @@ def lengths(points: int, **options: Any) -> list[tuple[int, int]]:
     times = torch.linspace(0, 1, points)
     tasks = ph.Tasks.from_trajectories(times, torch.randn(6, 4, points, 1), num_support=2)
     ph.meta_train(*both, tasks, **{**SHORT, "steps": 8, **options})
-    return both[0].lengths[:8]  # after the last step, the program runs to see what its solver's steps cost
+    return both[0].lengths[
+        :8
+    ]  # after the last step, the program runs to see what its solver's steps cost
 
 
 def test_a_curriculum_cuts_trajectories_as_it_says() -> None:
     # the ELBO runs the program once a step: (segment length, two query shots times segments)
-    assert lengths(7, curriculum={0.0: 2, 0.25: 3, 0.75: None}) == [(2, 6)] * 2 + [(3, 4)] * 4 + [(6, 2)] * 2
+    assert (
+        lengths(7, curriculum={0.0: 2, 0.25: 3, 0.75: None})
+        == [(2, 6)] * 2 + [(3, 4)] * 4 + [(6, 2)] * 2
+    )
 
 
 def test_by_default_segments_grow_from_a_seventh_to_the_whole_horizon() -> None:
@@ -253,7 +296,9 @@ def test_short_trajectories_are_left_whole_by_default() -> None:
 
 
 def test_a_curriculum_must_say_how_to_begin() -> None:
-    with pytest.raises(ValueError, match=r"a curriculum that says what to do from 0\.0 on; got \{0\.5: 3\}"):
+    with pytest.raises(
+        ValueError, match=r"a curriculum that says what to do from 0\.0 on; got \{0\.5: 3\}"
+    ):
         lengths(7, curriculum={0.5: 3})
 
 
@@ -263,7 +308,9 @@ class Loud(Line):
     volume = 1.0
 
     def forward(self, episode: ph.Episode) -> Tensor:
-        pyro.factor("loud", -self.volume * self.noise_unconstrained * float(episode.support is not None))
+        pyro.factor(
+            "loud", -self.volume * self.noise_unconstrained * float(episode.support is not None)
+        )
         return super().forward(episode)
 
 
@@ -276,7 +323,14 @@ def test_a_gradient_much_longer_than_the_others_is_shortened() -> None:
         lengths.append(math.sqrt(sum(float(p.grad.square().sum()) for p in parameters)))
         model.volume = 1e9 if step == 9 else 1.0
 
-    ph.meta_train(model, guide, TASKS, **{**SHORT, "steps": 12, "learning_rate": 1e-4}, clip=2.0, callback=note)
+    ph.meta_train(
+        model,
+        guide,
+        TASKS,
+        **{**SHORT, "steps": 12, "learning_rate": 1e-4},
+        clip=2.0,
+        callback=note,
+    )
     assert lengths[10] <= 2.0 * max(lengths[:10]) * 1.001 and lengths[10] > 0.0
     assert lengths[11] <= 2.0 * max(lengths[:11])  # one outlier doesn't move what is usual
 
@@ -299,12 +353,14 @@ def test_the_learning_rate_rises_and_then_follows_a_cosine_to_a_fiftieth() -> No
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ph.SVI, "__init__", remember)
         ph.meta_train(*both, TASKS, **{**SHORT, "steps": 40}, learning_rate=0.01, loss=Spy())
-    assert rates[0] == pytest.approx(0.5 * rates[1], rel=0.02) and max(rates) == pytest.approx(0.01, rel=0.02)
+    assert rates[0] == pytest.approx(0.5 * rates[1], rel=0.02) and max(rates) == pytest.approx(
+        0.01, rel=0.02
+    )
     assert rates[-1] == pytest.approx(0.01 / 50, rel=0.15)
     assert rates[1:] == sorted(rates[1:], reverse=True)
 
 
-# ---- some segments of each shot ------------------------------------------------------------------------------------
+# ---- some segments of each shot ------------------------------------------------------------------
 
 EMPTY = torch.Size()
 # Of six times: cut into segments of two steps, three of each of the two query shots.
@@ -327,7 +383,9 @@ def looked_at(segments: int | None, **options: Any) -> list[tuple[int, ...]]:
 
 
 @pytest.mark.parametrize(("segments", "number"), [(1, 2), (2, 4), (3, 6), (99, 6), (None, 6)])
-def test_so_many_segments_of_each_shot_are_looked_at_drawn_anew_at_every_step(segments: int, number: int) -> None:
+def test_so_many_segments_of_each_shot_are_looked_at_drawn_anew_at_every_step(
+    segments: int, number: int
+) -> None:
     seen = looked_at(segments)
     assert [len(starts) for starts in seen] == [number] * SHORT["steps"]
     assert (len({*seen}) > 1) == (number < 6)  # all of them come in their order
@@ -335,7 +393,9 @@ def test_so_many_segments_of_each_shot_are_looked_at_drawn_anew_at_every_step(se
 
 
 def test_whole_trajectories_are_all_looked_at() -> None:
-    assert {len(starts) for starts in looked_at(1, curriculum={0.0: None})} == {1}  # one clock for all
+    assert {len(starts) for starts in looked_at(1, curriculum={0.0: None})} == {
+        1
+    }  # one clock for all
     some = [len(starts) for starts in looked_at(1, curriculum={0.0: 1, 0.5: None}, steps=4)]
     assert some == [2, 2, 1, 1]
 
@@ -343,7 +403,10 @@ def test_whole_trajectories_are_all_looked_at() -> None:
 @pytest.mark.parametrize("segments", [3, 99])
 def test_as_many_segments_as_there_are_change_nothing(segments: int) -> None:
     some, everything = pair(), pair()
-    fits = [ph.meta_train(*some, TASKS, segments=segments, **SOME), ph.meta_train(*everything, TASKS, **SOME)]
+    fits = [
+        ph.meta_train(*some, TASKS, segments=segments, **SOME),
+        ph.meta_train(*everything, TASKS, **SOME),
+    ]
     assert fits[0].loss == fits[1].loss and same(state(*some), state(*everything))
 
 
@@ -358,11 +421,21 @@ def test_over_all_choices_of_segments_loss_and_gradient_are_those_of_all_of_them
         """Loss, log-likelihood and gradients; the latents are the same whatever segments are chosen."""
         torch.manual_seed(0)
         if inferred:
-            monkeypatch.setattr(dist.Normal, "rsample", lambda fn, shape=EMPTY: drawn(fn, shape, by_segment))
+            monkeypatch.setattr(
+                dist.Normal, "rsample", lambda fn, shape=EMPTY: drawn(fn, shape, by_segment)
+            )
         with _watch.Terms(1.0, 1.0 / share, episode.shape[1]) as terms:
             loss = svi.backward(episode)
-        gradients = [model.noise_unconstrained.grad, *(p.grad.flatten() for p in guide.head.parameters())]
-        return torch.cat([torch.stack([loss, torch.tensor(terms.log_likelihood)]), *(g.view(-1) for g in gradients)])
+        gradients = [
+            model.noise_unconstrained.grad,
+            *(p.grad.flatten() for p in guide.head.parameters()),
+        ]
+        return torch.cat(
+            [
+                torch.stack([loss, torch.tensor(terms.log_likelihood)]),
+                *(g.view(-1) for g in gradients),
+            ]
+        )
 
     plain, noise = dist.Normal.rsample, torch.randn(20, segments.shape[1], 1)
 
@@ -393,20 +466,30 @@ SCALES = {"x": 4.0, "start": 2.0, "slope": 0.5, "bend": 0.5, "proposals": 1.0, "
 
 
 @pytest.mark.parametrize(("site", "scale"), SCALES.items())
-def test_what_belongs_to_shots_is_scaled_up_and_what_belongs_to_tasks_is_not(site: str, scale: float) -> None:
+def test_what_belongs_to_shots_is_scaled_up_and_what_belongs_to_tasks_is_not(
+    site: str, scale: float
+) -> None:
     model, _ = pair(model=Weighed, inferred=True)
-    with _watch.Terms(0.5, 4.0, TASKS.episode().shape[1]):  # a KL of half the weight, a quarter of the segments
+    with _watch.Terms(
+        0.5, 4.0, TASKS.episode().shape[1]
+    ):  # a KL of half the weight, a quarter of the segments
         trace = pyro.poutine.trace(model).get_trace(TASKS.episode())
     assert trace.nodes[site]["scale"] == scale
 
 
-@pytest.mark.parametrize(("segments", "evidence", "got"), [(0, None, "0 and"), (2, ph.Linearised(1), "2 and Amor")])
-def test_segments_of_nothing_or_with_computed_evidence_are_refused(segments: int, evidence: Any, got: str) -> None:
-    with pytest.raises(ValueError, match=f"segments of 1 or more, and a guide that reads by its encoder; got {got}"):
+@pytest.mark.parametrize(
+    ("segments", "evidence", "got"), [(0, None, "0 and"), (2, ph.Linearised(1), "2 and Amor")]
+)
+def test_segments_of_nothing_or_with_computed_evidence_are_refused(
+    segments: int, evidence: Any, got: str
+) -> None:
+    with pytest.raises(
+        ValueError, match=f"segments of 1 or more, and a guide that reads by its encoder; got {got}"
+    ):
         ph.meta_train(*pair(evidence), TASKS, segments=segments, **SOME)
 
 
-# ---- one reading a step --------------------------------------------------------------------------------------------
+# ---- one reading a step --------------------------------------------------------------------------
 
 
 @READINGS
@@ -431,7 +514,9 @@ def test_a_step_reads_every_episode_once_and_the_next_step_reads_again(
     assert len(readings) == len({*readings}) <= expected
     readings.clear()
     both[0].prior(episode.support), both[0].prior(episode.support)
-    assert len(readings) == (0 if evidence else 2)  # outside, computed evidence alone is remembered, by itself
+    assert len(readings) == (
+        0 if evidence else 2
+    )  # outside, computed evidence alone is remembered, by itself
 
 
 @READINGS
@@ -443,14 +528,22 @@ def test_reading_once_changes_no_loss_and_no_gradient(
     for reading in (svi_module.reading_once, contextlib.nullcontext):
         monkeypatch.setattr(svi_module, "reading_once", reading)
         both = pair(evidence)
-        svi = ph.SVI(*both, pyro.optim.SGD({"lr": 0.0}), TraceMeanField_ELBO(num_particles=particles))
+        svi = ph.SVI(
+            *both, pyro.optim.SGD({"lr": 0.0}), TraceMeanField_ELBO(num_particles=particles)
+        )
         torch.manual_seed(1)
         loss = svi.backward(TASKS.episode())
-        results.append([loss, *(p.grad for p in svi.parameters()), torch.tensor(svi.evaluate_loss(TASKS.episode()))])
+        results.append(
+            [
+                loss,
+                *(p.grad for p in svi.parameters()),
+                torch.tensor(svi.evaluate_loss(TASKS.episode())),
+            ]
+        )
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
 
 
-# ---- failures ------------------------------------------------------------------------------------------------------
+# ---- failures ------------------------------------------------------------------------------------
 
 
 class Fragile(Line):
@@ -464,9 +557,16 @@ class Fragile(Line):
         if self.failure == "nan":
             pyro.factor("nan", math.nan * self.noise_unconstrained)
         if self.failure == "gradient":
-            pyro.factor("gradient", (self.noise_unconstrained - self.noise_unconstrained.detach()).abs().sqrt())
+            pyro.factor(
+                "gradient",
+                (self.noise_unconstrained - self.noise_unconstrained.detach()).abs().sqrt(),
+            )
         if self.failure == "noise":
-            pyro.sample("y", dist.Normal(torch.zeros(8), math.nan * self.noise).to_event(1), obs=torch.zeros(8))
+            pyro.sample(
+                "y",
+                dist.Normal(torch.zeros(8), math.nan * self.noise).to_event(1),
+                obs=torch.zeros(8),
+            )
         if self.failure == "mistake":
             raise ValueError("the program is wrong")
         if self.failure == "plate":
@@ -495,8 +595,17 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(failure: str) -> None:
         model.failure = failure if step in (1, 2) else None
 
     fit = ph.meta_train(model, guide, TASKS, callback=fail_at_two_and_three, **SHORT)
-    assert fit.skipped == 2 and [math.isnan(value) for value in fit.loss] == [False, False, True, True, False, False]
-    assert same(states[1], states[2]) and same(states[2], states[3])  # parameters stand still meanwhile
+    assert fit.skipped == 2 and [math.isnan(value) for value in fit.loss] == [
+        False,
+        False,
+        True,
+        True,
+        False,
+        False,
+    ]
+    assert same(states[1], states[2]) and same(
+        states[2], states[3]
+    )  # parameters stand still meanwhile
     assert not same(states[3], states[4])
     assert all(torch.isfinite(value).all() for value in states[-1])
 
@@ -509,7 +618,9 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(failure: str) -> None:
         ("solver", r"the state stopped being finite in task \d+ at t = 0\.7 after 13 steps"),
     ],
 )
-def test_a_run_of_failures_restores_the_last_good_state_and_names_the_cause(failure: str, cause: str) -> None:
+def test_a_run_of_failures_restores_the_last_good_state_and_names_the_cause(
+    failure: str, cause: str
+) -> None:
     model, guide = pair(model=Fragile)
     good = []
 
@@ -521,9 +632,13 @@ def test_a_run_of_failures_restores_the_last_good_state_and_names_the_cause(fail
         ph.TrainingError,
         match=f"5 steps in a row up to step 6 .*{cause}.*back at the last good state. Lower learning_rate",
     ):
-        ph.meta_train(model, guide, TASKS, **{**SHORT, "steps": 20}, max_skips=5, callback=break_down)
+        ph.meta_train(
+            model, guide, TASKS, **{**SHORT, "steps": 20}, max_skips=5, callback=break_down
+        )
     model.failure = None
-    good = ph.SVI(model, guide, torch.optim.SGD(model.parameters(), 0.0)).evaluate_loss(TASKS.episode())
+    good = ph.SVI(model, guide, torch.optim.SGD(model.parameters(), 0.0)).evaluate_loss(
+        TASKS.episode()
+    )
     assert math.isfinite(good)
 
 
@@ -538,7 +653,9 @@ def test_100_trainings_with_gradients_of_nan_at_random_steps_all_end_finite(figu
             model.failure = "gradient" if step + 1 in ill else None
 
         infect(-1, ph.Fit())
-        fit = ph.meta_train(model, guide, TASKS, callback=infect, **{**SHORT, "steps": 8, "seed": seed})
+        fit = ph.meta_train(
+            model, guide, TASKS, callback=infect, **{**SHORT, "steps": 8, "seed": seed}
+        )
         assert fit.skipped == len(ill) == sum(map(math.isnan, fit.loss))
         assert all(torch.isfinite(value).all() for value in state(model, guide))
         figure("ill gradients", finite=1, skipped=fit.skipped)
@@ -557,20 +674,31 @@ class Explosive(Line):
                 return (slope.abs() * (0.1 * state[0]) ** 5,)
 
             states = ph.solve(field, episode.initial, episode.times)
-            return pyro.sample("x", dist.Normal(states, self.noise).mask(episode.mask).to_event(3), obs=episode.query)
+            return pyro.sample(
+                "x",
+                dist.Normal(states, self.noise).mask(episode.mask).to_event(3),
+                obs=episode.query,
+            )
 
 
 @quiet
 @pytest.mark.parametrize("model", [Explosive, Allergic])
 def test_a_task_that_fails_is_left_out_of_the_step_counted_and_named(
-        model: type[Line], caplog: pytest.LogCaptureFixture) -> None:
+    model: type[Line], caplog: pytest.LogCaptureFixture
+) -> None:
     values = TASKS.values.clone()
     values[[3, 11]] += 1e4
     both = pair(model=model)
-    fit = ph.meta_train(*both, ph.Tasks.from_trajectories(TASKS.times, values, num_support=2),
-                        **{**SHORT, "steps": 10, "batch_size": 10})
+    fit = ph.meta_train(
+        *both,
+        ph.Tasks.from_trajectories(TASKS.times, values, num_support=2),
+        **{**SHORT, "steps": 10, "batch_size": 10},
+    )
     assert fit.skipped == 0 and fit.left_out == {3: 5, 11: 5}
-    assert "Nothing was learned from 2 of 20 tasks, which failed whenever they came: 3, 11. The last" in caplog.text
+    assert (
+        "Nothing was learned from 2 of 20 tasks, which failed whenever they came: 3, 11. The last"
+        in caplog.text
+    )
     assert "Look at one with tasks[3:4]" in caplog.text
     assert ("the state stopped being finite in task" in caplog.text) == (model is Explosive)
     assert all(torch.isfinite(value).all() for value in state(*both))
@@ -587,7 +715,9 @@ def test_numbers_that_fail_the_checks_of_the_first_step_are_skipped_too() -> Non
     fit = ph.meta_train(model, guide, TASKS, callback=recover, **SHORT)
     assert fit.skipped == 1 and [math.isnan(value) for value in fit.loss] == [True, *[False] * 5]
     model.failure = "noise"
-    with pytest.raises(ph.TrainingError, match="up to step 1 .* Expected parameter scale .* invalid values: The"):
+    with pytest.raises(
+        ph.TrainingError, match="up to step 1 .* Expected parameter scale .* invalid values: The"
+    ):
         ph.meta_train(model, guide, TASKS, max_skips=2, **SHORT)
 
 
@@ -595,7 +725,10 @@ def test_numbers_that_fail_the_checks_of_the_first_step_are_skipped_too() -> Non
 def test_mistakes_in_the_program_are_reported_in_their_own_words(failure: str) -> None:
     model, guide = pair(model=Fragile)
     model.failure = failure
-    with pytest.raises(ValueError, match="the program is wrong" if failure == "mistake" else "invalid log_prob shape"):
+    with pytest.raises(
+        ValueError,
+        match="the program is wrong" if failure == "mistake" else "invalid log_prob shape",
+    ):
         ph.meta_train(model, guide, TASKS, **SHORT)
 
 
@@ -614,8 +747,12 @@ def test_whichever_way_it_ends_the_model_is_left_ready_to_predict() -> None:
 def test_what_is_restored_is_a_state_whose_loss_was_finite() -> None:
     model, guide = pair()
     with pytest.raises(ph.TrainingError, match="in a row"):
-        ph.meta_train(model, guide, TASKS, **{**SHORT, "steps": 100}, learning_rate=1e25, max_skips=5)
-    loss = ph.SVI(model, guide, torch.optim.SGD(model.parameters(), 0.0)).evaluate_loss(TASKS.episode())
+        ph.meta_train(
+            model, guide, TASKS, **{**SHORT, "steps": 100}, learning_rate=1e25, max_skips=5
+        )
+    loss = ph.SVI(model, guide, torch.optim.SGD(model.parameters(), 0.0)).evaluate_loss(
+        TASKS.episode()
+    )
     assert math.isfinite(loss)
     assert all(torch.isfinite(value).all() for value in state(model, guide))
 
@@ -627,17 +764,21 @@ def test_failures_that_are_not_in_a_row_do_not_end_the_training() -> None:
     def every_other(step: int, fit: ph.Fit) -> None:
         model.failure = None if step % 2 else "nan"
 
-    fit = ph.meta_train(model, guide, TASKS, **{**SHORT, "steps": 10}, max_skips=2, callback=every_other)
+    fit = ph.meta_train(
+        model, guide, TASKS, **{**SHORT, "steps": 10}, max_skips=2, callback=every_other
+    )
     assert fit.skipped == 5
 
 
-# ---- held-out tasks ------------------------------------------------------------------------------------------------
+# ---- held-out tasks ------------------------------------------------------------------------------
 
 
 def test_the_held_out_elbo_is_looked_at_now_and_then_and_at_the_end() -> None:
     train, held_out = TASKS.split(6)
     fit = ph.meta_train(*pair(), train, held_out=held_out, every=3, **{**SHORT, "steps": 8})
-    assert [step for step, _ in fit.held_out] == [2, 5, 7] and all(math.isfinite(value) for _, value in fit.held_out)
+    assert [step for step, _ in fit.held_out] == [2, 5, 7] and all(
+        math.isfinite(value) for _, value in fit.held_out
+    )
 
 
 def test_looking_at_held_out_tasks_does_not_change_the_training() -> None:
@@ -660,7 +801,14 @@ def test_early_stopping_goes_back_to_the_best_look() -> None:
         history.append(state(model, guide))
 
     fit = ph.meta_train(
-        model, guide, train, held_out=held_out, every=2, patience=3, callback=spoil, **{**SHORT, "steps": 60}
+        model,
+        guide,
+        train,
+        held_out=held_out,
+        every=2,
+        patience=3,
+        callback=spoil,
+        **{**SHORT, "steps": 60},
     )
     best = min(fit.held_out, key=lambda look: look[1])[0]
     assert fit.stopped_early and len(fit.loss) == fit.held_out[-1][0] + 1 < 60
@@ -693,7 +841,7 @@ def test_held_out_tasks_that_diverge_count_as_bad_and_training_goes_on() -> None
     assert [value for _, value in fit.held_out] == [math.inf] * 3 and fit.skipped == 0
 
 
-# ---- ph.SVI --------------------------------------------------------------------------------------------------------
+# ---- ph.SVI --------------------------------------------------------------------------------------
 
 
 def test_it_is_a_pyro_svi() -> None:
@@ -722,7 +870,11 @@ def test_it_steps_with_pyros_losses_and_with_torchs_and_pyros_optimizers(
     both = pair(evidence, inferred=inferred)
     parameters = {id(p): p for m in both for p in m.parameters()}.values()
     svi = ph.SVI(
-        *both, torch.optim.Adam(parameters, 1e-2) if optim == "torch" else pyro.optim.ClippedAdam({"lr": 1e-2}), loss
+        *both,
+        torch.optim.Adam(parameters, 1e-2)
+        if optim == "torch"
+        else pyro.optim.ClippedAdam({"lr": 1e-2}),
+        loss,
     )
     before, episode = state(*both), TASKS.episode()
     assert math.isfinite(svi.evaluate_loss(episode)) and same(state(*both), before)
@@ -738,7 +890,9 @@ def test_more_particles_estimate_the_same_loss(evidence: ph.Linearised | None) -
     optim = torch.optim.SGD(both[0].parameters(), 0.0)
     single = ph.SVI(*both, optim)
     losses = [single.evaluate_loss(episode) for _ in range(40)]
-    many = ph.SVI(*both, optim, TraceMeanField_ELBO(num_particles=300, vectorize_particles=True)).evaluate_loss(episode)
+    many = ph.SVI(
+        *both, optim, TraceMeanField_ELBO(num_particles=300, vectorize_particles=True)
+    ).evaluate_loss(episode)
     spread = torch.tensor(losses).std().item() / math.sqrt(40)
     assert abs(many - sum(losses) / 40) < 4 * spread * 1.2
 
@@ -748,7 +902,9 @@ def test_a_gradient_of_vectorised_particles_trains_the_proposals_as_one_particle
     for particles in (1, 5):
         model, guide = pair(ph.Linearised(1))
         loss = TraceMeanField_ELBO(num_particles=particles, vectorize_particles=True)
-        ph.SVI(model, guide, torch.optim.SGD(model.parameters(), 0.0), loss).backward(TASKS.episode())
+        ph.SVI(model, guide, torch.optim.SGD(model.parameters(), 0.0), loss).backward(
+            TASKS.episode()
+        )
         gradients.append(model.prior.encoder.each[0].weight.grad)
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-4)
 
@@ -770,7 +926,7 @@ def test_a_copy_of_a_trained_pair_trains_on_by_itself() -> None:
     assert same(state(*both), before) and not same(state(*twin), before)
 
 
-# ---- what it refuses -----------------------------------------------------------------------------------------------
+# ---- what it refuses -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("wrong", [{"steps": 0}, {"batch_size": 0}])
@@ -780,13 +936,20 @@ def test_no_steps_and_empty_batches_are_refused(wrong: dict[str, int]) -> None:
 
 
 def test_early_stopping_without_held_out_tasks_is_refused() -> None:
-    with pytest.raises(ValueError, match="expected held_out tasks for early stopping; got none. Pass held_out=tasks"):
+    with pytest.raises(
+        ValueError,
+        match="expected held_out tasks for early stopping; got none. Pass held_out=tasks",
+    ):
         ph.meta_train(*pair(), TASKS, patience=3, **SHORT)
 
 
 def test_segments_without_measured_states_to_start_from_are_refused() -> None:
-    tasks = ph.Tasks.from_trajectories(TASKS.times, TASKS.values, num_support=2, initial=(TASKS.values[:, :, 0, 0],))
-    with pytest.raises(ValueError, match=r"measured states at all times, to restart from.*curriculum="):
+    tasks = ph.Tasks.from_trajectories(
+        TASKS.times, TASKS.values, num_support=2, initial=(TASKS.values[:, :, 0, 0],)
+    )
+    with pytest.raises(
+        ValueError, match=r"measured states at all times, to restart from.*curriculum="
+    ):
         ph.meta_train(*pair(), tasks, **{**SHORT, "curriculum": {0.0: 2}})
 
 
@@ -794,13 +957,18 @@ def test_segments_without_measured_states_to_start_from_are_refused() -> None:
     "optim",
     [
         pyro.optim.Adam({"lr": 0.1}, {"clip_norm": 1.0}),
-        pyro.optim.ExponentialLR({"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.1}, "gamma": 0.9}),
+        pyro.optim.ExponentialLR(
+            {"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.1}, "gamma": 0.9}
+        ),
         pyro.optim.Adam(lambda name: {"lr": 0.1}),
     ],
     ids=["clipping", "schedule", "by-name"],
 )
-def test_what_a_pyro_optimizer_adds_to_torchs_is_refused_and_not_dropped_silently(optim: pyro.optim.PyroOptim) -> None:
+def test_what_a_pyro_optimizer_adds_to_torchs_is_refused_and_not_dropped_silently(
+    optim: pyro.optim.PyroOptim,
+) -> None:
     with pytest.raises(
-        ValueError, match="a pyro.optim optimizer with a dictionary of options only.*Pass a torch optimizer"
+        ValueError,
+        match="a pyro.optim optimizer with a dictionary of options only.*Pass a torch optimizer",
     ):
         ph.SVI(*pair(), optim)

@@ -21,14 +21,28 @@ from pyro_hybrid.families import Beta, Family, Gamma, LogNormal, Normal, VonMise
 from pyro_hybrid.identifiability import hyperplanes
 from pyro_hybrid.identifiability import variability as module
 from pyro_hybrid.identifiability.reading import Reading, read
-from pyro_hybrid.identifiability.variability import Variability, culprits, judge_variability, too_few, variability
+from pyro_hybrid.identifiability.variability import (
+    Variability,
+    culprits,
+    judge_variability,
+    too_few,
+    variability,
+)
 
 Array = NDArray[np.float64]
 MEANS, ALL = "variability of means (iv)", "variability (iv)"
 
 
-def systems(tasks: int, n: int = 2, *, between: float = 1.0, scale: float = 0.1, varied: float = 0.5,
-            supports: int = 2, seed: int = 0) -> tuple[Tensor, Tensor]:
+def systems(
+    tasks: int,
+    n: int = 2,
+    *,
+    between: float = 1.0,
+    scale: float = 0.1,
+    varied: float = 0.5,
+    supports: int = 2,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor]:
     """Means and standard deviations (support, task, n) that say of themselves what they are worth."""
     random = torch.Generator().manual_seed(seed)
 
@@ -62,7 +76,7 @@ def thorough(hasty: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "RESAMPLES", 100)
 
 
-# ---- against closed forms ------------------------------------------------------------------------------------------
+# ---- against closed forms ------------------------------------------------------------------------
 
 
 def normal_equations(values: Array, design: Array) -> Array:
@@ -72,7 +86,9 @@ def normal_equations(values: Array, design: Array) -> Array:
     grown = values - values[..., :1]
     right = prior @ loc + np.einsum("nk,tsn->tk", design, grown) / NOISE**2
     mean, variance = right @ np.linalg.inv(precision), np.diag(np.linalg.inv(precision))
-    return np.stack([mean / variance, np.broadcast_to(-0.5 / variance, mean.shape)], -1).reshape(len(mean), -1)
+    return np.stack([mean / variance, np.broadcast_to(-0.5 / variance, mean.shape)], -1).reshape(
+        len(mean), -1
+    )
 
 
 def test_natural_parameters_are_those_of_the_normal_equations() -> None:
@@ -81,14 +97,20 @@ def test_natural_parameters_are_those_of_the_normal_equations() -> None:
     design[1:] -= design[0]
     reading = read(Line(ph.Linearised(10)).double(), tasks, progress=False)
     values = tasks.values.squeeze(-1).numpy()
-    expected = np.stack([normal_equations(values[:, :4], design), normal_equations(values[:, 4:], design)])
+    expected = np.stack(
+        [normal_equations(values[:, :4], design), normal_equations(values[:, 4:], design)]
+    )
     assert reading.flat.shape == (2, 40, 6)
     unit = np.abs(expected).max((0, 1))
-    assert np.abs(reading.flat.numpy() - expected).max((0, 1)) / unit == pytest.approx(0.0, abs=1e-6)
+    assert np.abs(reading.flat.numpy() - expected).max((0, 1)) / unit == pytest.approx(
+        0.0, abs=1e-6
+    )
 
 
 @pytest.mark.parametrize("supports", [2, 3])
-def test_signal_to_noise_ratios_are_those_of_a_multivariate_analysis_of_variance(supports: int) -> None:
+def test_signal_to_noise_ratios_are_those_of_a_multivariate_analysis_of_variance(
+    supports: int,
+) -> None:
     mean, scale = systems(30, 3, scale=0.8, supports=supports)
     x = mean.numpy() @ np.array([[1.0, 5.0, 0.0], [0.3, -1.0, 2.0], [0.0, 0.0, 40.0]])
     within = sum(np.cov(x[:, t].T) for t in range(30)) / 30
@@ -97,20 +119,26 @@ def test_signal_to_noise_ratios_are_those_of_a_multivariate_analysis_of_variance
     found = variability(believed(torch.tensor(x), scale))
     assert found.locations.tolist() == pytest.approx(expected.tolist(), rel=1e-6, abs=1e-8)
     share = (vectors[:, 0] * believed(torch.tensor(x), scale).spread()[1].numpy()) ** 2
-    assert found.location_weights.tolist() == pytest.approx((share / share.sum()).tolist(), rel=1e-5, abs=1e-8)
+    assert found.location_weights.tolist() == pytest.approx(
+        (share / share.sum()).tolist(), rel=1e-5, abs=1e-8
+    )
 
 
 def inverse_metric(mean: Array, scale: Array) -> Array:
     """Of the statistics z and z²."""
     v, z = scale**2, np.zeros_like(scale)
-    metric = np.array([[v, 2 * mean * v], [2 * mean * v, 4 * mean**2 * v + 2 * v**2]]) + np.array([[z, z], [z, z]])
+    metric = np.array([[v, 2 * mean * v], [2 * mean * v, 4 * mean**2 * v + 2 * v**2]]) + np.array(
+        [[z, z], [z, z]]
+    )
     return np.linalg.inv(metric.transpose(2, 0, 1))
 
 
 def least_loss(mean: Array, scale: Array) -> float:
     """The formula of the docstring, minimised over the offset in closed form and over all directions by search."""
     natural, inverse = np.stack([mean / scale**2, -0.5 / scale**2], -1), inverse_metric(mean, scale)
-    basis = np.linalg.cholesky(np.linalg.inv(inverse).mean(0))  # no matter which, but a search likes round bowls
+    basis = np.linalg.cholesky(
+        np.linalg.inv(inverse).mean(0)
+    )  # no matter which, but a search likes round bowls
     natural, inverse = natural @ basis, basis.T @ inverse @ basis
 
     def loss(angle: float) -> float:
@@ -121,55 +149,90 @@ def least_loss(mean: Array, scale: Array) -> float:
 
     angles = np.linspace(0.0, np.pi, 2001)
     best = angles[np.argmin([loss(angle) for angle in angles])]
-    return minimize_scalar(loss, bounds=(best - 0.002, best + 0.002), method="bounded", options={"xatol": 1e-10}).fun
+    return minimize_scalar(
+        loss, bounds=(best - 0.002, best + 0.002), method="bounded", options={"xatol": 1e-10}
+    ).fun
 
 
-@pytest.mark.parametrize("kind", ["two scales", "many scales", "scales that follow the means", "scales that wave"])
+@pytest.mark.parametrize(
+    "kind", ["two scales", "many scales", "scales that follow the means", "scales that wave"]
+)
 @pytest.mark.parametrize("seed", range(10))
 def test_nats_are_the_least_loss_over_all_hyperplanes(kind: str, seed: int) -> None:
     random = np.random.default_rng(seed)
     z, noise, strength = random.normal(size=60), random.normal(size=60), random.uniform(0.1, 1.5)
-    mean, scale = random.choice([0.1, 1.0, 10.0]) * z, {
-        "two scales": 0.3 * np.where(np.arange(60) % 2 == 0, 1.0, 1.0 + strength),
-        "many scales": 0.3 * np.exp(strength * noise),
-        "scales that follow the means": 0.3 * np.exp(0.5 * z + 0.3 * noise),
-        "scales that wave": 0.1 * np.exp(0.3 * noise + strength * np.sin(z)),
-    }[kind]
-    same = torch.tensor(np.stack([mean, mean]))[..., None], torch.tensor(np.stack([scale, scale]))[..., None]
-    assert float(variability(believed(*same)).nats[0]) == pytest.approx(least_loss(mean, scale), rel=1e-6)
+    mean, scale = (
+        random.choice([0.1, 1.0, 10.0]) * z,
+        {
+            "two scales": 0.3 * np.where(np.arange(60) % 2 == 0, 1.0, 1.0 + strength),
+            "many scales": 0.3 * np.exp(strength * noise),
+            "scales that follow the means": 0.3 * np.exp(0.5 * z + 0.3 * noise),
+            "scales that wave": 0.1 * np.exp(0.3 * noise + strength * np.sin(z)),
+        }[kind],
+    )
+    same = (
+        torch.tensor(np.stack([mean, mean]))[..., None],
+        torch.tensor(np.stack([scale, scale]))[..., None],
+    )
+    assert float(variability(believed(*same)).nats[0]) == pytest.approx(
+        least_loss(mean, scale), rel=1e-6
+    )
 
 
 def problem(mean: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """What the search is given, for means without noise."""
     natural, inverse = module._noiseless(believed(mean, scale), mean.mean(0), scale)
     tasks = natural.shape[0] * natural.shape[1]
-    return natural.flatten(0, 1), inverse.flatten(0, 1), torch.full((tasks,), 1.0 / tasks, dtype=torch.float64)
+    return (
+        natural.flatten(0, 1),
+        inverse.flatten(0, 1),
+        torch.full((tasks,), 1.0 / tasks, dtype=torch.float64),
+    )
 
 
 @pytest.mark.parametrize(("varied", "seed"), [(0.5, 0), (1.0, 1), (1.0, 2)])
-def test_in_many_directions_nats_are_near_the_least_of_many_searches(varied: float, seed: int) -> None:
+def test_in_many_directions_nats_are_near_the_least_of_many_searches(
+    varied: float, seed: int
+) -> None:
     mean, scale = systems(100, 4, varied=varied, seed=seed)
     given, random = problem(mean, scale), np.random.default_rng(seed)
-    best = min(minimize(hyperplanes._loss, random.normal(size=8), args=given, jac=True).fun for _ in range(50))
+    best = min(
+        minimize(hyperplanes._loss, random.normal(size=8), args=given, jac=True).fun
+        for _ in range(50)
+    )
     natural, inverse = (x.unflatten(0, (2, 100)) for x in given[:2])
-    assert hyperplanes.weakest(natural, inverse, torch.ones(100, dtype=torch.float64))[0][0] <= 1.03 * best
+    assert (
+        hyperplanes.weakest(natural, inverse, torch.ones(100, dtype=torch.float64))[0][0]
+        <= 1.03 * best
+    )
 
 
 def test_the_gradient_of_the_loss_is_its_derivative() -> None:
     given, at = problem(*systems(20, 2)), np.random.default_rng(0).normal(size=4)
     slope = approx_fprime(at, lambda v: hyperplanes._loss(v, *given)[0], 1e-7)
-    assert hyperplanes._loss(at, *given)[1].tolist() == pytest.approx(slope.tolist(), rel=1e-4, abs=1e-6)
+    assert hyperplanes._loss(at, *given)[1].tolist() == pytest.approx(
+        slope.tolist(), rel=1e-4, abs=1e-6
+    )
 
 
 def test_the_loss_of_a_hyperplane_is_the_divergence_to_its_nearest_neighbour() -> None:
     mean, scale = np.array([0.3, 0.31, 0.305]), np.array([0.2, 0.201, 0.2])
 
-    def divergence(i: int, m: float, precision: float) -> float:  # KL(N(mean, scale²) ‖ N(m, 1/precision))
+    def divergence(
+        i: int, m: float, precision: float
+    ) -> float:  # KL(N(mean, scale²) ‖ N(m, 1/precision))
         ratio = scale[i] ** 2 * precision
         return 0.5 * (ratio - 1.0 - math.log(ratio) + precision * (mean[i] - m) ** 2)
 
-    near = [minimize_scalar(lambda p, i=i: divergence(i, 7.6 / p, p), bounds=(15.0, 40.0), method="bounded",
-                            options={"xatol": 1e-10}).fun for i in range(3)]  # the hyperplane mean / scale² = 7.6
+    near = [
+        minimize_scalar(
+            lambda p, i=i: divergence(i, 7.6 / p, p),
+            bounds=(15.0, 40.0),
+            method="bounded",
+            options={"xatol": 1e-10},
+        ).fun
+        for i in range(3)
+    ]  # the hyperplane mean / scale² = 7.6
     v, inverse = np.array([1.0, 0.0]), inverse_metric(mean, scale)
     second = 0.5 * (mean / scale**2 - 7.6) ** 2 / np.einsum("i,tij,j->t", v, inverse, v)
     assert near == pytest.approx(second.tolist(), rel=0.05)
@@ -190,8 +253,12 @@ def closed_metric(name: str, natural: Tensor) -> Array:
     resultant = ive(1, kappa) / ive(0, kappa)
     along, across = 1 - resultant / kappa - resultant**2, resultant / kappa
     c, s = a / kappa, b / kappa
-    return np.array([[c * c * along + s * s * across, c * s * (along - across)],
-                     [c * s * (along - across), s * s * along + c * c * across]])
+    return np.array(
+        [
+            [c * c * along + s * s * across, c * s * (along - across)],
+            [c * s * (along - across), s * s * along + c * c * across],
+        ]
+    )
 
 
 @pytest.mark.parametrize("family", [Normal, LogNormal, Gamma, Beta, VonMises])
@@ -216,13 +283,19 @@ def test_a_support_that_was_misread_by_far_does_not_hide_how_systems_differ() ->
     assert statuses(variability(believed(mean, scale)))[0] == "holds"
 
 
-# ---- what mustn't matter -------------------------------------------------------------------------------------------
+# ---- what mustn't matter -------------------------------------------------------------------------
 
 
 def test_units_and_origin_of_a_latent_do_not_matter() -> None:
     mean, scale = systems(40)
-    a, b = torch.tensor([-300.0, 0.02], dtype=torch.float64), torch.tensor([50.0, -7.0], dtype=torch.float64)
-    one, other = variability(believed(mean, scale)), variability(believed(a * mean + b, a.abs() * scale))
+    a, b = (
+        torch.tensor([-300.0, 0.02], dtype=torch.float64),
+        torch.tensor([50.0, -7.0], dtype=torch.float64),
+    )
+    one, other = (
+        variability(believed(mean, scale)),
+        variability(believed(a * mean + b, a.abs() * scale)),
+    )
     assert_close(one.locations, other.locations, rtol=1e-6, atol=1e-9)
     assert_close(one.nats, other.nats, rtol=1e-4, atol=1e-9)
     assert_close(one.location_weights, other.location_weights, rtol=1e-5, atol=1e-9)
@@ -239,9 +312,14 @@ def test_the_order_of_tasks_and_of_supports_does_not_matter() -> None:
 
 def test_the_split_of_latents_into_sites_does_not_matter() -> None:
     mean, scale = systems(40)
-    apart = Reading({"a": Normal(1), "b": Normal(1)},
-                    {"a": Normal(1).from_gaussian(mean[..., :1], scale[..., :1]),
-                     "b": Normal(1).from_gaussian(mean[..., 1:], scale[..., 1:])}, shots=4)
+    apart = Reading(
+        {"a": Normal(1), "b": Normal(1)},
+        {
+            "a": Normal(1).from_gaussian(mean[..., :1], scale[..., :1]),
+            "b": Normal(1).from_gaussian(mean[..., 1:], scale[..., 1:]),
+        },
+        shots=4,
+    )
     one, other = variability(believed(mean, scale)), variability(apart)
     assert_close(one.nats, other.nats, rtol=1e-9, atol=1e-12)
     assert other.latents == ["a", "b"] and other.terms == ["a: z", "a: z²", "b: z", "b: z²"]
@@ -255,10 +333,12 @@ def test_global_random_numbers_are_left_alone_and_the_seed_decides() -> None:
     assert one.nats_interval == again.nats_interval != other.nats_interval
 
 
-# ---- what is good passes -------------------------------------------------------------------------------------------
+# ---- what is good passes -------------------------------------------------------------------------
 
 
-def test_systems_that_differ_and_supports_that_say_more_or_less_satisfy_the_condition(thorough: None) -> None:
+def test_systems_that_differ_and_supports_that_say_more_or_less_satisfy_the_condition(
+    thorough: None,
+) -> None:
     found = variability(believed(*systems(60)))
     assert statuses(found) == ("holds", "holds")
     assert all(check.remedy == "" for check in judge_variability(found))
@@ -280,7 +360,7 @@ def test_nats_count_for_all_tasks_of_which_the_reading_is_a_sample() -> None:
     assert many.value == pytest.approx(100.0 * few.value)
 
 
-# ---- what is bad fails ---------------------------------------------------------------------------------------------
+# ---- what is bad fails ---------------------------------------------------------------------------
 
 
 def test_where_all_supports_say_as_much_half_of_the_directions_are_missing() -> None:
@@ -293,7 +373,10 @@ def test_where_all_supports_say_as_much_half_of_the_directions_are_missing() -> 
 
 
 def test_a_missing_direction_fails_however_many_tasks_there_are() -> None:
-    assert statuses(variability(believed(*systems(60, varied=0.0)), tasks=10**6)) == ("holds", "fails")
+    assert statuses(variability(believed(*systems(60, varied=0.0)), tasks=10**6)) == (
+        "holds",
+        "fails",
+    )
 
 
 def test_a_latent_whose_variance_alone_varies_is_starved_and_named() -> None:
@@ -315,7 +398,9 @@ def test_one_task_repeated_never_passes_however_often(thorough: None) -> None:
 
 
 def test_a_prior_that_is_deaf_to_the_support_fails() -> None:
-    found = variability(believed(torch.full((2, 30, 1), 0.3).double(), torch.full((2, 30, 1), 0.7).double()))
+    found = variability(
+        believed(torch.full((2, 30, 1), 0.3).double(), torch.full((2, 30, 1), 0.7).double())
+    )
     assert statuses(found) == ("fails", "fails")
 
 
@@ -323,10 +408,13 @@ def test_with_fewer_tasks_than_the_theorem_counts_it_fails_unseen() -> None:
     checks = too_few(6, 5)
     assert [check.condition for check in checks] == [MEANS, ALL]
     assert all(check.status == "fails" and "n·k + 1 = 7" in check.why for check in checks)
-    assert all(check.threshold is not None and check.threshold.judge(check.interval) == "fails" for check in checks)
+    assert all(
+        check.threshold is not None and check.threshold.judge(check.interval) == "fails"
+        for check in checks
+    )
 
 
-# ---- what can't be known says so -----------------------------------------------------------------------------------
+# ---- what can't be known says so -----------------------------------------------------------------
 
 
 def test_few_noisy_systems_leave_it_undecided(thorough: None) -> None:
@@ -342,9 +430,12 @@ def test_of_very_few_systems_nothing_can_be_said_against_the_means() -> None:
 
 
 @pytest.mark.parametrize("true", [0.25, 1.0])
-def test_at_the_threshold_itself_the_means_are_mostly_left_undecided(thorough: None, monkeypatch: pytest.MonkeyPatch,
-                                                                    true: float) -> None:
-    monkeypatch.setattr(module, "weakest", lambda natural, *_: (natural[0, 0], natural[0, 0]))  # these aren't looked at
+def test_at_the_threshold_itself_the_means_are_mostly_left_undecided(
+    thorough: None, monkeypatch: pytest.MonkeyPatch, true: float
+) -> None:
+    monkeypatch.setattr(
+        module, "weakest", lambda natural, *_: (natural[0, 0], natural[0, 0])
+    )  # these aren't looked at
     verdicts = []
     for seed in range(10):
         mean, scale = systems(60, 1, between=math.sqrt(true), scale=1.0, varied=0.0, seed=seed)
@@ -357,7 +448,10 @@ def test_as_many_systems_as_the_remedy_asks_for_will_do(thorough: None) -> None:
     assert check.status == "undecided"
     needed = int(check.remedy.split()[0])
     assert check.remedy == f"{needed} systems like these would do." and 200 < needed < 2000
-    more, fewer = (variability(believed(*systems(n, 1, varied=0.1, seed=1))) for n in (needed * 5 // 4, needed // 4))
+    more, fewer = (
+        variability(believed(*systems(n, 1, varied=0.1, seed=1)))
+        for n in (needed * 5 // 4, needed // 4)
+    )
     assert judge_variability(more)[1].status == "holds"
     assert judge_variability(fewer)[1].status == "undecided"
 
@@ -370,14 +464,17 @@ def test_the_remedy_says_how_many_shots_would_tell_systems_apart() -> None:
     assert check.status == "undecided" and shots == math.ceil(4 / float(found.locations[0]))
 
 
-# ---- names ---------------------------------------------------------------------------------------------------------
+# ---- names ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("weights", "said"), [
-    ([0.95, 0.05, 0.0], "a"),
-    ([0.3, 0.6, 0.1], "b (60%), a (30%)"),
-    ([0.34, 0.33, 0.33], "a (34%), b (33%), c (33%)"),
-])
+@pytest.mark.parametrize(
+    ("weights", "said"),
+    [
+        ([0.95, 0.05, 0.0], "a"),
+        ([0.3, 0.6, 0.1], "b (60%), a (30%)"),
+        ([0.34, 0.33, 0.33], "a (34%), b (33%), c (33%)"),
+    ],
+)
 def test_a_direction_is_described_by_what_most_of_it_is(weights: list[float], said: str) -> None:
     assert culprits(["a", "b", "c"], torch.tensor(weights)) == said
 
@@ -388,5 +485,8 @@ def test_of_a_direction_spread_evenly_over_many_names_one_is_given() -> None:
 
 def test_one_support_of_each_system_is_too_few() -> None:
     mean, scale = systems(40, supports=1)
-    with pytest.raises(ValueError, match="two supports or more of each system; got 1. What two supports .* disagree"):
+    with pytest.raises(
+        ValueError,
+        match="two supports or more of each system; got 1. What two supports .* disagree",
+    ):
         variability(believed(mean, scale))

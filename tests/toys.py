@@ -41,7 +41,9 @@ class Line(ph.HybridModel):
         noise: float = NOISE,
     ) -> None:
         super().__init__()
-        self.prior = prior or SupportPrior(ph.SetEncoder(1, POINTS, 8, width=16), evidence, **(sites or SEPARATE))
+        self.prior = prior or SupportPrior(
+            ph.SetEncoder(1, POINTS, 8, width=16), evidence, **(sites or SEPARATE)
+        )
         self.noise = PyroParam(torch.tensor(noise), constraints.positive)
         self.inferred = inferred
 
@@ -82,13 +84,19 @@ def make_tasks(
     values = clean + noise * normal(tasks, shots, POINTS)
     values[..., 0] = start[..., 0] + (START_NOISE * normal(tasks, shots) if inferred else 0.0)
     return ph.Tasks.from_trajectories(
-        TIMES, values.unsqueeze(-1), num_support=num_support, mask=mask, truth={"slope": z[:, :1], "bend": z[:, 1:]}
+        TIMES,
+        values.unsqueeze(-1),
+        num_support=num_support,
+        mask=mask,
+        truth={"slope": z[:, :1], "bend": z[:, 1:]},
     )
 
 
 def in_float32(tasks: ph.Tasks) -> ph.Tasks:
     """The same tasks as training sees them."""
-    return ph.Tasks.from_trajectories(tasks.times.float(), tasks.values.float(), num_support=tasks.num_support)
+    return ph.Tasks.from_trajectories(
+        tasks.times.float(), tasks.values.float(), num_support=tasks.num_support
+    )
 
 
 def system(kind: type[ph.systems.System], points: int = 6, **options: Any) -> Any:
@@ -123,9 +131,14 @@ def exact(
     """The posterior of all shots of some episodes together, by the normal equations in float64."""
     x = torch.cat([e.query for e in episodes], 1).squeeze(-1)
     start = torch.cat([e.initial[0] for e in episodes], 1)
-    counts = torch.cat([torch.as_tensor(e.mask).expand_as(e.query) for e in episodes], 1).squeeze(-1)
+    counts = torch.cat([torch.as_tensor(e.mask).expand_as(e.query) for e in episodes], 1).squeeze(
+        -1
+    )
     shots, design = x.shape[1], features(episodes[0].times)[:, : len(loc)]
-    rows = [torch.cat([design, torch.eye(shots, dtype=x.dtype)[k].expand(len(design), -1)], -1) for k in range(shots)]
+    rows = [
+        torch.cat([design, torch.eye(shots, dtype=x.dtype)[k].expand(len(design), -1)], -1)
+        for k in range(shots)
+    ]
     design = torch.cat(rows)  # (shot * time, latents + shot)
     centre = torch.cat([torch.tensor(loc, dtype=x.dtype).expand(len(x), -1), start], -1)
     free = START_NOISE if inferred else 1e-9

@@ -26,7 +26,12 @@ from pyro_hybrid.dynamics import Field
 from pyro_hybrid.models.aphynity import squared_norm
 
 FRICTION = 0.2
-CURRICULUM = {0.0: 2, 0.2: 5, 0.5: 10, 0.8: 20}  # in steps: states are measured at all times, without noise
+CURRICULUM = {
+    0.0: 2,
+    0.2: 5,
+    0.5: 10,
+    0.8: 20,
+}  # in steps: states are measured at all times, without noise
 
 
 class Undamped(ph.systems.System):
@@ -43,14 +48,23 @@ class Undamped(ph.systems.System):
 
     def __init__(self, period: float) -> None:
         omega = 2.0 * math.pi / period
-        self.ranges = {"omega": (omega, omega), "friction": (FRICTION, FRICTION), "radius": (1.3, 2.3),
-                       "angle": (-1.0, 1.0), "speed": (-1.0, 1.0)}
+        self.ranges = {
+            "omega": (omega, omega),
+            "friction": (FRICTION, FRICTION),
+            "radius": (1.3, 2.3),
+            "angle": (-1.0, 1.0),
+            "speed": (-1.0, 1.0),
+        }
 
-    def known(self, physics: Mapping[str, Tensor], force: Callable[..., tuple[Tensor, Tensor]]) -> Field:
+    def known(
+        self, physics: Mapping[str, Tensor], force: Callable[..., tuple[Tensor, Tensor]]
+    ) -> Field:
         def field(t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             angle, speed = state
             turn, push = force(angle, speed)
-            return speed + turn, push - physics["omega"] ** 2 * angle.sin() - physics.get("friction", 0.0) * speed
+            return speed + turn, push - physics["omega"] ** 2 * angle.sin() - physics.get(
+                "friction", 0.0
+            ) * speed
 
         return field
 
@@ -75,15 +89,18 @@ def sequences(choice: argparse.Namespace, seed: int) -> ph.Tasks:
 
 
 def implied(choice: argparse.Namespace, percent: float) -> dict[str, float]:
-    """log10 MSE of the damped pendulum's own equations whose two parameters are off by so much: best and worst signs.
-    """
+    """log10 MSE of the damped pendulum's own equations whose two parameters are off by so much: best and worst signs."""
     episode, system = sequences(choice, 2 * choice.seed + 1).episode(), Damped(choice.period)
     found = []
     for signs in ((1.0, 1.0), (1.0, -1.0), (-1.0, 1.0), (-1.0, -1.0)):
         squared, friction = (1.0 + 0.01 * percent * sign for sign in signs)
-        physics = {"omega": torch.tensor(2.0 * math.pi / choice.period * math.sqrt(squared)),
-                   "friction": torch.tensor(FRICTION * friction)}
-        field = system.known(physics, lambda angle, speed: (torch.zeros_like(angle), torch.zeros_like(speed)))
+        physics = {
+            "omega": torch.tensor(2.0 * math.pi / choice.period * math.sqrt(squared)),
+            "friction": torch.tensor(FRICTION * friction),
+        }
+        field = system.known(
+            physics, lambda angle, speed: (torch.zeros_like(angle), torch.zeros_like(speed))
+        )
         states = ph.solve(field, episode.initial, episode.times, substeps=choice.substeps)
         found.append(float((states - episode.query).square().mean().log10()))
     return {"percent": percent, "best": round(min(found), 3), "worst": round(max(found), 3)}
@@ -100,9 +117,20 @@ def run(system: Undamped, choice: argparse.Namespace) -> dict[str, object]:
     """Train on one set of sequences, and judge on another."""
     train, held_out = sequences(choice, 2 * choice.seed), sequences(choice, 2 * choice.seed + 1)
     torch.manual_seed(choice.seed)
-    model = ph.models.OriginalAPHYNITY(system, growth=choice.growth, width=choice.width, substeps=choice.substeps)
-    fit = ph.meta_train(model, model.guide(), train, steps=choice.steps, batch_size=1, seed=choice.seed,
-                        learning_rate=choice.learning_rate, curriculum=CURRICULUM, progress=False)
+    model = ph.models.OriginalAPHYNITY(
+        system, growth=choice.growth, width=choice.width, substeps=choice.substeps
+    )
+    fit = ph.meta_train(
+        model,
+        model.guide(),
+        train,
+        steps=choice.steps,
+        batch_size=1,
+        seed=choice.seed,
+        learning_rate=choice.learning_rate,
+        curriculum=CURRICULUM,
+        progress=False,
+    )
     episode = held_out.episode()
     with torch.no_grad(), ph.module.local_parameters():
         states = model.trajectories(episode)
@@ -113,9 +141,13 @@ def run(system: Undamped, choice: argparse.Namespace) -> dict[str, object]:
         "log10_mse": round(float(square.mean().log10()), 3),
         "log10_mse_median_sequence": round(float(square.mean((-2, -1)).median().log10()), 3),
         "parameters": found,
-        "error_percent": {name: round(100.0 * (value / system.ranges[name][0] - 1.0), 3)
-                          for name, value in found.items()},
-        "error_percent_of_omega_squared": round(100.0 * ((found["omega"] / system.ranges["omega"][0]) ** 2 - 1.0), 3),
+        "error_percent": {
+            name: round(100.0 * (value / system.ranges[name][0] - 1.0), 3)
+            for name, value in found.items()
+        },
+        "error_percent_of_omega_squared": round(
+            100.0 * ((found["omega"] / system.ranges["omega"][0]) ** 2 - 1.0), 3
+        ),
         "norm": float(norm),
         "lambda": float(model.constraint.weight),
         "seconds": round(fit.seconds, 1),
@@ -123,15 +155,23 @@ def run(system: Undamped, choice: argparse.Namespace) -> dict[str, object]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("--seed", type=int, default=0, help="of data, initial weights and training")
-    parser.add_argument("--period", type=float, default=6.0, help="T0 of the undamped pendulum, for small angles")
+    parser.add_argument(
+        "--period", type=float, default=6.0, help="T0 of the undamped pendulum, for small angles"
+    )
     parser.add_argument("--steps", type=int, default=5000, help="training steps")
     parser.add_argument("--learning-rate", type=float, default=5e-3, help="its peak")
     parser.add_argument("--growth", type=float, default=100.0, help="of lambda: the paper's tau_2")
     parser.add_argument("--width", type=int, default=32, help="of the two hidden layers")
-    parser.add_argument("--substeps", type=int, default=3, help="steps of RK4 between two observations")
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"), help="file of the numbers")
+    parser.add_argument(
+        "--substeps", type=int, default=3, help="steps of RK4 between two observations"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).with_suffix(".json"), help="file of the numbers"
+    )
     choice = parser.parse_args()
     torch.set_num_threads(1)
     numbers = {
@@ -139,10 +179,14 @@ def main() -> None:
         "undamped": run(Undamped(choice.period), choice),
         "damped": run(Damped(choice.period), choice),
         "log10_mse_implied_by_published_error": implied(choice, 0.39),
-        "settings": {name: value for name, value in vars(choice).items() if name != "out"} | {
-            "curriculum": list(CURRICULUM.items())},
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "pyro": pyro.__version__,
-                     "pyro_hybrid": ph.__version__},
+        "settings": {name: value for name, value in vars(choice).items() if name != "out"}
+        | {"curriculum": list(CURRICULUM.items())},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "pyro": pyro.__version__,
+            "pyro_hybrid": ph.__version__,
+        },
     }
     choice.out.write_text(json.dumps(numbers, indent=2) + "\n")
     print(json.dumps(numbers, indent=2))

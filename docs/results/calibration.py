@@ -28,14 +28,20 @@ class Spring(ph.HybridModel):
 
     def __init__(self, evidence: ph.Linearised | None) -> None:
         super().__init__()
-        self.prior = ph.SupportPrior(encoder(), evidence, rate=ph.families.LogNormal(1), drag=ph.families.LogNormal(1))
+        self.prior = ph.SupportPrior(
+            encoder(), evidence, rate=ph.families.LogNormal(1), drag=ph.families.LogNormal(1)
+        )
 
     def forward(self, episode: ph.Episode) -> torch.Tensor:
         p = self.prior(episode.support)
         with episode.plate:
             rate, drag = pyro.sample("rate", p["rate"]), pyro.sample("drag", p["drag"])
-            states = ph.solve(lambda t, s: (s[1], -rate * s[0] - drag * s[1]), episode.initial, episode.times)
-            return pyro.sample("x", dist.Normal(states, NOISE).mask(episode.mask).to_event(3), obs=episode.query)
+            states = ph.solve(
+                lambda t, s: (s[1], -rate * s[0] - drag * s[1]), episode.initial, episode.times
+            )
+            return pyro.sample(
+                "x", dist.Normal(states, NOISE).mask(episode.mask).to_event(3), obs=episode.query
+            )
 
 
 def encoder() -> ph.SetEncoder:
@@ -44,12 +50,17 @@ def encoder() -> ph.SetEncoder:
 
 def springs(systems: int) -> ph.Tasks:
     """Springs of all strengths, four shots of each, their starts measured without noise."""
-    rate, drag = (0.4 * torch.randn(systems, 1) + 1.0).exp(), (0.5 * torch.randn(systems, 1) - 1.0).exp()
+    rate, drag = (
+        (0.4 * torch.randn(systems, 1) + 1.0).exp(),
+        (0.5 * torch.randn(systems, 1) - 1.0).exp(),
+    )
     start, times = (torch.randn(systems, 4), torch.randn(systems, 4)), 0.15 * torch.arange(POINTS)
     states = ph.solve(lambda t, s: (s[1], -rate * s[0] - drag * s[1]), start, times)
     noise = NOISE * torch.randn_like(states)
     noise[:, :, 0] = 0.0
-    return ph.Tasks.from_trajectories(times, states + noise, num_support=1, truth={"rate": rate, "drag": drag})
+    return ph.Tasks.from_trajectories(
+        times, states + noise, num_support=1, truth={"rate": rate, "drag": drag}
+    )
 
 
 def train(computed: bool, tasks: ph.Tasks, steps: int) -> tuple[Spring, ph.AmortizedGuide]:
@@ -62,22 +73,36 @@ def train(computed: bool, tasks: ph.Tasks, steps: int) -> tuple[Spring, ph.Amort
     return model, guide
 
 
-def suspects(found: ph.Calibration, model: Spring, guide: ph.AmortizedGuide, tasks: ph.Tasks) -> list[dict]:
+def suspects(
+    found: ph.Calibration, model: Spring, guide: ph.AmortizedGuide, tasks: ph.Tasks
+) -> list[dict]:
     """What nobody can look at with real data: the truth of those springs whose k-hat is large."""
     large = (torch.from_numpy(found.pareto_k) > 0.7).nonzero()[:, 0]
     if not len(large):
         return []
     drawn = ph.draws(model, guide, tasks[large].episode(), 999)
-    return [{"spring": int(row)} | {
-        name: {"truth": round(float(tasks.truth[name][row]), 3), "mean": round(float(values[:, i].mean()), 3),
-               "sd": round(float(values[:, i].std()), 3)} for name, values in drawn.items()}
-            for i, row in enumerate(large)]
+    return [
+        {"spring": int(row)}
+        | {
+            name: {
+                "truth": round(float(tasks.truth[name][row]), 3),
+                "mean": round(float(values[:, i].mean()), 3),
+                "sd": round(float(values[:, i].std()), 3),
+            }
+            for name, values in drawn.items()
+        }
+        for i, row in enumerate(large)
+    ]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--fast", action="store_true", help="a tiny run, for a test of the way")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs", help="writes images/ and results/ there")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "docs", help="writes images/ and results/ there"
+    )
     choice = parser.parse_args()
     images, results = choice.out / "images", choice.out / "results"
     images.mkdir(parents=True, exist_ok=True), results.mkdir(parents=True, exist_ok=True)
@@ -101,9 +126,17 @@ def main() -> None:
     check("computed", model, guide)
     model.prior.evidence = guide.evidence = ph.Linearised(5, restarts=8)
     check("restarts", model, guide)
-    numbers |= {"seed": SEED, "seconds": round(time.perf_counter() - began, 1),
-                "versions": {"python": platform.python_version(), "torch": torch.__version__, "pyro": pyro.__version__,
-                             "arviz": arviz.__version__, "pyro_hybrid": ph.__version__}}
+    numbers |= {
+        "seed": SEED,
+        "seconds": round(time.perf_counter() - began, 1),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "pyro": pyro.__version__,
+            "arviz": arviz.__version__,
+            "pyro_hybrid": ph.__version__,
+        },
+    }
     (results / "calibration.json").write_text(json.dumps(numbers, indent=2) + "\n")
 
 

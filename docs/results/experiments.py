@@ -19,8 +19,10 @@ from pyro_hybrid.experiments.run import Choice, Result, results
 from pyro_hybrid.experiments.tables import markdown
 
 FOLDER = Path(__file__).parent / "experiments"
-PUBLISHED = (("pendulum without friction", "undamped", "-7.86 ± 0.60", "4.0%"),
-             ("damped pendulum", "damped", "-8.31 ± 0.30", "0.39%"))
+PUBLISHED = (
+    ("pendulum without friction", "undamped", "-7.86 ± 0.60", "4.0%"),
+    ("damped pendulum", "damped", "-8.31 ± 0.30", "0.39%"),
+)
 PAGE, IMAGES = (FOLDER.parents[1] / name for name in ("experiments.md", "images"))
 
 
@@ -29,9 +31,13 @@ def gathered(name: str, folder: Path, seeds: int) -> list[Result]:
     choice = Choice(range(seeds), folder=folder)
     found = results(experiment(name), choice)
     if any(one["fast"] for one in found):
-        raise SystemExit(f"expected full runs in {folder / name}; got some with --fast. Run them without.")
+        raise SystemExit(
+            f"expected full runs in {folder / name}; got some with --fast. Run them without."
+        )
     by_name = {one["run"]: one for one in (*kept(name), *found)}
-    ordered = [by_name.pop(run.name) for run in experiment(name).runs(choice) if run.name in by_name]
+    ordered = [
+        by_name.pop(run.name) for run in experiment(name).runs(choice) if run.name in by_name
+    ]
     return ordered + list(by_name.values())
 
 
@@ -58,21 +64,46 @@ def aphynity() -> str:
         found = ours[physics]
         errors = [found["error_percent_of_omega_squared"], found["error_percent"].get("friction")]
         percent = statistics.mean(abs(e) for e in errors if e is not None)
-        rows.append([name, f"{found['log10_mse'] * math.log(10.0):.1f}", f"{found['log10_mse']:.1f}", mse,
-                     f"{percent:.2g}%", error])
-    return markdown(["known physics", "ours, ln MSE", "ours, log10 MSE", "published, log MSE",
-                     "ours, error of parameters", "published"], rows)
+        rows.append(
+            [
+                name,
+                f"{found['log10_mse'] * math.log(10.0):.1f}",
+                f"{found['log10_mse']:.1f}",
+                mse,
+                f"{percent:.2g}%",
+                error,
+            ]
+        )
+    return markdown(
+        [
+            "known physics",
+            "ours, ln MSE",
+            "ours, log10 MSE",
+            "published, log MSE",
+            "ours, error of parameters",
+            "published",
+        ],
+        rows,
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, help="gather first what the runs wrote into this folder")
-    parser.add_argument("--seeds", type=int, default=3, help="number of seeds to gather (default: 3)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--results", type=Path, help="gather first what the runs wrote into this folder"
+    )
+    parser.add_argument(
+        "--seeds", type=int, default=3, help="number of seeds to gather (default: 3)"
+    )
     said = parser.parse_args()
     FOLDER.mkdir(exist_ok=True)
     for name in NAMES:
         if said.results and (found := gathered(name, said.results, said.seeds)):
-            (FOLDER / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+            (FOLDER / f"{name}.json").write_text(
+                json.dumps(found, indent=1) + "\n", encoding="utf-8"
+            )
         if found := kept(name):
             experiment(name).figure(found).savefig(IMAGES / f"experiments_{name}.png", dpi=110)
             print(f"{name}: {len(found)} runs")

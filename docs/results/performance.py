@@ -33,7 +33,12 @@ def steps(name: str) -> Table:
             cells.append(f"{column['median_ms'][row]:.1f}" + (f" ({ratio:.1f}×)" if ratio else ""))
         rows.append([row, *cells])
     for bound in columns[0].get("bound_ms", {}):
-        rows.append([f"arithmetic alone, {bound}", *(f"{column['bound_ms'][bound]:.1f}" for column in columns)])
+        rows.append(
+            [
+                f"arithmetic alone, {bound}",
+                *(f"{column['bound_ms'][bound]:.1f}" for column in columns),
+            ]
+        )
     return rows
 
 
@@ -61,8 +66,10 @@ def evidence(name: str) -> Table:
     """Computed evidence over a plain training step of the same trajectories."""
     columns = read(name)["columns"]
     rows = [["", *(f"B = {column['batch']}" for column in columns)]]
-    for row, plain in (("evidence", "pyro_hybrid, longer steps"),
-                       ("evidence, compiled", "pyro_hybrid, longer steps, compiled")):
+    for row, plain in (
+        ("evidence", "pyro_hybrid, longer steps"),
+        ("evidence, compiled", "pyro_hybrid, longer steps, compiled"),
+    ):
         rows.append([row, *(f"{c['median_ms'][row] / c['median_ms'][plain]:.2f}" for c in columns)])
     return rows
 
@@ -73,18 +80,26 @@ def threads() -> Table:
     both = [(1, read("elbo_step")["columns"]), (2, read("elbo_step_threads_2")["columns"])]
     for row in (row for row in both[1][1][0]["median_ms"] if row.startswith("pyro_hybrid")):
         for number, columns in both:
-            rows.append([f"{row}, {number} thread{'s' * (number > 1)}",
-                         *(f"{column['median_ms'][row]:.1f}" for column in columns)])
+            rows.append(
+                [
+                    f"{row}, {number} thread{'s' * (number > 1)}",
+                    *(f"{column['median_ms'][row]:.1f}" for column in columns),
+                ]
+            )
     return rows
 
 
 def identify() -> Table:
     """Seconds until linear R is 0.9 for all four latents, by seed."""
-    runs = [json.loads(path.read_text(encoding="utf-8"))
-            for path in sorted((HERE / "performance").glob("time_to_identify_*.json"))]
+    runs = [
+        json.loads(path.read_text(encoding="utf-8"))
+        for path in sorted((HERE / "performance").glob("time_to_identify_*.json"))
+    ]
     rows = [["", *(f"seed {run['seed']}" for run in runs)]]
     for row in runs[0]["rows"]:
-        rows.append([row, *(arrival(run["rows"][row], run["rows"]["library"]["seconds"]) for run in runs)])
+        rows.append(
+            [row, *(arrival(run["rows"][row], run["rows"]["library"]["seconds"]) for run in runs)]
+        )
     return rows
 
 
@@ -100,15 +115,28 @@ def scaling() -> Table:
     rows = [["what grows", "from", "to", "ms", "MiB"]]
     for name, points in read("scaling")["sweeps"].items():
         first, last = points[0], points[-1]
-        rows.append([name, str(first["size"]), str(last["size"]), f"{first['median_ms']:.0f} → {last['median_ms']:.0f}",
-                     f"{first['peak_mib']:.0f} → {last['peak_mib']:.0f}"])
+        rows.append(
+            [
+                name,
+                str(first["size"]),
+                str(last["size"]),
+                f"{first['median_ms']:.0f} → {last['median_ms']:.0f}",
+                f"{first['peak_mib']:.0f} → {last['peak_mib']:.0f}",
+            ]
+        )
     return rows
 
 
 TABLES = {
-    "steps": lambda: steps("elbo_step"), "errors": lambda: errors("elbo_step"), "ratios": lambda: ratios("elbo_step"),
-    "evidence": lambda: evidence("elbo_step"), "threads": threads, "identify": identify,
-    "grid": lambda: steps("grid_step"), "grid errors": lambda: errors("grid_step"), "scaling": scaling,
+    "steps": lambda: steps("elbo_step"),
+    "errors": lambda: errors("elbo_step"),
+    "ratios": lambda: ratios("elbo_step"),
+    "evidence": lambda: evidence("elbo_step"),
+    "threads": threads,
+    "identify": identify,
+    "grid": lambda: steps("grid_step"),
+    "grid errors": lambda: errors("grid_step"),
+    "scaling": scaling,
 }
 
 
@@ -120,8 +148,12 @@ def markdown(name: str) -> str:
 
 def filled(page: str) -> str:
     """The page with its tables as they should be."""
-    return re.sub(r"(<!-- table: ([a-z ]+) -->\n)(?:(?!<!--).)*(<!-- /table -->)",
-                  lambda found: f"{found[1]}\n{markdown(found[2])}\n\n{found[3]}", page, flags=re.DOTALL)
+    return re.sub(
+        r"(<!-- table: ([a-z ]+) -->\n)(?:(?!<!--).)*(<!-- /table -->)",
+        lambda found: f"{found[1]}\n{markdown(found[2])}\n\n{found[3]}",
+        page,
+        flags=re.DOTALL,
+    )
 
 
 if __name__ == "__main__":

@@ -12,35 +12,70 @@ FOLDER = Path(__file__).parent
 
 # What was done, what must come of it, and what came, in the words of the JSON's numbers.
 ROWS = {
-    "kills": ("processes killed (SIGKILL) while they save without a pause", "no checkpoint lost",
-              "{kills} kills, {in_a_save} of them in a save: {lost} lost (`torch.save` over the old file: "
-              "{lost_in_place} of {kills_in_place})"),
-    "full": ("disk full at every stage of a save, and a limit on file sizes",
-             "old checkpoint intact, error, no leftovers",
-             "{intact} times so: {full_disks} full disks, {file_size_limits} limit"),
-    "rot": ("{flips} bit flips, {truncations} truncations", "all refused",
-            "{refused} refused (torch and safetensors alone accept {accepted_by_others} of the {flips_for_others} "
-            "flips in their files)"),
-    "malice": ("malicious files: pickles in every place, paths that lead out, a manifest that names a module, a header "
-               "of 10 GB, a zip bomb, ...", "nothing executed, nothing written outside",
-               "{files} files: {executed} executed, {written_outside} written outside"),
-    "resume": ("trainings stopped at random steps and resumed, on 1 and on 2 threads", "parameters equal bit for bit",
-               "{equal_on_1} of 20, {equal_on_2} of 20"),
-    "bad data": ("15 kinds of bad data × train, infer, export", "a named error, or a documented mask; no parameter NaN",
-                 "{errors} errors, {masks} masks; {poisoned} poisoned parameters"),
-    "ill gradients": ("trainings with NaN gradients at random steps", "all end finite, skips counted",
-                      "{finite} of 100 finite; {skipped} steps skipped"),
-    "stuck solver": ("fields that become NaN, blow up, or are too stiff, tolerances out of reach, by rk4, dopri5 and "
-                     "dopri8; under `python` and `python -O`", "`SolverError` within 5 s",
-                     "{errors} `SolverError`s, the slowest after {seconds:.2g} s (`max_steps` of 1000 and less)"),
-    "stiffness": ("64 trajectories of mixed stiffness, alone and in a batch", "≤ 10 × tolerance apart; 0 for rk4",
-                  "{adaptive:.2g} × tolerance; {rk4:g}"),
-    "energy": ("energy of the frictionless double pendulum, 10 s, float64, tolerance 1e-9", "relative drift < 1e-6",
-               "{drift:.1g}"),
-    "sbc": ("simulation-based calibration of the exact posterior of a conjugate model, and of one 20% too narrow",
-            "inside the 99% band; outside", "{exact_outside} of {exact} latents outside; {narrow_outside} of {narrow}"),
-    "guides": ("amortised guide against NUTS against closed form, three toys",
-               "means within 0.1 sd, sds within 10%, k̂ < 0.7", "{mean:.2g} sd, {sd:.1%}, k̂ {k:.2g}"),
+    "kills": (
+        "processes killed (SIGKILL) while they save without a pause",
+        "no checkpoint lost",
+        "{kills} kills, {in_a_save} of them in a save: {lost} lost (`torch.save` over the old file: "
+        "{lost_in_place} of {kills_in_place})",
+    ),
+    "full": (
+        "disk full at every stage of a save, and a limit on file sizes",
+        "old checkpoint intact, error, no leftovers",
+        "{intact} times so: {full_disks} full disks, {file_size_limits} limit",
+    ),
+    "rot": (
+        "{flips} bit flips, {truncations} truncations",
+        "all refused",
+        "{refused} refused (torch and safetensors alone accept {accepted_by_others} of the {flips_for_others} "
+        "flips in their files)",
+    ),
+    "malice": (
+        "malicious files: pickles in every place, paths that lead out, a manifest that names a module, a header "
+        "of 10 GB, a zip bomb, ...",
+        "nothing executed, nothing written outside",
+        "{files} files: {executed} executed, {written_outside} written outside",
+    ),
+    "resume": (
+        "trainings stopped at random steps and resumed, on 1 and on 2 threads",
+        "parameters equal bit for bit",
+        "{equal_on_1} of 20, {equal_on_2} of 20",
+    ),
+    "bad data": (
+        "15 kinds of bad data × train, infer, export",
+        "a named error, or a documented mask; no parameter NaN",
+        "{errors} errors, {masks} masks; {poisoned} poisoned parameters",
+    ),
+    "ill gradients": (
+        "trainings with NaN gradients at random steps",
+        "all end finite, skips counted",
+        "{finite} of 100 finite; {skipped} steps skipped",
+    ),
+    "stuck solver": (
+        "fields that become NaN, blow up, or are too stiff, tolerances out of reach, by rk4, dopri5 and "
+        "dopri8; under `python` and `python -O`",
+        "`SolverError` within 5 s",
+        "{errors} `SolverError`s, the slowest after {seconds:.2g} s (`max_steps` of 1000 and less)",
+    ),
+    "stiffness": (
+        "64 trajectories of mixed stiffness, alone and in a batch",
+        "≤ 10 × tolerance apart; 0 for rk4",
+        "{adaptive:.2g} × tolerance; {rk4:g}",
+    ),
+    "energy": (
+        "energy of the frictionless double pendulum, 10 s, float64, tolerance 1e-9",
+        "relative drift < 1e-6",
+        "{drift:.1g}",
+    ),
+    "sbc": (
+        "simulation-based calibration of the exact posterior of a conjugate model, and of one 20% too narrow",
+        "inside the 99% band; outside",
+        "{exact_outside} of {exact} latents outside; {narrow_outside} of {narrow}",
+    ),
+    "guides": (
+        "amortised guide against NUTS against closed form, three toys",
+        "means within 0.1 sd, sds within 10%, k̂ < 0.7",
+        "{mean:.2g} sd, {sd:.1%}, k̂ {k:.2g}",
+    ),
 }
 
 

@@ -29,14 +29,20 @@ def runs(folder: Path, system: str) -> list[dict[str, Any]]:
     """The metrics of every seed, in order; refuses a tiny run, and a file that belongs to another seed."""
     found = {int(path.stem.rpartition("_")[2]): path for path in folder.glob(f"{system}_*.json")}
     if not found:
-        raise SystemExit(f"expected {system}_0.json and so on in {folder}; got none. "
-                         f"Run examples/{system}.py --seed 0 and copy its metrics.json there.")
-    metrics = {seed: json.loads(path.read_text(encoding="utf-8")) for seed, path in sorted(found.items())}
+        raise SystemExit(
+            f"expected {system}_0.json and so on in {folder}; got none. "
+            f"Run examples/{system}.py --seed 0 and copy its metrics.json there."
+        )
+    metrics = {
+        seed: json.loads(path.read_text(encoding="utf-8")) for seed, path in sorted(found.items())
+    }
     for seed, numbers in metrics.items():
         settings = numbers["settings"]
         if settings["seed"] != seed or settings["fast"]:
-            raise SystemExit(f"expected a full run of seed {seed} in {found[seed]}; got seed {settings['seed']}"
-                             f"{' and --fast' if settings['fast'] else ''}. Copy the metrics.json of that run.")
+            raise SystemExit(
+                f"expected a full run of seed {seed} in {found[seed]}; got seed {settings['seed']}"
+                f"{' and --fast' if settings['fast'] else ''}. Copy the metrics.json of that run."
+            )
     return list(metrics.values())
 
 
@@ -53,7 +59,9 @@ def row(folder: Path, system: str) -> list[str]:
         return [numbers[key] for numbers in metrics]
 
     names, worst = metrics[0]["latents"], each(of("linear_r"), min, 3)
-    strong = [statistics.fmean(of(f"strong_mcc{part}_after_disentangle")) for part in ("", "_neural")]
+    strong = [
+        statistics.fmean(of(f"strong_mcc{part}_after_disentangle")) for part in ("", "_neural")
+    ]
     return [
         system.replace("_", " "),
         ", ".join(str(numbers["settings"]["seed"]) for numbers in metrics),

@@ -15,7 +15,16 @@ import torch
 
 from .run import Choice, carry_out, results
 
-NAMES = ("identify", "literature", "longer", "beyond", "enough", "two_runs", "real_pendulum", "without_pairs")
+NAMES = (
+    "identify",
+    "literature",
+    "longer",
+    "beyond",
+    "enough",
+    "two_runs",
+    "real_pendulum",
+    "without_pairs",
+)
 
 
 def experiment(name: str) -> Any:
@@ -25,18 +34,39 @@ def experiment(name: str) -> Any:
 
 def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    titles = "\n".join(f"  {name:<15}{(experiment(name).__doc__ or '').splitlines()[0]}" for name in NAMES)
-    parser = argparse.ArgumentParser("python -m pyro_hybrid.experiments", description=f"{__doc__}\n{titles}",
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=(*NAMES, "all"), metavar="NAME", help="which of them, or all")
-    parser.add_argument("--seeds", type=int, default=3, help="number of seeds, from 0 on (default: 3)")
-    parser.add_argument("--fast", action="store_true", help="tiny runs that show the way, not the result")
-    parser.add_argument("--out", type=Path, help="folder of results and trained models (default: out/experiments, "
-                        "with --fast out/experiments-fast)")
-    parser.add_argument("--data", type=Path, help="folder of the real double pendulum's recordings (default: that of "
-                        "PYRO_HYBRID_DATA, or a download)")
+    titles = "\n".join(
+        f"  {name:<15}{(experiment(name).__doc__ or '').splitlines()[0]}" for name in NAMES
+    )
+    parser = argparse.ArgumentParser(
+        "python -m pyro_hybrid.experiments",
+        description=f"{__doc__}\n{titles}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "name", choices=(*NAMES, "all"), metavar="NAME", help="which of them, or all"
+    )
+    parser.add_argument(
+        "--seeds", type=int, default=3, help="number of seeds, from 0 on (default: 3)"
+    )
+    parser.add_argument(
+        "--fast", action="store_true", help="tiny runs that show the way, not the result"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="folder of results and trained models (default: out/experiments, "
+        "with --fast out/experiments-fast)",
+    )
+    parser.add_argument(
+        "--data",
+        type=Path,
+        help="folder of the real double pendulum's recordings (default: that of "
+        "PYRO_HYBRID_DATA, or a download)",
+    )
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
-    parser.add_argument("--report", action="store_true", help="run nothing: table and figure of what there is")
+    parser.add_argument(
+        "--report", action="store_true", help="run nothing: table and figure of what there is"
+    )
     return parser.parse_args(arguments)
 
 

@@ -30,8 +30,12 @@ WHERE = ("within", "initial states beyond", "latents beyond")
 
 def runs(choice: Choice) -> list[Run]:
     """One for each seed, system and model."""
-    return [Run(slug(system, model, seed), partial(_run, system, model, seed, choice))
-            for seed in choice.seeds for system in CASES for model in MODELS]
+    return [
+        Run(slug(system, model, seed), partial(_run, system, model, seed, choice))
+        for seed in choice.seeds
+        for system in CASES
+        for model in MODELS
+    ]
 
 
 def _run(system: str, model: str, seed: int, choice: Choice) -> Result:
@@ -40,7 +44,10 @@ def _run(system: str, model: str, seed: int, choice: Choice) -> Result:
     sets = [one.simulate(tasks, 8, 30_000 + seed) for one in made]
     clear = [exactly(one, tasks, 8, 30_000 + seed) for one in made]
     out: Result = {"system": system, "model": model, "seed": seed, "where": WHERE}
-    out["error"] = [digits(_error(found, one[:100], other[:100])) for one, other in zip(sets, clear, strict=True)]
+    out["error"] = [
+        digits(_error(found, one[:100], other[:100]))
+        for one, other in zip(sets, clear, strict=True)
+    ]
     out["r"] = [round(value, 4) for value in _mapped(found, sets)]
     return out
 
@@ -64,31 +71,51 @@ def _error(found: Trained, tasks: Tasks, clear: Tasks) -> Tensor:
 
 def _mapped(found: Trained, sets: Sequence[Tasks]) -> list[float]:
     """R of the mean over latents, after the linear map that is right within the ranges."""
-    estimates, truths = zip(*((found.latents(tasks), true_latents(found, tasks)) for tasks in sets), strict=True)
+    estimates, truths = zip(
+        *((found.latents(tasks), true_latents(found, tasks)) for tasks in sets), strict=True
+    )
     ones = [torch.cat([z, torch.ones(len(z), 1)], -1) for z in estimates]
     half = len(ones[0]) // 2
     matrix = torch.linalg.lstsq(ones[0][:half], truths[0][:half]).solution
     spread = truths[0].var(0)
-    return [float((1.0 - (z @ matrix - truth)[half * (k == 0):].square().mean(0) / spread).clamp(min=0.0).sqrt().mean())
-            for k, (z, truth) in enumerate(zip(ones, truths, strict=True))]
+    return [
+        float(
+            (1.0 - (z @ matrix - truth)[half * (k == 0) :].square().mean(0) / spread)
+            .clamp(min=0.0)
+            .sqrt()
+            .mean()
+        )
+        for k, (z, truth) in enumerate(zip(ones, truths, strict=True))
+    ]
 
 
 def table(results: Sequence[Result]) -> str:
     """A row for each system and model: errors, and R, within and beyond."""
-    rows = [[system, model, str(len(found)), *(spread([one["error"][k] for one in found]) for k in range(3)),
-             *(spread([one["r"][k] for one in found], 3) for k in range(3))]
-            for (system, model), found in grouped(results, "system", "model").items()]
+    rows = [
+        [
+            system,
+            model,
+            str(len(found)),
+            *(spread([one["error"][k] for one in found]) for k in range(3)),
+            *(spread([one["r"][k] for one in found], 3) for k in range(3)),
+        ]
+        for (system, model), found in grouped(results, "system", "model").items()
+    ]
     header = [f"{score}, {where}" for score in ("error", "R") for where in WHERE]
     return markdown(["system", "model", "seeds", *header], rows)
 
 
 def figure(results: Sequence[Result]) -> Figure:
     """Errors within and beyond: a dot for each seed."""
-    drawn, axes = panels([system for system, in grouped(results, "system")], MODELS, "median error, in sd")
+    drawn, axes = panels(
+        [system for (system,) in grouped(results, "system")], MODELS, "median error, in sd"
+    )
     for one in results:
         at = MODELS.index(one["model"])
         places = [k + 0.11 * (at - 2.5) for k in range(3)]
         axes[one["system"]].semilogy(places, one["error"], "o", ms=4, alpha=0.8, color=f"C{at}")
-        axes[one["system"]].set_xticks(range(3), ("within", "initial states\nbeyond", "latents\nbeyond"), fontsize=8)
+        axes[one["system"]].set_xticks(
+            range(3), ("within", "initial states\nbeyond", "latents\nbeyond"), fontsize=8
+        )
         axes[one["system"]].set_xlim(-0.45, 2.45)
     return drawn

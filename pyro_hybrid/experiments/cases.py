@@ -61,32 +61,78 @@ class Case(NamedTuple):
 
     def setting(self, model: str) -> Setting:
         """What a model is trained with."""
-        return self.vae if model.startswith("HybridVAE") else self.aphynity if "APHYNITY" in model else self.ours
+        return (
+            self.vae
+            if model.startswith("HybridVAE")
+            else self.aphynity
+            if "APHYNITY" in model
+            else self.ours
+        )
 
 
 CASES = {
     "pendulum": Case(
-        Pendulum, 1000,
-        ours=Setting({"linear": False, "straightness": 0.3, "noise": 10.0}, 3000, 48, 3e-3, {0.0: 1}, segments=8,
-                     correction=30.0,
-                     sharpening=Sharpening(24, 32, 0.02, Linearised(2, segments=(2, 2, 7)), 0.95)),
+        Pendulum,
+        1000,
+        ours=Setting(
+            {"linear": False, "straightness": 0.3, "noise": 10.0},
+            3000,
+            48,
+            3e-3,
+            {0.0: 1},
+            segments=8,
+            correction=30.0,
+            sharpening=Sharpening(24, 32, 0.02, Linearised(2, segments=(2, 2, 7)), 0.95),
+        ),
         vae=Setting({"latents": 4, "noise": 10.0}, 1500, 48, 3e-3, {0.0: 1}, segments=8),
-        aphynity=Setting({"latents": 4, "linear": False, "noise": 10.0, "growth": 100.0}, 3000, 48, 3e-3, {0.0: 1},
-                         segments=8),
-        final=Linearised(3, segments=(2, 2, 2, 7), restarts=4), query=Linearised(2)),
+        aphynity=Setting(
+            {"latents": 4, "linear": False, "noise": 10.0, "growth": 100.0},
+            3000,
+            48,
+            3e-3,
+            {0.0: 1},
+            segments=8,
+        ),
+        final=Linearised(3, segments=(2, 2, 2, 7), restarts=4),
+        query=Linearised(2),
+    ),
     "double pendulum": Case(
-        DoublePendulum, 1000,
-        ours=Setting({}, 900, 16, 8e-3, {0.0: 7, 0.4: 14}, 0.3, correction=1000.0,
-                     evidence=(Linearised(1, segments=(7, 7)), Linearised(1)),
-                     sharpening=Sharpening(6, 32, 0.1, Linearised(2, segments=(7, 7)))),
+        DoublePendulum,
+        1000,
+        ours=Setting(
+            {},
+            900,
+            16,
+            8e-3,
+            {0.0: 7, 0.4: 14},
+            0.3,
+            correction=1000.0,
+            evidence=(Linearised(1, segments=(7, 7)), Linearised(1)),
+            sharpening=Sharpening(6, 32, 0.1, Linearised(2, segments=(7, 7))),
+        ),
         vae=Setting({"linear": True, "noise": 10.0}, 1500, 48, 3e-3, {0.0: 1, 0.5: 7}, segments=8),
-        aphynity=Setting({"noise": 10.0, "growth": 100.0}, 3000, 48, 3e-3, {0.0: 1, 0.5: 7}, segments=8),
-        final=Linearised(3, segments=(7, 7)), query=Linearised(2)),
+        aphynity=Setting(
+            {"noise": 10.0, "growth": 100.0}, 3000, 48, 3e-3, {0.0: 1, 0.5: 7}, segments=8
+        ),
+        final=Linearised(3, segments=(7, 7)),
+        query=Linearised(2),
+    ),
     "rod": Case(
-        AdvectionDiffusion, 300,
-        ours=Setting({"noise": 10.0}, 1500, 16, 3e-3, {0.0: 7}, segments=8, correction=1e5,
-                     sharpening=Sharpening(6, 16, 0.1, Linearised(2, segments=(7,)))),
+        AdvectionDiffusion,
+        300,
+        ours=Setting(
+            {"noise": 10.0},
+            1500,
+            16,
+            3e-3,
+            {0.0: 7},
+            segments=8,
+            correction=1e5,
+            sharpening=Sharpening(6, 16, 0.1, Linearised(2, segments=(7,))),
+        ),
         vae=Setting({"linear": True, "noise": 10.0}, 1000, 16, 3e-3, {0.0: 7}, segments=8),
         aphynity=Setting({"noise": 10.0, "growth": 100.0}, 2000, 16, 3e-3, {0.0: 7}, segments=8),
-        final=Linearised(2, segments=(7,)), query=Linearised(1)),
+        final=Linearised(2, segments=(7,)),
+        query=Linearised(1),
+    ),
 }

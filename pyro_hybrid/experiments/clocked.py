@@ -45,8 +45,13 @@ def with_clock(tasks: Tasks, clock: Tensor | float = 0.0) -> Tasks:
     shape = (*tasks.values.shape[:3], 1)
     start = torch.as_tensor(clock, dtype=tasks.values.dtype).expand(shape[:2])
     values = torch.cat([tasks.values, (start.unsqueeze(-1) + tasks.times).unsqueeze(-1)], -1)
-    made = Tasks.from_trajectories(tasks.times, values, initial=values.unbind(-1), num_support=tasks.num_support,
-                                   truth=tasks.truth)
+    made = Tasks.from_trajectories(
+        tasks.times,
+        values,
+        initial=values.unbind(-1),
+        num_support=tasks.num_support,
+        truth=tasks.truth,
+    )
     counts = torch.tensor([True] * tasks.values.shape[-1] + [False])
     return replace(made, mask=made.mask & counts)
 
@@ -55,6 +60,11 @@ def cut(long: Tasks, pieces: int) -> Tasks:
     """Trajectories of one shot a task into so many pieces, half of them support."""
     points = len(long.times) // pieces
     values = long.values[:, 0, : pieces * points].unflatten(1, (pieces, points))
-    tasks = Tasks.from_trajectories(long.times[:points], values, initial=values.unbind(-1), num_support=pieces // 2,
-                                    truth=long.truth)
+    tasks = Tasks.from_trajectories(
+        long.times[:points],
+        values,
+        initial=values.unbind(-1),
+        num_support=pieces // 2,
+        truth=long.truth,
+    )
     return with_clock(tasks, long.times[: pieces * points : points])

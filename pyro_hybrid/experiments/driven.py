@@ -42,7 +42,10 @@ class Oscillation(nn.Module):
 
     def given(self, latents: Tensor) -> Callable[[Tensor], Tensor]:
         """Of latents (..., task, 1, latent), to be called with times that broadcast with (..., task, shot)."""
-        amplitude, frequency = self.size * self.amplitude(latents), self.frequency(latents) / self.step
+        amplitude, frequency = (
+            self.size * self.amplitude(latents),
+            self.frequency(latents) / self.step,
+        )
 
         def function(t: Tensor) -> Tensor:
             return (amplitude * torch.sin(frequency * t.unsqueeze(-1) + self.phase)).sum(-1)
@@ -69,19 +72,34 @@ class Driven(MetaHybridVAE):
         size: rough size of the push.
     """
 
-    def __init__(self, system: ForcedPendulum, evidence: Linearised | None = None, *, units: int = 1,
-                 size: float = 20.0, **options: Any) -> None:
+    def __init__(
+        self,
+        system: ForcedPendulum,
+        evidence: Linearised | None = None,
+        *,
+        units: int = 1,
+        size: float = 20.0,
+        **options: Any,
+    ) -> None:
         super().__init__(system, evidence, linear=False, **options)
         latents, typical = self.residual.latents, tuple(most / 3.0 for most in system.inputs[1:])
         self.residual = Residual(2, latents, 1, linear=True, width=16, depth=1, scale=typical)
         self.push = Oscillation(latents, units, size, system.step)
 
     def force(self, unknown: Tensor) -> Force:
-        push, friction = self.push.given(unknown[..., None, :]), self.residual.given(unknown[..., None, :])
+        push, friction = (
+            self.push.given(unknown[..., None, :]),
+            self.residual.given(unknown[..., None, :]),
+        )
         return lambda t, angle, speed: (push(t), friction(angle, speed))
 
-    def objections(self, physics: dict[str, Tensor], unknown: Tensor, times: Tensor, states: Tensor) -> Tensor:
-        angle, speed = (x.flatten()[torch.randperm(x.numel())].view_as(x) for x in states.flatten(-3, -2).unbind(-1))
+    def objections(
+        self, physics: dict[str, Tensor], unknown: Tensor, times: Tensor, states: Tensor
+    ) -> Tensor:
+        angle, speed = (
+            x.flatten()[torch.randperm(x.numel())].view_as(x)
+            for x in states.flatten(-3, -2).unbind(-1)
+        )
         friction: Any = self.residual.given(unknown[..., None, :])(angle, speed)
         return self.correction * overlap(friction.unsqueeze(-1), [angle.sin().unsqueeze(-1)])
 
@@ -97,15 +115,24 @@ class Growing(Linearised):
         restarts: further starts, spread over the prior.
     """
 
-    def __init__(self, iterations: int = 2, *, horizons: Sequence[int] = (), restarts: int = 0) -> None:
+    def __init__(
+        self, iterations: int = 2, *, horizons: Sequence[int] = (), restarts: int = 0
+    ) -> None:
         super().__init__(iterations, restarts=restarts)
         self.horizons = tuple(horizons)
 
     @torch.no_grad()
     def __call__(self, problem: Problem, start: Tensor) -> Belief:
         """The posterior of a problem's latents to second order."""
-        for horizon, group in itertools.groupby(h for h in self.horizons if h < problem.episode.times.shape[-1] - 1):
-            part = Problem(problem.program, problem.episode.until(horizon), problem.families, problem.mean,
-                           problem.precision)
+        for horizon, group in itertools.groupby(
+            h for h in self.horizons if h < problem.episode.times.shape[-1] - 1
+        ):
+            part = Problem(
+                problem.program,
+                problem.episode.until(horizon),
+                problem.families,
+                problem.mean,
+                problem.precision,
+            )
             start = self.descend(part, _better(part, start), len(list(group))).task
         return super().__call__(problem, start)

@@ -45,7 +45,9 @@ class Evidence(NamedTuple):
     def by(self, labels: Tensor) -> Evidence:
         """What is believed of each group: the sum over its members."""
         zeros = (part.new_zeros(int(labels.max()) + 1, *part.shape[1:]) for part in self)
-        return Evidence(*(zero.index_add_(0, labels, part) for zero, part in zip(zeros, self, strict=True)))
+        return Evidence(
+            *(zero.index_add_(0, labels, part) for zero, part in zip(zeros, self, strict=True))
+        )
 
     @property
     def mean(self) -> Tensor:
@@ -59,8 +61,12 @@ def log_evidence(evidence: Evidence) -> Tensor:
     .. math:: \log \int \mathrm{Normal}(z; 0, I)\, e^{h \cdot z - \frac12 z^\top \Lambda z} \, dz
               = \tfrac12 h^\top (I + \Lambda)^{-1} h - \tfrac12 \log |I + \Lambda|
     """
-    root = torch.linalg.cholesky(evidence.precision + torch.eye(evidence.pull.shape[-1], dtype=evidence.pull.dtype))
-    white = torch.linalg.solve_triangular(root, evidence.pull.unsqueeze(-1), upper=False).squeeze(-1)
+    root = torch.linalg.cholesky(
+        evidence.precision + torch.eye(evidence.pull.shape[-1], dtype=evidence.pull.dtype)
+    )
+    white = torch.linalg.solve_triangular(root, evidence.pull.unsqueeze(-1), upper=False).squeeze(
+        -1
+    )
     return 0.5 * white.square().sum(-1) - root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
 
 
@@ -98,7 +104,12 @@ def _merged(groups: Evidence, sizes: Tensor, scale: Tensor, alpha: float) -> Ten
     one, other = torch.arange(len(groups.pull)).repeat_interleave(near.shape[1]), near.flatten()
     one, other = one[one != other], other[one != other]
     alone, gain = log_evidence(groups), torch.lgamma(sizes.to(groups.pull.dtype))
-    odds = torch.lgamma((sizes[one] + sizes[other]).to(gain.dtype)) - gain[one] - gain[other] - math.log(alpha)
+    odds = (
+        torch.lgamma((sizes[one] + sizes[other]).to(gain.dtype))
+        - gain[one]
+        - gain[other]
+        - math.log(alpha)
+    )
     odds = odds + log_evidence(groups.of(one).plus(groups.of(other))) - alone[one] - alone[other]
     best = gain.new_full((len(groups.pull),), 0.0).scatter_reduce(0, one, odds, "amax")
     chosen = (odds > 0.0) & (odds >= best[one] - 1e-9)
@@ -118,13 +129,19 @@ def _moved(evidence: Evidence, labels: Tensor, scale: Tensor, alpha: float) -> T
     without, count = groups.of(place), sizes[place] - mine.flatten().long()
     own = evidence.of(member)
     gone = mine.flatten().to(own.pull.dtype)
-    without = Evidence(without.pull - gone[:, None] * own.pull, without.precision - gone[:, None, None] * own.precision)
+    without = Evidence(
+        without.pull - gone[:, None] * own.pull,
+        without.precision - gone[:, None, None] * own.precision,
+    )
     odds = log_evidence(without.plus(own)) - log_evidence(without) - log_evidence(evidence)[member]
     odds = odds + count.to(odds.dtype).log() - math.log(alpha)  # against a group of its own
     odds = odds.view_as(near).where((count > 0).view_as(near), 0.0)
     best = odds.argmax(1, keepdim=True)
-    new = near.gather(1, best).squeeze(1).where(odds.gather(1, best).squeeze(1) > 0.0,
-                                                len(groups.pull) + torch.arange(len(labels)))
+    new = (
+        near.gather(1, best)
+        .squeeze(1)
+        .where(odds.gather(1, best).squeeze(1) > 0.0, len(groups.pull) + torch.arange(len(labels)))
+    )
     return torch.unique(new, return_inverse=True)[1]
 
 
@@ -133,7 +150,9 @@ def _nearest(points: Tensor, places: Tensor, number: int) -> Tensor:
     return torch.from_numpy(found.reshape(len(points), -1)).long()
 
 
-def misfit(location: Tensor, covariance: Tensor, labels: Tensor, start: Tensor, iterations: int = 30) -> Tensor:
+def misfit(
+    location: Tensor, covariance: Tensor, labels: Tensor, start: Tensor, iterations: int = 30
+) -> Tensor:
     r"""Covariance (d, d) of what a trajectory's reading is wrong by, beyond its own covariance, from a grouping.
 
     Two readings of one system differ by :math:`\mathrm{Normal}(0, C_i + C_j + 2 M)`; this is EM for M.
@@ -142,7 +161,11 @@ def misfit(location: Tensor, covariance: Tensor, labels: Tensor, start: Tensor, 
     pair = labels[order][1:] == labels[order][:-1]
     one, other = order[:-1][pair], order[1:][pair]
     require(len(one) > 0, "two trajectories in one group", "none", "Group more generously.")
-    apart, known, extra = location[one] - location[other], covariance[one] + covariance[other], 2.0 * start
+    apart, known, extra = (
+        location[one] - location[other],
+        covariance[one] + covariance[other],
+        2.0 * start,
+    )
     for _ in range(iterations):
         gain = extra @ torch.linalg.inv(known + extra)
         guess = (gain @ apart.unsqueeze(-1)).squeeze(-1)

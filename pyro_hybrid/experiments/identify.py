@@ -28,18 +28,32 @@ __all__ = ["figure", "runs", "scores", "table"]
 
 def runs(choice: Choice) -> list[Run]:
     """One for each seed, system and model."""
-    return [Run(slug(system, model, seed), partial(_run, system, model, seed, choice))
-            for seed in choice.seeds for system in CASES for model in MODELS]
+    return [
+        Run(slug(system, model, seed), partial(_run, system, model, seed, choice))
+        for seed in choice.seeds
+        for system in CASES
+        for model in MODELS
+    ]
 
 
 def _run(system: str, model: str, seed: int, choice: Choice) -> Result:
     learn, judge = data(system, seed, choice)
     clear = exactly(CASES[system].system(), len(judge), judge.values.shape[1], HELD_OUT_SEED + seed)
     found = trained(system, model, seed, choice)
-    out: Result = {"system": system, "model": model, "seed": seed, "tasks": len(learn), "steps": len(found.fit.loss),
-                   "skipped_steps": found.fit.skipped, "training_processor_seconds": found.processor_seconds,
-                   "as_read": scores(found, learn[:300], judge, clear)}
-    if model not in (OURS, DEAF):  # would the program itself have read more out of it than its encoder?
+    out: Result = {
+        "system": system,
+        "model": model,
+        "seed": seed,
+        "tasks": len(learn),
+        "steps": len(found.fit.loss),
+        "skipped_steps": found.fit.skipped,
+        "training_processor_seconds": found.processor_seconds,
+        "as_read": scores(found, learn[:300], judge, clear),
+    }
+    if model not in (
+        OURS,
+        DEAF,
+    ):  # would the program itself have read more out of it than its encoder?
         found.reading = CASES[system].final
         out["read_by_the_program"] = scores(found, learn[:300], judge, clear)
     return out
@@ -63,10 +77,14 @@ def scores(found: Trained, learn: Tasks, judge: Tasks, clear: Tasks) -> Result:
         "strong_mcc_neural": round(raw.strong, 4),
         "strong_mcc_neural_disentangled": round(alone.strong, 4),
         "weak_mcc_neural": round(raw.weak, 4),
-        "correlation_physics": [round(float(torch.corrcoef(pair.T)[0, 1]), 4)
-                                for pair in torch.stack([new[:, :known], truth[:, :known]], -1).unbind(1)],
+        "correlation_physics": [
+            round(float(torch.corrcoef(pair.T)[0, 1]), 4)
+            for pair in torch.stack([new[:, :known], truth[:, :known]], -1).unbind(1)
+        ],
         "mse_physics": [float(f"{x:.4g}") for x in error],
-        "mse_over_cramer_rao": [float(f"{float(a / b):.4g}") for a, b in zip(error, bound, strict=True)],
+        "mse_over_cramer_rao": [
+            float(f"{float(a / b):.4g}") for a, b in zip(error, bound, strict=True)
+        ],
         **errors(found, judge[:100], clear[:100]),
     }
 
@@ -85,8 +103,12 @@ def errors(found: Trained, tasks: Tasks, clear: Tasks) -> Result:
     """
     episode, exact = tasks.episode(), clear.episode().initial
     with_truth = found.system.trajectories(tasks.truth or {}, episode.initial, episode.times)
-    means = {"reconstruction": found.reconstructed(episode), "prediction": found.predicted(episode, exact),
-             "prediction_from_measured": found.predicted(episode), "truth_from_measured": with_truth}
+    means = {
+        "reconstruction": found.reconstructed(episode),
+        "prediction": found.predicted(episode, exact),
+        "prediction_from_measured": found.predicted(episode),
+        "truth_from_measured": with_truth,
+    }
     out: Result = {}
     for name, mean in means.items():
         shots = episode if mean.shape[1] == episode.shape[1] else found.given(episode)
@@ -105,27 +127,56 @@ def table(results: Sequence[Result]) -> str:
     for (system, model), found in grouped(results, "system", "model").items():
         read = [one["as_read"] for one in found]
         deeper = [one["read_by_the_program"] for one in found if "read_by_the_program" in one]
-        rows.append([
-            system, model, str(len(found)),
-            spread([sum(one["linear_r"]) / len(one["linear_r"]) for one in read], 3),
-            f"{min(min(one['linear_r']) for one in read):.3f}",
-            spread([sum(one["linear_r"]) / len(one["linear_r"]) for one in deeper], 3) if deeper else "",
-            *(spread([one[f"{kind}_mcc_neural{after}"] for one in read], 3)
-              for kind, after in (("strong", ""), ("strong", "_disentangled"), ("weak", ""))),
-            *(spread([sum(one[name]) / len(one[name]) for one in read]) for name in ("mse_physics",
-                                                                                     "mse_over_cramer_rao")),
-            *(spread([one[name] for one in read]) for name in ("reconstruction", "prediction", "prediction_median")),
-            spread([one["training_processor_seconds"] / 60.0 for one in found], 1),
-        ])
-    return markdown(["system", "model", "seeds", "linear R, mean", "worst latent and seed",
-                     "linear R, read by the program", "strong MCC of z_N",
-                     "after disentangle", "weak MCC", "MSE of z_P", "MSE / Cramér-Rao",
-                     "reconstruction", "prediction", "its median", "minutes"], rows)
+        rows.append(
+            [
+                system,
+                model,
+                str(len(found)),
+                spread([sum(one["linear_r"]) / len(one["linear_r"]) for one in read], 3),
+                f"{min(min(one['linear_r']) for one in read):.3f}",
+                spread([sum(one["linear_r"]) / len(one["linear_r"]) for one in deeper], 3)
+                if deeper
+                else "",
+                *(
+                    spread([one[f"{kind}_mcc_neural{after}"] for one in read], 3)
+                    for kind, after in (("strong", ""), ("strong", "_disentangled"), ("weak", ""))
+                ),
+                *(
+                    spread([sum(one[name]) / len(one[name]) for one in read])
+                    for name in ("mse_physics", "mse_over_cramer_rao")
+                ),
+                *(
+                    spread([one[name] for one in read])
+                    for name in ("reconstruction", "prediction", "prediction_median")
+                ),
+                spread([one["training_processor_seconds"] / 60.0 for one in found], 1),
+            ]
+        )
+    return markdown(
+        [
+            "system",
+            "model",
+            "seeds",
+            "linear R, mean",
+            "worst latent and seed",
+            "linear R, read by the program",
+            "strong MCC of z_N",
+            "after disentangle",
+            "weak MCC",
+            "MSE of z_P",
+            "MSE / Cramér-Rao",
+            "reconstruction",
+            "prediction",
+            "its median",
+            "minutes",
+        ],
+        rows,
+    )
 
 
 def figure(results: Sequence[Result]) -> Figure:
     """Linear R of every latent, by system and model: a dot for each seed."""
-    drawn, axes = panels([system for system, in grouped(results, "system")], MODELS, "linear R")
+    drawn, axes = panels([system for (system,) in grouped(results, "system")], MODELS, "linear R")
     for one in results:
         at, found = MODELS.index(one["model"]), one["as_read"]
         places = [k + 0.11 * (at - 2.5) for k in range(len(found["latents"]))]

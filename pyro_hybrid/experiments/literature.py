@@ -36,9 +36,18 @@ __all__ = ["PUBLISHED", "figure", "runs", "table"]
 # Measured by us on this system with the public checkpoints of Takeishi & Kalousis (2021), one trajectory at a time;
 # prediction is from a new initial angle, against the truth without noise.
 PUBLISHED: Mapping[str, Mapping[str, float]] = {
-    "physics-integrated VAE, published": {"strong": 0.171, "weak": 0.208, "mse_omega": 0.0570, "prediction": 0.0406,
-                                          "reconstruction": 0.00435},
-    "physics only, published": {"mse_omega": 0.1406, "prediction": 0.1129, "reconstruction": 0.0775},
+    "physics-integrated VAE, published": {
+        "strong": 0.171,
+        "weak": 0.208,
+        "mse_omega": 0.0570,
+        "prediction": 0.0406,
+        "reconstruction": 0.00435,
+    },
+    "physics only, published": {
+        "mse_omega": 0.1406,
+        "prediction": 0.1129,
+        "reconstruction": 0.0775,
+    },
 }
 
 
@@ -59,8 +68,10 @@ class Stage(NamedTuple):
 
 # Chosen on seeds 100 to 102, which no table shows. From 24 steps to all at once was too far: where friction hadn't
 # been learned by then, some systems were misread, and the noise grew until it hid what friction does.
-STAGES = (Stage(300, 2e-2, {0.0: (None, 4), 0.2: (None, 6), 0.4: (None, 9)}, 2, 0.1, False),
-          Stage(500, 1e-2, {0.0: (None, 14), 0.1: (None, 24), 0.5: (None, 34), 0.7: None}, 2, 0.2, True))
+STAGES = (
+    Stage(300, 2e-2, {0.0: (None, 4), 0.2: (None, 6), 0.4: (None, 9)}, 2, 0.1, False),
+    Stage(500, 1e-2, {0.0: (None, 14), 0.1: (None, 24), 0.5: (None, 34), 0.7: None}, 2, 0.2, True),
+)
 TASKS, BATCH, CORRECTION, NOISE = 1000, 16, 30.0, 5.0
 BEGINNINGS = (4, 4, 4, 6, 6, 9, 9, 14, 14, 24, 24, 34)
 FINAL = Growing(3, horizons=(4, *BEGINNINGS), restarts=1)
@@ -78,17 +89,38 @@ def _run(seed: int, choice: Choice) -> Result:
         tasks, judged, shots = 24, 24, 4
         stages = [stage._replace(steps=1, curriculum={0.0: (None, 9)}) for stage in STAGES]
     learn = system.simulate(tasks, shots, seed)
-    judge, clear = (make(judged, shots, HELD_OUT_SEED + seed) for make in (system.simulate, partial(exactly, system)))
-    found = _trained(system, learn, stages, seed, Growing(1, horizons=(4,)) if choice.fast else FINAL)
-    return {"seed": seed, "tasks": tasks, "held_out": judged, "steps": sum(stage.steps for stage in stages),
-            "batch_size": BATCH, "latents": [*system.physics, *system.unknown], "skipped_steps": found.fit.skipped,
-            "training_processor_seconds": round(found.processor_seconds, 1),
-            "noise": digits(found.model.noise.detach().mean()),
-            "by_shots": {str(k): scores(found, replace(learn[:300], num_support=k), replace(judge, num_support=k),
-                                        replace(clear, num_support=k)) for k in (shots // 2, 1)}}
+    judge, clear = (
+        make(judged, shots, HELD_OUT_SEED + seed)
+        for make in (system.simulate, partial(exactly, system))
+    )
+    found = _trained(
+        system, learn, stages, seed, Growing(1, horizons=(4,)) if choice.fast else FINAL
+    )
+    return {
+        "seed": seed,
+        "tasks": tasks,
+        "held_out": judged,
+        "steps": sum(stage.steps for stage in stages),
+        "batch_size": BATCH,
+        "latents": [*system.physics, *system.unknown],
+        "skipped_steps": found.fit.skipped,
+        "training_processor_seconds": round(found.processor_seconds, 1),
+        "noise": digits(found.model.noise.detach().mean()),
+        "by_shots": {
+            str(k): scores(
+                found,
+                replace(learn[:300], num_support=k),
+                replace(judge, num_support=k),
+                replace(clear, num_support=k),
+            )
+            for k in (shots // 2, 1)
+        },
+    }
 
 
-def _trained(system: ForcedPendulum, learn: Tasks, stages: Sequence[Stage], seed: int, final: Linearised) -> Trained:
+def _trained(
+    system: ForcedPendulum, learn: Tasks, stages: Sequence[Stage], seed: int, final: Linearised
+) -> Trained:
     """From beginnings to whole trajectories.
 
     Latents count as all but certain while training: the posterior of a short beginning is so correlated (a push in
@@ -102,8 +134,18 @@ def _trained(system: ForcedPendulum, learn: Tasks, stages: Sequence[Stage], seed
     for stage in stages:
         model.prior.evidence = Growing(stage.iterations, horizons=BEGINNINGS)
         model.prior.base.requires_grad_(stage.free)
-        fit = meta_train(model, guide, learn, steps=stage.steps, batch_size=BATCH, learning_rate=stage.learning_rate,
-                         seed=seed, curriculum=stage.curriculum, average=stage.average, progress=False)
+        fit = meta_train(
+            model,
+            guide,
+            learn,
+            steps=stage.steps,
+            batch_size=BATCH,
+            learning_rate=stage.learning_rate,
+            seed=seed,
+            curriculum=stage.curriculum,
+            average=stage.average,
+            progress=False,
+        )
     model.prior.spread.fill_(1.0)
     model.prior.evidence, guide.evidence = final, Linearised(2)
     return Trained(OURS, model.eval(), guide.eval(), fit, time.process_time() - began)
@@ -116,14 +158,24 @@ def scores(found: Trained, learn: Tasks, judge: Tasks, clear: Tasks) -> Result:
     assert support is not None
     truth = torch.cat([judge.truth["omega"], judge.truth["unknown"]], -1)
     seen, new = found.latents(learn), found.latents(judge)
-    raw, apart = mcc(new[:, 1:], truth[:, 1:]), mcc(disentangle(new[:, 1:], fit=seen[:, 1:]), truth[:, 1:])
-    error, bound = (new[:, 0] - truth[:, 0]).square(), found.system.cramer_rao(support, judge.truth)[:, 0]
+    raw, apart = (
+        mcc(new[:, 1:], truth[:, 1:]),
+        mcc(disentangle(new[:, 1:], fit=seen[:, 1:]), truth[:, 1:]),
+    )
+    error, bound = (
+        (new[:, 0] - truth[:, 0]).square(),
+        found.system.cramer_rao(support, judge.truth)[:, 0],
+    )
     return {
-        "strong": round(raw.strong, 4), "disentangled": round(apart.strong, 4),
-        "each_disentangled": [round(float(r), 4) for r in apart.matched], "weak": round(raw.weak, 4),
+        "strong": round(raw.strong, 4),
+        "disentangled": round(apart.strong, 4),
+        "each_disentangled": [round(float(r), 4) for r in apart.matched],
+        "weak": round(raw.weak, 4),
         "linear_r": [round(float(r), 4) for r in mcc(new, truth).linear_r],
-        "mse_omega": digits(error.mean()), "median_square_omega": digits(error.median()),
-        "cramer_rao": digits(bound.mean()), "median_cramer_rao": digits(bound.median()),
+        "mse_omega": digits(error.mean()),
+        "median_square_omega": digits(error.median()),
+        "cramer_rao": digits(bound.mean()),
+        "median_cramer_rao": digits(bound.median()),
         **errors(found, judge[:100], clear[:100]),
     }
 
@@ -137,17 +189,30 @@ def errors(found: Trained, judge: Tasks, clear: Tasks) -> Result:
     episode, exact = judge.episode(), clear.episode()
     support = episode.support
     assert support is not None
-    pairs = {"reconstruction": (found.predicted(replace(support, support=support)), support.query),
-             "prediction": (found.predicted(episode, exact.initial), exact.query),
-             "prediction_from_measured": (found.predicted(episode), exact.query)}
+    pairs = {
+        "reconstruction": (found.predicted(replace(support, support=support)), support.query),
+        "prediction": (found.predicted(episode, exact.initial), exact.query),
+        "prediction_from_measured": (found.predicted(episode), exact.query),
+    }
     out: Result = {}
     for name, (mean, truth) in pairs.items():
         by_task = (mean - torch.as_tensor(truth)).square().mean((1, 2, 3))
-        out |= {name: digits(by_task.mean()), f"{name}_median": digits(by_task.nan_to_num(torch.inf).median())}
+        out |= {
+            name: digits(by_task.mean()),
+            f"{name}_median": digits(by_task.nan_to_num(torch.inf).median()),
+        }
     return out
 
 
-COLUMNS = ("strong", "disentangled", "weak", "mse_omega", "cramer_rao", "prediction", "reconstruction")
+COLUMNS = (
+    "strong",
+    "disentangled",
+    "weak",
+    "mse_omega",
+    "cramer_rao",
+    "prediction",
+    "reconstruction",
+)
 
 
 def table(results: Sequence[Result]) -> str:
@@ -156,20 +221,51 @@ def table(results: Sequence[Result]) -> str:
     rows = []
     for k in results[0]["by_shots"]:
         found = [one["by_shots"][k] for one in results]
-        rows.append([f"ours, {k} support {'trajectory' if k == '1' else 'trajectories'}", str(len(found)),
-                     *(spread([one[name] for one in found], 3 if at < 3 else None) for at, name in enumerate(COLUMNS)),
-                     *(spread([one["linear_r"][i] for one in found], 3) for i in range(len(names)))])
+        rows.append(
+            [
+                f"ours, {k} support {'trajectory' if k == '1' else 'trajectories'}",
+                str(len(found)),
+                *(
+                    spread([one[name] for one in found], 3 if at < 3 else None)
+                    for at, name in enumerate(COLUMNS)
+                ),
+                *(spread([one["linear_r"][i] for one in found], 3) for i in range(len(names))),
+            ]
+        )
     for name, numbers in PUBLISHED.items():
-        rows.append([name, "", *(f"{numbers[key]:.3g}" if key in numbers else "" for key in COLUMNS),
-                     *[""] * len(names)])
-    return markdown(["", "seeds", "strong MCC of z_N", "after disentangle", "weak MCC", "MSE of ω", "Cramér-Rao",
-                     "prediction", "reconstruction", *(f"linear R, {name}" for name in names)], rows)
+        rows.append(
+            [
+                name,
+                "",
+                *(f"{numbers[key]:.3g}" if key in numbers else "" for key in COLUMNS),
+                *[""] * len(names),
+            ]
+        )
+    return markdown(
+        [
+            "",
+            "seeds",
+            "strong MCC of z_N",
+            "after disentangle",
+            "weak MCC",
+            "MSE of ω",
+            "Cramér-Rao",
+            "prediction",
+            "reconstruction",
+            *(f"linear R, {name}" for name in names),
+        ],
+        rows,
+    )
 
 
 def figure(results: Sequence[Result]) -> Figure:
     """Ours as a dot for each seed, with one support trajectory and with more, and the published as lines."""
     drawn = Figure(figsize=(9.0, 2.8), layout="constrained")
-    shown = {"disentangled": "strong MCC of z_N, disentangled", "mse_omega": "MSE of ω", "prediction": "prediction"}
+    shown = {
+        "disentangled": "strong MCC of z_N, disentangled",
+        "mse_omega": "MSE of ω",
+        "prediction": "prediction",
+    }
     for axis, (key, label) in zip(drawn.subplots(1, 3), shown.items(), strict=True):
         for one in results:
             for at, found in enumerate(one["by_shots"].values()):
@@ -181,8 +277,16 @@ def figure(results: Sequence[Result]) -> Figure:
                 axis.axhline(published, color="grey", ls=("-", ":")[at], lw=1, label=name)
         shots = list(results[0]["by_shots"])
         axis.set_xticks(range(len(shots)), [f"{k} shot{'s' * (k != '1')}" for k in shots])
-        axis.set(title=label, xlim=(-0.5, 1.5), **({"ylim": (0.0, 1.03)} if key == "disentangled" else
-                                                   {"yscale": "log"}))
-    drawn.legend(*drawn.axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8,
-                 frameon=False)
+        axis.set(
+            title=label,
+            xlim=(-0.5, 1.5),
+            **({"ylim": (0.0, 1.03)} if key == "disentangled" else {"yscale": "log"}),
+        )
+    drawn.legend(
+        *drawn.axes[1].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=2,
+        fontsize=8,
+        frameon=False,
+    )
     return drawn

@@ -26,17 +26,26 @@ TIMES = (1, 2, 4, 8)
 
 def runs(choice: Choice) -> list[Run]:
     """One for each seed, system and model."""
-    return [Run(slug(system, model, seed), partial(_run, system, model, seed, choice))
-            for seed in choice.seeds for system in CASES for model in MODELS]
+    return [
+        Run(slug(system, model, seed), partial(_run, system, model, seed, choice))
+        for seed in choice.seeds
+        for system in CASES
+        for model in MODELS
+    ]
 
 
 def _run(system: str, model: str, seed: int, choice: Choice) -> Result:
     found = trained(system, model, seed, choice)
     episode, seen = longer(system, 12 if choice.fast else 100, seed)
     means = found.predicted(episode, episode.initial)
-    return {"system": system, "model": model, "seed": seed, "times": TIMES,
-            "error": [digits(value) for value in by_stretch(means, seen)],
-            "diverged": round(float((~means.isfinite()).flatten(1).any(1).float().mean()), 3)}
+    return {
+        "system": system,
+        "model": model,
+        "seed": seed,
+        "times": TIMES,
+        "error": [digits(value) for value in by_stretch(means, seen)],
+        "diverged": round(float((~means.isfinite()).flatten(1).any(1).float().mean()), 3),
+    }
 
 
 def longer(system: str, tasks: int, seed: int) -> tuple[Episode, Tensor]:
@@ -46,16 +55,23 @@ def longer(system: str, tasks: int, seed: int) -> tuple[Episode, Tensor]:
     whole, clear = made.simulate(tasks, 8, 20_000 + seed), exactly(made, tasks, 8, 20_000 + seed)
     points = (len(whole.times) - 1) // most + 1
     values = whole.values[:, :, :points].contiguous()
-    short = Tasks.from_trajectories(whole.times[:points], values, initial=made.measured(values), num_support=4)
+    short = Tasks.from_trajectories(
+        whole.times[:points], values, initial=made.measured(values), num_support=4
+    )
     query = clear.episode()
-    return Episode(whole.times, None, query.initial, support=short.episode().support), torch.as_tensor(query.query)
+    return Episode(
+        whole.times, None, query.initial, support=short.episode().support
+    ), torch.as_tensor(query.query)
 
 
 def by_stretch(means: Tensor, seen: Tensor) -> list[Tensor]:
     """Median relative error up to the horizon, between it and its double, and so on."""
     ends = [round(times / TIMES[-1] * (seen.shape[2] - 1)) + 1 for times in TIMES]
     scale = seen.std((0, 1, 2))
-    return [relative(means[:, :, a:b], seen[:, :, a:b], scale) for a, b in zip((1, *ends[:-1]), ends, strict=True)]
+    return [
+        relative(means[:, :, a:b], seen[:, :, a:b], scale)
+        for a, b in zip((1, *ends[:-1]), ends, strict=True)
+    ]
 
 
 def relative(means: Tensor, seen: Tensor, scale: Tensor | None = None) -> Tensor:
@@ -70,17 +86,32 @@ def relative(means: Tensor, seen: Tensor, scale: Tensor | None = None) -> Tensor
 
 def table(results: Sequence[Result]) -> str:
     """A row for each system and model, a column for each stretch of time."""
-    rows = [[system, model, str(len(found)), *(spread([one["error"][k] for one in found]) for k in range(len(TIMES)))]
-            for (system, model), found in grouped(results, "system", "model").items()]
+    rows = [
+        [
+            system,
+            model,
+            str(len(found)),
+            *(spread([one["error"][k] for one in found]) for k in range(len(TIMES))),
+        ]
+        for (system, model), found in grouped(results, "system", "model").items()
+    ]
     return markdown(["system", "model", "seeds", "to 1×", "1× to 2×", "2× to 4×", "4× to 8×"], rows)
 
 
 def figure(results: Sequence[Result]) -> Figure:
     """Errors against time, a line for each model: the mean over seeds."""
-    drawn, axes = panels([system for system, in grouped(results, "system")], MODELS, "median error, in sd")
+    drawn, axes = panels(
+        [system for (system,) in grouped(results, "system")], MODELS, "median error, in sd"
+    )
     for (system, model), found in grouped(results, "system", "model").items():
-        errors = torch.tensor([[float("nan") if x is None else x for x in one["error"]] for one in found]).mean(0)
+        errors = torch.tensor(
+            [[float("nan") if x is None else x for x in one["error"]] for one in found]
+        ).mean(0)
         axes[system].loglog(TIMES, errors, "o-", ms=4, color=f"C{MODELS.index(model)}")
-        axes[system].set(xlabel="horizon, in that of training", xticks=TIMES, xticklabels=[f"{x}×" for x in TIMES])
+        axes[system].set(
+            xlabel="horizon, in that of training",
+            xticks=TIMES,
+            xticklabels=[f"{x}×" for x in TIMES],
+        )
         axes[system].minorticks_off()
     return drawn

@@ -56,7 +56,9 @@ class Rivals(NamedTuple):
 
 def tasks(recordings: Recordings, number: int, shots: int, seed: int, *, points: int = 50) -> Tasks:
     """Tasks whose truth has the names of the model: gravity in units of the real one, and s for what is unknown."""
-    made = recordings.tasks(number, shots, seed, step=0.01, points=points, num_support=min(SUPPORT, shots // 2))
+    made = recordings.tasks(
+        number, shots, seed, step=0.01, points=points, num_support=min(SUPPORT, shots // 2)
+    )
     assert made.truth is not None
     return replace(made, truth={**made.truth, "unknown": made.truth["scale"]})
 
@@ -67,21 +69,37 @@ def rivals(recordings: Recordings, settings: Settings) -> Rivals:
     return Rivals(fitted(compound, windows), fitted(point_mass, windows))
 
 
-def trained(recordings: Recordings, classical: Rivals, seed: int, settings: Settings,
-            progress: bool = False) -> tuple[MetaHybridVAE, AmortizedGuide, Fit]:
+def trained(
+    recordings: Recordings, classical: Rivals, seed: int, settings: Settings, progress: bool = False
+) -> tuple[MetaHybridVAE, AmortizedGuide, Fit]:
     """The hybrid model, the lower mass's share being that of the point masses that fit best."""
     torch.manual_seed(seed)
-    model = MetaHybridVAE(RecordedDoublePendulum(float(classical.point_mass[1])), Linearised(1, segments=(7, 7)),
-                          noise=1.0)
+    model = MetaHybridVAE(
+        RecordedDoublePendulum(float(classical.point_mass[1])),
+        Linearised(1, segments=(7, 7)),
+        noise=1.0,
+    )
     guide = model.guide(Linearised(1))
     _for_friction_alone(model.residual)
 
-    def credit(step: int, fit: Fit) -> None:  # first learn what is unknown, then credit gravity with what it explains
+    def credit(
+        step: int, fit: Fit
+    ) -> None:  # first learn what is unknown, then credit gravity with what it explains
         model.correction = 30.0 * ((step + 1) / settings.steps) ** 2
 
-    fit = meta_train(model, guide, tasks(recordings, settings.tasks, settings.shots, seed), steps=settings.steps,
-                     batch_size=settings.batch, learning_rate=8e-3, seed=seed,
-                     curriculum={0.0: 5, 0.15: 10, 0.5: 16, 0.8: 24}, average=0.3, progress=progress, callback=credit)
+    fit = meta_train(
+        model,
+        guide,
+        tasks(recordings, settings.tasks, settings.shots, seed),
+        steps=settings.steps,
+        batch_size=settings.batch,
+        learning_rate=8e-3,
+        seed=seed,
+        curriculum={0.0: 5, 0.15: 10, 0.5: 16, 0.8: 24},
+        average=0.3,
+        progress=progress,
+        callback=credit,
+    )
     model.prior.evidence = Linearised(3, segments=(7, 7))  # for the final answer
     return model, guide, fit
 

@@ -37,11 +37,22 @@ class Unpaired(MetaHybridVAE):
     def forward(self, episode: Episode) -> Tensor:
         x = super().forward(episode)
         support = episode.support and (episode.support.whole or episode.support)
-        if self.training and torch.is_grad_enabled() and self.independence and support and support.shape[0] > 3:
+        if (
+            self.training
+            and torch.is_grad_enabled()
+            and self.independence
+            and support
+            and support.shape[0] > 3
+        ):
             natural = self.prior.natural(episode.support)
-            believed = torch.cat([self.prior.sites[name].gaussian(natural[name])[0] for name in natural], -1)
+            believed = torch.cat(
+                [self.prior.sites[name].gaussian(natural[name])[0] for name in natural], -1
+            )
             z = (believed - believed.mean(0)) / believed.std(0).clamp(min=1e-6)
-            pyro.factor("independence", -self.independence * len(z) * dependence(z, support.measured.mean(1)))
+            pyro.factor(
+                "independence",
+                -self.independence * len(z) * dependence(z, support.measured.mean(1)),
+            )
         return x
 
 
@@ -62,12 +73,16 @@ def dependence(x: Tensor, y: Tensor) -> Tensor:
 
 def _kernel(x: Tensor) -> Tensor:
     apart = torch.cdist(x, x).square()
-    return (-apart / apart.detach().mean()).exp() * (1.0 - torch.eye(len(x), dtype=x.dtype, device=x.device))
+    return (-apart / apart.detach().mean()).exp() * (
+        1.0 - torch.eye(len(x), dtype=x.dtype, device=x.device)
+    )
 
 
 def _hsic(one: Tensor, other: Tensor) -> Tensor:
     n = len(one)
-    sums = one.sum() * other.sum() / ((n - 1) * (n - 2)) - 2.0 / (n - 2) * (one.sum(0) @ other.sum(0))
+    sums = one.sum() * other.sum() / ((n - 1) * (n - 2)) - 2.0 / (n - 2) * (
+        one.sum(0) @ other.sum(0)
+    )
     return ((one * other).sum() + sums) / (n * (n - 3))
 
 
@@ -107,15 +122,26 @@ def _dealt(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _together(heap: Tasks, rows: Tensor, num_support: int, counts: Tensor | None = None) -> Tasks:
     states = heap.states if isinstance(heap.states, tuple) else (heap.states,)
-    made = Tasks.from_trajectories(heap.times, heap.values[rows, 0], num_support=num_support,
-                                   initial=tuple(part[rows, 0] for part in states))
-    return made if counts is None else replace(made, mask=torch.as_tensor(made.mask) & counts[..., None, None])
+    made = Tasks.from_trajectories(
+        heap.times,
+        heap.values[rows, 0],
+        num_support=num_support,
+        initial=tuple(part[rows, 0] for part in states),
+    )
+    return (
+        made
+        if counts is None
+        else replace(made, mask=torch.as_tensor(made.mask) & counts[..., None, None])
+    )
 
 
 @torch.no_grad()
 def read(model: MetaHybridVAE, heap: Tasks, size: int = 500) -> tuple[Tensor, Tensor]:
     """What each trajectory alone says of its system: locations (n, d) in units of the population, and covariances."""
-    found = [model.prior.gaussian(heap[start : start + size].shots(slice(0, 1))) for start in range(0, len(heap), size)]
+    found = [
+        model.prior.gaussian(heap[start : start + size].shots(slice(0, 1)))
+        for start in range(0, len(heap), size)
+    ]
     location, precision = (torch.cat(parts).double() for parts in zip(*found, strict=True))
     white = torch.linalg.inv(torch.linalg.cholesky(torch.cov(location.T)))
     return (location - location.mean(0)) @ white.T, white @ torch.linalg.inv(precision) @ white.T

@@ -82,11 +82,22 @@ def carry_out(experiment: Experiment, choice: Choice) -> list[Result]:
     for run in tqdm(todo, desc=folder.name, unit="run", disable=not todo):
         began, processor = time.perf_counter(), time.process_time()
         numbers = run.compute()
-        _write(folder / f"{run.name}.json", {
-            "run": run.name, **numbers, "fast": choice.fast, "seconds": round(time.perf_counter() - began, 1),
-            "processor_seconds": round(time.process_time() - processor, 1), "threads": torch.get_num_threads(),
-            "versions": {"python": platform.python_version(), "torch": torch.__version__, "pyro": pyro.__version__},
-        })
+        _write(
+            folder / f"{run.name}.json",
+            {
+                "run": run.name,
+                **numbers,
+                "fast": choice.fast,
+                "seconds": round(time.perf_counter() - began, 1),
+                "processor_seconds": round(time.process_time() - processor, 1),
+                "threads": torch.get_num_threads(),
+                "versions": {
+                    "python": platform.python_version(),
+                    "torch": torch.__version__,
+                    "pyro": pyro.__version__,
+                },
+            },
+        )
     return results(experiment, choice)
 
 

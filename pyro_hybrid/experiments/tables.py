@@ -47,7 +47,9 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows))
 
 
-def panels(names: Sequence[str], models: Sequence[str], label: str) -> tuple[Figure, dict[str, Axes]]:
+def panels(
+    names: Sequence[str], models: Sequence[str], label: str
+) -> tuple[Figure, dict[str, Axes]]:
     """A panel for each system side by side, and a legend of the models' colours below."""
     drawn = Figure(figsize=(9.0, 3.2), layout="constrained")
     axes = drawn.subplots(1, len(names), squeeze=False)[0]
@@ -55,6 +57,9 @@ def panels(names: Sequence[str], models: Sequence[str], label: str) -> tuple[Fig
         axis.set_title(name)
         axis.grid(axis="y", alpha=0.3)
     axes[0].set_ylabel(label)
-    handles = [Line2D([], [], marker="o", ls="", ms=4, color=f"C{k}", label=model) for k, model in enumerate(models)]
+    handles = [
+        Line2D([], [], marker="o", ls="", ms=4, color=f"C{k}", label=model)
+        for k, model in enumerate(models)
+    ]
     drawn.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     return drawn, dict(zip(names, axes, strict=True))

@@ -44,7 +44,9 @@ def exactly(system: System, tasks: int, shots: int, seed: int) -> Tasks:
 
 def data(system: str, seed: int, choice: Choice, tasks: int | None = None) -> tuple[Tasks, Tasks]:
     """Systems to learn from, and others to judge on; the latter are the same however many the former are."""
-    learn, judge, shots = (24, 24, 4) if choice.fast else (tasks or CASES[system].tasks, HELD_OUT, SHOTS)
+    learn, judge, shots = (
+        (24, 24, 4) if choice.fast else (tasks or CASES[system].tasks, HELD_OUT, SHOTS)
+    )
     made = CASES[system].system()
     return made.simulate(learn, shots, seed), made.simulate(judge, shots, HELD_OUT_SEED + seed)
 
@@ -77,7 +79,11 @@ class Trained:
 
     def given(self, support: Episode) -> Episode:
         """What it reads of a support: all of it, or as published one trajectory."""
-        return support.pick(torch.zeros(support.shape[0], 1, dtype=torch.long)) if self.name in ONE_BY_ONE else support
+        return (
+            support.pick(torch.zeros(support.shape[0], 1, dtype=torch.long))
+            if self.name in ONE_BY_ONE
+            else support
+        )
 
     def read(self, support: Episode | None, samples: int = 200) -> dict[str, Tensor]:
         """Draws of a task's latents from its support alone, (draw, task, component)."""
@@ -98,23 +104,32 @@ class Trained:
         assert self.reading is not None
         prior = self.model.prior
         with local_parameters():
-            mean, precision = (x.expand(support.shape[0], *x.shape[-n:]) for n, x in enumerate(prior.gaussian(None), 1))
+            mean, precision = (
+                x.expand(support.shape[0], *x.shape[-n:])
+                for n, x in enumerate(prior.gaussian(None), 1)
+            )
             problem = Problem(self.model, support, prior.sites, mean, precision)
-            start = torch.cat([prior.sites[name].unconstrained(x) for name, x in found.items()], -1).mean(0)
+            start = torch.cat(
+                [prior.sites[name].unconstrained(x) for name, x in found.items()], -1
+            ).mean(0)
             naturals = handed_out(prior.sites, self.reading(problem, start))
         return {name: prior.sites[name].distribution(natural) for name, natural in naturals.items()}
 
     @torch.no_grad()
     def latents(self, tasks: Tasks) -> Tensor:
         """Means of the latents from the support alone, (task, latent), physics first."""
-        pieces = [self.read(tasks[start : start + 100].episode().support) for start in range(0, len(tasks), 100)]
+        pieces = [
+            self.read(tasks[start : start + 100].episode().support)
+            for start in range(0, len(tasks), 100)
+        ]
         names = [*self.system.physics, "unknown"]
-        return torch.cat([torch.cat([piece[name] for name in names], -1).mean(0) for piece in pieces])
+        return torch.cat(
+            [torch.cat([piece[name] for name in names], -1).mean(0) for piece in pieces]
+        )
 
     @torch.no_grad()
     def predicted(self, episode: Episode, exact: State | None = None, samples: int = 20) -> Tensor:
-        """Mean trajectories from the support and the initial states, measured or known exactly; NaN where it diverged.
-        """
+        """Mean trajectories from the support and the initial states, measured or known exactly; NaN where it diverged."""
         latents = self.read(episode.support, samples)
         if exact is not None:
             episode = replace(episode, initial=exact)
@@ -137,13 +152,21 @@ class Trained:
             return predict(poutine.condition(self.model, latents), blank, samples)["x"].mean(0)
 
 
-def trained(system: str, model: str, seed: int, choice: Choice, tasks: int | None = None) -> Trained:
+def trained(
+    system: str, model: str, seed: int, choice: Choice, tasks: int | None = None
+) -> Trained:
     """A model trained on a system: now, or at an earlier call that left it in the folder."""
-    place = choice.folder / "models" / slug(system, model, *([f"{tasks} tasks"] if tasks else []), seed)
-    return learnt(CASES[system], model, data(system, seed, choice, tasks)[0], seed, choice.fast, place)
+    place = (
+        choice.folder / "models" / slug(system, model, *([f"{tasks} tasks"] if tasks else []), seed)
+    )
+    return learnt(
+        CASES[system], model, data(system, seed, choice, tasks)[0], seed, choice.fast, place
+    )
 
 
-def learnt(case: Case, model: str, learn: Tasks, seed: int, fast: bool = False, place: Path | None = None) -> Trained:
+def learnt(
+    case: Case, model: str, learn: Tasks, seed: int, fast: bool = False, place: Path | None = None
+) -> Trained:
     """A model trained on some tasks and ready to be asked: as it lies in its place, if it does already."""
     setting = case.setting(model)
     torch.manual_seed(seed)
@@ -152,7 +175,9 @@ def learnt(case: Case, model: str, learn: Tasks, seed: int, fast: bool = False, 
     if place and cost and place.exists() and cost.exists():
         fit, seconds = load(place, made, guide), json.loads(cost.read_text())
     else:
-        seen = replace(learn, num_support=learn.values.shape[1] - 1) if model in ONE_BY_ONE else learn
+        seen = (
+            replace(learn, num_support=learn.values.shape[1] - 1) if model in ONE_BY_ONE else learn
+        )
         began = time.process_time()
         fit = taught(made, guide, seen, setting, seed, fast)
         seconds = round(time.process_time() - began, 1)
@@ -160,7 +185,9 @@ def learnt(case: Case, model: str, learn: Tasks, seed: int, fast: bool = False, 
             fit.save(place, made, guide)
             cost.write_text(json.dumps(seconds))
     out = Trained(model, made.eval(), guide.eval(), fit, seconds)
-    final = Linearised(case.final.iterations, segments=case.final.segments) if fast else case.final  # no restarts
+    final = (
+        Linearised(case.final.iterations, segments=case.final.segments) if fast else case.final
+    )  # no restarts
     if model in (OURS, DEAF):
         made.settle(learn[:200])
     if model == OURS:
@@ -184,22 +211,47 @@ def _made(system: System, model: str, setting: Setting) -> tuple[Any, Any]:
     return made, made.guide()
 
 
-def taught(model: Any, guide: Any, tasks: Tasks, setting: Setting, seed: int, fast: bool = False) -> Fit:
+def taught(
+    model: Any, guide: Any, tasks: Tasks, setting: Setting, seed: int, fast: bool = False
+) -> Fit:
     """Train a program in place, and sharpen it if the setting says so; ``fast``, for the way and not for the result."""
     steps = 3 if fast else setting.steps
-    fit = meta_train(model, guide, tasks, steps=steps, batch_size=4 if fast else setting.batch_size,
-                     learning_rate=setting.learning_rate, seed=seed, curriculum=setting.curriculum,
-                     segments=setting.segments, average=setting.average, progress=False,
-                     callback=_growing(model, setting.correction, steps) if setting.correction else None)
+    fit = meta_train(
+        model,
+        guide,
+        tasks,
+        steps=steps,
+        batch_size=4 if fast else setting.batch_size,
+        learning_rate=setting.learning_rate,
+        seed=seed,
+        curriculum=setting.curriculum,
+        segments=setting.segments,
+        average=setting.average,
+        progress=False,
+        callback=_growing(model, setting.correction, steps) if setting.correction else None,
+    )
     if setting.sharpening:
         sharpened(model, guide, tasks, setting.sharpening, seed, fast)
     return fit
 
 
-def sharpened(model: Any, guide: Any, tasks: Tasks, end: Sharpening, seed: int, fast: bool = False) -> None:
+def sharpened(
+    model: Any, guide: Any, tasks: Tasks, end: Sharpening, seed: int, fast: bool = False
+) -> None:
     """The end of a training, in place."""
-    sharpen(model, guide, tasks, steps=1 if fast else end.steps, batch_size=4 if fast else end.batch_size,
-            reading=end.reading, memory=end.memory, width=end.width, misread=end.misread, seed=seed, progress=False)
+    sharpen(
+        model,
+        guide,
+        tasks,
+        steps=1 if fast else end.steps,
+        batch_size=4 if fast else end.batch_size,
+        reading=end.reading,
+        memory=end.memory,
+        width=end.width,
+        misread=end.misread,
+        seed=seed,
+        progress=False,
+    )
 
 
 def _growing(model: MetaHybridVAE, weight: float, steps: int) -> Callable[[int, Fit], None]:

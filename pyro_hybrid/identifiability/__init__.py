@@ -14,5 +14,19 @@ from pyro_hybrid.identifiability.samples import how_many, shots_curve, tasks_cur
 from pyro_hybrid.identifiability.separability import disentangle, judge_separability, separable
 from pyro_hybrid.identifiability.weights import weights_of
 
-__all__ = ["MCC", "Certificate", "Check", "certify", "disentangle", "how_many", "judge_meta_parameters",
-           "judge_separability", "mcc", "meta_parameters", "separable", "shots_curve", "tasks_curve", "weights_of"]
+__all__ = [
+    "MCC",
+    "Certificate",
+    "Check",
+    "certify",
+    "disentangle",
+    "how_many",
+    "judge_meta_parameters",
+    "judge_separability",
+    "mcc",
+    "meta_parameters",
+    "separable",
+    "shots_curve",
+    "tasks_curve",
+    "weights_of",
+]

@@ -60,7 +60,9 @@ class Ambiguity(NamedTuple):
     condition: float
 
 
-def ambiguity(one: Tensor | NDArray[Any], other: Tensor | NDArray[Any], *, seed: int = 0) -> Ambiguity:
+def ambiguity(
+    one: Tensor | NDArray[Any], other: Tensor | NDArray[Any], *, seed: int = 0
+) -> Ambiguity:
     r"""How two recoveries of the same tasks' latents relate, of independent trainings, or of one and the truth.
 
     .. math::
@@ -101,13 +103,28 @@ def ambiguity(one: Tensor | NDArray[Any], other: Tensor | NDArray[Any], *, seed:
     small, large = sorted((u, v), key=lambda side: side.shape[1])
     matched = _strong(large, small, weights)
     counting = [r for r in (from_other, from_one) if r.shape[1] == small.shape[1]]
-    identity, permutation, linear = (_worst(r) for r in (_unaligned_r(x, y, weights), matched, np.hstack(counting)))
-    established: dict[Kind, bool] = {"identity": _holds(identity), "permutation": _holds(permutation),
-                                     "linear": _holds(linear), "none": True}
+    identity, permutation, linear = (
+        _worst(r) for r in (_unaligned_r(x, y, weights), matched, np.hstack(counting))
+    )
+    established: dict[Kind, bool] = {
+        "identity": _holds(identity),
+        "permutation": _holds(permutation),
+        "linear": _holds(linear),
+        "none": True,
+    }
     matrix = np.asarray(np.linalg.lstsq(v, u, rcond=None)[0].T, dtype=np.float64)
-    return Ambiguity(next(kind for kind, holds in established.items() if holds), *linear, from_other[0],
-                     from_one[0], float(matched[0].mean()), matched[0], *permutation, *identity, matrix,
-                     float(np.linalg.cond(matrix)))
+    return Ambiguity(
+        next(kind for kind, holds in established.items() if holds),
+        *linear,
+        from_other[0],
+        from_one[0],
+        float(matched[0].mean()),
+        matched[0],
+        *permutation,
+        *identity,
+        matrix,
+        float(np.linalg.cond(matrix)),
+    )
 
 
 def judge_ambiguity(numbers: Ambiguity) -> Check:
@@ -117,13 +134,23 @@ def judge_ambiguity(numbers: Ambiguity) -> Check:
         numbers: what :func:`ambiguity` returned.
     """
     linear = numbers.linear, numbers.linear_interval
-    relations = {"identity": (numbers.identity, numbers.identity_interval),
-                 "permutation": (numbers.worst, numbers.worst_interval)}
-    named = relations.get(numbers.kind, linear)  # is linear as well, and with few tasks better known than a fitted map
+    relations = {
+        "identity": (numbers.identity, numbers.identity_interval),
+        "permutation": (numbers.worst, numbers.worst_interval),
+    }
+    named = relations.get(
+        numbers.kind, linear
+    )  # is linear as well, and with few tasks better known than a fitted map
     value, interval = linear if _holds(linear) else named
-    return judged("residual ambiguity", value, interval, AGREE, _why(numbers) + _counted(numbers),
-                  "Train both longer, and on more tasks. If that doesn't help, the latents are not identified: vary "
-                  "the supports more, add shots, or take latents away.")
+    return judged(
+        "residual ambiguity",
+        value,
+        interval,
+        AGREE,
+        _why(numbers) + _counted(numbers),
+        "Train both longer, and on more tasks. If that doesn't help, the latents are not identified: vary "
+        "the supports more, add shots, or take latents away.",
+    )
 
 
 def _why(numbers: Ambiguity) -> str:
@@ -142,7 +169,11 @@ def _why(numbers: Ambiguity) -> str:
 
 def _counted(numbers: Ambiguity) -> str:
     fewer, more = sorted(numbers.matrix.shape)
-    return "" if fewer == more else f"; what counts is the {fewer} latents of one side, from the other's {more}"
+    return (
+        ""
+        if fewer == more
+        else f"; what counts is the {fewer} latents of one side, from the other's {more}"
+    )
 
 
 def _unaligned_r(x: Array, y: Array, weights: Array) -> Array:

@@ -53,14 +53,19 @@ class Certificate:
         for check in (*self.conditions, *self.further):
             if check.condition.startswith(condition):
                 return check
-        raise KeyError(f"{condition!r} isn't among {[c.condition for c in (*self.conditions, *self.further)]}")
+        raise KeyError(
+            f"{condition!r} isn't among {[c.condition for c in (*self.conditions, *self.further)]}"
+        )
 
     def __str__(self) -> str:
         name = max((len(check.condition) for check in (*self.conditions, *self.further)), default=9)
-        blocks = [SAYS[self.verdict],
-                  f"({self.systems} system{'s' * (self.systems != 1)}, supports of {self.shots} "
-                  f"shot{'s' * (self.shots != 1)}; {self.seconds:.0f} s)", "",
-                  _row("condition", "verdict", "value [95%]", "wanted", "why, and what to do", name)]
+        blocks = [
+            SAYS[self.verdict],
+            f"({self.systems} system{'s' * (self.systems != 1)}, supports of {self.shots} "
+            f"shot{'s' * (self.shots != 1)}; {self.seconds:.0f} s)",
+            "",
+            _row("condition", "verdict", "value [95%]", "wanted", "why, and what to do", name),
+        ]
         blocks += [_lines(check, name) for check in self.conditions]
         if self.further:
             blocks += ["", "beyond the theorem"] + [_lines(check, name) for check in self.further]
@@ -68,9 +73,14 @@ class Certificate:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything that was judged, as JSON can hold it."""
-        return {"verdict": self.verdict, "systems": self.systems, "shots": self.shots,
-                "seconds": round(self.seconds, 1), "conditions": [check.to_dict() for check in self.conditions],
-                "further": [check.to_dict() for check in self.further]}
+        return {
+            "verdict": self.verdict,
+            "systems": self.systems,
+            "shots": self.shots,
+            "seconds": round(self.seconds, 1),
+            "conditions": [check.to_dict() for check in self.conditions],
+            "further": [check.to_dict() for check in self.further],
+        }
 
     def plot(self) -> Figure:
         """A picture of every number that was judged, with its threshold."""
@@ -84,13 +94,18 @@ def _lines(check: Check, name: int) -> str:
     value = "" if math.isnan(check.value) else f"{_short(check.value)} {_span(check.interval)}"
     row = _row(check.condition, status, value, str(check.threshold or ""), check.why, name)
     space = " " * (name + 53)
-    remedy = textwrap.wrap(f"-> {check.remedy}", WIDTH, initial_indent=space, subsequent_indent=space + "   ")
+    remedy = textwrap.wrap(
+        f"-> {check.remedy}", WIDTH, initial_indent=space, subsequent_indent=space + "   "
+    )
     return "\n".join([row, *remedy] if check.remedy else [row])
 
 
 def _row(condition: str, status: str, value: str, wanted: str, why: str, name: int) -> str:
     first = f"{condition:<{name}}  {status:<11}  {value:<27}  {wanted:<7}  "
-    return textwrap.fill(why, WIDTH, initial_indent=first, subsequent_indent=" " * (name + 53)) or first.rstrip()
+    return (
+        textwrap.fill(why, WIDTH, initial_indent=first, subsequent_indent=" " * (name + 53))
+        or first.rstrip()
+    )
 
 
 def _span(interval: tuple[float, float]) -> str:

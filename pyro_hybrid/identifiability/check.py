@@ -54,19 +54,42 @@ class Check(NamedTuple):
 
     def to_dict(self) -> dict[str, Any]:
         """Numbers and texts as JSON has them: NaN and infinities as None."""
+
         def number(x: float) -> float | None:
             return float(x) if math.isfinite(x) else None
 
-        threshold = None if self.threshold is None else dict(zip(self.threshold._fields, self.threshold, strict=True))
-        return {**self._asdict(), "value": number(self.value), "interval": [number(x) for x in self.interval],
-                "threshold": threshold}
+        threshold = (
+            None
+            if self.threshold is None
+            else dict(zip(self.threshold._fields, self.threshold, strict=True))
+        )
+        return {
+            **self._asdict(),
+            "value": number(self.value),
+            "interval": [number(x) for x in self.interval],
+            "threshold": threshold,
+        }
 
 
-def judged(condition: str, value: float, interval: Interval, threshold: Threshold, why: str, remedy: str = "") -> Check:
+def judged(
+    condition: str,
+    value: float,
+    interval: Interval,
+    threshold: Threshold,
+    why: str,
+    remedy: str = "",
+) -> Check:
     """A check decided by its interval alone; the remedy is left out where the condition holds."""
     status = threshold.judge(interval)
-    return Check(condition, status, float(value), (float(interval[0]), float(interval[1])), threshold, why,
-                 "" if status == "holds" else remedy)
+    return Check(
+        condition,
+        status,
+        float(value),
+        (float(interval[0]), float(interval[1])),
+        threshold,
+        why,
+        "" if status == "holds" else remedy,
+    )
 
 
 def unchecked(condition: str, why: str, remedy: str = "") -> Check:

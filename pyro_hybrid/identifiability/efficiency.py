@@ -41,8 +41,14 @@ class Efficiency(NamedTuple):
 
 
 @torch.no_grad()
-def efficiency(program: Program, tasks: Tasks, reading: Reading, *, truth: Mapping[str, Tensor] | None = None,
-               seed: int = 0) -> Efficiency:
+def efficiency(
+    program: Program,
+    tasks: Tasks,
+    reading: Reading,
+    *,
+    truth: Mapping[str, Tensor] | None = None,
+    seed: int = 0,
+) -> Efficiency:
     r"""Errors of what is read from supports, in units of the Cramér-Rao bound.
 
     .. math:: \operatorname{E} (\hat z_i - z_i)^2 \;\ge\; \operatorname{E} \bigl[(J^\top W J)^{-1}\bigr]_{ii}
@@ -59,26 +65,46 @@ def efficiency(program: Program, tasks: Tasks, reading: Reading, *, truth: Mappi
         seed: of the resampling.
     """
     mean = reading.coordinates()[0]
-    require(truth is not None or len(mean) > 1, "two supports or more of each task, or the truth", "one support",
-            "Read smaller supports: read(..., shots=...).")
+    require(
+        truth is not None or len(mean) > 1,
+        "two supports or more of each task, or the truth",
+        "one support",
+        "Read smaller supports: read(..., shots=...).",
+    )
     support = tasks.shots(slice(0, reading.shots))
     problem = posed(program, replace(support, support=support), reading, mean[0])
     fisher, spread = information(problem, mean[0]), reading.spread()[1]
     inverse = torch.linalg.pinv(fisher, hermitian=True)
     blind = torch.linalg.eigvalsh(fisher * spread * spread.unsqueeze(-1))[:, 0] < BLIND**2
     if truth is None:
-        names, error, bound = reading.names, 0.5 * (mean[0] - mean[1]).square(), inverse.diagonal(dim1=-2, dim2=-1)
+        names, error, bound = (
+            reading.names,
+            0.5 * (mean[0] - mean[1]).square(),
+            inverse.diagonal(dim1=-2, dim2=-1),
+        )
     else:
         names = names_of({name: value.shape[-1] for name, value in truth.items()})
         step = 1e-5 * spread
-        slope = (reading.constrained(mean[0] + step) - reading.constrained(mean[0] - step)) / (2.0 * step)
-        error, map_ = _linear(reading.constrained(mean[0]), torch.cat([value.double() for value in truth.values()], -1))
+        slope = (reading.constrained(mean[0] + step) - reading.constrained(mean[0] - step)) / (
+            2.0 * step
+        )
+        error, map_ = _linear(
+            reading.constrained(mean[0]),
+            torch.cat([value.double() for value in truth.values()], -1),
+        )
         inverse = slope.unsqueeze(-1) * inverse * slope.unsqueeze(-2)
         bound = torch.einsum("ia,tij,ja->ta", map_, inverse, map_)
     bound = bound.masked_fill(blind.unsqueeze(-1), torch.inf)
-    rows = torch.randint(len(error), (RESAMPLES, len(error)), generator=torch.Generator().manual_seed(seed))
-    return Efficiency(names, "halves" if truth is None else "truth", error.mean(0), bound.mean(0),
-                      error[rows].mean(1) / bound[rows].mean(1))
+    rows = torch.randint(
+        len(error), (RESAMPLES, len(error)), generator=torch.Generator().manual_seed(seed)
+    )
+    return Efficiency(
+        names,
+        "halves" if truth is None else "truth",
+        error.mean(0),
+        bound.mean(0),
+        error[rows].mean(1) / bound[rows].mean(1),
+    )
 
 
 def _linear(z: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
@@ -96,14 +122,34 @@ def _linear(z: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
 def judge_efficiency(found: Efficiency) -> Check:
     """The latent whose error is the largest multiple of its bound."""
     if not torch.isfinite(found.bound).all():
-        return unchecked("efficiency", "in some systems a direction of the latents isn't seen at all", "See (ii).")
+        return unchecked(
+            "efficiency",
+            "in some systems a direction of the latents isn't seen at all",
+            "See (ii).",
+        )
     ratio = found.error / found.bound
     worst = int(ratio.argmax())
-    low, high = found.ratios[:, worst].quantile(torch.tensor([0.025, 0.975], dtype=ratio.dtype)).tolist()
+    low, high = (
+        found.ratios[:, worst].quantile(torch.tensor([0.025, 0.975], dtype=ratio.dtype)).tolist()
+    )
     interval: Interval = (low, high)
-    why = ("mean squared error over Cramér-Rao bound, " + ", ".join(
-        f"{name} {value:.3g}" for name, value in zip(found.names, ratio.tolist(), strict=True)) +
-        (" (after a linear map to the truth)" if found.against == "truth" else " (between halves of a task)"))
-    return judged("efficiency", float(ratio[worst]), interval, RATIO, why,
-                  "Read supports with evidence=ph.Linearised(...), with restarts for tasks in a wrong optimum; "
-                  "what remains is the neural term's own error.")
+    why = (
+        "mean squared error over Cramér-Rao bound, "
+        + ", ".join(
+            f"{name} {value:.3g}" for name, value in zip(found.names, ratio.tolist(), strict=True)
+        )
+        + (
+            " (after a linear map to the truth)"
+            if found.against == "truth"
+            else " (between halves of a task)"
+        )
+    )
+    return judged(
+        "efficiency",
+        float(ratio[worst]),
+        interval,
+        RATIO,
+        why,
+        "Read supports with evidence=ph.Linearised(...), with restarts for tasks in a wrong optimum; "
+        "what remains is the neural term's own error.",
+    )

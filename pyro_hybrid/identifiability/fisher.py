@@ -47,7 +47,9 @@ def posed(program: Program, episode: Episode, reading: Reading, points: Tensor) 
     """
     modules = program.modules() if isinstance(program, nn.Module) else ()
     if any(isinstance(module, SupportPrior) and module.evidence for module in modules):
-        episode = replace(episode, support=None)  # latents are given, and reading it again would take longest
+        episode = replace(
+            episode, support=None
+        )  # latents are given, and reading it again would take longest
     flat = torch.diag_embed(1e-9 * reading.spread()[1].square().reciprocal().expand_as(points))
     return Problem(in_double(program), episode.double(), reading.families, points, flat)
 
@@ -68,14 +70,28 @@ def fisher(model: Program, guide: Program, episode: Episode, reading: Reading) -
         reading: families and spread of the latents.
     """
     found = draws(model, guide, episode, DRAWS)
-    points = torch.cat([family.unconstrained(found[name].double()) for name, family in reading.families.items()], -1)
+    points = torch.cat(
+        [family.unconstrained(found[name].double()) for name, family in reading.families.items()],
+        -1,
+    )
     spread = reading.spread()[1]
     problem = posed(model, episode, reading, points[0])
-    scaled = torch.stack([information(problem, point) for point in points]) * spread * spread.unsqueeze(-1)
-    scaled = scaled.where(torch.isfinite(scaled).all(-1, keepdim=True).all(-2, keepdim=True), 0.0)  # as if it diverged
+    scaled = (
+        torch.stack([information(problem, point) for point in points])
+        * spread
+        * spread.unsqueeze(-1)
+    )
+    scaled = scaled.where(
+        torch.isfinite(scaled).all(-1, keepdim=True).all(-2, keepdim=True), 0.0
+    )  # as if it diverged
     values, vectors = torch.linalg.eigh(scaled)
-    return Fisher(reading.names, points, scaled, values.clamp(min=0.0).sqrt(),
-                  vectors[..., 0].square().flatten(0, -2).mean(0))
+    return Fisher(
+        reading.names,
+        points,
+        scaled,
+        values.clamp(min=0.0).sqrt(),
+        vectors[..., 0].square().flatten(0, -2).mean(0),
+    )
 
 
 def judge_fisher(found: Fisher) -> Check:
@@ -85,7 +101,16 @@ def judge_fisher(found: Fisher) -> Check:
     typical = found.singular.flatten(0, -2).median(0).values
     lost, who = int((typical < SEEN.fails).sum()), culprits(found.names, found.weakest, least=0.02)
     move = "moves" if lost == 1 else "move"
-    why = (f"{lost} of {len(found.names)} directions {move} no observation by the noise: {who}" if lost else
-           f"what {who} moves least, in standard deviations of the noise")
-    return judged("injectivity, local (ii)", value, (low, high), SEEN, why,
-                  f"Fix or merge what only counts together ({who}), drop what the field ignores, or observe more.")
+    why = (
+        f"{lost} of {len(found.names)} directions {move} no observation by the noise: {who}"
+        if lost
+        else f"what {who} moves least, in standard deviations of the noise"
+    )
+    return judged(
+        "injectivity, local (ii)",
+        value,
+        (low, high),
+        SEEN,
+        why,
+        f"Fix or merge what only counts together ({who}), drop what the field ignores, or observe more.",
+    )

@@ -45,7 +45,10 @@ def misfit(model: Program, guide: Program, episode: Episode, *, num_samples: int
         episode: trajectories of some tasks, with their support.
         num_samples: draws from the posterior, for their median.
     """
-    middle = {name: value.median(0).values for name, value in draws(model, guide, episode, num_samples).items()}
+    middle = {
+        name: value.median(0).values
+        for name, value in draws(model, guide, episode, num_samples).items()
+    }
     total, count = torch.zeros(2, episode.shape[0], dtype=torch.float64)
     with local_parameters():
         sites = observed(model, episode, middle)[0]
@@ -62,16 +65,24 @@ def judge_fit(found: Misfit, *, seed: int = 0) -> Check:
     """By what factor the typical task's errors are larger or smaller than the noise that the program claims."""
     generator, tasks = torch.Generator().manual_seed(seed), len(found.error)
     if tasks == 0:
-        return unchecked("fit", "of no system is anything observed but its support",
-                         "Take fewer shots into the support, or record more.")
+        return unchecked(
+            "fit",
+            "of no system is anything observed but its support",
+            "Take fewer shots into the support, or record more.",
+        )
     rows = torch.randint(tasks, (RESAMPLES, tasks), generator=generator)
     resampled = _factor(found.error[rows].median(1).values)
     middle = float(found.error.median().sqrt())
-    why = (f"errors are typically {middle:.2g} times the noise that the program claims, "
-           f"{float(found.error.max().sqrt()):.2g} times in the worst of {tasks} system{'s' * (tasks > 1)}")
+    why = (
+        f"errors are typically {middle:.2g} times the noise that the program claims, "
+        f"{float(found.error.max().sqrt()):.2g} times in the worst of {tasks} system{'s' * (tasks > 1)}"
+    )
     interval = float(resampled.quantile(0.025)), float(resampled.quantile(0.975))
-    remedy = ("Learn the noise, or train until it has come down." if middle < 1.0 else
-              "Train longer, or let the neural term express what is missing: the theorem speaks of an ELBO's maximum.")
+    remedy = (
+        "Learn the noise, or train until it has come down."
+        if middle < 1.0
+        else "Train longer, or let the neural term express what is missing: the theorem speaks of an ELBO's maximum."
+    )
     check = judged("fit", float(_factor(found.error.median())), interval, FACTOR, why, remedy)
     # A noise that is still too large says that the ELBO can rise, but not that anything is beyond the program.
     return check._replace(status="undecided") if check.status == "fails" and middle < 1.0 else check

@@ -13,7 +13,9 @@ __all__ = ["generalised", "weakest"]
 THROUGH, ROUNDS, STARTS, ALIKE = 60, 6, 12, 0.99
 
 
-def weakest(natural: Tensor, inverse: Tensor, counts: Tensor, start: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def weakest(
+    natural: Tensor, inverse: Tensor, counts: Tensor, start: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     r"""The least loss over hyperplanes, with those of the directions orthogonal to its own, and that direction.
 
     .. math:: \min_{v, c} \; \tfrac12 \sum_t w_t \frac{(v^\top \lambda_t - c)^2}{v^\top G_t^{-1} v}
@@ -27,15 +29,23 @@ def weakest(natural: Tensor, inverse: Tensor, counts: Tensor, start: Tensor | No
     weight = (counts / counts.sum() / len(natural)).expand(natural.shape[:2]).flatten()
     problem = natural.flatten(0, 1), inverse.flatten(0, 1), weight
     starts = _starts(*problem) if start is None else [start]
-    ends = [minimize(_loss, begun.numpy(), args=problem, jac=True, method="BFGS", options={"gtol": 1e-12})
-            for begun in starts]
+    ends = [
+        minimize(
+            _loss, begun.numpy(), args=problem, jac=True, method="BFGS", options={"gtol": 1e-12}
+        )
+        for begun in starts
+    ]
     best = min(ends, key=lambda end: end.fun)
     direction = natural.new_tensor(best.x)
     values = 0.5 * _reweighted(direction.unsqueeze(0), *problem)[0][0]
-    return values.clamp(min=best.fun).index_fill(0, torch.tensor(0), best.fun), direction / direction.norm()
+    return values.clamp(min=best.fun).index_fill(
+        0, torch.tensor(0), best.fun
+    ), direction / direction.norm()
 
 
-def _loss(direction: NDArray[np.float64], natural: Tensor, inverse: Tensor, weight: Tensor) -> tuple[float, Tensor]:
+def _loss(
+    direction: NDArray[np.float64], natural: Tensor, inverse: Tensor, weight: Tensor
+) -> tuple[float, Tensor]:
     """The divergence to the best hyperplane across a direction, and its gradient."""
     across = torch.from_numpy(direction)
     turned = inverse @ across
@@ -65,7 +75,9 @@ def _starts(natural: Tensor, inverse: Tensor, weight: Tensor) -> list[Tensor]:
     return kept
 
 
-def _reweighted(direction: Tensor, natural: Tensor, inverse: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def _reweighted(
+    direction: Tensor, natural: Tensor, inverse: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor]:
     """The eigenproblem that each direction would solve if the bound of every task stayed as it is there."""
     share = weight / torch.einsum("si,tij,sj->st", direction, inverse, direction)
     centre = share @ natural / share.sum(1, keepdim=True)

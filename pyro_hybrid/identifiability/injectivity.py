@@ -18,7 +18,10 @@ from pyro_hybrid.tasks import Episode
 __all__ = ["Twins", "judge_twins", "twins"]
 
 ALONE = Threshold(holds=0.9, fails=0.9)  # share of systems without a twin
-APART, WITHIN = 1.0, 3.0  # spreads: twins are further from each other, and nearer to the other systems
+APART, WITHIN = (
+    1.0,
+    3.0,
+)  # spreads: twins are further from each other, and nearer to the other systems
 ALIKE = 1.0  # standard deviations of the noise, over all observations together
 STARTS, ROUNDS, ITERATIONS = 8, 4, 4
 HELD = 8  # so many latents of a shot, and they stay where they are: each costs a solve
@@ -49,21 +52,35 @@ class _Against(Problem):
 
     def __init__(self, problem: Problem, task: Tensor) -> None:
         self.__dict__.update(problem.__dict__)
-        self._there, self._shot = problem.errors(task.unsqueeze(0), problem.shot_mean.unsqueeze(0)), problem.shot_mean
+        self._there, self._shot = (
+            problem.errors(task.unsqueeze(0), problem.shot_mean.unsqueeze(0)),
+            problem.shot_mean,
+        )
         self._held = problem.m > HELD
         if self._held:
-            self.m, self.shot_mean, self.shot_weight = 0, self.shot_mean[..., :0], self.shot_weight[..., :0]
+            self.m, self.shot_mean, self.shot_weight = (
+                0,
+                self.shot_mean[..., :0],
+                self.shot_weight[..., :0],
+            )
 
     def errors(self, task: Tensor, shot: Tensor) -> Tensor:
         return super().errors(task, self._shot.unsqueeze(0) if self._held else shot) - self._there
 
     def distance(self, task: Tensor) -> Tensor:
         """Between the trajectories there and at the point, in standard deviations of the noise."""
-        return self.errors(task.unsqueeze(0), self.shot_mean.unsqueeze(0))[0].square().sum((1, 2)).sqrt()
+        return (
+            self.errors(task.unsqueeze(0), self.shot_mean.unsqueeze(0))[0]
+            .square()
+            .sum((1, 2))
+            .sqrt()
+        )
 
 
 @torch.no_grad()
-def twins(program: Program, episode: Episode, reading: Reading, found: Fisher, *, progress: bool = True) -> Twins:
+def twins(
+    program: Program, episode: Episode, reading: Reading, found: Fisher, *, progress: bool = True
+) -> Twins:
     """Descend from many starts towards the trajectories of a point, and see whether another point is reached.
 
     Starts are mirror images of the point in every latent (about zero, and about the systems' centre), both ends of its
@@ -81,7 +98,9 @@ def twins(program: Program, episode: Episode, reading: Reading, found: Fisher, *
     problem = _Against(posed(program, episode, reading, point), point)
     starts = _starts(point, centre, spread, found)
     best, distance = torch.full_like(point, torch.nan), torch.full_like(point[:, 0], torch.inf)
-    for start in tqdm(starts, desc="hunting for twins", unit="start", leave=False, disable=not progress):
+    for start in tqdm(
+        starts, desc="hunting for twins", unit="start", leave=False, disable=not progress
+    ):
         end = _descend(problem, start)
         for place, away in ((start, problem.distance(start)), (end.task, end.cost.sqrt())):
             far = ((place - point) / spread).norm(dim=-1) > APART
@@ -89,8 +108,14 @@ def twins(program: Program, episode: Episode, reading: Reading, found: Fisher, *
             better = far & near & (away < distance)
             best = torch.where(better.unsqueeze(-1), place, best)
             distance = torch.where(better, away, distance)
-    return Twins(reading.names, reading.constrained(point), reading.constrained(best), (best - point) / spread,
-                 distance, len(starts))
+    return Twins(
+        reading.names,
+        reading.constrained(point),
+        reading.constrained(best),
+        (best - point) / spread,
+        distance,
+        len(starts),
+    )
 
 
 def _descend(problem: Problem, start: Tensor) -> Point:
@@ -128,8 +153,14 @@ def judge_twins(found: Twins) -> Check:
         why = f"in {found.hunts} hunts for each of {tasks} systems the closest pair was {_pair(found, nearest)}"
     else:
         why = f"{found.hunts} hunts for a twin of each of {tasks} systems all led back to it"
-    return judged("injectivity, global (ii)", 1.0 - count / tasks, _share(tasks - count, tasks), ALONE, why,
-                  "Restrict the latents to where the program is one-to-one: a positive family, a fixed sign or order.")
+    return judged(
+        "injectivity, global (ii)",
+        1.0 - count / tasks,
+        _share(tasks - count, tasks),
+        ALONE,
+        why,
+        "Restrict the latents to where the program is one-to-one: a positive family, a fixed sign or order.",
+    )
 
 
 def _share(count: int, of: int) -> Interval:
@@ -142,5 +173,7 @@ def _share(count: int, of: int) -> Interval:
 def _pair(found: Twins, i: int) -> str:
     apart = found.apart[i].abs()
     moved = [j for j in apart.argsort(descending=True).tolist() if apart[j] > 0.1 * apart.max()]
-    values = ", ".join(f"{found.names[j]} {found.first[i, j]:.3g} and {found.second[i, j]:.3g}" for j in moved[:3])
+    values = ", ".join(
+        f"{found.names[j]} {found.first[i, j]:.3g} and {found.second[i, j]:.3g}" for j in moved[:3]
+    )
     return f"({values}), whose trajectories differ by {found.distance[i]:.2g} standard deviations of the noise"

@@ -69,12 +69,22 @@ class MCC(NamedTuple):
     pca: Scores | None
 
     def __str__(self) -> str:
-        names = ["strong (Pearson)", "strong (Spearman)", "weak", *(f"linear R {i}" for i in range(len(self.linear_r)))]
+        names = [
+            "strong (Pearson)",
+            "strong (Spearman)",
+            "weak",
+            *(f"linear R {i}" for i in range(len(self.linear_r))),
+        ]
         controls = [self.random] if self.pca is None else [self.random, self.pca]
         columns = [np.hstack(scores) for scores in (self.score, self.low, self.high, *controls)]
-        lines = [f"{'':<18}{'score':>6}{'95% interval':>16}{'random':>8}" + ("" if self.pca is None else f"{'PCA':>7}")]
+        lines = [
+            f"{'':<18}{'score':>6}{'95% interval':>16}{'random':>8}"
+            + ("" if self.pca is None else f"{'PCA':>7}")
+        ]
         for name, score, low, high, *others in zip(names, *columns, strict=True):
-            control = "".join(f"{other:>{width}.3f}" for other, width in zip(others, (8, 7), strict=False))
+            control = "".join(
+                f"{other:>{width}.3f}" for other, width in zip(others, (8, 7), strict=False)
+            )
             lines.append(f"{name:<18}{score:>6.3f}{f'{low:.3f} to {high:.3f}':>16}{control}")
         return "\n".join(lines)
 
@@ -130,27 +140,52 @@ def mcc(
         linear R 1         1.000  1.000 to 1.000   0.000
         linear R 2         1.000  1.000 to 1.000   0.000
     """
-    require(method in ("pearson", "spearman"), "method 'pearson' or 'spearman'", repr(method), "Choose one of the two.")
+    require(
+        method in ("pearson", "spearman"),
+        "method 'pearson' or 'spearman'",
+        repr(method),
+        "Choose one of the two.",
+    )
     z_hat, z = _same_tasks("estimate", estimate, "truth", truth)
     observed = None if data is None else _flattened(data, len(z))
-    matched, assignment = _match(*(rankdata(v, axis=0) if method == "spearman" else v for v in (z_hat, z)))
+    matched, assignment = _match(
+        *(rankdata(v, axis=0) if method == "spearman" else v for v in (z_hat, z))
+    )
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(z))
     z_hat, z = z_hat[order], z[order]
     score = _score(z_hat, z)
-    low, high = (_scores(end) for end in zip(*map(_interval, _kinds(z_hat, z, _weights(rng, len(z)))), strict=True))
+    low, high = (
+        _scores(end)
+        for end in zip(*map(_interval, _kinds(z_hat, z, _weights(rng, len(z)))), strict=True)
+    )
     noises = zip(*(_score(rng.normal(size=z_hat.shape), z) for _ in range(NOISES)), strict=True)
     random = _scores(np.mean(draws, axis=0) for draws in noises)
     pca = None if observed is None else _score(_principal(observed, z_hat.shape[1])[order], z)
-    return MCC(float(matched.mean()), matched, assignment, score.weak, score.linear_r, score, low, high, random, pca)
+    return MCC(
+        float(matched.mean()),
+        matched,
+        assignment,
+        score.weak,
+        score.linear_r,
+        score,
+        low,
+        high,
+        random,
+        pca,
+    )
 
 
 def _kinds(estimate: Array, truth: Array, weights: Array) -> tuple[Array, Array, Array, Array]:
     """Every kind of :class:`Scores` under each row of weights of the tasks, stacked along the first axis."""
     x, y = _standardise(estimate), _standardise(truth)
     ranks = rankdata(x, axis=0), rankdata(y, axis=0)
-    return (_strong(x, y, weights).mean(1), _strong(*ranks, weights).mean(1), _held_out_cca(x, y, weights),
-            _cross_validated_r(x, y, weights))
+    return (
+        _strong(x, y, weights).mean(1),
+        _strong(*ranks, weights).mean(1),
+        _held_out_cca(x, y, weights),
+        _cross_validated_r(x, y, weights),
+    )
 
 
 def _scores(kinds: Iterable[Any]) -> Scores:
@@ -175,16 +210,24 @@ def _interval(resampled: Array) -> Array:
 def _same_tasks(name: str, value: Any, other_name: str, other: Any) -> tuple[Array, Array]:
     """Both as matrices of the same, sufficiently many tasks."""
     x, y = _pooled(name, value), _pooled(other_name, other)
-    require(len(x) == len(y), f"one row a task in both {name} and {other_name}", f"{len(x)} and {len(y)} rows",
-            "Pass both for the same tasks, in the same order.")
+    require(
+        len(x) == len(y),
+        f"one row a task in both {name} and {other_name}",
+        f"{len(x)} and {len(y)} rows",
+        "Pass both for the same tasks, in the same order.",
+    )
     _require_tasks(f"{name} and {other_name}", len(y), max(x.shape[1], y.shape[1]))
     return x, y
 
 
 def _flattened(data: Tensor | NDArray[Any], tasks: int) -> Array:
     """One row of observations a task."""
-    require(data.ndim > 0 and len(data) == tasks, f"data of {tasks} tasks, those of the estimate",
-            f"shape {tuple(data.shape)}", "Pass what each task's latents were recovered from, one entry a task.")
+    require(
+        data.ndim > 0 and len(data) == tasks,
+        f"data of {tasks} tasks, those of the estimate",
+        f"shape {tuple(data.shape)}",
+        "Pass what each task's latents were recovered from, one entry a task.",
+    )
     return _matrix("data", data.reshape(tasks, -1))
 
 
@@ -192,41 +235,69 @@ def _principal(data: Array, components: int) -> Array:
     """The first principal components, as many as vary."""
     left, singular, _ = np.linalg.svd(data - data.mean(0), full_matrices=False)
     varying = singular > 1e-10 * np.abs(data).max() * np.sqrt(data.size)
-    require(bool(varying.any()), "data that vary over tasks", "the same for all", "Pass each task's own observations.")
+    require(
+        bool(varying.any()),
+        "data that vary over tasks",
+        "the same for all",
+        "Pass each task's own observations.",
+    )
     return (left * singular)[:, varying][:, :components]
 
 
 def _matrix(name: str, value: object) -> Array:
     """``value`` as a finite float64 matrix (task, component)."""
-    require(isinstance(value, (Tensor, np.ndarray)), f"{name} to be a torch tensor or a numpy array",
-            type(value).__name__, f"Convert it: torch.as_tensor({name}).", TypeError)
-    array = np.asarray(value.detach().cpu().double() if isinstance(value, Tensor) else value, dtype=np.float64)
-    require(array.ndim == 2 and array.size > 0, f"{name} of shape (tasks, components)", f"shape {array.shape}",
-            "One row a task, pooled over tasks; a single latent is [:, None].")
+    require(
+        isinstance(value, (Tensor, np.ndarray)),
+        f"{name} to be a torch tensor or a numpy array",
+        type(value).__name__,
+        f"Convert it: torch.as_tensor({name}).",
+        TypeError,
+    )
+    array = np.asarray(
+        value.detach().cpu().double() if isinstance(value, Tensor) else value, dtype=np.float64
+    )
+    require(
+        array.ndim == 2 and array.size > 0,
+        f"{name} of shape (tasks, components)",
+        f"shape {array.shape}",
+        "One row a task, pooled over tasks; a single latent is [:, None].",
+    )
     bad = np.argwhere(~np.isfinite(array))
     if len(bad):
         row, column = bad[0].tolist()
-        fail(f"finite {name}", f"{array[row, column]} in task {row}, component {column} ({len(bad)} such entries)",
-             "Drop these tasks from both sides, or find out why inference failed on them.")
+        fail(
+            f"finite {name}",
+            f"{array[row, column]} in task {row}, component {column} ({len(bad)} such entries)",
+            "Drop these tasks from both sides, or find out why inference failed on them.",
+        )
     return array
 
 
 def _pooled(name: str, value: Tensor | NDArray[Any]) -> Array:
     """``value`` as a matrix whose every column varies by more than the rounding of its own precision."""
     array = _matrix(name, value)
-    rounding = 8 * (1e-7 if value.dtype in (torch.float32, np.float32) else 1e-16) * np.abs(array).max(0)
+    rounding = (
+        8 * (1e-7 if value.dtype in (torch.float32, np.float32) else 1e-16) * np.abs(array).max(0)
+    )
     constant = np.flatnonzero(np.ptp(array, axis=0) <= rounding)
-    require(not len(constant), f"every component of {name} to vary over tasks",
-            f"component {constant.tolist()} constant over {len(array)} tasks",
-            "Its correlation is undefined: drop the column, or take latents that respond to the support.")
+    require(
+        not len(constant),
+        f"every component of {name} to vary over tasks",
+        f"component {constant.tolist()} constant over {len(array)} tasks",
+        "Its correlation is undefined: drop the column, or take latents that respond to the support.",
+    )
     return array
 
 
 def _require_tasks(name: str, tasks: int, components: int) -> None:
     """Each half of the tasks must overdetermine a linear map with intercept."""
     least = 2 * (components + 1) + 1
-    require(tasks >= least, f"at least {least} tasks in {name} for {components} components", f"{tasks} tasks",
-            "Pool more held-out tasks; never score one task at a time.")
+    require(
+        tasks >= least,
+        f"at least {least} tasks in {name} for {components} components",
+        f"{tasks} tasks",
+        "Pool more held-out tasks; never score one task at a time.",
+    )
 
 
 def _standardise(x: Array) -> Array:
@@ -253,7 +324,9 @@ def _weighted_correlation(x: Array, y: Array, weights: Array) -> Array:
     mean_x, mean_y = share @ x, share @ y
     variances = (share @ x**2 - mean_x**2) * (share @ y**2 - mean_y**2)
     covariance = share @ (x * y) - mean_x * mean_y
-    return np.clip(covariance / np.sqrt(np.maximum(variances, np.finfo(np.float64).tiny)), -1.0, 1.0)
+    return np.clip(
+        covariance / np.sqrt(np.maximum(variances, np.finfo(np.float64).tiny)), -1.0, 1.0
+    )
 
 
 def _strong(estimate: Array, truth: Array, weights: Array) -> Array:
@@ -276,7 +349,9 @@ def _held_out_cca(x: Array, y: Array, weights: Array) -> Array:
     half = len(x) // 2
     x, y = x - x[:half].mean(0), y - y[:half].mean(0)
     weights_x, weights_y = _whitener(x[:half]), _whitener(y[:half])
-    left, _, right = np.linalg.svd(weights_x.T @ (x[:half].T @ y[:half]) @ weights_y, full_matrices=False)
+    left, _, right = np.linalg.svd(
+        weights_x.T @ (x[:half].T @ y[:half]) @ weights_y, full_matrices=False
+    )
     variates_x, variates_y = x[half:] @ weights_x @ left, y[half:] @ weights_y @ right.T
     correlation = _weighted_correlation(variates_x, variates_y, weights[:, half:])
     return np.maximum(correlation.sum(1) / y.shape[1], 0.0)
@@ -305,4 +380,6 @@ def _like(template: Latents, values: Array) -> Latents:
     if isinstance(template, Tensor):
         dtype = template.dtype if template.is_floating_point() else torch.float64
         return torch.as_tensor(values, dtype=dtype, device=template.device)
-    return values.astype(template.dtype if np.issubdtype(template.dtype, np.floating) else np.float64)
+    return values.astype(
+        template.dtype if np.issubdtype(template.dtype, np.floating) else np.float64
+    )

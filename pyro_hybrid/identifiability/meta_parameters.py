@@ -19,8 +19,16 @@ from tqdm.auto import tqdm
 from pyro_hybrid._checks import require, require_finite, require_floating
 from pyro_hybrid.identifiability.check import Check, Interval, Threshold, judged
 
-__all__ = ["Agreement", "Losses", "MetaParameters", "Shapes", "agreement", "judge_meta_parameters", "meta_parameters",
-           "require_few"]
+__all__ = [
+    "Agreement",
+    "Losses",
+    "MetaParameters",
+    "Shapes",
+    "agreement",
+    "judge_meta_parameters",
+    "meta_parameters",
+    "require_few",
+]
 
 Losses = Callable[[Tensor], Tensor]
 Shapes = Mapping[str, Sequence[int]]
@@ -77,8 +85,14 @@ class MetaParameters(NamedTuple):
         return (self.eigenvectors * self.eigenvalues) @ self.eigenvectors.T
 
 
-def meta_parameters(losses: Losses, at: Tensor, *, residuals: Losses | None = None, names: Shapes | None = None,
-                    given: str = "") -> MetaParameters:
+def meta_parameters(
+    losses: Losses,
+    at: Tensor,
+    *,
+    residuals: Losses | None = None,
+    names: Shapes | None = None,
+    given: str = "",
+) -> MetaParameters:
     r"""Measure whether a mean loss has a locally unique optimum, in float64.
 
     .. math:: \bar L(\varphi) = \frac1T \sum_t L_t(\varphi), \qquad \nabla \bar L(\varphi^*) = 0, \quad
@@ -117,33 +131,61 @@ def meta_parameters(losses: Losses, at: Tensor, *, residuals: Losses | None = No
     scores, stack = point.gradients, point.hessians.flatten(0, 1)
     if residuals is not None:
         stack = _residual_jacobian(residuals, point.at)
-    scores, singular = (torch.linalg.svdvals(x) / math.sqrt(len(point.losses)) for x in (scores, stack))
+    scores, singular = (
+        torch.linalg.svdvals(x) / math.sqrt(len(point.losses)) for x in (scores, stack)
+    )
     return MetaParameters(
-        len(point.losses), given, float(start.gradient.norm()), gain, point.at, slope, point.eigenvalues,
-        point.eigenvectors, int(point.curved.sum()), point.scale, *_smallest(losses, point, way), scores.square(),
-        _rank(scores, point.scale * (1.0 + float(point.at.norm()))), singular,
+        len(point.losses),
+        given,
+        float(start.gradient.norm()),
+        gain,
+        point.at,
+        slope,
+        point.eigenvalues,
+        point.eigenvectors,
+        int(point.curved.sum()),
+        point.scale,
+        *_smallest(losses, point, way),
+        scores.square(),
+        _rank(scores, point.scale * (1.0 + float(point.at.norm()))),
+        singular,
         _rank(singular, point.scale if residuals is None else 0.0),
-        tuple(_described(direction, labels) for direction in (way, *_flat(point, way))))
+        tuple(_described(direction, labels) for direction in (way, *_flat(point, way))),
+    )
 
 
 def judge_meta_parameters(numbers: MetaParameters) -> Check:
     """Whether the optimum is the only one nearby: a yes has a margin, a no has walked away from it without a rise."""
     place = f"Locally, at this point, for {numbers.tasks} task{'s' * (numbers.tasks > 1)}" + (
-        f", with {numbers.given} held fixed" if numbers.given else "")
+        f", with {numbers.given} held fixed" if numbers.given else ""
+    )
     if not numbers.gain <= GAIN:
-        return Check("meta-parameters", "undecided", numbers.smallest, numbers.interval, THRESHOLD,
-                     f"{place}, there is no optimum yet: a Newton step would gain {numbers.gain:.2g} nats a task.",
-                     "Train on, or average more particles; the gradient must vanish before the curvature can tell.")
+        return Check(
+            "meta-parameters",
+            "undecided",
+            numbers.smallest,
+            numbers.interval,
+            THRESHOLD,
+            f"{place}, there is no optimum yet: a Newton step would gain {numbers.gain:.2g} nats a task.",
+            "Train on, or average more particles; the gradient must vanish before the curvature can tell.",
+        )
     first, *others = numbers.directions
     more = f" ({len(others)} more such directions: {'; '.join(others[:3])})" if others else ""
     course = "falls" if numbers.walked < -THRESHOLD.fails else "stays level"
-    why = {"holds": f"the optimum is the only one: the loss curves up in all {len(numbers.at)} directions, "
-                    f"least along {first}.",
-           "fails": f"the optimum is not unique: the loss {course} along {first}{more}.",
-           "undecided": f"the optimum may or may not be unique: the curvature along {first} has no margin{more}."}
-    return judged("meta-parameters", numbers.smallest, numbers.interval, THRESHOLD,
-                  f"{place}, {why[THRESHOLD.judge(numbers.interval)]}",
-                  "Fix or tie one of the parameters named, bound their size, or add tasks that tell them apart.")
+    why = {
+        "holds": f"the optimum is the only one: the loss curves up in all {len(numbers.at)} directions, "
+        f"least along {first}.",
+        "fails": f"the optimum is not unique: the loss {course} along {first}{more}.",
+        "undecided": f"the optimum may or may not be unique: the curvature along {first} has no margin{more}.",
+    }
+    return judged(
+        "meta-parameters",
+        numbers.smallest,
+        numbers.interval,
+        THRESHOLD,
+        f"{place}, {why[THRESHOLD.judge(numbers.interval)]}",
+        "Fix or tie one of the parameters named, bound their size, or add tasks that tell them apart.",
+    )
 
 
 class Agreement(NamedTuple):
@@ -174,8 +216,12 @@ def agreement(points: Sequence[Tensor], hessian: Tensor) -> Agreement:
     0.0
     """
     size = len(hessian)
-    require(len(points) > 1 and all(p.shape == (size,) for p in points), f"two points or more of shape ({size},)",
-            [tuple(p.shape) for p in points], "Pass what each restart ended at, flattened in the same order.")
+    require(
+        len(points) > 1 and all(p.shape == (size,) for p in points),
+        f"two points or more of shape ({size},)",
+        [tuple(p.shape) for p in points],
+        "Pass what each restart ended at, flattened in the same order.",
+    )
     ends = torch.stack([p.detach().double() for p in points])
     moves, lengths = ends.unsqueeze(1) - ends, ends.norm(dim=-1)
     longer = torch.maximum(lengths.unsqueeze(1), lengths).clamp(min=torch.finfo(torch.float64).tiny)
@@ -185,30 +231,57 @@ def agreement(points: Sequence[Tensor], hessian: Tensor) -> Agreement:
 
 def require_few(size: int, shapes: Shapes) -> None:
     """A Hessian of each task must fit."""
-    require(size <= LARGEST, f"at most {LARGEST} parameters, for each task's Hessian", f"{size}, of {dict(shapes)}",
-            "Judge fewer at a time: name some of them.")
+    require(
+        size <= LARGEST,
+        f"at most {LARGEST} parameters, for each task's Hessian",
+        f"{size}, of {dict(shapes)}",
+        "Judge fewer at a time: name some of them.",
+    )
 
 
 def _checked(losses: Losses, at: Tensor, names: Shapes | None) -> tuple[Tensor, list[str]]:
     """The point in float64, and a label for each of its entries."""
     require_floating("at", at)
-    require(at.dim() == 1 and len(at) > 0, "at of shape (parameters,)", tuple(at.shape), "Flatten it.")
+    require(
+        at.dim() == 1 and len(at) > 0, "at of shape (parameters,)", tuple(at.shape), "Flatten it."
+    )
     require_finite("at", at)
     shapes = {"parameter": (len(at),)} if names is None else names
-    labels = [f"{name}{list(i) or ''}" for name, n in shapes.items() for i in itertools.product(*map(range, n))]
-    require(len(labels) == len(at), f"names of {len(at)} parameters", f"{len(labels)} by {dict(shapes)}",
-            "Give each name its shape, in the order in which the point was flattened.")
+    labels = [
+        f"{name}{list(i) or ''}"
+        for name, n in shapes.items()
+        for i in itertools.product(*map(range, n))
+    ]
+    require(
+        len(labels) == len(at),
+        f"names of {len(at)} parameters",
+        f"{len(labels)} by {dict(shapes)}",
+        "Give each name its shape, in the order in which the point was flattened.",
+    )
     require_few(len(at), shapes)
     at = at.detach().double()
     with torch.no_grad():
         first, second = losses(at), losses(at)
-    require(first.dim() == 1 and len(first) > 0, "losses of shape (tasks,)", tuple(first.shape),
-            "Return each task's loss, not their mean.")
-    require(first.dtype == at.dtype, "losses in float64, as their argument is", first.dtype,
-            "Convert what they are computed with: target.double().", TypeError)
+    require(
+        first.dim() == 1 and len(first) > 0,
+        "losses of shape (tasks,)",
+        tuple(first.shape),
+        "Return each task's loss, not their mean.",
+    )
+    require(
+        first.dtype == at.dtype,
+        "losses in float64, as their argument is",
+        first.dtype,
+        "Convert what they are computed with: target.double().",
+        TypeError,
+    )
     require_finite("losses", first)
-    require(torch.equal(first, second), "the same losses at the same point", f"changes of {(first - second).tolist()}",
-            "Fix the random numbers inside the function, as weights_of does.")
+    require(
+        torch.equal(first, second),
+        "the same losses at the same point",
+        f"changes of {(first - second).tolist()}",
+        "Fix the random numbers inside the function, as weights_of does.",
+    )
     return at, labels
 
 
@@ -241,8 +314,14 @@ class _Point(NamedTuple):
 
 def _measured(losses: Losses, at: Tensor) -> _Point:
     at = at.detach().requires_grad_()
-    values, gradients, hessians = losses(at) + 0.0 * at.sum(), [], []  # a linear loss has a Hessian too: 0
-    for value in tqdm(values.unbind(), desc="second derivatives", unit="task", delay=2.0, leave=False):
+    values, gradients, hessians = (
+        losses(at) + 0.0 * at.sum(),
+        [],
+        [],
+    )  # a linear loss has a Hessian too: 0
+    for value in tqdm(
+        values.unbind(), desc="second derivatives", unit="task", delay=2.0, leave=False
+    ):
         (gradient,) = torch.autograd.grad(value, at, create_graph=True, retain_graph=True)
         rows = _rows(gradient + 0.0 * at, at)
         gradients.append(gradient.detach())
@@ -250,22 +329,36 @@ def _measured(losses: Losses, at: Tensor) -> _Point:
     by_task, slopes = torch.stack(hessians), torch.stack(gradients)
     require_finite("second derivatives of the losses", by_task)
     eigenvalues, eigenvectors = torch.linalg.eigh(by_task.mean(0))
-    alone = float(by_task.flatten(1).norm(dim=1).max()), _size(slopes) / _length(at.detach(), eigenvectors[:, 0])
-    scale = max(float(eigenvalues.abs().max()), 1e-3 * max(alone))  # where curvatures cancel, rounding is left of them
+    alone = (
+        float(by_task.flatten(1).norm(dim=1).max()),
+        _size(slopes) / _length(at.detach(), eigenvectors[:, 0]),
+    )
+    scale = max(
+        float(eigenvalues.abs().max()), 1e-3 * max(alone)
+    )  # where curvatures cancel, rounding is left of them
     return _Point(at.detach(), values.detach(), slopes, by_task, eigenvalues, eigenvectors, scale)
 
 
 def _rows(outputs: Tensor, inputs: Tensor) -> Tensor:
     """Jacobian (outputs, inputs), some rows at a time."""
     basis = torch.eye(len(outputs), dtype=outputs.dtype, device=outputs.device)
-    return torch.cat([torch.autograd.grad(outputs, inputs, some, retain_graph=True, is_grads_batched=True)[0]
-                      for some in basis.split(CHUNK)])
+    return torch.cat(
+        [
+            torch.autograd.grad(outputs, inputs, some, retain_graph=True, is_grads_batched=True)[0]
+            for some in basis.split(CHUNK)
+        ]
+    )
 
 
 def _residual_jacobian(residuals: Losses, at: Tensor) -> Tensor:
     at = at.detach().requires_grad_()
     values = residuals(at)
-    require(values.dim() == 2, "residuals of shape (tasks, number)", tuple(values.shape), "Flatten each task's.")
+    require(
+        values.dim() == 2,
+        "residuals of shape (tasks, number)",
+        tuple(values.shape),
+        "Flatten each task's.",
+    )
     return _rows(values.flatten() + 0.0 * at.sum(), at)
 
 
@@ -329,7 +422,10 @@ def _rise(losses: Losses, point: _Point, move: Tensor) -> float:
     others[0] = False
     ends = [_settled(losses, point, point.at + sign * move, others) for sign in (1.0, -1.0)]
     with torch.no_grad():
-        return float(torch.stack([losses(end).mean() for end in ends]).nan_to_num(math.inf).min() - point.losses.mean())
+        return float(
+            torch.stack([losses(end).mean() for end in ends]).nan_to_num(math.inf).min()
+            - point.losses.mean()
+        )
 
 
 def _reweighted(losses: Losses, point: _Point) -> tuple[float, float]:
@@ -338,11 +434,22 @@ def _reweighted(losses: Losses, point: _Point) -> tuple[float, float]:
     The low end is that of the weakest direction of each; the high end that of the one that is weakest now.
     """
     by_task = _weakest_curvatures(losses, point)
-    key = point.hessians.flatten(1) @ torch.arange(1.0, point.hessians[0].numel() + 1.0).to(by_task).sqrt()
+    key = (
+        point.hessians.flatten(1)
+        @ torch.arange(1.0, point.hessians[0].numel() + 1.0).to(by_task).sqrt()
+    )
     random = torch.Generator().manual_seed(0)
-    weights = -torch.rand(DRAWS, len(by_task), generator=random, dtype=torch.float64).log().to(by_task.device)
-    means = torch.einsum("wt,tij->wij", weights / weights.sum(1, keepdim=True), by_task[key.argsort()])
-    return float(torch.linalg.eigvalsh(means)[:, 0].quantile(0.025)), float(means[:, 0, 0].quantile(0.975))
+    weights = (
+        -torch.rand(DRAWS, len(by_task), generator=random, dtype=torch.float64)
+        .log()
+        .to(by_task.device)
+    )
+    means = torch.einsum(
+        "wt,tij->wij", weights / weights.sum(1, keepdim=True), by_task[key.argsort()]
+    )
+    return float(torch.linalg.eigvalsh(means)[:, 0].quantile(0.025)), float(
+        means[:, 0, 0].quantile(0.975)
+    )
 
 
 def _weakest_curvatures(losses: Losses, point: _Point) -> Tensor:
@@ -350,7 +457,12 @@ def _weakest_curvatures(losses: Losses, point: _Point) -> Tensor:
     weakest, at = point.eigenvectors[:, :WEAKEST], point.at.detach().requires_grad_()
     loss = losses(at).mean() + 0.0 * at.pow(3).sum()
     (gradient,) = torch.autograd.grad(loss, at, create_graph=True)
-    curvature = torch.stack([torch.autograd.grad(gradient @ v, at, create_graph=True)[0] for v in weakest.T]) @ weakest
+    curvature = (
+        torch.stack(
+            [torch.autograd.grad(gradient @ v, at, create_graph=True)[0] for v in weakest.T]
+        )
+        @ weakest
+    )
     bends = _rows(curvature.flatten(), at).view(*curvature.shape, -1)
     curved = point.eigenvectors[:, point.curved]
     moves = -(point.gradients @ curved / point.eigenvalues[point.curved]) @ curved.T

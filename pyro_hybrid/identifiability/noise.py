@@ -57,22 +57,33 @@ def noise(program: Program, episode: Episode) -> Noise:
         episode: trajectories of some tasks, with their support.
     """
     first, second = (_observed(program, episode) for _ in range(2))
-    kinds = {name: next((kind for kind in CHARACTERISTIC if isinstance(fn, kind)), type(fn))
-             for name, fn in first.items()}
-    moving = {name: kinds[name] in CHARACTERISTIC and _moves(fn, second[name]) for name, fn in first.items()}
+    kinds = {
+        name: next((kind for kind in CHARACTERISTIC if isinstance(fn, kind)), type(fn))
+        for name, fn in first.items()
+    }
+    moving = {
+        name: kinds[name] in CHARACTERISTIC and _moves(fn, second[name])
+        for name, fn in first.items()
+    }
     return Noise(kinds, moving)
 
 
 def _observed(program: Program, episode: Episode) -> dict[str, td.Distribution]:
     with local_parameters(), failures_as_values(), poutine.block():
         trace = poutine.trace(program).get_trace(episode)
-    return {name: bare(site["fn"], None)[0] for name, site in random_sites(trace).items() if site["is_observed"]}
+    return {
+        name: bare(site["fn"], None)[0]
+        for name, site in random_sites(trace).items()
+        if site["is_observed"]
+    }
 
 
 def _moves(one: td.Distribution, other: td.Distribution) -> bool:
     """Whether x minus its location is distributed otherwise, by more than rounding; what diverged says nothing."""
-    return any(bool(((a - b).abs() > ROUNDING * torch.finfo(a.dtype).eps * (size + other_size)).any())
-               for (a, size), (b, other_size) in zip(_shape(one), _shape(other), strict=True))
+    return any(
+        bool(((a - b).abs() > ROUNDING * torch.finfo(a.dtype).eps * (size + other_size)).any())
+        for (a, size), (b, other_size) in zip(_shape(one), _shape(other), strict=True)
+    )
 
 
 def _shape(fn: td.Distribution) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -87,14 +98,28 @@ def _shape(fn: td.Distribution) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 def judge_noise(found: Noise) -> Check:
     """Looked up in a table; what isn't in it, or isn't additive, isn't covered by the theorem as it stands."""
-    name, remedy = "noise (i)", "Observe with additive noise, such as dist.Normal(prediction, noise)."
+    name, remedy = (
+        "noise (i)",
+        "Observe with additive noise, such as dist.Normal(prediction, noise).",
+    )
     if not found.kinds:
-        return unchecked(name, "the program observes nothing of this episode", "Pass obs=episode.query.")
+        return unchecked(
+            name, "the program observes nothing of this episode", "Pass obs=episode.query."
+        )
     for site, kind in found.kinds.items():
         if kind not in CHARACTERISTIC:
-            return unchecked(name, f"{kind.__name__} at {site!r} isn't additive noise that the table knows", remedy)
+            return unchecked(
+                name,
+                f"{kind.__name__} at {site!r} isn't additive noise that the table knows",
+                remedy,
+            )
         if found.moving[site]:
-            return unchecked(name, f"the noise of {site!r} depends on the latents, so x = F(z) + noise doesn't hold",
-                             remedy)
-    why = "; ".join(f"{site}: {kind.__name__}, {CHARACTERISTIC[kind]}" for site, kind in found.kinds.items())
+            return unchecked(
+                name,
+                f"the noise of {site!r} depends on the latents, so x = F(z) + noise doesn't hold",
+                remedy,
+            )
+    why = "; ".join(
+        f"{site}: {kind.__name__}, {CHARACTERISTIC[kind]}" for site, kind in found.kinds.items()
+    )
     return Check(name, "holds", why=why)

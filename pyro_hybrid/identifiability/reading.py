@@ -52,8 +52,12 @@ class Reading(NamedTuple):
     def terms(self) -> list[str]:
         """Every natural parameter, by the statistic that it belongs to: ``omega: z²``."""
         terms = {name: family.terms for name, family in self.families.items()}
-        return [f"{latent}: {term}" for site, family in self.families.items()
-                for latent in names_of({site: family.n}) for term in terms[site]]
+        return [
+            f"{latent}: {term}"
+            for site, family in self.families.items()
+            for latent in names_of({site: family.n})
+            for term in terms[site]
+        ]
 
     @property
     def flat(self) -> Tensor:
@@ -69,7 +73,13 @@ class Reading(NamedTuple):
     def constrained(self, u: Tensor) -> Tensor:
         """Latents of unconstrained coordinates, ``(..., latent)``."""
         pieces = u.split([family.n for family in self.families.values()], -1)
-        return torch.cat([family.constrained(x) for family, x in zip(self.families.values(), pieces, strict=True)], -1)
+        return torch.cat(
+            [
+                family.constrained(x)
+                for family, x in zip(self.families.values(), pieces, strict=True)
+            ],
+            -1,
+        )
 
     def spread(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of every latent over tasks, believed uncertainty included."""
@@ -84,7 +94,9 @@ def names_of(sizes: Mapping[str, int]) -> list[str]:
 
 @torch.no_grad()
 @pyro.validation_enabled(False)
-def read(program: Program, tasks: Tasks, *, shots: int | None = None, progress: bool = True) -> Reading:
+def read(
+    program: Program, tasks: Tasks, *, shots: int | None = None, progress: bool = True
+) -> Reading:
     """Run a program on disjoint supports of every task, and collect the natural parameters of its task-level latents.
 
     Arguments:
@@ -95,15 +107,21 @@ def read(program: Program, tasks: Tasks, *, shots: int | None = None, progress: 
         progress: show a progress bar.
     """
     total = tasks.values.shape[1]
-    require(total > 1 or shots is not None, "two shots or more of every task", total,
-            "One support alone doesn't say what its own noise is: record another shot.")
+    require(
+        total > 1 or shots is not None,
+        "two shots or more of every task",
+        total,
+        "One support alone doesn't say what its own noise is: record another shot.",
+    )
     shots = min(tasks.num_support, total // 2) if shots is None else shots
     require(1 <= shots <= total, f"supports of 1 to {total} shots", shots, "Each task has no more.")
     supports = [slice(i * shots, (i + 1) * shots) for i in range(total // shots)]
     families: dict[str, Family] = {}
     pieces: dict[str, list[Tensor]] = {}
     starts = range(0, len(tasks), BATCH)
-    for start in tqdm(starts, desc="reading supports", unit="batch", leave=False, disable=not progress):
+    for start in tqdm(
+        starts, desc="reading supports", unit="batch", leave=False, disable=not progress
+    ):
         batch = tasks[start : start + BATCH]
         by_site: dict[str, list[Tensor]] = {}
         for which in supports:
@@ -117,16 +135,21 @@ def read(program: Program, tasks: Tasks, *, shots: int | None = None, progress: 
     natural = {name: torch.cat(parts, 1) for name, parts in pieces.items()}
     for name, value in natural.items():
         _require_numbers(value, f"finite natural parameters of {name!r}")
-        _require_numbers(torch.stack(families[name].gaussian(value), -1), f"a finite mean and spread of {name!r}")
+        _require_numbers(
+            torch.stack(families[name].gaussian(value), -1), f"a finite mean and spread of {name!r}"
+        )
     return Reading(families, natural, shots)
 
 
 def _require_numbers(values: Tensor, expected: str) -> None:
     lost = ~torch.isfinite(values).flatten(2).all(2).all(0)
     count = int(lost.sum())
-    require(count == 0, expected,
-            f"NaN or Inf in {count} task{'s' * (count > 1)}, the first being task {int(lost.float().argmax())}",
-            "Find out why the prior fails on them, or drop them.")
+    require(
+        count == 0,
+        expected,
+        f"NaN or Inf in {count} task{'s' * (count > 1)}, the first being task {int(lost.float().argmax())}",
+        "Find out why the prior fails on them, or drop them.",
+    )
 
 
 def _task_sites(program: Program, episode: Episode) -> dict[str, Stock]:
@@ -139,11 +162,19 @@ def _task_sites(program: Program, episode: Episode) -> dict[str, Stock]:
         plated = any(frame.size == tasks for frame in site["cond_indep_stack"])
         if site["is_observed"] or not plated or batch != (tasks,) or len(event) > 1:
             continue
-        require(len(event) == 1, f"latent {name!r} of shape (task, component)", batch,
-                "Give it a component axis: dist.Normal(loc[:, None], scale[:, None]).to_event(1).")
+        require(
+            len(event) == 1,
+            f"latent {name!r} of shape (task, component)",
+            batch,
+            "Give it a component axis: dist.Normal(loc[:, None], scale[:, None]).to_event(1).",
+        )
         sites[name] = site["fn"]
-    require(bool(sites), "a program with latents of tasks, of shape (task, component)", "none",
-            "Sample them inside `with episode.plate:`.")
+    require(
+        bool(sites),
+        "a program with latents of tasks, of shape (task, component)",
+        "none",
+        "Sample them inside `with episode.plate:`.",
+    )
     return sites
 
 
@@ -156,8 +187,12 @@ def _family(program: Program, name: str, fn: Stock) -> Family:
     for family in KNOWN:
         if isinstance(stock, family._stock.__bases__[0]):
             return family(components)
-    fail(f"a prior from an exponential family for {name!r}", type(stock).__name__,
-         "Use one of ph.families, or write a Family and name it in a SupportPrior.", TypeError)
+    fail(
+        f"a prior from an exponential family for {name!r}",
+        type(stock).__name__,
+        "Use one of ph.families, or write a Family and name it in a SupportPrior.",
+        TypeError,
+    )
 
 
 def in_double(program: _T) -> _T:

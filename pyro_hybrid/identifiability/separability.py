@@ -36,7 +36,11 @@ def _skewness(u: Array) -> tuple[Array, Array]:
 
 
 RESTARTS = 5
-CONTRASTS = ("cube", "logcosh", _skewness)  # light tails, heavy tails, skew; which one fits is measured, not assumed
+CONTRASTS = (
+    "cube",
+    "logcosh",
+    _skewness,
+)  # light tails, heavy tails, skew; which one fits is measured, not assumed
 ITERATIONS, PATIENCE = 200, 1000  # the latter where nothing has converged in the former
 SMALLEST = 1e-6  # singular values below are rounding: so ill-conditioned a mixing can't be undone in float32
 
@@ -45,7 +49,9 @@ NOISES, NOISE_ITERATIONS = 20, 20  # in noise there is nothing to converge to
 BOOTSTRAP = 200
 DEGREE = 3
 UNIFORM = 0.0645  # what _negentropy gives for a uniform: clearly not Gaussian, and not by much
-STABLE = Threshold(holds=0.95, fails=0.9)  # where a tenth, and a fifth, of a component's variance belongs to others
+STABLE = Threshold(
+    holds=0.95, fails=0.9
+)  # where a tenth, and a fifth, of a component's variance belongs to others
 INDEPENDENT = Threshold(holds=0.1, fails=0.1, larger=False)
 VISIBLE = 0.3  # as large a dependence must have had a chance to show
 
@@ -77,8 +83,9 @@ class Separability(NamedTuple):
     stability_interval: Interval
 
 
-def disentangle(latents: Latents, *, components: int | None = None, seed: int = 0,
-                fit: Latents | None = None) -> Latents:
+def disentangle(
+    latents: Latents, *, components: int | None = None, seed: int = 0, fit: Latents | None = None
+) -> Latents:
     r"""Independent components of latents over tasks (ICA): undoes a linear mixing up to order, sign and scale.
 
     .. math::
@@ -119,23 +126,39 @@ def disentangle(latents: Latents, *, components: int | None = None, seed: int = 
         '0.71 -> 1.00'
     """
     z = _matrix("latents", latents)
-    name, reference = ("latents", _pooled("latents", latents)) if fit is None else ("fit", _pooled("fit", fit))
-    require(z.shape[1] == reference.shape[1], "fit with as many components as latents",
-            f"{reference.shape[1]} and {z.shape[1]}", "Pass the same latents of other tasks.")
+    name, reference = (
+        ("latents", _pooled("latents", latents)) if fit is None else ("fit", _pooled("fit", fit))
+    )
+    require(
+        z.shape[1] == reference.shape[1],
+        "fit with as many components as latents",
+        f"{reference.shape[1]} and {z.shape[1]}",
+        "Pass the same latents of other tasks.",
+    )
     _require_tasks(name, *reference.shape)
     columns = reference.shape[1]
-    require(components is None or 1 <= components <= columns, f"1 to {columns} components", components,
-            "Ask for at most as many as there are latents, or leave it out for all.")
+    require(
+        components is None or 1 <= components <= columns,
+        f"1 to {columns} components",
+        components,
+        "Ask for at most as many as there are latents, or leave it out for all.",
+    )
     mean, scale = reference.mean(0), reference.std(0)
     standard = (reference - mean) / scale
     widest = np.eye(columns)
     if components not in (None, columns):
-        widest = scale[:, None] * np.linalg.svd(reference - mean, full_matrices=False)[2][:components].T
+        widest = (
+            scale[:, None] * np.linalg.svd(reference - mean, full_matrices=False)[2][:components].T
+        )
     rows, converged = _unmixing(standard @ widest, np.random.default_rng(seed), standard)
     if not converged:
-        warnings.warn(f"expected ICA to converge; got {RESTARTS * len(CONTRASTS)} runs of {PATIENCE} iterations that "
-                      "didn't. The best is returned, don't rely on it: pass more tasks, and ask separable(latents) "
-                      "whether they are too Gaussian.", RuntimeWarning, stacklevel=2)
+        warnings.warn(
+            f"expected ICA to converge; got {RESTARTS * len(CONTRASTS)} runs of {PATIENCE} iterations that "
+            "didn't. The best is returned, don't rely on it: pass more tasks, and ask separable(latents) "
+            "whether they are too Gaussian.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     return _like(latents, (z - mean) / scale @ widest @ rows.T)
 
 
@@ -184,9 +207,16 @@ def separable(latents: Tensor | NDArray[Any], *, seed: int = 0) -> Separability:
     worst = agreement.min(1)
     low, high = _interval(worst)
     return Separability(
-        _negentropy(sources), _interval(np.stack(resampled)).T, _noise_level(x.shape, rng), dependence,
-        dependent, _dependence_level(*x.shape), np.median(agreement, 0), float(np.median(worst)),
-        (float(low), float(high)))
+        _negentropy(sources),
+        _interval(np.stack(resampled)).T,
+        _noise_level(x.shape, rng),
+        dependence,
+        dependent,
+        _dependence_level(*x.shape),
+        np.median(agreement, 0),
+        float(np.median(worst)),
+        (float(low), float(high)),
+    )
 
 
 def judge_separability(numbers: Separability) -> Check:
@@ -208,16 +238,26 @@ def _judge_dependence(numbers: Separability) -> Check:
     """The largest correlation, with a band that holds for all pairs at once."""
     value, level, (one, other) = numbers.dependence, numbers.dependence_level, numbers.dependent
     said = f"components {one} and {other} depend on each other over tasks: polynomials of their ranks correlate by "
-    check = judged("separability", value, (max(value - level, 0.0), min(value + level, 1.0)), INDEPENDENT,
-                   f"{said}{value:.2f}, those of independent ones by less than {level:.2f}",
-                   "Report the latents up to a linear map; or name the physics behind the dependence, as a known term.")
+    check = judged(
+        "separability",
+        value,
+        (max(value - level, 0.0), min(value + level, 1.0)),
+        INDEPENDENT,
+        f"{said}{value:.2f}, those of independent ones by less than {level:.2f}",
+        "Report the latents up to a linear map; or name the physics behind the dependence, as a known term.",
+    )
     if check.status == "fails" or (check.status == "undecided" and value > level):
         return check
     if level > VISIBLE:
-        return check._replace(why=f"a dependence of components below {level:.2f} can't be seen with so few tasks",
-                              remedy="Pool more tasks.")
-    return check._replace(status="holds", remedy="",
-                          why=f"components hardly depend on each other ({value:.2f}, by chance up to {level:.2f})")
+        return check._replace(
+            why=f"a dependence of components below {level:.2f} can't be seen with so few tasks",
+            remedy="Pool more tasks.",
+        )
+    return check._replace(
+        status="holds",
+        remedy="",
+        why=f"components hardly depend on each other ({value:.2f}, by chance up to {level:.2f})",
+    )
 
 
 def _judge_gaussians(numbers: Separability) -> Check:
@@ -228,19 +268,38 @@ def _judge_gaussians(numbers: Separability) -> Check:
     stable = numbers.stability_interval[0]
     status: Status
     if len(gaussian) > 1 and stable < STABLE.fails:
-        status, why = "fails", f"{_named(gaussian)} look Gaussian over tasks: any rotation of them fits as well"
-        remedy = ("Report them up to a rotation, or resolve it by what is known of them: a physics latent's place in "
-                  "the equations, a neural term linear in its latents.")
+        status, why = (
+            "fails",
+            f"{_named(gaussian)} look Gaussian over tasks: any rotation of them fits as well",
+        )
+        remedy = (
+            "Report them up to a rotation, or resolve it by what is known of them: a physics latent's place in "
+            "the equations, a neural term linear in its latents."
+        )
     elif len(candidates) > 1:
-        status, why = "undecided", f"{_named(candidates)} can't be told from Gaussians, of which ICA bears one"
+        status, why = (
+            "undecided",
+            f"{_named(candidates)} can't be told from Gaussians, of which ICA bears one",
+        )
         remedy = "Pool more tasks; until then report the latents up to a linear map."
     elif stable <= STABLE.holds:
-        status, why = "undecided", (f"component {numbers.agreement.argmin()} is another one for other tasks: resamples "
-                                    f"agree on the worst component by {stable:.2f} only")
+        status, why = (
+            "undecided",
+            (
+                f"component {numbers.agreement.argmin()} is another one for other tasks: resamples "
+                f"agree on the worst component by {stable:.2f} only"
+            ),
+        )
         remedy = "Pool more tasks; until then report the latents up to a linear map."
     else:
-        status, why, remedy = "holds", "at most one is Gaussian; resampled tasks agree on all of them", ""
-    return Check("separability", status, numbers.stability, numbers.stability_interval, STABLE, why, remedy)
+        status, why, remedy = (
+            "holds",
+            "at most one is Gaussian; resampled tasks agree on all of them",
+            "",
+        )
+    return Check(
+        "separability", status, numbers.stability, numbers.stability_interval, STABLE, why, remedy
+    )
 
 
 def _named(components: NDArray[np.int64]) -> str:
@@ -252,8 +311,12 @@ def _unmixing(x: Array, rng: np.random.Generator, like: Array | None = None) -> 
     """Rows that unmix ``x``, with the order and signs of its columns, or of ``like``; did any run converge?"""
     like = x if like is None else like
     rank = int(np.linalg.matrix_rank(x, tol=SMALLEST * np.sqrt(len(x))))
-    require(rank == x.shape[1], f"{x.shape[1]} linearly independent components", f"rank {rank}",
-            "Drop the redundant columns before disentangling.")
+    require(
+        rank == x.shape[1],
+        f"{x.shape[1]} linearly independent components",
+        f"rank {rank}",
+        "Drop the redundant columns before disentangling.",
+    )
     starts = [rng.normal(size=(rank, rank)) for _ in range(RESTARTS)]
     rows, converged = _least_entropy(x, starts, ITERATIONS)
     if not converged:
@@ -272,9 +335,14 @@ def _least_entropy(
     _, singular, directions = np.linalg.svd(x / np.sqrt(len(x)), full_matrices=False)
     whitener = directions / np.maximum(singular, SMALLEST)[:, None]
     white = x @ whitener.T
-    found = [_fast_ica(white, contrast, start @ directions.T * singular, iterations)
-             for contrast in contrasts for start in starts]
-    best = min((rotation for rotation, _ in found), key=lambda rotation: _total_entropy(white @ rotation.T))
+    found = [
+        _fast_ica(white, contrast, start @ directions.T * singular, iterations)
+        for contrast in contrasts
+        for start in starts
+    ]
+    best = min(
+        (rotation for rotation, _ in found), key=lambda rotation: _total_entropy(white @ rotation.T)
+    )
     return best @ whitener, any(done for _, done in found)
 
 
@@ -321,7 +389,9 @@ def _dependence(sources: Array) -> tuple[float, tuple[int, int]]:
     """The largest absolute correlation between Legendre polynomials of two columns' ranks, and these columns."""
     tasks, components = sources.shape
     ranks = (2 * rankdata(sources, axis=0) - 1) / tasks - 1
-    features = np.stack([_standardise(np.polynomial.Legendre.basis(k)(ranks)) for k in range(1, DEGREE + 1)])
+    features = np.stack(
+        [_standardise(np.polynomial.Legendre.basis(k)(ranks)) for k in range(1, DEGREE + 1)]
+    )
     correlation = np.abs(np.einsum("kti,ltj->ijkl", features, features)).max((2, 3)) / tasks
     np.fill_diagonal(correlation, 0.0)
     one, other = sorted(int(i) for i in np.unravel_index(correlation.argmax(), correlation.shape))

@@ -55,7 +55,9 @@ def statistics(reading: Reading, *, seed: int = 0) -> Statistics:
         z = family.constrained(mean[rows, part] + scale[rows, part] * noise)
         for i, name in enumerate(names_of({site: family.n})):
             order = z[:, i].argsort().chunk(PIECES)
-            found.append([_margin(z[piece, i], family.statistics(z[piece])[:, i]) for piece in order])
+            found.append(
+                [_margin(z[piece, i], family.statistics(z[piece])[:, i]) for piece in order]
+            )
             names.append(name)
             factorised.append(family.factorised)
         at += family.n
@@ -75,10 +77,16 @@ def _margin(z: Tensor, values: Tensor) -> tuple[float, float]:
 def judge_statistics(found: Statistics) -> Check:
     """The worst latent, on its worst quarter: whether rounding can explain that its statistics aren't dependent."""
     name = "statistics (iii)"
-    joint = [latent for latent, single in zip(found.names, found.factorised, strict=True) if not single]
+    joint = [
+        latent for latent, single in zip(found.names, found.factorised, strict=True) if not single
+    ]
     if joint:
-        return Check(name, "fails", why=f"the prior of {', '.join(joint)} isn't a product over components",
-                     remedy="Use a factorised family, such as ph.families.Normal, in the prior.")
+        return Check(
+            name,
+            "fails",
+            why=f"the prior of {', '.join(joint)} isn't a product over components",
+            remedy="Use a factorised family, such as ph.families.Normal, in the prior.",
+        )
     root = found.margin.sqrt()
     low, high = (root - found.rounding).clamp(min=0.0).square(), (root + found.rounding).square()
     intervals = list(zip(low.flatten().tolist(), high.flatten().tolist(), strict=True))
@@ -86,9 +94,15 @@ def judge_statistics(found: Statistics) -> Check:
     latent = found.names[worst // found.margin.shape[1]]
     why, remedy = {
         "holds": (f"the least independent are those of {latent}", ""),
-        "fails": (f"one statistic of {latent} follows from the others",
-                  "Give the family statistics none of which follows from the others, on any part of its range."),
-        "undecided": (f"rounding hides whether those of {latent} are independent: they vary too little, far from zero",
-                      "Give the latent an origin and a unit near its values."),
+        "fails": (
+            f"one statistic of {latent} follows from the others",
+            "Give the family statistics none of which follows from the others, on any part of its range.",
+        ),
+        "undecided": (
+            f"rounding hides whether those of {latent} are independent: they vary too little, far from zero",
+            "Give the latent an origin and a unit near its values.",
+        ),
     }[INDEPENDENT.judge(intervals[worst])]
-    return judged(name, float(found.margin.flatten()[worst]), intervals[worst], INDEPENDENT, why, remedy)
+    return judged(
+        name, float(found.margin.flatten()[worst]), intervals[worst], INDEPENDENT, why, remedy
+    )

@@ -16,8 +16,13 @@ from pyro_hybrid.identifiability.reading import Reading
 
 __all__ = ["Variability", "culprits", "judge_variability", "too_few", "variability"]
 
-LOCATIONS = Threshold(holds=1.0, fails=0.25)  # variance between systems, in variances between supports of one system
-NATS, FAINT = 3.0, 1e-3  # twenty to one against a prior that leaves a direction out; too little to wait for
+LOCATIONS = Threshold(
+    holds=1.0, fails=0.25
+)  # variance between systems, in variances between supports of one system
+NATS, FAINT = (
+    3.0,
+    1e-3,
+)  # twenty to one against a prior that leaves a direction out; too little to wait for
 NAMES = ("variability of means (iv)", "variability (iv)")
 RESAMPLES, FEW = 100, 8
 OUTLYING = 6.0  # standard deviations of the bulk
@@ -74,8 +79,12 @@ def variability(reading: Reading, *, tasks: int | None = None, seed: int = 0) ->
         tasks: number of tasks in the training set, if the reading is a sample of them.
         seed: of the resampling; the global random state is left alone.
     """
-    require(len(reading.flat) > 1, "two supports or more of each system", len(reading.flat),
-            "What two supports of one system disagree about is the noise: record twice as many shots.")
+    require(
+        len(reading.flat) > 1,
+        "two supports or more of each system",
+        len(reading.flat),
+        "What two supports of one system disagree about is the noise: record twice as many shots.",
+    )
     generator = torch.Generator().manual_seed(seed)
     spread = reading.spread()[1].clamp(min=1e-300)
     mean, scale = reading.coordinates()
@@ -85,14 +94,28 @@ def variability(reading: Reading, *, tasks: int | None = None, seed: int = 0) ->
     natural, inverse = _noiseless(reading, _shrunk(mean, between, within) * spread, scale)
     nats, direction = weakest(natural, inverse, everyone)
     resampled = [_counts(mean.shape[1], generator) for _ in range(RESAMPLES)]
-    low = torch.stack([generalised(*_covariances(mean, counts))[0][0] for counts in resampled]).quantile(0.025)
-    high = torch.stack([_elsewhere(mean, generator) for _ in resampled]).quantile(0.975, interpolation="higher")
-    again = torch.stack([weakest(natural, inverse, counts, direction)[0][0] for counts in resampled])
-    again = again + (nats[0] - again.mean()).clamp(min=0.0)  # a minimum over directions is too low in every sample
+    low = torch.stack(
+        [generalised(*_covariances(mean, counts))[0][0] for counts in resampled]
+    ).quantile(0.025)
+    high = torch.stack([_elsewhere(mean, generator) for _ in resampled]).quantile(
+        0.975, interpolation="higher"
+    )
+    again = torch.stack(
+        [weakest(natural, inverse, counts, direction)[0][0] for counts in resampled]
+    )
+    again = again + (nats[0] - again.mean()).clamp(
+        min=0.0
+    )  # a minimum over directions is too low in every sample
     return Variability(
-        reading.names, reading.terms, tasks or mean.shape[1], reading.shots,
-        ratios, (min(float(low), float(ratios[0])), max(float(high), float(ratios[0]))), _shares(directions[:, 0]),
-        nats, (float(again.quantile(0.025)), float(again.quantile(0.975))),
+        reading.names,
+        reading.terms,
+        tasks or mean.shape[1],
+        reading.shots,
+        ratios,
+        (min(float(low), float(ratios[0])), max(float(high), float(ratios[0]))),
+        _shares(directions[:, 0]),
+        nats,
+        (float(again.quantile(0.025)), float(again.quantile(0.975))),
         _shares(direction * inverse.diagonal(dim1=-2, dim2=-1).mean((0, 1)).sqrt()),
     )
 
@@ -131,8 +154,14 @@ def _elsewhere(mean: Tensor, generator: torch.Generator) -> Tensor:
     halves = torch.randperm(mean.shape[1], generator=generator).tensor_split(2)
     ratios = []
     for here, there in (halves, halves[::-1]):
-        direction = generalised(*_covariances(mean[:, here], torch.ones(len(here), dtype=mean.dtype)))[1][:, :1]
-        ratios.append(generalised(*_covariances(mean[:, there] @ direction, _counts(len(there), generator)))[0][0])
+        direction = generalised(
+            *_covariances(mean[:, here], torch.ones(len(here), dtype=mean.dtype))
+        )[1][:, :1]
+        ratios.append(
+            generalised(*_covariances(mean[:, there] @ direction, _counts(len(there), generator)))[
+                0
+            ][0]
+        )
     return torch.stack(ratios).mean()
 
 
@@ -154,10 +183,14 @@ def _noiseless(reading: Reading, mean: Tensor, scale: Tensor) -> tuple[Tensor, T
     naturals, inverses, at = [], [], 0
     for family in reading.families.values():
         part = slice(at, at + family.n)
-        natural = family.from_gaussian(mean[:, part].expand_as(scale[..., part]).contiguous(), scale[..., part])
+        natural = family.from_gaussian(
+            mean[:, part].expand_as(scale[..., part]).contiguous(), scale[..., part]
+        )
         metric = _metric(family, natural)
         basis = torch.linalg.cholesky(metric.mean((0, 1)))
-        inner = torch.linalg.solve_triangular(torch.linalg.cholesky(metric), basis.expand_as(metric), upper=False)
+        inner = torch.linalg.solve_triangular(
+            torch.linalg.cholesky(metric), basis.expand_as(metric), upper=False
+        )
         naturals.append((basis.mT @ natural.unsqueeze(-1)).flatten(-3))
         inverses.extend((inner.mT @ inner).unbind(-3))
         at += family.n
@@ -195,38 +228,69 @@ def judge_variability(found: Variability) -> list[Check]:
 def too_few(terms: int, tasks: int) -> list[Check]:
     """What there is to say without looking, where there are fewer systems than the theorem counts."""
     threshold, why = Threshold(terms, terms), f"n·k + 1 = {terms + 1} different systems are needed"
-    return [Check(name, "fails", float(tasks), (float(tasks), float(tasks)), threshold, why, "Record more systems.")
-            for name in NAMES]
+    return [
+        Check(
+            name,
+            "fails",
+            float(tasks),
+            (float(tasks), float(tasks)),
+            threshold,
+            why,
+            "Record more systems.",
+        )
+        for name in NAMES
+    ]
 
 
 def _judge_means(found: Variability) -> Check:
     ratio, who = float(found.locations[0]), culprits(found.latents, found.location_weights)
     if float(found.nats[-1]) < ROUNDING:
-        why, remedy = "the prior doesn't look at the support", "Use a SupportPrior: it is what the theorem rests on."
+        why, remedy = (
+            "the prior doesn't look at the support",
+            "Use a SupportPrior: it is what the theorem rests on.",
+        )
     else:
         others = "another shot" if found.shots == 1 else f"{found.shots} other shots"
         why = f"weakest direction: {who}, against what {others} of the same system change{'s' * (found.shots == 1)}"
         shots = math.ceil(found.shots * LOCATIONS.holds / max(ratio, 1e-12))
         remedy = f"Record systems that differ more in {who}" + (
-            f", or {shots} shots for each support." if found.shots < shots <= 16 * found.shots else ".")
+            f", or {shots} shots for each support."
+            if found.shots < shots <= 16 * found.shots
+            else "."
+        )
     return judged(NAMES[0], ratio, found.location_interval, LOCATIONS, why, remedy)
 
 
 def _judge_all(found: Variability) -> Check:
     low, high = found.nats_interval
     moving = int((found.tasks * found.nats > 1.0).sum())
-    why = (f"nats in {found.tasks} systems for the weakest of {len(found.terms)} directions, "
-           f"{culprits(found.terms, found.nats_weights)}; {moving} "
-           f"direction{' has' if moving == 1 else 's have'} more than one")
-    remedy = (f"{math.floor(NATS / low) + 1} systems like these would do." if low > FAINT else
-              "Let supports differ in how much they say (initial states, lengths), or let the family have only the "
-              "statistics that vary.")
+    why = (
+        f"nats in {found.tasks} systems for the weakest of {len(found.terms)} directions, "
+        f"{culprits(found.terms, found.nats_weights)}; {moving} "
+        f"direction{' has' if moving == 1 else 's have'} more than one"
+    )
+    remedy = (
+        f"{math.floor(NATS / low) + 1} systems like these would do."
+        if low > FAINT
+        else "Let supports differ in how much they say (initial states, lengths), or let the family have only the "
+        "statistics that vary."
+    )
     threshold = Threshold(NATS, min(1.0, FAINT * found.tasks))
-    return judged(NAMES[1], found.tasks * float(found.nats[0]), (found.tasks * low, found.tasks * high), threshold, why,
-                  remedy)
+    return judged(
+        NAMES[1],
+        found.tasks * float(found.nats[0]),
+        (found.tasks * low, found.tasks * high),
+        threshold,
+        why,
+        remedy,
+    )
 
 
 def culprits(names: list[str], weights: Tensor, least: float = 0.15) -> str:
     """The names that make up most of a direction, with their shares where there are several."""
-    order = [int(i) for i in weights.argsort(descending=True) if weights[i] >= least] or [int(weights.argmax())]
-    return ", ".join(names[i] if weights[i] > 0.9 else f"{names[i]} ({weights[i]:.0%})" for i in order)
+    order = [int(i) for i in weights.argsort(descending=True) if weights[i] >= least] or [
+        int(weights.argmax())
+    ]
+    return ", ".join(
+        names[i] if weights[i] > 0.9 else f"{names[i]} ({weights[i]:.0%})" for i in order
+    )

@@ -32,8 +32,15 @@ class Weights(NamedTuple):
     given: str
 
 
-def weights_of(model: nn.Module, guide: nn.Module, episode: Episode, parameters: Sequence[str] | None = None, *,
-               particles: int = 10, seed: int = 0) -> Weights:
+def weights_of(
+    model: nn.Module,
+    guide: nn.Module,
+    episode: Episode,
+    parameters: Sequence[str] | None = None,
+    *,
+    particles: int = 10,
+    seed: int = 0,
+) -> Weights:
     r"""Each task's negative ELBO as a function of some of a program's parameters, always with the same random numbers.
 
     .. math:: L_t(\varphi) = \frac1K \sum_k \log q(z_k \mid S_t, x_t) - \log p_\varphi(x_t, z_k \mid S_t)
@@ -50,42 +57,86 @@ def weights_of(model: nn.Module, guide: nn.Module, episode: Episode, parameters:
         seed: of these draws.
     """
     require_local(model=model, guide=guide)
-    require(particles >= 1, "particles of 1 or more", particles, "Ten are a start; noise bends the loss.")
-    elbo = TraceMeanField_ELBO(num_particles=particles, vectorize_particles=particles > 1, max_plate_nesting=1)
+    require(
+        particles >= 1,
+        "particles of 1 or more",
+        particles,
+        "Ten are a start; noise bends the loss.",
+    )
+    elbo = TraceMeanField_ELBO(
+        num_particles=particles, vectorize_particles=particles > 1, max_plate_nesting=1
+    )
     module = copy.deepcopy(elbo(model, guide)).double()
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
     chosen = _chosen(module, trained, parameters)
-    shapes, sizes = {_short(name): tuple(p.shape) for name, p in chosen.items()}, [p.numel() for p in chosen.values()]
+    shapes, sizes = (
+        {_short(name): tuple(p.shape) for name, p in chosen.items()},
+        [p.numel() for p in chosen.values()],
+    )
     require_few(sum(sizes), shapes)
     module.requires_grad_(False)
     _freeze(module)
     tasks = [episode.double().only(i) for i in range(episode.shape[0])]
 
     def losses(flat: Tensor) -> Tensor:
-        values = {name: piece.view_as(p) for (name, p), piece in zip(chosen.items(), flat.split(sizes), strict=True)}
+        values = {
+            name: piece.view_as(p)
+            for (name, p), piece in zip(chosen.items(), flat.split(sizes), strict=True)
+        }
         devices = range(torch.cuda.device_count())
         with local_parameters(), pyro.validation_enabled(False), torch.random.fork_rng(devices):
             torch.manual_seed(seed)
             return torch.stack([functional_call(module, values, (task,)) for task in tasks])
 
-    at, others = torch.cat([p.detach().flatten() for p in chosen.values()]), len(trained) - len(chosen)
+    at, others = (
+        torch.cat([p.detach().flatten() for p in chosen.values()]),
+        len(trained) - len(chosen),
+    )
     with torch.no_grad():
         losses(at)  # computed evidence is that of this point from now on
-    return Weights(losses, at, shapes, f"{others} other parameter tensors of model and guide" if others else "")
+    return Weights(
+        losses, at, shapes, f"{others} other parameter tensors of model and guide" if others else ""
+    )
 
 
-def _chosen(module: nn.Module, trained: Mapping[str, nn.Parameter], parameters: Sequence[str] | None,
-            ) -> dict[str, nn.Parameter]:
+def _chosen(
+    module: nn.Module,
+    trained: Mapping[str, nn.Parameter],
+    parameters: Sequence[str] | None,
+) -> dict[str, nn.Parameter]:
     if parameters is None:
-        readers = {id(p) for prior in module.modules() if isinstance(prior, SupportPrior)
-                   for p in (*prior.encoder.parameters(), *prior.head.parameters())}
-        chosen = {name: p for name, p in trained.items() if name.startswith("model.") and id(p) not in readers}
+        readers = {
+            id(p)
+            for prior in module.modules()
+            if isinstance(prior, SupportPrior)
+            for p in (*prior.encoder.parameters(), *prior.head.parameters())
+        }
+        chosen = {
+            name: p
+            for name, p in trained.items()
+            if name.startswith("model.") and id(p) not in readers
+        }
     else:
-        meant = {name: [full for full in trained if f"{_short(full)}.".startswith(f"{name}.")] for name in parameters}
+        meant = {
+            name: [full for full in trained if f"{_short(full)}.".startswith(f"{name}.")]
+            for name in parameters
+        }
         strangers = [name for name, found in meant.items() if not found]
-        require(not strangers, f"parameters among {sorted(map(_short, trained))}", strangers, "Correct the names.")
-        chosen = {name: p for name, p in trained.items() if any(name in found for found in meant.values())}
-    require(bool(chosen), "a parameter or more to judge", "none", "Name some that are trained: parameters=[...].")
+        require(
+            not strangers,
+            f"parameters among {sorted(map(_short, trained))}",
+            strangers,
+            "Correct the names.",
+        )
+        chosen = {
+            name: p for name, p in trained.items() if any(name in found for found in meant.values())
+        }
+    require(
+        bool(chosen),
+        "a parameter or more to judge",
+        "none",
+        "Name some that are trained: parameters=[...].",
+    )
     return chosen
 
 

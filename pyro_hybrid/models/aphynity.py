@@ -68,34 +68,66 @@ class APHYNITY(HybridModel):
     noise: Any  # set as a PyroParam, read as a Tensor
     start_noise: Any
 
-    def __init__(self, system: System, *, latents: int | None = None, linear: bool = True, weight: float = 1.0,
-                 growth: float = 1.0, noise: float = 3.0, width: int = 32, depth: int = 1, substeps: int = 1,
-                 step: float | None = None, compile: bool = False) -> None:
+    def __init__(
+        self,
+        system: System,
+        *,
+        latents: int | None = None,
+        linear: bool = True,
+        weight: float = 1.0,
+        growth: float = 1.0,
+        noise: float = 3.0,
+        width: int = 32,
+        depth: int = 1,
+        substeps: int = 1,
+        step: float | None = None,
+        compile: bool = False,
+    ) -> None:
         super().__init__()
         self.system = system
         self.steps: dict[str, Any] = {"substeps": substeps, "step": step, "compile": compile}
         sites = {**system.physics, "unknown": Normal(latents or len(system.unknown))}
         self.prior = UnconditionalPrior(None, **sites)
-        self.residual = Residual(len(system.inputs), sites["unknown"].n, system.outputs, linear, width=width,
-                                 depth=depth, scale=system.inputs, periodic=system.periodic)
+        self.residual = Residual(
+            len(system.inputs),
+            sites["unknown"].n,
+            system.outputs,
+            linear,
+            width=width,
+            depth=depth,
+            scale=system.inputs,
+            periodic=system.periodic,
+        )
         self.constraint = Constraint(weight, growth)
         self.noise = PyroParam(noise * torch.tensor(system.noise), constraints.positive)
         self.start_noise = PyroParam(torch.tensor(system.start_noise), constraints.positive)
 
     def guide(self) -> AmortizedGuide:
         """A guide that reads the query, one trajectory or a set of them."""
-        return AmortizedGuide(self.prior, SetEncoder(self.system.sensors, self.system.points, features=64))
+        return AmortizedGuide(
+            self.prior, SetEncoder(self.system.sensors, self.system.points, features=64)
+        )
 
     def forward(self, episode: Episode) -> Tensor:
         p = self.prior(None)
         with episode.plate:
-            physics = {name: pyro.sample(name, p[name])[..., None, 0] for name in self.system.physics}
+            physics = {
+                name: pyro.sample(name, p[name])[..., None, 0] for name in self.system.physics
+            }
             unknown = pyro.sample("unknown", p["unknown"])
-            start = pyro.sample("initial", dist.Normal(episode.measured, self.start_noise).to_event(2))
+            start = pyro.sample(
+                "initial", dist.Normal(episode.measured, self.start_noise).to_event(2)
+            )
 
-            force = self.residual.given(unknown[..., None, None, :] if self.system.grid else unknown[..., None, :])
-            states = solve(self.system.known(physics, force), start if self.system.grid else start.unbind(-1),
-                           episode.times, **self.steps)
+            force = self.residual.given(
+                unknown[..., None, None, :] if self.system.grid else unknown[..., None, :]
+            )
+            states = solve(
+                self.system.known(physics, force),
+                start if self.system.grid else start.unbind(-1),
+                episode.times,
+                **self.steps,
+            )
             mean = self.system.observe(states)
             if self.constraint.applies(episode):
                 norm = squared_norm(self.system, physics, force, episode.times, states)
@@ -124,16 +156,34 @@ class OriginalAPHYNITY(HybridModel):
         substeps, step, compile: how :func:`~pyro_hybrid.solve` takes its steps.
     """
 
-    def __init__(self, system: System, *, weight: float = 1.0, growth: float = 1.0, width: int = 32, depth: int = 2,
-                 substeps: int = 1, step: float | None = None, compile: bool = False) -> None:
+    def __init__(
+        self,
+        system: System,
+        *,
+        weight: float = 1.0,
+        growth: float = 1.0,
+        width: int = 32,
+        depth: int = 2,
+        substeps: int = 1,
+        step: float | None = None,
+        compile: bool = False,
+    ) -> None:
         super().__init__()
         self.system = system
         self.steps: dict[str, Any] = {"substeps": substeps, "step": step, "compile": compile}
         for name, family in system.physics.items():
             begin: Any = family.distribution(family.from_raw(torch.zeros(family.n, family.k)))
             setattr(self, name, PyroParam(begin.mean, begin.support))
-        self.residual = Residual(len(system.inputs), 1, system.outputs, linear=True, width=width, depth=depth,
-                                 scale=system.inputs, periodic=system.periodic)
+        self.residual = Residual(
+            len(system.inputs),
+            1,
+            system.outputs,
+            linear=True,
+            width=width,
+            depth=depth,
+            scale=system.inputs,
+            periodic=system.periodic,
+        )
         self.constraint = Constraint(weight, growth)
         self.register_buffer("nothing", torch.zeros((1, 1, 1, 1) if system.grid else (1, 1, 1)))
 
@@ -151,14 +201,21 @@ class OriginalAPHYNITY(HybridModel):
 
     def trajectories(self, episode: Episode) -> Tensor:
         """States at all times, from the measured initial ones."""
-        return solve(self.system.known(self.physics(), self.force()), episode.initial, episode.times, **self.steps)
+        return solve(
+            self.system.known(self.physics(), self.force()),
+            episode.initial,
+            episode.times,
+            **self.steps,
+        )
 
     def forward(self, episode: Episode) -> Tensor:
         with episode.plate:
             states = self.trajectories(episode)
             mean, noise = self.system.observe(states), states.new_ones(())
             if self.constraint.applies(episode):
-                norm = squared_norm(self.system, self.physics(), self.force(), episode.times, states)
+                norm = squared_norm(
+                    self.system, self.physics(), self.force(), episode.times, states
+                )
                 pyro.factor("least", -self.constraint(norm, mean, noise, episode))
             x = dist.Normal(mean, noise).mask(episode.mask)
             return pyro.sample("x", x.to_event(3), obs=episode.query)
@@ -171,10 +228,16 @@ class Constraint(nn.Module):
 
     def __init__(self, weight: float, growth: float) -> None:
         super().__init__()
-        require(weight > 0.0 and growth >= 0.0, "a positive weight and a growth of 0 or more", f"{weight} and {growth}",
-                "The paper's pendulum has 1 and 1, its fields 1 and 0.001.")
+        require(
+            weight > 0.0 and growth >= 0.0,
+            "a positive weight and a growth of 0 or more",
+            f"{weight} and {growth}",
+            "The paper's pendulum has 1 and 1, its fields 1 and 0.001.",
+        )
         self.growth = growth
-        self.register_buffer("weight", torch.tensor(weight, dtype=torch.float64))  # which small errors still add to
+        self.register_buffer(
+            "weight", torch.tensor(weight, dtype=torch.float64)
+        )  # which small errors still add to
 
     def applies(self, episode: Episode) -> bool:
         """Whether a run is one of training, and not a look or a simulation."""
@@ -192,7 +255,12 @@ class Constraint(nn.Module):
             counts = torch.as_tensor(episode.mask, device=norm.device).expand_as(episode.query)
             errors = ((episode.query - mean) / noise).square().where(counts, 0.0)
             loss = variance * errors.sum() / (counts.sum() * errors.numel() / counts.numel())
-            n = torch.as_tensor(whole.mask, device=norm.device).expand_as(whole.query).flatten(1).sum(1)
+            n = (
+                torch.as_tensor(whole.mask, device=norm.device)
+                .expand_as(whole.query)
+                .flatten(1)
+                .sum(1)
+            )
         if norm.requires_grad:
             norm.register_hook(partial(self._grow, loss))
         return n / (2.0 * variance * self.weight.to(norm)) * norm
@@ -210,12 +278,16 @@ class Silent(nn.Module):
         return {}
 
 
-def squared_norm(system: System, physics: Mapping[str, Tensor], force: Force, times: Tensor, states: Tensor) -> Tensor:
+def squared_norm(
+    system: System, physics: Mapping[str, Tensor], force: Force, times: Tensor, states: Tensor
+) -> Tensor:
     """What a neural force adds to the slopes at given states: squared, over components, and averaged, for each task."""
     clock, flat = times.expand(states.shape[-3], -1).flatten(), states.detach().flatten(-3, -2)
 
     def slopes(force: Force) -> Tensor:
-        out = system.known(physics, force)(*((clock.unsqueeze(-1), flat) if system.grid else (clock, flat.unbind(-1))))
+        out = system.known(physics, force)(
+            *((clock.unsqueeze(-1), flat) if system.grid else (clock, flat.unbind(-1)))
+        )
         return torch.stack(torch.broadcast_tensors(*out), -1) if isinstance(out, tuple) else out
 
     def nothing(*inputs: Tensor) -> Tensor | tuple[Tensor, ...]:

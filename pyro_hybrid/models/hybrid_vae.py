@@ -70,18 +70,44 @@ class HybridVAE(HybridModel):
 
     noise: Any  # set as a PyroParam, read as a Tensor
 
-    def __init__(self, system: System, *, latents: int | None = None, outside: int = 0, linear: bool = False,
-                 discrepancy: float = 0.01, unmixing: float = 0.001, recovery: float = 100.0,
-                 noise: float = 3.0, width: int = 32, depth: int = 1, substeps: int = 1) -> None:
+    def __init__(
+        self,
+        system: System,
+        *,
+        latents: int | None = None,
+        outside: int = 0,
+        linear: bool = False,
+        discrepancy: float = 0.01,
+        unmixing: float = 0.001,
+        recovery: float = 100.0,
+        noise: float = 3.0,
+        width: int = 32,
+        depth: int = 1,
+        substeps: int = 1,
+    ) -> None:
         super().__init__()
-        require(min(discrepancy, unmixing, recovery, outside) >= 0, "weights and outside of 0 or more",
-                (discrepancy, unmixing, recovery, outside), "Leave a regulariser out by a weight of 0.")
+        require(
+            min(discrepancy, unmixing, recovery, outside) >= 0,
+            "weights and outside of 0 or more",
+            (discrepancy, unmixing, recovery, outside),
+            "Leave a regulariser out by a weight of 0.",
+        )
         self.system, self.substeps = system, substeps
         self.discrepancy, self.unmixing, self.recovery = discrepancy, unmixing, recovery
         sites = {**system.physics, "unknown": Normal(latents or len(system.unknown))}
-        self.prior = UnconditionalPrior(None, **sites, **({"outside": Normal(outside)} if outside else {}))
-        self.residual = Residual(len(system.inputs), sites["unknown"].n, system.outputs, linear, width=width,
-                                 depth=depth, scale=system.inputs, periodic=system.periodic)
+        self.prior = UnconditionalPrior(
+            None, **sites, **({"outside": Normal(outside)} if outside else {})
+        )
+        self.residual = Residual(
+            len(system.inputs),
+            sites["unknown"].n,
+            system.outputs,
+            linear,
+            width=width,
+            depth=depth,
+            scale=system.inputs,
+            periodic=system.periodic,
+        )
         self.correction = _correction(system, outside, width, depth) if outside else None
         self.encoder = PhysicsGuide(self.prior, system)
         self.noise = PyroParam(noise * torch.tensor(system.noise), constraints.positive)
@@ -93,7 +119,9 @@ class HybridVAE(HybridModel):
     def forward(self, episode: Episode) -> Tensor:
         p, read = self.prior(episode.support), self.to_answer_for(episode)
         with episode.plate:
-            physics = {name: pyro.sample(name, p[name])[..., None, 0] for name in self.system.physics}
+            physics = {
+                name: pyro.sample(name, p[name])[..., None, 0] for name in self.system.physics
+            }
             unknown = pyro.sample("unknown", p["unknown"])
             outside = pyro.sample("outside", p["outside"]) if "outside" in p else None
 
@@ -102,7 +130,9 @@ class HybridVAE(HybridModel):
             if read and self.discrepancy:
                 bare = self.observed(physics, self.nothing, episode)
                 parts = inside, self.corrected(bare, outside, episode.times), bare
-                pyro.factor("discrepancy", -self.discrepancy * self.beyond_physics(mean, *parts, read))
+                pyro.factor(
+                    "discrepancy", -self.discrepancy * self.beyond_physics(mean, *parts, read)
+                )
             if read and self.unmixing:
                 pyro.factor("unmixing", -self.unmixing * self.mixed(physics, read))
             if read and self.recovery:
@@ -117,7 +147,9 @@ class HybridVAE(HybridModel):
 
     def force(self, unknown: Tensor) -> Force:
         """The neural force, given neural latents (..., task, component)."""
-        return self.residual.given(unknown[..., None, None, :] if self.system.grid else unknown[..., None, :])
+        return self.residual.given(
+            unknown[..., None, None, :] if self.system.grid else unknown[..., None, :]
+        )
 
     def nothing(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         """No force."""
@@ -127,20 +159,31 @@ class HybridVAE(HybridModel):
     def observed(self, physics: dict[str, Tensor], force: Force, episode: Episode) -> Tensor:
         """What sensors would show of the equations with this force, without noise."""
         field = self.system.known(physics, force)
-        return self.system.observe(solve(field, episode.initial, episode.times, substeps=self.substeps))
+        return self.system.observe(
+            solve(field, episode.initial, episode.times, substeps=self.substeps)
+        )
 
     def corrected(self, sensors: Tensor, outside: Tensor | None, times: Times) -> Tensor:
         """Sensors (..., time, sensor) with the neural correction of the observation, if there is one."""
         if self.correction is None or outside is None:
             return sensors
         shift = self.correction.given(outside[..., None, None, :])(times, *sensors.unbind(-1))
-        return sensors + (torch.stack(shift, -1) if isinstance(shift, tuple) else shift.unsqueeze(-1))
+        return sensors + (
+            torch.stack(shift, -1) if isinstance(shift, tuple) else shift.unsqueeze(-1)
+        )
 
-    def beyond_physics(self, mean: Tensor, inside: Tensor, outside: Tensor, bare: Tensor, read: Reading) -> Tensor:
+    def beyond_physics(
+        self, mean: Tensor, inside: Tensor, outside: Tensor, bare: Tensor, read: Reading
+    ) -> Tensor:
         """R₁ of each task: both neural terms against each alone, and each alone against none."""
         pairs = (inside, bare), (outside, bare), (mean, inside), (mean, outside)
-        squares = [((one - other) / self.noise.detach()).square().mean((-3, -2, -1)) for one, other in pairs]
-        return 0.25 * torch.stack(squares).sum(0) * read.unmixed[0].numel()  # of segments too: as if of all
+        squares = [
+            ((one - other) / self.noise.detach()).square().mean((-3, -2, -1))
+            for one, other in pairs
+        ]
+        return (
+            0.25 * torch.stack(squares).sum(0) * read.unmixed[0].numel()
+        )  # of segments too: as if of all
 
     def mixed(self, physics: dict[str, Tensor], read: Reading) -> Tensor:
         """R₂ of each task: how far what the encoder unmixed is from what its latents make the physics do."""
@@ -152,21 +195,38 @@ class HybridVAE(HybridModel):
         """R₃ of each task: what the encoder misses of latents, drawn by shot, that the physics ran with."""
         families, like = self.system.physics, read.unmixed
         with torch.no_grad():
-            spread = {name: 4.0 * torch.rand(*like.shape[:2], f.n, dtype=like.dtype, device=like.device) - 2.0
-                      for name, f in families.items()}
+            spread = {
+                name: 4.0 * torch.rand(*like.shape[:2], f.n, dtype=like.dtype, device=like.device)
+                - 2.0
+                for name, f in families.items()
+            }
             truth = {name: f.loc + f.scale * spread[name] for name, f in families.items()}
-            bare = self.observed({name: f.constrained(truth[name])[..., 0] for name, f in families.items()},
-                                 self.nothing, read.shots)
+            bare = self.observed(
+                {name: f.constrained(truth[name])[..., 0] for name, f in families.items()},
+                self.nothing,
+                read.shots,
+            )
         found = self.encoder.recovered(bare)
-        return sum(((0.5 * ((found[name] - truth[name]) / f.scale).square()).sum((-2, -1))
-                    for name, f in families.items()), like.new_zeros(()))
+        return sum(
+            (
+                (0.5 * ((found[name] - truth[name]) / f.scale).square()).sum((-2, -1))
+                for name, f in families.items()
+            ),
+            like.new_zeros(()),
+        )
 
 
 def _correction(system: System, latents: int, width: int, depth: int) -> Residual:
     """Of sensors, as a function of time and of them; at first it does nothing."""
     last = system.step * (system.points - 1)
-    made = Residual(1 + system.sensors, latents, system.sensors, width=width, depth=depth,
-                    scale=(last, *[1.0] * system.sensors))
+    made = Residual(
+        1 + system.sensors,
+        latents,
+        system.sensors,
+        width=width,
+        depth=depth,
+        scale=(last, *[1.0] * system.sensors),
+    )
     nn.init.zeros_(made.straight), nn.init.zeros_(made.last.weight)
     return made
 
@@ -198,18 +258,31 @@ class PhysicsGuide(nn.Module):
         self.prior = prior
         self.physics = tuple(system.physics)
         self.neural = tuple(name for name in prior.sites if name not in self.physics)
-        self.first, self.second = (SetEncoder(system.sensors, system.points, FEATURES, WIDTH) for _ in range(2))
-        self.heads = nn.ModuleDict({name: nn.Sequential(nn.SiLU(), nn.Linear(FEATURES, f.n * f.k))
-                                    for name, f in prior.sites.items()})
-        size, latents = system.points * system.sensors, sum(prior.sites[name].n for name in self.neural)
-        self.unmixer = nn.Sequential(nn.Linear(2 * size + latents, WIDTH), nn.SiLU(), nn.Linear(WIDTH, size))
+        self.first, self.second = (
+            SetEncoder(system.sensors, system.points, FEATURES, WIDTH) for _ in range(2)
+        )
+        self.heads = nn.ModuleDict(
+            {
+                name: nn.Sequential(nn.SiLU(), nn.Linear(FEATURES, f.n * f.k))
+                for name, f in prior.sites.items()
+            }
+        )
+        size, latents = (
+            system.points * system.sensors,
+            sum(prior.sites[name].n for name in self.neural),
+        )
+        self.unmixer = nn.Sequential(
+            nn.Linear(2 * size + latents, WIDTH), nn.SiLU(), nn.Linear(WIDTH, size)
+        )
 
     def forward(self, episode: Episode) -> dict[str, Tensor]:
         """Sample every latent site of the program."""
         naturals = self.natural(episode)
         with episode.plate:
-            return {name: pyro.sample(name, self.prior.sites[name].distribution(natural))
-                    for name, natural in naturals.items()}
+            return {
+                name: pyro.sample(name, self.prior.sites[name].distribution(natural))
+                for name, natural in naturals.items()
+            }
 
     def natural(self, episode: Episode) -> dict[str, Natural]:
         """Natural parameters of each site."""
@@ -219,18 +292,28 @@ class PhysicsGuide(nn.Module):
     def read(self, episode: Episode) -> Reading | None:
         """What it makes of the query; None where there is none."""
         whole = episode.whole or episode
-        return None if whole.query is None else once(self, "shots", episode, lambda: self._read(whole))
+        return (
+            None if whole.query is None else once(self, "shots", episode, lambda: self._read(whole))
+        )
 
     def recovered(self, values: Trajectories) -> dict[str, Latent]:
         """Unconstrained physics latents that it sees in unmixed trajectories, (task, shot, component)."""
         features = self._features(self.second, values, True)
-        return {name: self.prior.sites[name].gaussian(self._evidence(name, features))[0] for name in self.physics}
+        return {
+            name: self.prior.sites[name].gaussian(self._evidence(name, features))[0]
+            for name in self.physics
+        }
 
     def _read(self, shots: Episode) -> Reading:
         values = torch.as_tensor(shots.query)
-        seen, counts = (torch.as_tensor(x, device=values.device).expand_as(values) for x in (shots.seen, shots.mask))
+        seen, counts = (
+            torch.as_tensor(x, device=values.device).expand_as(values)
+            for x in (shots.seen, shots.mask)
+        )
         neural = self._believed(self.neural, self._features(self.first, values, seen), counts)
-        latents = torch.cat([self.prior.sites[name].gaussian(neural[name])[0] for name in self.neural], -1)
+        latents = torch.cat(
+            [self.prior.sites[name].gaussian(neural[name])[0] for name in self.neural], -1
+        )
         unmixed = self._unmixed(values, seen, latents)
         physics = self._believed(self.physics, self._features(self.second, unmixed, True), counts)
         return Reading(shots, physics | neural, unmixed)
@@ -242,9 +325,14 @@ class PhysicsGuide(nn.Module):
         inputs = torch.cat([known, latents.unsqueeze(-2).expand(*known.shape[:-1], -1)], -1)
         return centre + scale * (standard + self.unmixer(inputs).view_as(standard))
 
-    def _believed(self, names: tuple[str, ...], features: Tensor, counts: Tensor) -> dict[str, Natural]:
+    def _believed(
+        self, names: tuple[str, ...], features: Tensor, counts: Tensor
+    ) -> dict[str, Natural]:
         some, before = counts.flatten(2).any(-1)[..., None, None], self.prior.natural(None)
-        return {name: before[name] + self._evidence(name, features).where(some, 0.0).sum(-3) for name in names}
+        return {
+            name: before[name] + self._evidence(name, features).where(some, 0.0).sum(-3)
+            for name in names
+        }
 
     def _evidence(self, name: str, features: Tensor) -> Natural:
         family = self.prior.sites[name]
@@ -255,4 +343,6 @@ class PhysicsGuide(nn.Module):
         one_by_one = values.flatten(0, 1).unsqueeze(1)
         seen = seen.flatten(0, 1).unsqueeze(1) if isinstance(seen, Tensor) else seen
         starts = one_by_one[:, :, 0].unbind(-1)
-        return encoder(Episode(values[0, 0, :, 0], one_by_one, starts, seen=seen)).unflatten(0, values.shape[:2])
+        return encoder(Episode(values[0, 0, :, 0], one_by_one, starts, seen=seen)).unflatten(
+            0, values.shape[:2]
+        )

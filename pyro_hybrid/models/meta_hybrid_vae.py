@@ -34,7 +34,9 @@ class Places(NamedTuple):
     states: Tensor
 
 
-SHUFFLES = 3  # how often each state is used to judge the neural force, every time with other partners
+SHUFFLES = (
+    3  # how often each state is used to judge the neural force, every time with other partners
+)
 
 
 class MetaHybridVAE(HybridModel):
@@ -69,19 +71,43 @@ class MetaHybridVAE(HybridModel):
     noise: Any  # set as a PyroParam, read as a Tensor
     start_noise: Any
 
-    def __init__(self, system: System, evidence: Linearised | None = None, *, latents: int | None = None,
-                 linear: bool = True, correction: float = 0.0, straightness: float = 0.0, noise: float = 3.0,
-                 width: int = 32, depth: int = 1, substeps: int = 1, step: float | None = None, compile: bool = False,
-                 conditional: bool = True) -> None:
+    def __init__(
+        self,
+        system: System,
+        evidence: Linearised | None = None,
+        *,
+        latents: int | None = None,
+        linear: bool = True,
+        correction: float = 0.0,
+        straightness: float = 0.0,
+        noise: float = 3.0,
+        width: int = 32,
+        depth: int = 1,
+        substeps: int = 1,
+        step: float | None = None,
+        compile: bool = False,
+        conditional: bool = True,
+    ) -> None:
         super().__init__()
         self.system = system
         self.steps: dict[str, Any] = {"substeps": substeps, "step": step, "compile": compile}
         self.correction, self.straightness = correction, straightness
         sites = {**system.physics, "unknown": Normal(latents or len(system.unknown))}
-        self.prior = (SupportPrior(self.encoder(), evidence, **sites) if conditional else
-                      UnconditionalPrior(None, **sites))
-        self.residual = Residual(len(system.inputs), sites["unknown"].n, system.outputs, linear, width=width,
-                                 depth=depth, scale=system.inputs, periodic=system.periodic)
+        self.prior = (
+            SupportPrior(self.encoder(), evidence, **sites)
+            if conditional
+            else UnconditionalPrior(None, **sites)
+        )
+        self.residual = Residual(
+            len(system.inputs),
+            sites["unknown"].n,
+            system.outputs,
+            linear,
+            width=width,
+            depth=depth,
+            scale=system.inputs,
+            periodic=system.periodic,
+        )
         self.register_buffer("clock", None, persistent=False)
         self.register_buffer("samples", None, persistent=False)
         self.noise = PyroParam(noise * torch.tensor(system.noise), constraints.positive)
@@ -98,18 +124,29 @@ class MetaHybridVAE(HybridModel):
     def forward(self, episode: Episode) -> Tensor:
         p = self.prior(episode.support)
         with episode.plate:
-            physics = {name: pyro.sample(name, p[name])[..., None, 0] for name in self.system.physics}
+            physics = {
+                name: pyro.sample(name, p[name])[..., None, 0] for name in self.system.physics
+            }
             unknown = pyro.sample("unknown", p["unknown"])
-            start = pyro.sample("initial", dist.Normal(episode.measured, self.start_noise).to_event(2))
+            start = pyro.sample(
+                "initial", dist.Normal(episode.measured, self.start_noise).to_event(2)
+            )
 
             states = self.trajectories(physics, unknown, start, episode.times)
             if self.training and torch.is_grad_enabled() and (self.correction or self.straightness):
-                latents = {name: value.detach() for name, value in physics.items()}, unknown.detach()
-                pyro.factor("preference", -self.objections(*latents, *self.places(episode, states.detach())))
+                latents = (
+                    {name: value.detach() for name, value in physics.items()},
+                    unknown.detach(),
+                )
+                pyro.factor(
+                    "preference", -self.objections(*latents, *self.places(episode, states.detach()))
+                )
             x = dist.Normal(self.system.observe(states), self.noise).mask(episode.mask)
             return pyro.sample("x", x.to_event(3), obs=episode.query)
 
-    def trajectories(self, physics: dict[str, Tensor], unknown: Tensor, start: Tensor, times: Tensor) -> Tensor:
+    def trajectories(
+        self, physics: dict[str, Tensor], unknown: Tensor, start: Tensor, times: Tensor
+    ) -> Tensor:
         """States over time, of physics latents (..., task, 1), neural ones and initial states."""
         field = self.system.known(self.settled(physics, unknown), self.force(unknown))
         return solve(field, start if self.system.grid else start.unbind(-1), times, **self.steps)
@@ -118,15 +155,35 @@ class MetaHybridVAE(HybridModel):
         """The physics latents less what the neural force does in their place: see :meth:`settle`."""
         if self.clock is None or self.samples is None:
             return physics
-        size = max(1, 256 // self.samples.shape[-1]) if self.system.grid else 256  # what a processor's cache holds
+        size = (
+            max(1, 256 // self.samples.shape[-1]) if self.system.grid else 256
+        )  # what a processor's cache holds
         pieces = map(Places, self.clock.split(size), self.samples.split(size))
-        shape = torch.broadcast_shapes(unknown.shape[:-1], *(value.shape[:-1] for value in physics.values()))
-        unknown, few = unknown.expand(*shape, -1), {name: value.expand(*shape, 1) for name, value in physics.items()}
-        first, back = _distinct(*few.values(), unknown)  # a Jacobian moves the shots' latents in most of its copies
+        shape = torch.broadcast_shapes(
+            unknown.shape[:-1], *(value.shape[:-1] for value in physics.values())
+        )
+        unknown, few = (
+            unknown.expand(*shape, -1),
+            {name: value.expand(*shape, 1) for name, value in physics.items()},
+        )
+        first, back = _distinct(
+            *few.values(), unknown
+        )  # a Jacobian moves the shots' latents in most of its copies
         few = {name: value[first] for name, value in few.items()}
-        share = 1e-3 * explained(((self.corrections(few, unknown[first], piece), self.tangents(few, piece))
-                                  for piece in pieces), centred=not self.system.grid)[back]
-        return {name: value * (1.0 - share[..., i, None]) for i, (name, value) in enumerate(physics.items())}
+        share = (
+            1e-3
+            * explained(
+                (
+                    (self.corrections(few, unknown[first], piece), self.tangents(few, piece))
+                    for piece in pieces
+                ),
+                centred=not self.system.grid,
+            )[back]
+        )
+        return {
+            name: value * (1.0 - share[..., i, None])
+            for i, (name, value) in enumerate(physics.items())
+        }
 
     @torch.no_grad()
     def settle(self, tasks: Tasks, points: int | None = None) -> None:
@@ -140,7 +197,12 @@ class MetaHybridVAE(HybridModel):
                 tenths of what they are on trajectories from there, and independently; fields are taken as they began.
             points: number of places; by default 2048, or 512 fields.
         """
-        require(points is None or points >= 1, "1 place or more", points, "Leave points out for as many as are needed.")
+        require(
+            points is None or points >= 1,
+            "1 place or more",
+            points,
+            "Leave points out for as many as are needed.",
+        )
         episode = tasks.shots(slice(None))
         if self.system.grid:
             fields = episode.measured.flatten(0, 1)[: points or 512]
@@ -152,21 +214,31 @@ class MetaHybridVAE(HybridModel):
         physics = {name: value[..., None, 0] for name, value in average.items()}
         states = self.trajectories(physics, unknown, episode.measured, episode.times).flatten(0, -2)
         states = states[states.isfinite().all(-1)].sort(0).values
-        even = torch.quasirandom.SobolEngine(states.shape[-1] + 1, scramble=True, seed=0).draw(points or 2048)
+        even = torch.quasirandom.SobolEngine(states.shape[-1] + 1, scramble=True, seed=0).draw(
+            points or 2048
+        )
         rank = (0.05 + 0.9 * even.to(states.device)).to(states.dtype)
         self.samples = states.gather(0, (rank[:, 1:] * (len(states) - 1)).round().long())
         self.clock = episode.times[0] + rank[:, 0] * (episode.times[-1] - episode.times[0])
 
     def force(self, unknown: Tensor) -> Force:
         """The neural force, given neural latents (..., task, component)."""
-        return self.residual.given(unknown[..., None, None, :] if self.system.grid else unknown[..., None, :])
+        return self.residual.given(
+            unknown[..., None, None, :] if self.system.grid else unknown[..., None, :]
+        )
 
     def places(self, episode: Episode, states: Tensor) -> tuple[Tensor, Tensor]:
         """Times and states at which a neural force is judged: along the trajectories; of fields, the initial ones."""
         whole = episode.whole or episode
-        return (whole.times[:1], whole.measured.unsqueeze(-2)) if self.system.grid else (episode.times, states)
+        return (
+            (whole.times[:1], whole.measured.unsqueeze(-2))
+            if self.system.grid
+            else (episode.times, states)
+        )
 
-    def objections(self, physics: dict[str, Tensor], unknown: Tensor, times: Tensor, states: Tensor) -> Tensor:
+    def objections(
+        self, physics: dict[str, Tensor], unknown: Tensor, times: Tensor, states: Tensor
+    ) -> Tensor:
         """What is held against the neural force of each task, beyond its fit: see ``correction`` and ``straightness``.
 
         Both are judged where time and the components of the state come from unrelated trajectories, and fields, which
@@ -176,26 +248,37 @@ class MetaHybridVAE(HybridModel):
         copies = 1 if self.system.grid else SHUFFLES
         clock = times.expand(states.shape[-3], -1).flatten().repeat(copies)
         flat = torch.cat([states.flatten(-3, -2)] * copies, -2)
-        places = Places(clock, flat) if self.system.grid else Places(
-            clock, torch.stack([_unrelated(x) for x in flat.unbind(-1)], -1))
+        places = (
+            Places(clock, flat)
+            if self.system.grid
+            else Places(clock, torch.stack([_unrelated(x) for x in flat.unbind(-1)], -1))
+        )
         mine = self.corrections(physics, unknown, places)
         total = self.correction * overlap(mine, self.tangents(physics, places))
         if self.straightness and not self.residual.linear:
             other = unknown.roll(1, -2)
-            theirs, halfway = (self.corrections(physics, z, places) for z in (other, 0.5 * (unknown + other)))
-            total = total + self.straightness * (halfway - 0.5 * (mine + theirs)).square().sum(-1).mean(-1)
+            theirs, halfway = (
+                self.corrections(physics, z, places) for z in (other, 0.5 * (unknown + other))
+            )
+            total = total + self.straightness * (halfway - 0.5 * (mine + theirs)).square().sum(
+                -1
+            ).mean(-1)
         return total
 
     def corrections(self, physics: dict[str, Tensor], unknown: Tensor, places: Places) -> Tensor:
         """What the neural force adds to the slopes, (..., task, place, component)."""
-        return self._slopes(physics, self.force(unknown), places) - self._slopes(physics, self._nothing, places)
+        return self._slopes(physics, self.force(unknown), places) - self._slopes(
+            physics, self._nothing, places
+        )
 
     @torch.no_grad()
     def tangents(self, physics: dict[str, Tensor], places: Places) -> list[Tensor]:
         """What a thousandth more of each physics latent would add to them."""
         without = self._slopes(physics, self._nothing, places)
-        return [self._slopes(physics | {name: 1.001 * value}, self._nothing, places) - without
-                for name, value in physics.items()]
+        return [
+            self._slopes(physics | {name: 1.001 * value}, self._nothing, places) - without
+            for name, value in physics.items()
+        ]
 
     def _slopes(self, physics: dict[str, Tensor], force: Force, places: Places) -> Tensor:
         states = places.states if self.system.grid else places.states.unbind(-1)

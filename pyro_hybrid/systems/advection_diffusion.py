@@ -44,7 +44,9 @@ class AdvectionDiffusion(System):
         def field(t: Tensor, state: State) -> State:
             assert isinstance(state, Tensor)  # for the type checker
             left, here, right = state[..., :-2], state[..., 1:-1], state[..., 2:]
-            warming = rate * (left - 2.0 * here + right) + force(here, (right - left) / (2.0 * self.width))
+            warming = rate * (left - 2.0 * here + right) + force(
+                here, (right - left) / (2.0 * self.width)
+            )
             return torch.nn.functional.pad(warming, (1, 1))
 
         return field

@@ -57,7 +57,10 @@ def point_mass(parameters: Tensor, scale: Tensor) -> Field:
     return compound(torch.stack([lever * RODS, lever, gravity, lever * gravity, none, none]), scale)
 
 
-STARTS: dict[Model, tuple[float, ...]] = {compound: (0.3, 0.4, 110.0, 40.0, 0.1, 0.1), point_mass: (110.0, 0.5)}
+STARTS: dict[Model, tuple[float, ...]] = {
+    compound: (0.3, 0.4, 110.0, 40.0, 0.1, 0.1),
+    point_mass: (110.0, 0.5),
+}
 
 
 def fitted(model: Model, tasks: Tasks, stages: Sequence[float] = (0.1, 0.2)) -> Tensor:
@@ -66,32 +69,48 @@ def fitted(model: Model, tasks: Tasks, stages: Sequence[float] = (0.1, 0.2)) -> 
     The scales are those of the truth and the initial states as measured. The errors are those of both angles in the
     first seconds of each window, in ``stages``: each begins with the parameters that the one before ended with.
     """
-    require(model in STARTS, "compound or point_mass", model, "Fit another model with scipy.optimize.least_squares.")
+    require(
+        model in STARTS,
+        "compound or point_mass",
+        model,
+        "Fit another model with scipy.optimize.least_squares.",
+    )
     best = np.log(STARTS[model])
     for seconds in stages:
 
         def errors(logs: np.ndarray, seconds: float = seconds) -> np.ndarray:
             states, observed = open_loop(model, torch.from_numpy(np.exp(logs)), tasks, seconds)
-            return (states[..., :2] - observed).flatten().nan_to_num(10.0).clamp(-10.0, 10.0).numpy()
+            return (
+                (states[..., :2] - observed).flatten().nan_to_num(10.0).clamp(-10.0, 10.0).numpy()
+            )
 
         best = least_squares(errors, best).x
     return torch.from_numpy(np.exp(best))
 
 
-def open_loop(model: Model, parameters: Tensor, tasks: Tasks, seconds: float = torch.inf) -> tuple[Tensor, Tensor]:
+def open_loop(
+    model: Model, parameters: Tensor, tasks: Tasks, seconds: float = torch.inf
+) -> tuple[Tensor, Tensor]:
     """Predicted states from the measured initial ones, and the observed angles, ``(task, shot, time, ...)``."""
     if tasks.truth is None or "scale" not in tasks.truth:
-        fail("tasks with the scale of their clocks in truth", list(tasks.truth or ()),
-             "Make them with Recordings.tasks(...).")
+        fail(
+            "tasks with the scale of their clocks in truth",
+            list(tasks.truth or ()),
+            "Make them with Recordings.tasks(...).",
+        )
     episode = tasks.shots(slice(None)).double()
     steps = min(seconds / float(episode.times[1] - episode.times[0]), float(len(episode.times)))
     few = episode.until(max(1, round(steps)))
     with failures_as_values():
-        states = solve(model(parameters, tasks.truth["scale"].double()), few.initial, few.times, substeps=2)
+        states = solve(
+            model(parameters, tasks.truth["scale"].double()), few.initial, few.times, substeps=2
+        )
     return states, tasks.values[:, :, : len(few.times)].double()
 
 
-def median_errors(predicted: Tensor, observed: Tensor, times: Tensor, horizons: Sequence[float] = HORIZONS) -> Tensor:
+def median_errors(
+    predicted: Tensor, observed: Tensor, times: Tensor, horizons: Sequence[float] = HORIZONS
+) -> Tensor:
     """The median over all windows of the angles' error at each horizon: root mean square of the two, in rad.
 
     Arguments:
@@ -101,8 +120,19 @@ def median_errors(predicted: Tensor, observed: Tensor, times: Tensor, horizons: 
     """
     clock = times - times[0]
     index = [int((clock - horizon).abs().argmin()) for horizon in horizons]
-    require(all(k > 0 and abs(float(clock[k]) - h) < 1e-4 for k, h in zip(index, horizons, strict=True)),
-            f"observations at the horizons {tuple(horizons)}", f"times up to {float(clock[-1]):.4g}",
-            "Make windows that are long enough, with a step that divides the horizons.")
-    error = (predicted[..., index, :2] - observed[..., index, :2]).square().mean(-1).sqrt().flatten(0, -2)
+    require(
+        all(
+            k > 0 and abs(float(clock[k]) - h) < 1e-4 for k, h in zip(index, horizons, strict=True)
+        ),
+        f"observations at the horizons {tuple(horizons)}",
+        f"times up to {float(clock[-1]):.4g}",
+        "Make windows that are long enough, with a step that divides the horizons.",
+    )
+    error = (
+        (predicted[..., index, :2] - observed[..., index, :2])
+        .square()
+        .mean(-1)
+        .sqrt()
+        .flatten(0, -2)
+    )
     return error.nan_to_num(torch.inf, torch.inf).median(0).values

@@ -34,9 +34,18 @@ class DoublePendulum(System):
         angles_only: observe the two angles alone.
     """
 
-    ranges = {"gravity": (6.0, 14.0), "ratio": (0.5, 2.0), "upper": (0.0, 0.8), "lower": (0.0, 0.8),
-              "angle": (-1.2, 1.2), "speed": (-0.5, 0.5)}
-    physics = {"gravity": LogNormal(1, loc=2.3, scale=0.3), "ratio": LogNormal(1, loc=0.0, scale=0.5)}
+    ranges = {
+        "gravity": (6.0, 14.0),
+        "ratio": (0.5, 2.0),
+        "upper": (0.0, 0.8),
+        "lower": (0.0, 0.8),
+        "angle": (-1.2, 1.2),
+        "speed": (-0.5, 0.5),
+    }
+    physics = {
+        "gravity": LogNormal(1, loc=2.3, scale=0.3),
+        "ratio": LogNormal(1, loc=0.0, scale=0.5),
+    }
     unknown = ("upper", "lower")
     inputs = (1.0, 1.5, 3.0, 6.0)
     outputs = 2
@@ -72,5 +81,9 @@ class DoublePendulum(System):
 
     def measured(self, values: Tensor) -> State:
         angles = values[..., :2].unbind(-1)
-        speeds = tuple(torch.zeros_like(x) for x in angles) if self.sensors == 2 else values[..., 2:].unbind(-1)
+        speeds = (
+            tuple(torch.zeros_like(x) for x in angles)
+            if self.sensors == 2
+            else values[..., 2:].unbind(-1)
+        )
         return (*angles, *speeds)

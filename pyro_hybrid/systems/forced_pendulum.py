@@ -33,8 +33,13 @@ class ForcedPendulum(System):
         Kalousis, 2021), https://arxiv.org/abs/2102.13156
     """
 
-    ranges = {"omega": (0.785, 3.14), "damping": (0.0, 0.8), "amplitude": (0.0, 40.0), "frequency": (3.14, 6.28),
-              "angle": (-1.57, 1.57)}
+    ranges = {
+        "omega": (0.785, 3.14),
+        "damping": (0.0, 0.8),
+        "amplitude": (0.0, 40.0),
+        "frequency": (3.14, 6.28),
+        "angle": (-1.57, 1.57),
+    }
     physics = {"omega": LogNormal(1, loc=0.6, scale=0.4)}
     unknown = ("damping", "amplitude", "frequency")
     inputs = (0.05, 1.5, 10.0)
@@ -58,7 +63,10 @@ class ForcedPendulum(System):
 
     def truth(self, unknown: Tensor) -> Force:
         damping, amplitude, frequency = unknown.unbind(-1)
-        return lambda t, angle, speed: (amplitude * torch.cos(2 * torch.pi * frequency * t), -damping * speed)
+        return lambda t, angle, speed: (
+            amplitude * torch.cos(2 * torch.pi * frequency * t),
+            -damping * speed,
+        )
 
     def initial(self, draw: Callable[[str], Tensor]) -> State:
         angle = draw("angle")

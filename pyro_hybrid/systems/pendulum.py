@@ -30,8 +30,14 @@ class Pendulum(System):
         angles_only: observe the angle alone.
     """
 
-    ranges = {"omega": (1.0, 3.0), "damping": (0.0, 0.8), "amplitude": (0.5, 2.0), "frequency": (0.2, 0.6),
-              "angle": (-1.57, 1.57), "speed": (-0.5, 0.5)}
+    ranges = {
+        "omega": (1.0, 3.0),
+        "damping": (0.0, 0.8),
+        "amplitude": (0.5, 2.0),
+        "frequency": (0.2, 0.6),
+        "angle": (-1.57, 1.57),
+        "speed": (-0.5, 0.5),
+    }
     physics = {"omega": LogNormal(1, loc=0.6, scale=0.4)}
     unknown = ("damping", "amplitude", "frequency")
     inputs = (0.5, 1.5, 2.0)
@@ -55,10 +61,16 @@ class Pendulum(System):
 
     def truth(self, unknown: Tensor) -> Force:
         damping, amplitude, frequency = unknown.unbind(-1)
-        return lambda t, angle, speed: amplitude * torch.cos(2 * torch.pi * frequency * t) - damping * speed
+        return lambda t, angle, speed: (
+            amplitude * torch.cos(2 * torch.pi * frequency * t) - damping * speed
+        )
 
     def initial(self, draw: Callable[[str], Tensor]) -> State:
         return draw("angle"), draw("speed")
 
     def measured(self, values: Tensor) -> State:
-        return (values[..., 0], torch.zeros_like(values[..., 0])) if self.angles_only else values.unbind(-1)
+        return (
+            (values[..., 0], torch.zeros_like(values[..., 0]))
+            if self.angles_only
+            else values.unbind(-1)
+        )

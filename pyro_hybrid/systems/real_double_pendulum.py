@@ -21,11 +21,16 @@ from ..tasks import Tasks
 __all__ = ["FRAMES", "SHA256", "URL", "Recordings", "angles", "ibm_double_pendulum", "smoothed"]
 
 FRAMES = 400.0  # a second
-WINDOW, ORDER = 21, 5  # of the smoother, which so looks 25 ms ahead, half of the yardstick's shortest horizon
+WINDOW, ORDER = (
+    21,
+    5,
+)  # of the smoother, which so looks 25 ms ahead, half of the yardstick's shortest horizon
 
 URL = "https://dax-cdn.cdn.appdomain.cloud/dax-double-pendulum-chaotic/2.0.1/double-pendulum-chaotic.tar.gz"
 ARCHIVE = "4ca743b4b783094693d313ebedc2e8e53cf29821ee8b20abd99f8fb4c0866f8d"
-SHA256 = dict(enumerate("""
+SHA256 = dict(
+    enumerate(
+        """
     0c02780291f4d19c1e92ad45c0f8e958ae15413def5834b98dd4c6935ad3adbd
     11bc145e34c0745a71881ec48089cda43da2171ee3e4081ba24d335acbfa1f2e
     94d326951762fd133a549a4c8b2de81c97d330e6dbe997407b8b367d7a73c3bd
@@ -47,7 +52,9 @@ SHA256 = dict(enumerate("""
     980201de83bc13ea932b996e0151060131dbe964aabe4dc7d71fc9dfabb84a72
     5615a0ef2371527a9275986488c30dc180f30ea4011b7d2e6085c07d4d8a849f
     a89ead7ed464e28c04370de80d2011e78c4f213154d37c928cd8a9b4184a6101
-""".split()))
+""".split()
+    )
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,13 +79,28 @@ class Recordings:
         [(0, 1, 2), (3, 4)]
         """
         apart = set(held_out)
-        require(apart < set(self.states) and len(apart) > 0, f"some of the runs {self.runs} to hold out, and not all",
-                sorted(apart), "Leave a run or more to each side.")
-        return (Recordings({run: self.states[run] for run in self.runs if run not in apart}),
-                Recordings({run: self.states[run] for run in sorted(apart)}))
+        require(
+            apart < set(self.states) and len(apart) > 0,
+            f"some of the runs {self.runs} to hold out, and not all",
+            sorted(apart),
+            "Leave a run or more to each side.",
+        )
+        return (
+            Recordings({run: self.states[run] for run in self.runs if run not in apart}),
+            Recordings({run: self.states[run] for run in sorted(apart)}),
+        )
 
-    def tasks(self, tasks: int, shots: int, seed: int, *, step: float = 0.01, points: int = 50,
-              scale: tuple[float, float] = (0.7, 1.4), num_support: int | None = None) -> Tasks:
+    def tasks(
+        self,
+        tasks: int,
+        shots: int,
+        seed: int,
+        *,
+        step: float = 0.01,
+        points: int = 50,
+        scale: tuple[float, float] = (0.7, 1.4),
+        num_support: int | None = None,
+    ) -> Tasks:
         r"""Tasks of all these runs, each with a clock of its own that runs :math:`s` times as fast.
 
         A pendulum filmed by such a clock is another one, whose :math:`g/l` is :math:`s^2` times and whose friction
@@ -92,37 +114,77 @@ class Recordings:
             step, points: time between two observations, by the task's clock, and their number.
             scale: smallest and largest :math:`s`, uniform between; ``(1.0, 1.0)`` for the pendulum as it is.
         """
-        require(tasks >= 1 and shots >= 2, "at least one task of two shots", f"{tasks} of {shots}",
-                "One shot conditions the prior, another is to be explained.")
-        require(step > 0.0 and points >= 2, "a positive step and two points or more", f"{step} and {points}",
-                "Windows last scale * step * (points - 1) seconds of a run.")
-        require(0.0 < scale[0] <= scale[1], "scales between two positive numbers, the smaller first", scale,
-                "Pass (1.0, 1.0) for the pendulum as it is.")
+        require(
+            tasks >= 1 and shots >= 2,
+            "at least one task of two shots",
+            f"{tasks} of {shots}",
+            "One shot conditions the prior, another is to be explained.",
+        )
+        require(
+            step > 0.0 and points >= 2,
+            "a positive step and two points or more",
+            f"{step} and {points}",
+            "Windows last scale * step * (points - 1) seconds of a run.",
+        )
+        require(
+            0.0 < scale[0] <= scale[1],
+            "scales between two positive numbers, the smaller first",
+            scale,
+            "Pass (1.0, 1.0) for the pendulum as it is.",
+        )
         random = torch.Generator().manual_seed(seed)
-        scales = scale[0] + (scale[1] - scale[0]) * torch.rand(tasks, generator=random, dtype=torch.float64)
+        scales = scale[0] + (scale[1] - scale[0]) * torch.rand(
+            tasks, generator=random, dtype=torch.float64
+        )
         clock = step * torch.arange(points, dtype=torch.float64)
         curves = {run: _curve(states) for run, states in self.states.items()}
-        states = torch.stack([torch.stack([_seen(curves[run], start + s * clock, s)
-                                           for run, start in self._windows(shots, float(s * clock[-1]), random)])
-                              for s in scales]).float()
-        truth = {"scale": scales.float().unsqueeze(-1), "gravity": scales.square().float().unsqueeze(-1)}
-        return Tasks.from_trajectories(clock.float(), states[..., :2].contiguous(), initial=states.unbind(-1),
-                                       num_support=shots // 2 if num_support is None else num_support, truth=truth)
+        states = torch.stack(
+            [
+                torch.stack(
+                    [
+                        _seen(curves[run], start + s * clock, s)
+                        for run, start in self._windows(shots, float(s * clock[-1]), random)
+                    ]
+                )
+                for s in scales
+            ]
+        ).float()
+        truth = {
+            "scale": scales.float().unsqueeze(-1),
+            "gravity": scales.square().float().unsqueeze(-1),
+        }
+        return Tasks.from_trajectories(
+            clock.float(),
+            states[..., :2].contiguous(),
+            initial=states.unbind(-1),
+            num_support=shots // 2 if num_support is None else num_support,
+            truth=truth,
+        )
 
-    def _windows(self, number: int, seconds: float, random: torch.Generator) -> list[tuple[int, float]]:
+    def _windows(
+        self, number: int, seconds: float, random: torch.Generator
+    ) -> list[tuple[int, float]]:
         """Runs and starting times of windows that share nothing, the first of each run at a random time."""
         places, apart = [], seconds + WINDOW / FRAMES
         for run in self.runs:
             room = (len(self.states[run]) - 1) / FRAMES - seconds
             first = min(apart, max(room, 0.0)) * float(torch.rand((), generator=random))
-            places += [(run, first + k * apart) for k in range(int((room - first) / apart + 1.0 + 1e-9))]
-        require(len(places) >= number, f"room for {number} windows of {seconds:.3g} s in the runs {self.runs}",
-                f"room for {len(places)}", "Ask for fewer shots, shorter windows or more runs.")
+            places += [
+                (run, first + k * apart) for k in range(int((room - first) / apart + 1.0 + 1e-9))
+            ]
+        require(
+            len(places) >= number,
+            f"room for {number} windows of {seconds:.3g} s in the runs {self.runs}",
+            f"room for {len(places)}",
+            "Ask for fewer shots, shorter windows or more runs.",
+        )
         return [places[k] for k in torch.randperm(len(places), generator=random)[:number].tolist()]
 
 
 def _curve(states: Tensor) -> CubicHermiteSpline:
-    return CubicHermiteSpline(np.arange(len(states)) / FRAMES, states[:, :2].numpy(), states[:, 2:].numpy())
+    return CubicHermiteSpline(
+        np.arange(len(states)) / FRAMES, states[:, :2].numpy(), states[:, 2:].numpy()
+    )
 
 
 def _seen(curve: CubicHermiteSpline, times: Tensor, scale: Tensor) -> Tensor:
@@ -140,8 +202,12 @@ def angles(pixels: Tensor) -> Tensor:
     >>> angles(torch.tensor([[0, 0, 589, 0, 589, 450]]))
     tensor([[0.0000, 1.5708]], dtype=torch.float64)
     """
-    require(pixels.dim() == 2 and pixels.shape[1] == 6 and len(pixels) > 0, "rows of six numbers",
-            tuple(pixels.shape), "Give (y, x) of the red, the green and the blue marker in each row.")
+    require(
+        pixels.dim() == 2 and pixels.shape[1] == 6 and len(pixels) > 0,
+        "rows of six numbers",
+        tuple(pixels.shape),
+        "Give (y, x) of the red, the green and the blue marker in each row.",
+    )
     red, green, blue = pixels.double().split(2, -1)
     arms = torch.stack([green - red, blue - green])
     return torch.from_numpy(np.unwrap(torch.atan2(arms[..., 1], arms[..., 0]).T.numpy(), axis=0))
@@ -154,7 +220,10 @@ def smoothed(angles: Tensor) -> Tensor:
     middle. Angles are measured to about 0.001 rad, so that the speeds' standard deviation is about 0.08 rad/s.
     """
     require(len(angles) >= WINDOW, f"{WINDOW} frames or more", len(angles), "Record for longer.")
-    parts = [savgol_filter(angles.numpy(), WINDOW, ORDER, deriv=k, delta=1.0 / FRAMES, axis=0) for k in (0, 1)]
+    parts = [
+        savgol_filter(angles.numpy(), WINDOW, ORDER, deriv=k, delta=1.0 / FRAMES, axis=0)
+        for k in (0, 1)
+    ]
     return torch.from_numpy(np.concatenate(parts, -1))
 
 
@@ -172,14 +241,25 @@ def ibm_double_pendulum(folder: str | Path | None = None) -> Recordings:
     place = Path(named) if named else _downloaded()
     found = [run for run in SHA256 if (place / f"{run}.csv").is_file()]
     if not found:
-        fail("a folder with the runs 0.csv to 20.csv", f"none of them in {place}",
-             "Pass folder= or set PYRO_HYBRID_DATA.", FileNotFoundError)
-    return Recordings({run: smoothed(angles(_pixels(place / f"{run}.csv", SHA256[run]))) for run in found})
+        fail(
+            "a folder with the runs 0.csv to 20.csv",
+            f"none of them in {place}",
+            "Pass folder= or set PYRO_HYBRID_DATA.",
+            FileNotFoundError,
+        )
+    return Recordings(
+        {run: smoothed(angles(_pixels(place / f"{run}.csv", SHA256[run]))) for run in found}
+    )
 
 
 def _pixels(path: Path, sha256: str) -> Tensor:
     came = hashlib.sha256(path.read_bytes()).hexdigest()
-    require(came == sha256, f"{path} with sha256 {sha256}", came, "Fetch the file again: it isn't the published one.")
+    require(
+        came == sha256,
+        f"{path} with sha256 {sha256}",
+        came,
+        "Fetch the file again: it isn't the published one.",
+    )
     return torch.from_numpy(np.loadtxt(path, delimiter=",", dtype=np.int64, ndmin=2))
 
 
@@ -188,13 +268,19 @@ def _downloaded() -> Path:
     try:
         import pooch
     except ImportError:
-        fail("pooch, to download the recordings", "none", "pip install 'pyro_hybrid[data]', or pass folder= or set "
-             "PYRO_HYBRID_DATA.", ImportError)
+        fail(
+            "pooch, to download the recordings",
+            "none",
+            "pip install 'pyro_hybrid[data]', or pass folder= or set PYRO_HYBRID_DATA.",
+            ImportError,
+        )
     try:
         archive = Path(pooch.retrieve(URL, known_hash=ARCHIVE, path=pooch.os_cache("pyro_hybrid")))
     except (OSError, ValueError) as error:  # no network, or another file
-        raise ConnectionError(f"expected the recordings from {URL}; got {error}. Fetch them elsewhere (their sha256 "
-                              "are known), and pass folder= or set PYRO_HYBRID_DATA.") from error
+        raise ConnectionError(
+            f"expected the recordings from {URL}; got {error}. Fetch them elsewhere (their sha256 "
+            "are known), and pass folder= or set PYRO_HYBRID_DATA."
+        ) from error
     folder = archive.with_name("ibm_double_pendulum")
     if not all((folder / f"{run}.csv").exists() for run in SHA256):
         folder.mkdir(exist_ok=True)
@@ -208,7 +294,9 @@ def _unpack(archive: Path, folder: Path) -> None:
     with tarfile.open(archive) as tar:
         for member in tar:
             *_, above, name = ("", *member.name.split("/"))
-            content = tar.extractfile(member) if above == "dpc_dataset_csv" and name in names else None
+            content = (
+                tar.extractfile(member) if above == "dpc_dataset_csv" and name in names else None
+            )
             if content is not None:
                 part = folder / f"{name}.part"
                 part.write_bytes(content.read())

@@ -40,12 +40,20 @@ class RecordedDoublePendulum(System):
         share: the lower mass's share of both, one of the constants that all tasks have in common.
     """
 
-    ranges = {"gravity": (34.0, 137.0), "scale": (0.7, 1.4)}  # the real one's is about 70, and goes with the square
+    ranges = {
+        "gravity": (34.0, 137.0),
+        "scale": (0.7, 1.4),
+    }  # the real one's is about 70, and goes with the square
     physics = {"gravity": LogNormal(1, loc=4.3, scale=0.4)}
     unknown = ("scale",)
     inputs = (1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 2.0, 1.0, 2.0, 6.0)
     outputs = 4
-    UNITS = (0.02, 0.02, 0.1, 0.1)  # of the torques in gravity's, and of the rates of damping per second
+    UNITS = (
+        0.02,
+        0.02,
+        0.1,
+        0.1,
+    )  # of the torques in gravity's, and of the rates of damping per second
 
     def __init__(self, share: float = 0.138) -> None:
         self.share = share
@@ -61,13 +69,18 @@ class RecordedDoublePendulum(System):
             found = force(*self.felt(gravity, state, free))
             one, two, rate1, rate2 = (unit * x for unit, x in zip(self.UNITS, found, strict=True))
             friction = alpha * rate2 * (speed2 - speed1)
-            turn1, turn2 = self._turned(upper - lower, gravity * one - rate1 * speed1 + friction,
-                                        alpha * gravity * two - friction)
+            turn1, turn2 = self._turned(
+                upper - lower,
+                gravity * one - rate1 * speed1 + friction,
+                alpha * gravity * two - friction,
+            )
             return speed1, speed2, free1 + turn1, free2 + turn2
 
         return field
 
-    def felt(self, gravity: Tensor, state: State, free: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, ...]:
+    def felt(
+        self, gravity: Tensor, state: State, free: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, ...]:
         """What the unknown torques may depend on: angles, accelerations without them, products of speeds.
 
         In units of the pendulum's own, and the same when time runs backwards. Accelerations, because an arm whose
@@ -75,15 +88,29 @@ class RecordedDoublePendulum(System):
         """
         upper, lower, speed1, speed2 = state
         bend, (free1, free2) = upper - lower, free or self._free(gravity, state)
-        return (upper.sin(), upper.cos(), lower.sin(), lower.cos(), bend.sin(), bend.cos(), free1 / gravity,
-                free2 / gravity, speed1.square() / gravity, speed1 * speed2 / gravity, speed2.square() / gravity)
+        return (
+            upper.sin(),
+            upper.cos(),
+            lower.sin(),
+            lower.cos(),
+            bend.sin(),
+            bend.cos(),
+            free1 / gravity,
+            free2 / gravity,
+            speed1.square() / gravity,
+            speed1 * speed2 / gravity,
+            speed2.square() / gravity,
+        )
 
     def _free(self, gravity: Tensor, state: State) -> tuple[Tensor, Tensor]:
         """Accelerations of the point masses."""
         upper, lower, speed1, speed2 = state
         beta, sin = self.share * RODS, (upper - lower).sin()
-        return self._turned(upper - lower, -beta * sin * speed2.square() - gravity * upper.sin(),
-                            beta * (sin * speed1.square() - gravity * lower.sin()))
+        return self._turned(
+            upper - lower,
+            -beta * sin * speed2.square() - gravity * upper.sin(),
+            beta * (sin * speed1.square() - gravity * lower.sin()),
+        )
 
     def _turned(self, bend: Tensor, torque1: Tensor, torque2: Tensor) -> tuple[Tensor, Tensor]:
         """Torques on the arms to their accelerations."""
@@ -93,14 +120,21 @@ class RecordedDoublePendulum(System):
 
     def truth(self, unknown: Tensor) -> NoReturn:
         """Nobody knows it."""
-        fail("a system whose torques are known", "a real pendulum",
-             "Judge the latents by Tasks.truth: tasks made from recordings know how fast their clocks run.",
-             NotImplementedError)
+        fail(
+            "a system whose torques are known",
+            "a real pendulum",
+            "Judge the latents by Tasks.truth: tasks made from recordings know how fast their clocks run.",
+            NotImplementedError,
+        )
 
     def initial(self, draw: Callable[[str], Tensor]) -> NoReturn:
         """Nature draws these."""
-        fail("a system that can be simulated", "a real pendulum", "Make tasks with Recordings.tasks(...).",
-             NotImplementedError)
+        fail(
+            "a system that can be simulated",
+            "a real pendulum",
+            "Make tasks with Recordings.tasks(...).",
+            NotImplementedError,
+        )
 
     def measured(self, values: Tensor) -> State:
         upper, lower = values.unbind(-1)

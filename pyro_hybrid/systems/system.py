@@ -21,7 +21,9 @@ from ..tasks import Episode, Tasks
 
 __all__ = ["Force", "System"]
 
-Force = Callable[..., Any]  # to a tensor, or to a tuple of them where the system has several outputs
+Force = Callable[
+    ..., Any
+]  # to a tensor, or to a tuple of them where the system has several outputs
 
 
 class System(ABC):
@@ -99,10 +101,19 @@ class System(ABC):
             return pyro.sample(site, dist.Uniform(bounds[:, 0], bounds[:, 1]).to_event(1))
 
         with episode.plate:
-            latents = {name: flat(name, name) for name in self.physics} | {"unknown": flat("unknown", *self.unknown)}
+            latents = {name: flat(name, name) for name in self.physics} | {
+                "unknown": flat("unknown", *self.unknown)
+            }
             start = pyro.sample("initial", dist.Normal(measured, spread).to_event(2))
-            states = solve(self.full(latents), start if self.grid else start.unbind(-1), episode.times, substeps=4)
-            x = dist.Normal(self.observe(states), measured.new_tensor(self.noise)).mask(episode.mask)
+            states = solve(
+                self.full(latents),
+                start if self.grid else start.unbind(-1),
+                episode.times,
+                substeps=4,
+            )
+            x = dist.Normal(self.observe(states), measured.new_tensor(self.noise)).mask(
+                episode.mask
+            )
             return pyro.sample("x", x.to_event(3), obs=episode.query)
 
     def cramer_rao(self, support: Episode, truth: Mapping[str, Tensor]) -> Tensor:
@@ -110,17 +121,30 @@ class System(ABC):
 
         Computed from the true system at the true latents, the initial states being unknown but for their measurement.
         """
-        require(support.query is not None, "a support with observations", "query=None", "Pass tasks.episode().support.")
+        require(
+            support.query is not None,
+            "a support with observations",
+            "query=None",
+            "Pass tasks.episode().support.",
+        )
         families = {name: Normal(value.shape[-1]) for name, value in truth.items()}
         latents = torch.cat(list(truth.values()), -1).double()
         flat = latents.new_zeros(*latents.shape, latents.shape[-1])
-        problem = Problem(self.program, replace(support, support=None).double(), families, latents, flat)
+        problem = Problem(
+            self.program, replace(support, support=None).double(), families, latents, flat
+        )
         return torch.linalg.inv(information(problem, latents)).diagonal(dim1=-2, dim2=-1)
 
-    def simulate(self, tasks: int, shots: int, seed: int, *, num_support: int | None = None) -> Tasks:
+    def simulate(
+        self, tasks: int, shots: int, seed: int, *, num_support: int | None = None
+    ) -> Tasks:
         """Tasks with known truth, noise included; half of the shots are support unless ``num_support`` is given."""
-        require(tasks >= 1 and shots >= 2, "at least one task of two shots", f"{tasks} of {shots}",
-                "One shot conditions the prior, another is to be explained.")
+        require(
+            tasks >= 1 and shots >= 2,
+            "at least one task of two shots",
+            f"{tasks} of {shots}",
+            "One shot conditions the prior, another is to be explained.",
+        )
         random = torch.Generator().manual_seed(seed)
 
         def draw(name: str, *shape: int) -> Tensor:
@@ -131,8 +155,14 @@ class System(ABC):
         latents["unknown"] = torch.cat([draw(name, tasks, 1) for name in self.unknown], -1)
         initial = self.initial(lambda name: draw(name, tasks, shots))
         clean = self.trajectories(latents, initial, self.times)
-        noise = torch.randn(clean.shape, generator=random, dtype=torch.float64) * torch.tensor(self.noise)
+        noise = torch.randn(clean.shape, generator=random, dtype=torch.float64) * torch.tensor(
+            self.noise
+        )
         values = (clean + noise).float()
-        return Tasks.from_trajectories(self.times.float(), values, initial=self.measured(values),
-                                       num_support=shots // 2 if num_support is None else num_support,
-                                       truth={name: value.float() for name, value in latents.items()})
+        return Tasks.from_trajectories(
+            self.times.float(),
+            values,
+            initial=self.measured(values),
+            num_support=shots // 2 if num_support is None else num_support,
+            truth={name: value.float() for name, value in latents.items()},
+        )

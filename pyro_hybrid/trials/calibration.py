@@ -29,7 +29,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Calibration", "check_calibration"]
 
-RELIABLE, MOST = 0.7, Threshold(holds=0.8, fails=0.8)  # a good k-hat, and in what share of the tasks it should be good
+RELIABLE, MOST = (
+    0.7,
+    Threshold(holds=0.8, fails=0.8),
+)  # a good k-hat, and in what share of the tasks it should be good
 WEIGHED, NAMED = 100, 5  # tasks whose k-hat is looked at, and so many of the bad ones are named
 HEAD = "truth inside 50%  80%            95%            z mean    z sd  contraction  verdict"
 SAYS = {
@@ -85,18 +88,40 @@ class Calibration:
     def __str__(self) -> str:
         name = max(6, *(len(latent.name) for latent in self.latents))
         lost = f"; {self.diverged} more diverged and were left out" if self.diverged else ""
-        run = (f"({len(self.ranks)} simulations of {self.tasks} tasks, {self.num_draws} draws of each{lost}; "
-               f"{self.seconds:.0f} s)")
+        run = (
+            f"({len(self.ranks)} simulations of {self.tasks} tasks, {self.num_draws} draws of each{lost}; "
+            f"{self.seconds:.0f} s)"
+        )
         head = f"{'latent':<{name}}  {HEAD}"
-        return "\n".join([self.says, run, "", head, *(_row(latent, name) for latent in self.latents), "",
-                          f"{'k-hat':<{name}}  {self.weights.status}: {self.weights.why}"])
+        return "\n".join(
+            [
+                self.says,
+                run,
+                "",
+                head,
+                *(_row(latent, name) for latent in self.latents),
+                "",
+                f"{'k-hat':<{name}}  {self.weights.status}: {self.weights.why}",
+            ]
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Everything that was judged, as JSON can hold it."""
-        latents = [{key: _plain(value) for key, value in latent._asdict().items()} for latent in self.latents]
-        return {"verdict": self.verdict, "simulations": len(self.ranks), "tasks": self.tasks,
-                "num_draws": self.num_draws, "diverged": self.diverged, "seconds": round(self.seconds, 1),
-                "latents": latents, "weights": self.weights.to_dict(), "pareto_k": _plain(self.pareto_k.tolist())}
+        latents = [
+            {key: _plain(value) for key, value in latent._asdict().items()}
+            for latent in self.latents
+        ]
+        return {
+            "verdict": self.verdict,
+            "simulations": len(self.ranks),
+            "tasks": self.tasks,
+            "num_draws": self.num_draws,
+            "diverged": self.diverged,
+            "seconds": round(self.seconds, 1),
+            "latents": latents,
+            "weights": self.weights.to_dict(),
+            "pareto_k": _plain(self.pareto_k.tolist()),
+        }
 
     def plot(self) -> Figure:
         """One figure: every latent's ranks in their band, coverage, z-scores, contraction, and k-hat."""
@@ -106,12 +131,16 @@ class Calibration:
 
 
 def _row(latent: Latent, name: int) -> str:
-    first, *others = (f"{100 * value:.0f} [{100 * low:.0f}, {100 * high:.0f}]"
-                      for value, (low, high) in zip(latent.coverage, latent.intervals, strict=True))
+    first, *others = (
+        f"{100 * value:.0f} [{100 * low:.0f}, {100 * high:.0f}]"
+        for value, (low, high) in zip(latent.coverage, latent.intervals, strict=True)
+    )
     inside = f"{first:<16}  " + "  ".join(f"{text:<13}" for text in others)
     says = latent.says.upper() if latent.status == "fails" else latent.says
-    return (f"{latent.name:<{name}}  {inside}  {latent.z_mean:+6.2f}  {latent.z_sd:6.2f}  {latent.contraction:11.2f}"
-            f"  {says}")
+    return (
+        f"{latent.name:<{name}}  {inside}  {latent.z_mean:+6.2f}  {latent.z_sd:6.2f}  {latent.contraction:11.2f}"
+        f"  {says}"
+    )
 
 
 def _plain(value: Any) -> Any:
@@ -120,8 +149,16 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def check_calibration(model: Program, guide: Program, tasks: Tasks, *, simulations: int = 1000, num_draws: int = 999,
-                      seed: int = 0, progress: bool = True) -> Calibration:
+def check_calibration(
+    model: Program,
+    guide: Program,
+    tasks: Tasks,
+    *,
+    simulations: int = 1000,
+    num_draws: int = 999,
+    seed: int = 0,
+    progress: bool = True,
+) -> Calibration:
     r"""Simulation-based calibration given each task's own support, and PSIS on its real query.
 
     Again and again latents are drawn from the prior, the program simulates a query with them, the guide explains it:
@@ -149,26 +186,56 @@ def check_calibration(model: Program, guide: Program, tasks: Tasks, *, simulatio
         seed: of everything random; the global random state is left alone.
         progress: show a progress bar where it takes longer than two seconds.
     """
-    require(isinstance(tasks, Tasks), "tasks", type(tasks).__name__, "It makes their episodes itself.", TypeError)
-    require(simulations >= 2 and num_draws >= 50, "simulations of 2 and num_draws of 50 or more",
-            f"{simulations} and {num_draws}", "The defaults are enough to see standard deviations that are 20% off.")
+    require(
+        isinstance(tasks, Tasks),
+        "tasks",
+        type(tasks).__name__,
+        "It makes their episodes itself.",
+        TypeError,
+    )
+    require(
+        simulations >= 2 and num_draws >= 50,
+        "simulations of 2 and num_draws of 50 or more",
+        f"{simulations} and {num_draws}",
+        "The defaults are enough to see standard deviations that are 20% off.",
+    )
     began, (model, guide) = time.perf_counter(), _at_rest(model, guide)
     some, looked_at = tasks[_evenly(tasks, simulations)], _evenly(tasks, WEIGHED)
-    with (torch.random.fork_rng(devices=range(torch.cuda.device_count())), torch.no_grad(), poutine.block(),
-          local_parameters(), failures_as_values(), pyro.validation_enabled(False)):
+    with (
+        torch.random.fork_rng(devices=range(torch.cuda.device_count())),
+        torch.no_grad(),
+        poutine.block(),
+        local_parameters(),
+        failures_as_values(),
+        pyro.validation_enabled(False),
+    ):
         torch.manual_seed(seed)
-        scores = simulate.simulations(model, guide, some, -(-simulations // len(some)), num_draws, progress)
+        scores = simulate.simulations(
+            model, guide, some, -(-simulations // len(some)), num_draws, progress
+        )
         real = next(simulate.batches(model, tasks[looked_at], WEIGHED))
         k = pareto_k(model, guide, real, num_draws, progress=progress)
     columns = zip(scores.names, scores.rank.T, scores.z.T, scores.contraction.T, strict=True)
     latents = [judge(*column, latents=len(scores.names)) for column in columns]
-    return Calibration(latents, _judge_weights(k, looked_at), scores.rank, k, len(some), num_draws, scores.diverged,
-                       time.perf_counter() - began)
+    return Calibration(
+        latents,
+        _judge_weights(k, looked_at),
+        scores.rank,
+        k,
+        len(some),
+        num_draws,
+        scores.diverged,
+        time.perf_counter() - began,
+    )
 
 
 def _judge_weights(k: Array, tasks: Tensor) -> Check:
     good, bad = int((k < RELIABLE).sum()), tasks[torch.from_numpy(~(k < RELIABLE))].tolist()
-    but = f", but not in {', '.join(map(str, bad[:NAMED]))}{', ...' if len(bad) > NAMED else ''}" if bad else ""
+    but = (
+        f", but not in {', '.join(map(str, bad[:NAMED]))}{', ...' if len(bad) > NAMED else ''}"
+        if bad
+        else ""
+    )
     why = f"below {RELIABLE} in {good} of {len(k)} tasks{but}; the largest is {k.max():.2f}"
     return judged("k-hat", good / len(k), share(good, len(k)), MOST, why)
 
@@ -180,4 +247,7 @@ def _evenly(tasks: Tasks, most: int) -> Tensor:
 
 def _at_rest(*programs: Program) -> list[Any]:
     """Copies that don't train, what they share being shared still."""
-    return [program.eval() if isinstance(program, nn.Module) else program for program in copy.deepcopy(programs)]
+    return [
+        program.eval() if isinstance(program, nn.Module) else program
+        for program in copy.deepcopy(programs)
+    ]

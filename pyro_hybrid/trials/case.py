@@ -15,8 +15,25 @@ from pyro_hybrid._checks import require
 from pyro_hybrid.linearise import Program, Site, random_sites
 from pyro_hybrid.tasks import Episode
 
-__all__ = ["ROUNDING", "Broken", "Case", "Unchecked", "demand", "demand_finite", "demand_same", "density_of", "drawn",
-           "elbo_of", "log_density", "query_of", "run", "settings", "shapes_of", "sites_of", "support_of"]
+__all__ = [
+    "ROUNDING",
+    "Broken",
+    "Case",
+    "Unchecked",
+    "demand",
+    "demand_finite",
+    "demand_same",
+    "density_of",
+    "drawn",
+    "elbo_of",
+    "log_density",
+    "query_of",
+    "run",
+    "settings",
+    "shapes_of",
+    "sites_of",
+    "support_of",
+]
 
 ROUNDING = 1e-6  # of log densities in float64: computed evidence takes derivatives by differences
 
@@ -47,8 +64,12 @@ class Case(NamedTuple):
 
 def settings() -> dict[str, Any]:
     """What is global and not random."""
-    return {**pyro.settings.get(), "dtype": torch.get_default_dtype(), "threads": torch.get_num_threads(),
-            "gradients": torch.is_grad_enabled()}
+    return {
+        **pyro.settings.get(),
+        "dtype": torch.get_default_dtype(),
+        "threads": torch.get_num_threads(),
+        "gradients": torch.is_grad_enabled(),
+    }
 
 
 def demand(condition: bool, expected: str, came: object, remedy: str) -> None:
@@ -60,15 +81,23 @@ def demand_same(before: Tensor, after: Tensor, remedy: str) -> None:
     """Of log densities, the program's in the first row and the guide's in the second."""
     gap = ((after - before).abs() / (1.0 + before.abs())).nan_to_num(torch.inf)
     whose = "program" if gap[0].max() > ROUNDING else "guide"
-    demand(bool(gap.max() <= ROUNDING), "the same log density",
-           f"a relative difference of {float(gap.max()):.2g} in the {whose}'s", remedy)
+    demand(
+        bool(gap.max() <= ROUNDING),
+        "the same log density",
+        f"a relative difference of {float(gap.max()):.2g} in the {whose}'s",
+        remedy,
+    )
 
 
 def demand_finite(case: Case, remedy: str) -> None:
     """Of the log densities, one for each task."""
     density, tasks = log_density(case, drawn(case)), case.episode.shape[0]
-    demand(density.shape == (2, tasks) and bool(density.isfinite().all()),
-           f"finite log densities of program and guide for each of {tasks} tasks", density.tolist(), remedy)
+    demand(
+        density.shape == (2, tasks) and bool(density.isfinite().all()),
+        f"finite log densities of program and guide for each of {tasks} tasks",
+        density.tolist(),
+        remedy,
+    )
 
 
 def run(program: Program, episode: Episode, seed: int = 0) -> poutine.Trace:
@@ -95,16 +124,22 @@ def drawn(case: Case) -> dict[str, Tensor]:
     return {name: site["value"] for name, site in sites_of(case.guide, case.episode)[0].items()}
 
 
-def density_of(program: nn.Module, episode: Episode, values: Mapping[str, Tensor], seed: int = 0) -> Tensor:
+def density_of(
+    program: nn.Module, episode: Episode, values: Mapping[str, Tensor], seed: int = 0
+) -> Tensor:
     """Log density of a program, or of a guide, its latents being at ``values``: (..., task)."""
     trace = run(poutine.condition(program.eval(), data=dict(values)), episode, seed)
     trace.compute_log_prob()
-    return torch.as_tensor(sum(site["log_prob"] for site in trace.nodes.values() if site["type"] == "sample"))
+    return torch.as_tensor(
+        sum(site["log_prob"] for site in trace.nodes.values() if site["type"] == "sample")
+    )
 
 
 def log_density(case: Case, values: Mapping[str, Tensor], seed: int = 0) -> Tensor:
     """Of program and guide: (2, ..., task)."""
-    densities = [density_of(program, case.episode, values, seed) for program in (case.model, case.guide)]
+    densities = [
+        density_of(program, case.episode, values, seed) for program in (case.model, case.guide)
+    ]
     return torch.stack(torch.broadcast_tensors(*densities))
 
 
@@ -118,8 +153,12 @@ def query_of(case: Case) -> tuple[Tensor, list[str]]:
     """The query, and the sites that are observed at it."""
     query, seen = case.episode.query, sites_of(case.model, case.episode)[1]
     assert query is not None
-    return query, [name for name, site in seen.items() if site["value"].shape == query.shape
-                   and torch.allclose(site["value"], query, equal_nan=True)]
+    return query, [
+        name
+        for name, site in seen.items()
+        if site["value"].shape == query.shape
+        and torch.allclose(site["value"], query, equal_nan=True)
+    ]
 
 
 def support_of(case: Case) -> Episode:

@@ -49,11 +49,13 @@ def check_hybrid_model(model: nn.Module, guide: nn.Module, episode: Episode) -> 
         ContractError: with every contract that doesn't hold. Where one of the first doesn't, those that build on them
             are not checked.
     """
-    require(episode.query is not None and episode.support is not None and episode.times.dim() == 1,
-            "an episode of whole trajectories with a query and a support",
-            f"query: {type(episode.query).__name__}, support: {type(episode.support).__name__}, times: "
-            f"{tuple(episode.times.shape)}",
-            "Pass tasks[:3].episode().")
+    require(
+        episode.query is not None and episode.support is not None and episode.times.dim() == 1,
+        "an episode of whole trajectories with a query and a support",
+        f"query: {type(episode.query).__name__}, support: {type(episode.support).__name__}, times: "
+        f"{tuple(episode.times.shape)}",
+        "Pass tasks[:3].episode().",
+    )
     given, found = Case(model, guide, episode), list[_Found]()
     for stage in STAGES:
         found += [_found(contract, given) for contract in stage]
@@ -81,7 +83,12 @@ def _found(contract: Contract, given: Case) -> _Found:
         return _Found(name, f"{says}: {finding}", False)
     except Exception as error:  # whatever a user's program raises
         first = str(error).partition("\n")[0]
-        return _Found(name, f"{says}: expected a run without error; got {type(error).__name__}: {first}", False, error)
+        return _Found(
+            name,
+            f"{says}: expected a run without error; got {type(error).__name__}: {first}",
+            False,
+            error,
+        )
 
 
 def _error(found: list[_Found]) -> ContractError:
@@ -89,7 +96,9 @@ def _error(found: list[_Found]) -> ContractError:
     missing = sum(map(len, STAGES)) - len(found)
     later = f", and {missing} that build on them weren't checked" if missing else ""
     lines = "".join(f"\n- {name}. {text}" for name, text in failed.items())
-    return ContractError(f"{len(failed)} of {len(found)} contracts don't hold{later}:{lines}", failed)
+    return ContractError(
+        f"{len(failed)} of {len(found)} contracts don't hold{later}:{lines}", failed
+    )
 
 
 @contextmanager
@@ -97,8 +106,13 @@ def _isolated() -> Iterator[None]:
     """Inside: an empty store, validation, no warnings; afterwards all that is global is as before."""
     states, before = (random.getstate(), np.random.get_state()), settings()
     try:
-        with (torch.random.fork_rng(range(torch.cuda.device_count())), pyro.get_param_store().scope(),
-              pyro.validation_enabled(), local_parameters(), warnings.catch_warnings()):
+        with (
+            torch.random.fork_rng(range(torch.cuda.device_count())),
+            pyro.get_param_store().scope(),
+            pyro.validation_enabled(),
+            local_parameters(),
+            warnings.catch_warnings(),
+        ):
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -16,8 +16,15 @@ __all__ = ["ASIDE", "COVERED", "WIDTH", "Array", "Latent", "band", "ecdf", "judg
 
 Array = NDArray[np.floating]
 COVERED = (0.5, 0.8, 0.95)  # probabilities of the central intervals that are counted
-SURE, CELLS, TRIALS = 0.99, 100, 10_000  # of the band: its probability, its grid, samples that it is made from
-ASIDE, WIDTH = 0.25, 1.25  # standard deviations to the side, and ratio of widths: less than that will do
+SURE, CELLS, TRIALS = (
+    0.99,
+    100,
+    10_000,
+)  # of the band: its probability, its grid, samples that it is made from
+ASIDE, WIDTH = (
+    0.25,
+    1.25,
+)  # standard deviations to the side, and ratio of widths: less than that will do
 UNMOVED = 0.05  # so small a contraction is none
 
 
@@ -59,11 +66,22 @@ def judge(name: str, ranks: Array, z: Array, contraction: Array, latents: int = 
     known = max(map(abs, shift)) < ASIDE and 1.0 / WIDTH < width[0] and width[1] < WIDTH
     moved = float(np.median(contraction))
     status: Status = "fails" if not inside else "holds" if known else "undecided"
-    says = {"fails": _wrong(shift, width), "undecided": "too few simulations to tell",
-            "holds": "fine" if moved > UNMOVED else "fine, but says no more than the prior"}[status]
+    says = {
+        "fails": _wrong(shift, width),
+        "undecided": "too few simulations to tell",
+        "holds": "fine" if moved > UNMOVED else "fine, but says no more than the prior",
+    }[status]
     held = [int((np.abs(ranks - 0.5) < 0.5 * p).sum()) for p in COVERED]
-    return Latent(name, status, says, tuple(count / len(ranks) for count in held),
-                  tuple(share(count, len(ranks)) for count in held), float(z.mean()), float(z.std(ddof=1)), moved)
+    return Latent(
+        name,
+        status,
+        says,
+        tuple(count / len(ranks) for count in held),
+        tuple(share(count, len(ranks)) for count in held),
+        float(z.mean()),
+        float(z.std(ddof=1)),
+        moved,
+    )
 
 
 @cache
@@ -107,8 +125,16 @@ def _scores(ranks: Array) -> tuple[Interval, Interval]:
 
 def _wrong(shift: Interval, width: Interval) -> str:
     """In what way; a truth that ranks high is one that the posterior lies below."""
-    words = [word for word, so in (("biased low", shift[0] > 0.0), ("biased high", shift[1] < 0.0),
-                                   ("too narrow", width[0] > 1.0), ("too wide", width[1] < 1.0)) if so]
+    words = [
+        word
+        for word, so in (
+            ("biased low", shift[0] > 0.0),
+            ("biased high", shift[1] < 0.0),
+            ("too narrow", width[0] > 1.0),
+            ("too wide", width[1] < 1.0),
+        )
+        if so
+    ]
     return ", ".join(words) or "wrong in shape"
 
 

@@ -46,25 +46,50 @@ class Scores(NamedTuple):
     diverged: int
 
 
-def simulations(model: Program, guide: Program, tasks: Tasks, repeats: int, num_draws: int, progress: bool) -> Scores:
+def simulations(
+    model: Program, guide: Program, tasks: Tasks, repeats: int, num_draws: int, progress: bool
+) -> Scores:
     """Simulate every task's query so often, and score the guide's draws."""
     query, found, lost, episodes = _query_site(model, tasks), [], 0, [*batches(model, tasks, BATCH)]
-    for episode, _ in tqdm(itertools.product(episodes, range(repeats)), total=len(episodes) * repeats, delay=2.0,
-                           desc="simulating queries", unit="batch", leave=False, disable=not progress):
+    for episode, _ in tqdm(
+        itertools.product(episodes, range(repeats)),
+        total=len(episodes) * repeats,
+        delay=2.0,
+        desc="simulating queries",
+        unit="batch",
+        leave=False,
+        disable=not progress,
+    ):
         sites, simulated, finite = _simulated(model, episode, query)
         scores = _scores(sites, draws(model, guide, simulated, num_draws))
         found.append(torch.cat(list(scores.values()), -1)[:, finite])
         lost += int((~finite).sum())
     rank, z, contraction = torch.cat(found, 1).cpu().numpy()
-    require(len(rank) > 1, "finite trajectories from the program", f"{lost} simulations that diverged",
-            "Shorten its steps, or bound the neural term.")
+    require(
+        len(rank) > 1,
+        "finite trajectories from the program",
+        f"{lost} simulations that diverged",
+        "Shorten its steps, or bound the neural term.",
+    )
     bad = int((~np.isfinite(z)).any(1).sum())
-    require(bad == 0, "finite draws from the guide, that differ", f"others in {bad} simulations",
-            "See what it does with an episode that the program simulated.")
-    return Scores(names_of({name: score.shape[-1] for name, score in scores.items()}), rank, z, contraction, lost)
+    require(
+        bad == 0,
+        "finite draws from the guide, that differ",
+        f"others in {bad} simulations",
+        "See what it does with an episode that the program simulated.",
+    )
+    return Scores(
+        names_of({name: score.shape[-1] for name, score in scores.items()}),
+        rank,
+        z,
+        contraction,
+        lost,
+    )
 
 
-def _simulated(model: Program, episode: Episode, query: str) -> tuple[dict[str, Site], Episode, Tensor]:
+def _simulated(
+    model: Program, episode: Episode, query: str
+) -> tuple[dict[str, Site], Episode, Tensor]:
     """The latents' sites, the episode that they simulate, and in which tasks it is finite."""
     sites = random_sites(poutine.trace(model).get_trace(episode.simulation()))
     x, real = sites.pop(query)["value"], episode.query
@@ -96,14 +121,28 @@ def _restarts(episode: Episode, simulated: Tensor) -> State | None:
 def _scores(sites: Mapping[str, Site], found: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rank, z-score and contraction of every latent, ``(3, task, component)``."""
     missing = sorted(set(sites) - set(found))
-    require(not missing, "a guide that samples every latent of the program", f"none of {missing}", "Add those sites.")
+    require(
+        not missing,
+        "a guide that samples every latent of the program",
+        f"none of {missing}",
+        "Add those sites.",
+    )
     scores = {}
     for name, site in sites.items():
-        truth, posterior, prior = site["value"], found[name], site["fn"].sample(found[name].shape[:1])
-        both, prior = (_ranked(_uncoiled(x, site["fn"])).double() for x in (torch.cat([truth[None], posterior]), prior))
+        truth, posterior, prior = (
+            site["value"],
+            found[name],
+            site["fn"].sample(found[name].shape[:1]),
+        )
+        both, prior = (
+            _ranked(_uncoiled(x, site["fn"])).double()
+            for x in (torch.cat([truth[None], posterior]), prior)
+        )
         truth, posterior = both[0], both[1:]
         ties = (posterior == truth).sum(0)
-        rank = ((posterior < truth).sum(0) + (1 + ties) * torch.rand_like(truth)) / (len(posterior) + 1)
+        rank = ((posterior < truth).sum(0) + (1 + ties) * torch.rand_like(truth)) / (
+            len(posterior) + 1
+        )
         z = (posterior.mean(0) - truth) / posterior.std(0)
         scores[name] = torch.stack([rank, z, 1.0 - posterior.var(0) / prior.var(0)])
     return scores
@@ -111,8 +150,12 @@ def _scores(sites: Mapping[str, Site], found: Mapping[str, Tensor]) -> dict[str,
 
 def _ranked(values: Tensor) -> Tensor:
     """``(draw, task, component)``: as they are, or of the first shot."""
-    require(values.dim() in (3, 4), "latents of shape (task, component) or (task, shot, component)",
-            tuple(values.shape[1:]), "Give them a component axis: .to_event(1) of a task, .to_event(2) of its shots.")
+    require(
+        values.dim() in (3, 4),
+        "latents of shape (task, component) or (task, shot, component)",
+        tuple(values.shape[1:]),
+        "Give them a component axis: .to_event(1) of a task, .to_event(2) of its shots.",
+    )
     return values if values.dim() == 3 else values[:, :, 0]
 
 
@@ -129,9 +172,12 @@ def _query_site(model: Program, tasks: Tasks) -> str:
     episode = next(batches(model, tasks, 1))
     sites = random_sites(poutine.trace(model).get_trace(episode))
     seen = {name: site["value"] for name, site in sites.items() if site["is_observed"]}
-    require(len(seen) == 1 and all(value is episode.query for value in seen.values()),
-            "a program that observes episode.query as it is, at one site", sorted(seen) or "nothing observed",
-            "Write obs=episode.query: where that is None, it simulates.")
+    require(
+        len(seen) == 1 and all(value is episode.query for value in seen.values()),
+        "a program that observes episode.query as it is, at one site",
+        sorted(seen) or "nothing observed",
+        "Write obs=episode.query: where that is None, it simulates.",
+    )
     return next(iter(seen))
 
 

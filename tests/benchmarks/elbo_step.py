@@ -61,13 +61,21 @@ class Problem:
         svi = ours(self.residual, self.encoder, rate=3e-3, step=LONGER)
         for i in tqdm(range(steps), desc="warming up", leave=False):
             with pyro.validation_enabled(False):
-                svi.step(_part(episode, torch.randint(0, 1024, (64,), generator=torch.Generator().manual_seed(i))))
+                svi.step(
+                    _part(
+                        episode,
+                        torch.randint(0, 1024, (64,), generator=torch.Generator().manual_seed(i)),
+                    )
+                )
 
     def fresh(self) -> tuple[ph.Residual, rivals.Encoder]:
         """Copies of the weights, on the device."""
         pyro.clear_param_store()
         residual, encoder = rivals.residual(), rivals.Encoder()
-        residual.load_state_dict(self.residual.state_dict()), encoder.load_state_dict(self.encoder.state_dict())
+        (
+            residual.load_state_dict(self.residual.state_dict()),
+            encoder.load_state_dict(self.encoder.state_dict()),
+        )
         return residual.to(self.device), encoder.to(self.device)
 
 
@@ -76,21 +84,31 @@ def _queries(tasks: ph.Tasks) -> ph.Episode:
 
 
 def _part(episode: ph.Episode, index: Tensor) -> ph.Episode:
-    return ph.Episode(episode.times, episode.query[index, :1], tuple(x[index, :1] for x in episode.initial))
+    return ph.Episode(
+        episode.times, episode.query[index, :1], tuple(x[index, :1] for x in episode.initial)
+    )
 
 
-def ours(residual: ph.Residual, encoder: rivals.Encoder, rate: float = LEARNING_RATE, **options: object) -> ph.SVI:
+def ours(
+    residual: ph.Residual, encoder: rivals.Encoder, rate: float = LEARNING_RATE, **options: object
+) -> ph.SVI:
     """ph.SVI around ph.solve and ph.Residual."""
     model = rivals.Ours(residual, **options)
     with local_parameters():
         guide = rivals.Guide(encoder)
-    return ph.SVI(model, guide, torch.optim.Adam([*model.parameters(), *guide.parameters()], lr=rate, fused=True))
+    return ph.SVI(
+        model,
+        guide,
+        torch.optim.Adam([*model.parameters(), *guide.parameters()], lr=rate, fused=True),
+    )
 
 
 def plain(problem: Problem, integrate: Callable[..., Tensor]) -> tuple[rivals.Plain, rivals.Guide]:
     """Somebody's program around somebody's integrator."""
     residual, encoder = problem.fresh()
-    return rivals.Plain(rivals.PlainTerm(residual).to(problem.device), integrate), rivals.Guide(encoder)
+    return rivals.Plain(rivals.PlainTerm(residual).to(problem.device), integrate), rivals.Guide(
+        encoder
+    )
 
 
 def stock(model: PyroModule, guide: PyroModule, episode: ph.Episode) -> Step:
@@ -108,6 +126,7 @@ def stock(model: PyroModule, guide: PyroModule, episode: ph.Episode) -> Step:
 
 def library(svi: ph.SVI, episode: ph.Episode) -> Step:
     """This library's step, as meta_train takes it: validation was for the first one."""
+
     def step() -> float:
         with pyro.validation_enabled(False):
             return svi.step(episode)
@@ -122,20 +141,33 @@ def _steps() -> int:
 
 def jax_rows(problem: Problem) -> dict[str, Callable[[], Step]]:
     """The rows of numpyro, where it is installed."""
-    if problem.device != "cpu" or any(importlib.util.find_spec(name) is None for name in ("numpyro", "diffrax")):
+    if problem.device != "cpu" or any(
+        importlib.util.find_spec(name) is None for name in ("numpyro", "diffrax")
+    ):
         return {}
     import rivals_jax
 
     episode = problem.episode
-    batch = episode.times.numpy(), torch.cat(episode.initial, -1).numpy(), episode.query[:, 0].numpy()
+    batch = (
+        episode.times.numpy(),
+        torch.cat(episode.initial, -1).numpy(),
+        episode.query[:, 0].numpy(),
+    )
     start = rivals_jax.weights(*problem.fresh())
-    ways = {"numpyro, scan rk4": rivals_jax.scan_rk4, "numpyro, diffrax dopri5 1e-5": rivals_jax.adaptive,
-            "numpyro, scan rk4, longer steps": rivals_jax.scan_longer(_steps())}
-    return {name: lambda way=way: rivals_jax.stepper(start, way, LEARNING_RATE, batch) for name, way in ways.items()}
+    ways = {
+        "numpyro, scan rk4": rivals_jax.scan_rk4,
+        "numpyro, diffrax dopri5 1e-5": rivals_jax.adaptive,
+        "numpyro, scan rk4, longer steps": rivals_jax.scan_longer(_steps()),
+    }
+    return {
+        name: lambda way=way: rivals_jax.stepper(start, way, LEARNING_RATE, batch)
+        for name, way in ways.items()
+    }
 
 
 def rows(problem: Problem) -> dict[str, Callable[[], Step]]:
     """Name to a function that sets the row up."""
+
     def mine(**options: object) -> Step:
         return library(ours(*problem.fresh(), **options), problem.episode)
 
@@ -168,7 +200,11 @@ def bound(batch: int, evaluations: int, rounds: int = 50) -> float:
     """Milliseconds of the arithmetic alone: three products a layer and one sigmoid a unit, at every evaluation."""
     features, width = (rivals.INPUTS + 1) * (rivals.LATENTS + 1), rivals.WIDTH
     u, h, out = (torch.randn(n, batch) for n in (features, width, rivals.LATENTS + 1))
-    first, hidden, last = torch.randn(width, features), torch.randn(width, width), torch.randn(len(out), width)
+    first, hidden, last = (
+        torch.randn(width, features),
+        torch.randn(width, width),
+        torch.randn(len(out), width),
+    )
 
     def evaluation() -> None:
         for weight, x, y in ((first, u, h), (hidden, h, h), (last, h, out)):
@@ -196,7 +232,9 @@ def errors(problem: Problem) -> dict[str, float]:
         net, kind = (plain.double(), torch.float64) if exact else (plain.float(), torch.float32)
 
         def field(t: Tensor, y: Tensor) -> Tensor:
-            return torch.cat([y[:, 1:], -rate.to(kind) * y[:, :1].sin() + net(t, y, z.to(kind))], -1)
+            return torch.cat(
+                [y[:, 1:], -rate.to(kind) * y[:, :1].sin() + net(t, y, z.to(kind))], -1
+            )
 
         return integrate(field, start.to(kind), times.to(kind)).double()
 
@@ -212,7 +250,10 @@ def errors(problem: Problem) -> dict[str, float]:
 
     exact, noise = states(reference, exact=True), ph.systems.Pendulum().noise[0]
     ways = {"dopri5 1e-5": rivals.dopri5, "rk4": rivals.plain_rk4, "rk4, longer steps": longer}
-    return {name: float((states(way) - exact).square().mean().sqrt()) / noise for name, way in ways.items()}
+    return {
+        name: float((states(way) - exact).square().mean().sqrt()) / noise
+        for name, way in ways.items()
+    }
 
 
 def evidence(problem: Problem, compile: bool) -> Step:
@@ -255,22 +296,34 @@ def measure(batch: int, options: argparse.Namespace) -> dict[str, object]:
     return {
         "batch": batch,
         "median_ms": {name: round(t, 2) for name, t in medians.items()},
-        "quartiles_ms": {name: [round(q, 2) for q in np.quantile(t, (0.25, 0.75))] for name, t in times.items()},
-        "times_faster_than_naive": {name: round(naive / medians[name], 2) for name in steps} if naive else {},
+        "quartiles_ms": {
+            name: [round(q, 2) for q in np.quantile(t, (0.25, 0.75))] for name, t in times.items()
+        },
+        "times_faster_than_naive": {name: round(naive / medians[name], 2) for name in steps}
+        if naive
+        else {},
         "loss_per_task": {name: round(loss, 4) for name, loss in losses.items()},
         "seconds_before_the_second_step": {name: round(s, 1) for name, s in first.items()},
         "seconds_compiling": {name: round(s, 1) for name, s in compiling.items() if s},
-        "bound_ms": {} if options.device != "cpu" else {n: round(bound(batch, k), 2) for n, k in evaluations.items()},
+        "bound_ms": {}
+        if options.device != "cpu"
+        else {n: round(bound(batch, k), 2) for n, k in evaluations.items()},
         "error_in_noise_sds": {name: float(f"{e:.3g}") for name, e in errors(problem).items()},
     }
 
 
 def machine(device: str = "cpu") -> dict[str, object]:
     """On what it was measured."""
-    name = torch.cuda.get_device_name() if device != "cpu" else platform.processor() or platform.machine()
+    name = (
+        torch.cuda.get_device_name()
+        if device != "cpu"
+        else platform.processor() or platform.machine()
+    )
     versions = {"python": platform.python_version()} | {
-        name: importlib.metadata.version(name) for name in ("torch", "pyro-ppl", "jax", "numpyro", "diffrax")
-        if importlib.util.find_spec(name.removesuffix("-ppl"))}
+        name: importlib.metadata.version(name)
+        for name in ("torch", "pyro-ppl", "jax", "numpyro", "diffrax")
+        if importlib.util.find_spec(name.removesuffix("-ppl"))
+    }
     return {"device": name, "threads": torch.get_num_threads(), "versions": versions}
 
 
@@ -286,16 +339,22 @@ def table(column: dict[str, dict[str, float]]) -> str:
     lines = [f"B = {column['batch']}: {'row':<44}{'ms':>9}{'naive / row':>13}{'loss':>12}"]
     for name, ms in column["median_ms"].items():
         ratio = column["times_faster_than_naive"].get(name)
-        lines.append(f"{'':>8}{name:<44}{ms:>9.1f}{ratio or '':>13}{column['loss_per_task'].get(name, ''):>12}")
+        lines.append(
+            f"{'':>8}{name:<44}{ms:>9.1f}{ratio or '':>13}{column['loss_per_task'].get(name, ''):>12}"
+        )
     lines += [f"{'':>8}{'bound, ' + name:<44}{ms:>9.1f}" for name, ms in column["bound_ms"].items()]
     return "\n".join([*lines, f"{'':>8}errors in noise sds: {column['error_in_noise_sds']}"])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--batches", type=int, nargs="+", default=[64, 256, 1024])
     parser.add_argument("--rounds", type=int, default=15, help="how often each row takes its turn")
-    parser.add_argument("--warmup", type=int, default=300, help="training steps before anything is measured")
+    parser.add_argument(
+        "--warmup", type=int, default=300, help="training steps before anything is measured"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only", default="", help="leave out rows without this text in their name")
     parser.add_argument("--device", default="cpu")
@@ -306,8 +365,13 @@ def main() -> None:
     for batch in options.batches:
         columns.append(measure(batch, options))
         print(table(columns[-1]), flush=True)
-    settings = machine(options.device) | {"rounds": options.rounds, "warmup_steps": options.warmup, "step": LONGER,
-                                          "points": rivals.POINTS, "width": rivals.WIDTH}
+    settings = machine(options.device) | {
+        "rounds": options.rounds,
+        "warmup_steps": options.warmup,
+        "step": LONGER,
+        "points": rivals.POINTS,
+        "width": rivals.WIDTH,
+    }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps({"settings": settings, "columns": columns}, indent=2) + "\n")
     print(f"written to {options.out}")

@@ -71,13 +71,21 @@ class Ours(ph.HybridModel):
 
     def __init__(self, residual: ph.Residual, size: int = SIZE, **options: object) -> None:
         super().__init__()
-        self.residual, self.system, self.options = residual, ph.systems.AdvectionDiffusion(size), options
+        self.residual, self.system, self.options = (
+            residual,
+            ph.systems.AdvectionDiffusion(size),
+            options,
+        )
 
     def forward(self, episode: ph.Episode) -> None:
         with episode.plate:
-            log_diffusion = pyro.sample("log_diffusion", dist.Normal(torch.full((1,), LOC), SPREAD).to_event(1))
+            log_diffusion = pyro.sample(
+                "log_diffusion", dist.Normal(torch.full((1,), LOC), SPREAD).to_event(1)
+            )
             z = pyro.sample("unknown", dist.Normal(torch.zeros(LATENTS), 1.0).to_event(1))
-            field = self.system.known({"diffusion": log_diffusion.exp()}, self.residual.given(z[..., None, None, :]))
+            field = self.system.known(
+                {"diffusion": log_diffusion.exp()}, self.residual.given(z[..., None, None, :])
+            )
             states = ph.solve(field, episode.initial, episode.times, **self.options)
             pyro.sample("x", dist.Normal(states, NOISE).to_event(3), obs=episode.query)
 
@@ -115,15 +123,25 @@ class Plain(PyroModule):
 
     def forward(self, episode: ph.Episode) -> None:
         with episode.plate:
-            log_diffusion = pyro.sample("log_diffusion", dist.Normal(torch.full((1,), LOC), SPREAD).to_event(1))
+            log_diffusion = pyro.sample(
+                "log_diffusion", dist.Normal(torch.full((1,), LOC), SPREAD).to_event(1)
+            )
             z = pyro.sample("unknown", dist.Normal(torch.zeros(LATENTS), 1.0).to_event(1))
             field = plain_field(self.term, log_diffusion.exp(), z)
-            states = self.integrate(field, episode.initial[:, 0], episode.times).transpose(0, 1).unsqueeze(1)
+            states = (
+                self.integrate(field, episode.initial[:, 0], episode.times)
+                .transpose(0, 1)
+                .unsqueeze(1)
+            )
             pyro.sample("x", dist.Normal(states, NOISE).to_event(3), obs=episode.query)
 
 
-def numpyro_stepper(start: dict[str, np.ndarray], integrate: Callable[..., Any], learning_rate: float,
-                    episode: ph.Episode) -> Callable[[], float]:
+def numpyro_stepper(
+    start: dict[str, np.ndarray],
+    integrate: Callable[..., Any],
+    learning_rate: float,
+    episode: ph.Episode,
+) -> Callable[[], float]:
     """One compiled SVI step of the same program in numpyro at every call. Needs the extra ``bench``."""
     import jax.numpy as jnp
     import numpyro
@@ -134,8 +152,10 @@ def numpyro_stepper(start: dict[str, np.ndarray], integrate: Callable[..., Any],
     batch = episode.times.numpy(), episode.initial[:, 0].numpy(), episode.query[:, 0].numpy()
 
     def sites(log_diffusion: Any, z: Any) -> tuple[Any, Any]:
-        return (numpyro.sample("log_diffusion", ndist.Normal(*log_diffusion).to_event(1)),
-                numpyro.sample("unknown", ndist.Normal(*z).to_event(1)))
+        return (
+            numpyro.sample("log_diffusion", ndist.Normal(*log_diffusion).to_event(1)),
+            numpyro.sample("unknown", ndist.Normal(*z).to_event(1)),
+        )
 
     def term(w: dict[str, Any], here: Any, slope: Any, z: Any) -> Any:
         z = jnp.broadcast_to(z[:, None], (*here.shape, LATENTS))

@@ -73,15 +73,26 @@ class Naive(ph.HybridModel):
         with episode.plate:
             omega = pyro.sample("omega", p["omega"])
             unknown = pyro.sample("unknown", p["unknown"])
-            start = pyro.sample("initial", dist.Normal(episode.measured, self.start_noise).to_event(2))
-            rate, z = omega.unsqueeze(-2) ** 2, unknown.unsqueeze(-2)  # (task, 1, component), for all shots
+            start = pyro.sample(
+                "initial", dist.Normal(episode.measured, self.start_noise).to_event(2)
+            )
+            rate, z = (
+                omega.unsqueeze(-2) ** 2,
+                unknown.unsqueeze(-2),
+            )  # (task, 1, component), for all shots
 
             def field(t: Tensor, y: Tensor) -> Tensor:
                 angle, speed = y[..., :1], y[..., 1:]
                 return torch.cat([speed, self.residual(t, y, z) - rate * torch.sin(angle)], -1)
 
-            states = torchdiffeq.odeint(field, start, episode.times, method="dopri5", rtol=self.tolerance,
-                                        atol=self.tolerance).movedim(0, -2)
+            states = torchdiffeq.odeint(
+                field,
+                start,
+                episode.times,
+                method="dopri5",
+                rtol=self.tolerance,
+                atol=self.tolerance,
+            ).movedim(0, -2)
             x = dist.Normal(states, self.noise).mask(episode.mask)
             pyro.sample("x", x.to_event(3), obs=episode.query)
 
@@ -117,7 +128,9 @@ def standardise(model: nn.Module, guide: nn.Module, tasks: ph.Tasks) -> None:
 
 def named(model: nn.Module, guide: ph.AmortizedGuide) -> dict[str, Tensor]:
     """Every parameter of a program and of the library's guide, once, by the name that all versions know it by."""
-    own = {f"guide.{name}": p for name, p in guide.named_parameters() if not name.startswith("prior.")}
+    own = {
+        f"guide.{name}": p for name, p in guide.named_parameters() if not name.startswith("prior.")
+    }
     return dict(model.named_parameters()) | own
 
 
@@ -137,10 +150,15 @@ class Noise(Messenger):
             msg["value"] = value.exp() if isinstance(stock, dist.LogNormal) else value
 
 
-def loss_and_gradients(model: nn.Module, guide: nn.Module, episode: ph.Episode, noise: dict[str, Tensor]
-                       ) -> tuple[float, dict[str, Tensor]]:
+def loss_and_gradients(
+    model: nn.Module, guide: nn.Module, episode: ph.Episode, noise: dict[str, Tensor]
+) -> tuple[float, dict[str, Tensor]]:
     """The loss of ``ph.SVI`` with these standard normal numbers, and its gradients by name."""
-    svi = ph.SVI(model, guide, torch.optim.SGD(dict.fromkeys([*model.parameters(), *guide.parameters()]), lr=0.0))
+    svi = ph.SVI(
+        model,
+        guide,
+        torch.optim.SGD(dict.fromkeys([*model.parameters(), *guide.parameters()]), lr=0.0),
+    )
     with Noise(noise):
         loss = float(svi.backward(episode))
     parameters = named(model, guide.amortized if isinstance(guide, Guide) else guide)

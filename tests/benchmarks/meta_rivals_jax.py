@@ -45,7 +45,12 @@ class Batch(NamedTuple):
 
 def batch(episode: ph.Episode) -> Batch:
     """A batch of ``tasks.batches(...)`` for JAX."""
-    return Batch(*(x.numpy() for x in (episode.support.query, episode.query, episode.measured, episode.times)))
+    return Batch(
+        *(
+            x.numpy()
+            for x in (episode.support.query, episode.query, episode.measured, episode.times)
+        )
+    )
 
 
 def weights(model: ph.models.MetaHybridVAE, guide: ph.AmortizedGuide) -> dict[str, np.ndarray]:
@@ -54,7 +59,11 @@ def weights(model: ph.models.MetaHybridVAE, guide: ph.AmortizedGuide) -> dict[st
     for name, encoder in (("prior", model.prior.encoder), ("guide", guide.encoder)):
         both |= {f"{name}.encoder.centre": encoder.centre, f"{name}.encoder.scale": encoder.scale}
     for key in ("loc", "scale"):
-        values = [float(getattr(family, key)) for family in model.prior.sites.values() for _ in range(family.n)]
+        values = [
+            float(getattr(family, key))
+            for family in model.prior.sites.values()
+            for _ in range(family.n)
+        ]
         both[f"sites.{key}"] = torch.tensor(values, dtype=model.prior.base.dtype)
     both["residual.periodic"] = torch.tensor(model.residual.periodic)
     return {name: value.detach().numpy().copy() for name, value in both.items()}
@@ -95,7 +104,9 @@ def posterior(w: Weights, support: Array, query: Array) -> tuple[Array, Array]:
     return (mean * scale**-2 + place * spread**-2) / precision, jax.lax.rsqrt(precision)
 
 
-def sample(mean: Array, scale: Array, measured: Array, start_noise: Array) -> tuple[Array, Array, Array]:
+def sample(
+    mean: Array, scale: Array, measured: Array, start_noise: Array
+) -> tuple[Array, Array, Array]:
     """Omega (task, 1), unknown (task, latent) and the initial states (task, shot, component)."""
     with numpyro.plate("task", len(mean)):
         log_omega = numpyro.sample("log_omega", dist.Normal(mean[:, :1], scale[:, :1]).to_event(1))
@@ -124,14 +135,21 @@ def term(w: Weights, t: Array, y: Array, z: Array) -> Array:
 
 def program(start: Weights) -> tuple[Callable[..., None], Callable[..., None]]:
     """Model and guide, starting from these weights; both are called with the four fields of a Batch."""
+
     def read() -> Weights:
-        return {name: value if name.rpartition(".")[2] in CONSTANT else numpyro.param(name, jnp.asarray(value))
-                for name, value in start.items()}
+        return {
+            name: value
+            if name.rpartition(".")[2] in CONSTANT
+            else numpyro.param(name, jnp.asarray(value))
+            for name, value in start.items()
+        }
 
     def model(support: Array, query: Array, initial: Array, times: Array) -> None:
         w = read()
         mean, scale = prior(w, encode(w, "prior.encoder", support))
-        aside = divergence(stop_gradient(mean), stop_gradient(scale), *located(w, w["prior.base"], 2.0))
+        aside = divergence(
+            stop_gradient(mean), stop_gradient(scale), *located(w, w["prior.base"], 2.0)
+        )
         numpyro.factor("proposals", stop_gradient(aside) - aside)
         omega, unknown, y = sample(mean, scale, initial, jnp.exp(w["start_noise_unconstrained"]))
         rate, z = omega[:, None] ** 2, unknown[:, None]
@@ -140,19 +158,26 @@ def program(start: Weights) -> tuple[Callable[..., None], Callable[..., None]]:
             return jnp.concatenate([y[..., 1:], term(w, t, y, z) - rate * jnp.sin(y[..., :1])], -1)
 
         states = jnp.moveaxis(scan_rk4(field, y, times)[1:], 0, -2)
-        with numpyro.plate("task", len(query)):  # the first observation has become the initial state
+        with numpyro.plate(
+            "task", len(query)
+        ):  # the first observation has become the initial state
             x = dist.Normal(states, jnp.exp(w["noise_unconstrained"])).to_event(3)
             numpyro.sample("x", x, obs=query[:, :, 1:])
 
     def guide(support: Array, query: Array, initial: Array, times: Array) -> None:
         w = read()
-        sample(*posterior(w, support, query), initial, stop_gradient(jnp.exp(w["start_noise_unconstrained"])))
+        sample(
+            *posterior(w, support, query),
+            initial,
+            stop_gradient(jnp.exp(w["start_noise_unconstrained"])),
+        )
 
     return model, guide
 
 
 def schedule(learning_rate: float, steps: int) -> Callable[[Array], Array]:
     """That of ``ph.meta_train``."""
+
     def rate(step: Array) -> Array:
         rise = jnp.minimum(1.0, (step + 1) / (0.05 * steps))
         return learning_rate * rise * (0.02 + 0.49 * (1 + jnp.cos(jnp.pi * step / steps)))
@@ -162,8 +187,14 @@ def schedule(learning_rate: float, steps: int) -> Callable[[Array], Array]:
 
 def clipped(most: float = 4.0) -> optax.GradientTransformation:
     """Gradients longer than so many times their running mean are shortened, as in ``ph.meta_train``."""
-    def update(gradients: Weights, mean: Array, parameters: Weights | None = None) -> tuple[Weights, Array]:
-        norm, first = jnp.sqrt(sum((gradient**2).sum() for gradient in jax.tree.leaves(gradients))), mean == 0.0
+
+    def update(
+        gradients: Weights, mean: Array, parameters: Weights | None = None
+    ) -> tuple[Weights, Array]:
+        norm, first = (
+            jnp.sqrt(sum((gradient**2).sum() for gradient in jax.tree.leaves(gradients))),
+            mean == 0.0,
+        )
         limit = jnp.where(first, jnp.inf, most * mean)
         mean = jnp.where(first, norm, 0.95 * mean + 0.05 * jnp.minimum(norm, limit))
         shrink = jnp.minimum(1.0, limit / (norm + 1e-6))
@@ -172,7 +203,9 @@ def clipped(most: float = 4.0) -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda parameters: jnp.zeros(()), update)
 
 
-def stepper(start: Weights, learning_rate: float | Callable[[Array], Array]) -> tuple[SVI, Callable[..., Any]]:
+def stepper(
+    start: Weights, learning_rate: float | Callable[[Array], Array]
+) -> tuple[SVI, Callable[..., Any]]:
     """``svi.init(key, *batch) -> state`` and ``update(state, batch) -> (state, loss)``, compiled at its first call."""
     optimizer = optax.chain(clipped(), optax.adam(learning_rate, b1=0.9, b2=0.99))
     svi = SVI(*program(start), numpyro.optim.optax_to_numpyro(optimizer), TraceMeanField_ELBO())
@@ -214,21 +247,31 @@ def agreement(tasks: int = 8, shots: int = 8, periodic: bool = True) -> dict[str
     episode, start = data.episode().double(), weights(model, guide)
     shapes = {"omega": (tasks, 1), "unknown": (tasks, 4), "initial": episode.measured.shape}
     noise = {name: torch.randn(shape, dtype=torch.float64) for name, shape in shapes.items()}
-    numbers = {"log_omega" if name == "omega" else name: value.numpy() for name, value in noise.items()}
+    numbers = {
+        "log_omega" if name == "omega" else name: value.numpy() for name, value in noise.items()
+    }
 
     def naive(tolerance: float) -> tuple[float, dict[str, Any]]:
         rival = Naive(model, tolerance)
         return loss_and_gradients(rival, rival.guide(guide), episode, noise)
 
     library = loss_and_gradients(model, guide, episode, noise)
-    found = {"jax": _apart(_loss_and_gradients(start, batch(episode), numbers), library),
-             "naive": _apart(naive(1e-5), library)}
+    found = {
+        "jax": _apart(_loss_and_gradients(start, batch(episode), numbers), library),
+        "naive": _apart(naive(1e-5), library),
+    }
     model.steps["substeps"] = 8
-    return found | {"naive refined": _apart(naive(1e-9), loss_and_gradients(model, guide, episode, noise))}
+    return found | {
+        "naive refined": _apart(naive(1e-9), loss_and_gradients(model, guide, episode, noise))
+    }
 
 
-def _loss_and_gradients(start: Weights, batch: Batch, noise: dict[str, Array]) -> tuple[float, Weights]:
-    learned = {name: value for name, value in start.items() if name.rpartition(".")[2] not in CONSTANT}
+def _loss_and_gradients(
+    start: Weights, batch: Batch, noise: dict[str, Array]
+) -> tuple[float, Weights]:
+    learned = {
+        name: value for name, value in start.items() if name.rpartition(".")[2] not in CONSTANT
+    }
     model, guide = program(start)
 
     def loss(w: Weights) -> Array:
@@ -242,12 +285,20 @@ def _loss_and_gradients(start: Weights, batch: Batch, noise: dict[str, Array]) -
 def _apart(mine: tuple[float, Weights], library: tuple[float, Weights]) -> dict[str, float]:
     """Relative differences of the loss and, by name, of the gradients (largest over largest)."""
     assert mine[1].keys() == library[1].keys()
-    pairs = {"loss": (mine[0], library[0])} | {name: (mine[1][name], library[1][name]) for name in library[1]}
+    pairs = {"loss": (mine[0], library[0])} | {
+        name: (mine[1][name], library[1][name]) for name in library[1]
+    }
     arrays = {name: tuple(np.asarray(x) for x in pair) for name, pair in pairs.items()}
-    return {name: float(np.abs(a - b).max() / (np.abs(b).max() or 1.0)) for name, (a, b) in arrays.items()}
+    return {
+        name: float(np.abs(a - b).max() / (np.abs(b).max() or 1.0))
+        for name, (a, b) in arrays.items()
+    }
 
 
 if __name__ == "__main__":
     for version, differences in agreement().items():
-        loss, (worst, most) = differences.pop("loss"), max(differences.items(), key=lambda pair: pair[1])
+        loss, (worst, most) = (
+            differences.pop("loss"),
+            max(differences.items(), key=lambda pair: pair[1]),
+        )
         print(f"{version}: loss {loss:.1e}, gradients up to {most:.1e} ({worst})")

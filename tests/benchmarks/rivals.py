@@ -36,8 +36,14 @@ class Encoder(nn.Module):
 
     def __init__(self, points: int = POINTS, latents: int = LATENTS) -> None:
         super().__init__()
-        self.net = nn.Sequential(nn.Flatten(1), nn.Linear(2 * points, HIDDEN), nn.SiLU(), nn.Linear(HIDDEN, HIDDEN),
-                                 nn.SiLU(), nn.Linear(HIDDEN, 2 * (1 + latents)))
+        self.net = nn.Sequential(
+            nn.Flatten(1),
+            nn.Linear(2 * points, HIDDEN),
+            nn.SiLU(),
+            nn.Linear(HIDDEN, HIDDEN),
+            nn.SiLU(),
+            nn.Linear(HIDDEN, 2 * (1 + latents)),
+        )
 
     def forward(self, query: Tensor) -> tuple[Tensor, Tensor]:
         mean, raw = self.net(query).chunk(2, -1)
@@ -61,8 +67,10 @@ class Guide(PyroModule):
 def latents(episode: ph.Episode) -> tuple[Tensor, Tensor]:
     """The prior's two sites."""
     ones = episode.times.new_ones(1 + LATENTS)
-    return (pyro.sample("log_omega", dist.Normal(0.6 * ones[:1], 0.4).to_event(1)),
-            pyro.sample("unknown", dist.Normal(0.0 * ones[1:], 1.0).to_event(1)))
+    return (
+        pyro.sample("log_omega", dist.Normal(0.6 * ones[:1], 0.4).to_event(1)),
+        pyro.sample("unknown", dist.Normal(0.0 * ones[1:], 1.0).to_event(1)),
+    )
 
 
 class Network(nn.Module):
@@ -71,11 +79,19 @@ class Network(nn.Module):
     def __init__(self, like: ph.Residual) -> None:
         super().__init__()
         features = like.first.in_features
-        self.net = nn.Sequential(nn.Linear(features, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH), nn.Tanh(),
-                                 nn.Linear(WIDTH, like.last.out_features))
+        self.net = nn.Sequential(
+            nn.Linear(features, WIDTH),
+            nn.Tanh(),
+            nn.Linear(WIDTH, WIDTH),
+            nn.Tanh(),
+            nn.Linear(WIDTH, like.last.out_features),
+        )
         self.straight = nn.Linear(features, like.last.out_features, bias=False)
-        for mine, its in zip((self.net[0], self.net[2], self.net[4]), (like.first, *like.hidden, like.last),
-                             strict=True):
+        for mine, its in zip(
+            (self.net[0], self.net[2], self.net[4]),
+            (like.first, *like.hidden, like.last),
+            strict=True,
+        ):
             mine.load_state_dict(its.state_dict())
         self.straight.weight.data.copy_(like.straight.data)
 

@@ -41,8 +41,11 @@ def posterior(e: dict[str, Array], query: Array) -> tuple[tuple[Array, Array], t
 
 def parameters(start: dict[str, np.ndarray], encoder: bool) -> dict[str, Array]:
     """The encoder's parameters, or the program's."""
-    return {name: numpyro.param(name, jnp.asarray(value)) for name, value in start.items()
-            if (name[0] == "e") == encoder}
+    return {
+        name: numpyro.param(name, jnp.asarray(value))
+        for name, value in start.items()
+        if (name[0] == "e") == encoder
+    }
 
 
 def _scan(field: Field, y: Array, knots: Array) -> tuple[Array, Array]:
@@ -67,6 +70,7 @@ def scan_rk4(field: Field, y: Array, times: Array) -> Array:
 
 def scan_longer(number: int) -> Callable[[Field, Array, Array], Array]:
     """So many steps, and cubic Hermite interpolation: ``ph.solve(..., step=...)`` in JAX."""
+
     def integrate(field: Field, y: Array, times: Array) -> Array:
         knots = jnp.linspace(times[0], times[-1], number + 1)
         path, slopes = _scan(field, y, knots)
@@ -74,8 +78,12 @@ def scan_longer(number: int) -> Callable[[Field, Array, Array], Array]:
         h = knots[1] - knots[0]
         index = jnp.clip(jnp.searchsorted(knots, times, side="right") - 1, 0, number - 1)
         x = ((times - knots[index]) / h)[:, None, None]
-        return ((1 + 2 * x) * (1 - x) ** 2 * path[index] + x * x * (3 - 2 * x) * path[index + 1]
-                + h * x * (1 - x) ** 2 * slopes[index] + h * x * x * (x - 1) * slopes[index + 1])
+        return (
+            (1 + 2 * x) * (1 - x) ** 2 * path[index]
+            + x * x * (3 - 2 * x) * path[index + 1]
+            + h * x * (1 - x) ** 2 * slopes[index]
+            + h * x * x * (x - 1) * slopes[index + 1]
+        )
 
     return integrate
 
@@ -83,8 +91,15 @@ def scan_longer(number: int) -> Callable[[Field, Array, Array], Array]:
 def adaptive(field: Field, y: Array, times: Array) -> Array:
     """diffrax with the naive program's tolerance."""
     solution = diffrax.diffeqsolve(
-        diffrax.ODETerm(lambda t, y, args: field(t, y)), diffrax.Dopri5(), times[0], times[-1], times[1] - times[0], y,
-        saveat=diffrax.SaveAt(ts=times), stepsize_controller=diffrax.PIDController(rtol=1e-5, atol=1e-5))
+        diffrax.ODETerm(lambda t, y, args: field(t, y)),
+        diffrax.Dopri5(),
+        times[0],
+        times[-1],
+        times[1] - times[0],
+        y,
+        saveat=diffrax.SaveAt(ts=times),
+        stepsize_controller=diffrax.PIDController(rtol=1e-5, atol=1e-5),
+    )
     return solution.ys
 
 
@@ -98,12 +113,19 @@ def weights(residual: ph.Residual, encoder: Any) -> dict[str, np.ndarray]:
     return {name: tensor.detach().numpy() for name, tensor in tensors.items()}
 
 
-def stepper(start: dict[str, np.ndarray], integrate: Callable[..., Array], learning_rate: float,
-            batch: tuple[np.ndarray, ...]) -> Callable[[], float]:
+def stepper(
+    start: dict[str, np.ndarray],
+    integrate: Callable[..., Array],
+    learning_rate: float,
+    batch: tuple[np.ndarray, ...],
+) -> Callable[[], float]:
     """A step of the pendulum's program, from these weights, at every call."""
+
     def sites(log_omega: tuple[Array, Array], z: tuple[Array, Array]) -> tuple[Array, Array]:
-        return (numpyro.sample("log_omega", dist.Normal(*log_omega).to_event(1)),
-                numpyro.sample("unknown", dist.Normal(*z).to_event(1)))
+        return (
+            numpyro.sample("log_omega", dist.Normal(*log_omega).to_event(1)),
+            numpyro.sample("unknown", dist.Normal(*z).to_event(1)),
+        )
 
     def model(times: Array, initial: Array, query: Array) -> None:
         w = parameters(start, encoder=False)
@@ -126,8 +148,12 @@ def stepper(start: dict[str, np.ndarray], integrate: Callable[..., Array], learn
     return stepping(model, guide, learning_rate, batch)
 
 
-def stepping(model: Callable[..., None], guide: Callable[..., None], learning_rate: float,
-             batch: tuple[np.ndarray, ...]) -> Callable[[], float]:
+def stepping(
+    model: Callable[..., None],
+    guide: Callable[..., None],
+    learning_rate: float,
+    batch: tuple[np.ndarray, ...],
+) -> Callable[[], float]:
     """One compiled SVI step on this batch at every call."""
     svi = SVI(model, guide, numpyro.optim.Adam(learning_rate), TraceMeanField_ELBO())
     update = jax.jit(lambda state: svi.update(state, *batch), donate_argnums=0)

@@ -36,9 +36,18 @@ from tqdm import tqdm
 
 import pyro_hybrid as ph
 
-SWEEPS = {"tasks": (64, 256, 1024, 4096), "points": (50, 100, 200, 400, 800), "grid": (20, 40, 80, 160, 320),
-          "latents": (4, 8, 16, 32, 64)}
-LABELS = {"tasks": "tasks in the batch", "points": "time points", "grid": "grid points", "latents": "latents"}
+SWEEPS = {
+    "tasks": (64, 256, 1024, 4096),
+    "points": (50, 100, 200, 400, 800),
+    "grid": (20, 40, 80, 160, 320),
+    "latents": (4, 8, 16, 32, 64),
+}
+LABELS = {
+    "tasks": "tasks in the batch",
+    "points": "time points",
+    "grid": "grid points",
+    "latents": "latents",
+}
 TASKS = {"points": 1024, "grid": 64, "latents": 256}
 MIB = 1024.0
 
@@ -56,7 +65,9 @@ def episode(sweep: str, size: int) -> ph.Episode:
 
 def part(of: ph.Episode, index: torch.Tensor) -> ph.Episode:
     """Some tasks."""
-    initial = tuple(x[index] for x in of.initial) if isinstance(of.initial, tuple) else of.initial[index]
+    initial = (
+        tuple(x[index] for x in of.initial) if isinstance(of.initial, tuple) else of.initial[index]
+    )
     return ph.Episode(of.times, of.query[index], initial)
 
 
@@ -75,9 +86,13 @@ def memory(peak: bool) -> float:
     """Resident memory of this process in MiB, now or at its peak."""
     status = Path("/proc/self/status")
     if not status.exists():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (MIB**2 if sys.platform == "darwin" else MIB)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
+            MIB**2 if sys.platform == "darwin" else MIB
+        )
     found = dict(line.split(":", 1) for line in status.read_text().splitlines())
-    return float(found["VmHWM" if peak else "VmRSS"].split()[0]) / MIB  # ru_maxrss would include the parent's
+    return (
+        float(found["VmHWM" if peak else "VmRSS"].split()[0]) / MIB
+    )  # ru_maxrss would include the parent's
 
 
 def forget_peak() -> None:
@@ -102,20 +117,37 @@ def point(sweep: str, size: int, compile: bool) -> dict[str, float]:
     """Time and memory of one point, in this process."""
     one_thread()
     svi, full = training(sweep, size, compile), episode(sweep, size)
-    for few in (2, 3, 5):  # what is imported, compiled or allocated once; two sizes, so that all others fit too
+    for few in (
+        2,
+        3,
+        5,
+    ):  # what is imported, compiled or allocated once; two sizes, so that all others fit too
         svi.step(part(full, torch.arange(few)))
     forget_peak()
     before = memory(peak=False)
     with pyro.validation_enabled(False):
         svi.step(full)
         times = timed(lambda: svi.step(full), at_least=3, seconds=2.0)
-    return {"size": size, "median_ms": round(statistics.median(times), 2), "fastest_ms": round(min(times), 2),
-            "steps": len(times), "peak_mib": round(memory(peak=True) - before, 1), "before_mib": round(before, 1)}
+    return {
+        "size": size,
+        "median_ms": round(statistics.median(times), 2),
+        "fastest_ms": round(min(times), 2),
+        "steps": len(times),
+        "peak_mib": round(memory(peak=True) - before, 1),
+        "before_mib": round(before, 1),
+    }
 
 
 def isolated(sweep: str, size: int, compile: bool) -> dict[str, float]:
     """The same in a process of its own."""
-    command = [sys.executable, __file__, "--point", sweep, str(size), *(["--compile"] if compile else [])]
+    command = [
+        sys.executable,
+        __file__,
+        "--point",
+        sweep,
+        str(size),
+        *(["--compile"] if compile else []),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{sweep} = {size} failed:\n{done.stderr[-3000:]}")
@@ -126,11 +158,17 @@ def table(sweeps: dict[str, list[dict[str, float]]]) -> str:
     """What was measured, to read in a terminal."""
     lines = []
     for sweep, found in sweeps.items():
-        lines.append(f"{LABELS[sweep]:<24}{'ms':>10}{'ms / first':>12}{'MiB':>10}{'MiB / first':>13}")
+        lines.append(
+            f"{LABELS[sweep]:<24}{'ms':>10}{'ms / first':>12}{'MiB':>10}{'MiB / first':>13}"
+        )
         for row in found:
             ratios = (row[key] / max(found[0][key], 1e-9) for key in ("median_ms", "peak_mib"))
-            cells = [f"{row['median_ms']:>10.1f}", f"{next(ratios):>12.2f}", f"{row['peak_mib']:>10.1f}",
-                     f"{next(ratios):>13.2f}"]
+            cells = [
+                f"{row['median_ms']:>10.1f}",
+                f"{next(ratios):>12.2f}",
+                f"{row['peak_mib']:>10.1f}",
+                f"{next(ratios):>13.2f}",
+            ]
             lines.append(f"{row['size']:>24}" + "".join(cells))
     return "\n".join(lines)
 
@@ -143,8 +181,12 @@ def draw(sweeps: dict[str, list[dict[str, float]]], file: Path) -> None:
     import matplotlib.pyplot as plt
     from matplotlib import ticker
 
-    figure, panels = plt.subplots(2, len(sweeps), figsize=(2.9 * len(sweeps), 4.8), squeeze=False, sharex="col")
-    for row, (key, label) in enumerate((("median_ms", "time of a step, ms"), ("peak_mib", "peak memory, MiB"))):
+    figure, panels = plt.subplots(
+        2, len(sweeps), figsize=(2.9 * len(sweeps), 4.8), squeeze=False, sharex="col"
+    )
+    for row, (key, label) in enumerate(
+        (("median_ms", "time of a step, ms"), ("peak_mib", "peak memory, MiB"))
+    ):
         for panel, (sweep, found) in zip(panels[row], sweeps.items(), strict=True):
             sizes, values = [point["size"] for point in found], [point[key] for point in found]
             panel.loglog(sizes, values, color=f"C{row}", marker="o")
@@ -168,23 +210,34 @@ def measure(options: argparse.Namespace) -> None:
     """All points, to a file that grows with them."""
     jobs, sweeps = [(sweep, size) for sweep in options.sweeps for size in SWEEPS[sweep]], {}
     one_thread()
-    settings = machine() | {"compile": options.compile, "width": rivals.WIDTH, "tasks": TASKS, "substeps": 1}
+    settings = machine() | {
+        "compile": options.compile,
+        "width": rivals.WIDTH,
+        "tasks": TASKS,
+        "substeps": 1,
+    }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     for sweep, size in (bar := tqdm(jobs)):
         bar.set_description(f"{sweep} = {size}")
         sweeps.setdefault(sweep, []).append(isolated(sweep, size, options.compile))
-        options.out.write_text(json.dumps({"settings": settings, "sweeps": sweeps}, indent=2) + "\n")
+        options.out.write_text(
+            json.dumps({"settings": settings, "sweeps": sweeps}, indent=2) + "\n"
+        )
     print(table(sweeps), f"written to {options.out}", sep="\n")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--sweeps", nargs="+", choices=SWEEPS, default=list(SWEEPS))
     parser.add_argument("--out", type=Path, default=Path("out/benchmarks/scaling.json"))
     parser.add_argument("--figure", type=Path, help="draw what is in --out")
     parser.add_argument("--draw-only", action="store_true", help="measure nothing")
-    parser.add_argument("--point", nargs=2, metavar=("SWEEP", "SIZE"), help="one point, in this process")
+    parser.add_argument(
+        "--point", nargs=2, metavar=("SWEEP", "SIZE"), help="one point, in this process"
+    )
     options = parser.parse_args()
     if options.point:
         print(json.dumps(point(options.point[0], int(options.point[1]), options.compile)))

@@ -32,7 +32,12 @@ from torch import Tensor, nn
 import pyro_hybrid as ph
 
 ENOUGH, BATCH, RATE, SEGMENTS = 0.9, 48, 3e-3, 8
-STEPS = {"library": 1500, "encoder alone": 3000, "naive": 4000, "numpyro": 4000}  # of the learning rate's schedule
+STEPS = {
+    "library": 1500,
+    "encoder alone": 3000,
+    "naive": 4000,
+    "numpyro": 4000,
+}  # of the learning rate's schedule
 EVERY = {"library": 100, "encoder alone": 50, "naive": 25, "numpyro": 50}  # steps between two looks
 
 
@@ -56,13 +61,20 @@ class Watch:
 
     def __call__(self, step: int, estimate: Callable[[], Tensor]) -> None:
         """After a step; ``estimate`` reads the held-out supports."""
-        if (step + 1) % self.every and time.perf_counter() - self.since + self.seconds < self.budget:
+        if (
+            step + 1
+        ) % self.every and time.perf_counter() - self.since + self.seconds < self.budget:
             return
         found = estimate()
         self.seconds += time.perf_counter() - self.since
         r = ph.mcc(found, self.truth).linear_r
-        self.looks.append({"step": step + 1, "seconds": round(self.seconds, 2), "linear_r": r.round(4).tolist()})
-        print(f"  step {step + 1:>6}, {self.seconds:7.1f} s, linear R {[round(float(x), 3) for x in r]}", flush=True)
+        self.looks.append(
+            {"step": step + 1, "seconds": round(self.seconds, 2), "linear_r": r.round(4).tolist()}
+        )
+        print(
+            f"  step {step + 1:>6}, {self.seconds:7.1f} s, linear R {[round(float(x), 3) for x in r]}",
+            flush=True,
+        )
         if float(r.min()) >= ENOUGH:
             self.reached = self.seconds
         if self.reached or self.seconds >= self.budget:
@@ -82,14 +94,28 @@ class Entry:
     steps: int
     seed: int
 
-    def fit(self, model: nn.Module, guide: nn.Module, read: Callable[[], Tensor], **settings: object) -> None:
+    def fit(
+        self, model: nn.Module, guide: nn.Module, read: Callable[[], Tensor], **settings: object
+    ) -> None:
         """Train, with a look from time to time."""
-        ph.meta_train(model, guide, self.train, steps=self.steps, batch_size=BATCH, learning_rate=RATE, seed=self.seed,
-                      progress=False, callback=lambda step, fit: self.watch(step, read), **settings)
+        ph.meta_train(
+            model,
+            guide,
+            self.train,
+            steps=self.steps,
+            batch_size=BATCH,
+            learning_rate=RATE,
+            seed=self.seed,
+            progress=False,
+            callback=lambda step, fit: self.watch(step, read),
+            **settings,
+        )
 
 
 @torch.no_grad()
-def read(prior: ph.SupportPrior, support: ph.Episode, evidence: ph.Linearised | None = None) -> Tensor:
+def read(
+    prior: ph.SupportPrior, support: ph.Episode, evidence: ph.Linearised | None = None
+) -> Tensor:
     """Prior means in unconstrained coordinates, (task, latent)."""
     prior.evidence = evidence
     try:
@@ -100,12 +126,23 @@ def read(prior: ph.SupportPrior, support: ph.Episode, evidence: ph.Linearised | 
 
 def library(entry: Entry, evidence: ph.Linearised | None = None) -> None:
     prior, support = entry.model.prior, entry.support
-    entry.fit(entry.model, entry.guide, lambda: read(prior, support, evidence), curriculum={0.0: 1}, segments=SEGMENTS)
+    entry.fit(
+        entry.model,
+        entry.guide,
+        lambda: read(prior, support, evidence),
+        curriculum={0.0: 1},
+        segments=SEGMENTS,
+    )
 
 
 def naive(entry: Entry) -> None:
     rival = Naive(entry.model)
-    entry.fit(rival, rival.guide(entry.guide), lambda: read(rival.prior, entry.support), curriculum={0.0: None})
+    entry.fit(
+        rival,
+        rival.guide(entry.guide),
+        lambda: read(rival.prior, entry.support),
+        curriculum={0.0: None},
+    )
 
 
 def numpyro(entry: Entry) -> None:
@@ -147,13 +184,29 @@ def race(row: str, options: argparse.Namespace) -> dict[str, object]:
     watch = Watch(truth, options.budget, EVERY[row])
     watch.start()
     with contextlib.suppress(Enough):
-        ROWS[row](Entry(model, model.guide(), train, held_out.episode().support, watch, STEPS[row], options.seed))
-    return {"seconds": watch.reached and round(watch.reached, 1), "spent": round(watch.seconds, 1),
-            "schedule": STEPS[row], "looks": watch.looks}
+        ROWS[row](
+            Entry(
+                model,
+                model.guide(),
+                train,
+                held_out.episode().support,
+                watch,
+                STEPS[row],
+                options.seed,
+            )
+        )
+    return {
+        "seconds": watch.reached and round(watch.reached, 1),
+        "spent": round(watch.seconds, 1),
+        "schedule": STEPS[row],
+        "looks": watch.looks,
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=ROWS)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tasks", type=int, default=1000)
@@ -162,7 +215,13 @@ def main() -> None:
     options = parser.parse_args()
     one_thread()
     found = {row: race(row, options) for row in options.rows}
-    written = {"seed": options.seed, "tasks": options.tasks, "enough": ENOUGH, "settings": machine(), "rows": found}
+    written = {
+        "seed": options.seed,
+        "tasks": options.tasks,
+        "enough": ENOUGH,
+        "settings": machine(),
+        "rows": found,
+    }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(written, indent=2) + "\n")
     print(f"written to {options.out}")
