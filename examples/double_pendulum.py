@@ -15,9 +15,9 @@ import time
 from dataclasses import replace
 
 import habits
+from experiments import real_learned, real_pendulum
 
 import pyro_hybrid as ph
-from pyro_hybrid.experiments import real_learned, real_pendulum
 
 
 def main() -> None:

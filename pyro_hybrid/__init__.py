@@ -1,19 +1,16 @@
 """Identifiable hybrid models as Pyro programs: known equations, neural terms, support-conditioned priors."""
 
-from . import families, models, systems
-from .accuracy import step_error
-from .checkpoint import Fit, load
-from .dynamics import SolverError, solve
-from .encoders import SetEncoder
-from .guide import AmortizedGuide
-from .identifiability.certificate import Certificate
-from .identifiability.certify import certify
-from .identifiability.mcc import mcc
-from .identifiability.separability import disentangle
-from .linearise import Linearised
-from .mixing import Mixing, Residual, overlap
-from .module import HybridModel
-from .posterior import (
+from pyro_hybrid import models, systems
+from pyro_hybrid.beliefs import families
+from pyro_hybrid.data.tasks import Episode, Tasks
+from pyro_hybrid.diagnostics.calibration import Calibration, check_calibration
+from pyro_hybrid.diagnostics.contract import ContractError, check_hybrid_model
+from pyro_hybrid.dynamics.solve import SolverError, solve
+from pyro_hybrid.evidence.gauss_newton import Linearised
+from pyro_hybrid.identifiability.certificate import Certificate
+from pyro_hybrid.identifiability.certify import certify
+from pyro_hybrid.inference.guide import AmortizedGuide
+from pyro_hybrid.inference.posterior import (
     calibrate,
     draws,
     load_arviz,
@@ -23,13 +20,18 @@ from .posterior import (
     summary,
     to_arviz,
 )
-from .prior import SupportPrior, UnconditionalPrior
-from .sharpening import sharpen
-from .storage import CheckpointError
-from .svi import SVI
-from .tasks import Episode, Tasks
-from .training import TrainingError, meta_train
-from .trials import Calibration, ContractError, check_calibration, check_hybrid_model
+from pyro_hybrid.inference.prior import SupportPrior, UnconditionalPrior
+from pyro_hybrid.nets.encoders import SetEncoder
+from pyro_hybrid.nets.residual import Mixing, Residual, overlap
+from pyro_hybrid.programs.module import HybridModel
+from pyro_hybrid.scores.mcc import mcc
+from pyro_hybrid.scores.separability import disentangle
+from pyro_hybrid.training.checkpoint import Fit, load
+from pyro_hybrid.training.meta_train import TrainingError, meta_train
+from pyro_hybrid.training.refinement import sharpen
+from pyro_hybrid.training.step_error import step_error
+from pyro_hybrid.training.storage import CheckpointError
+from pyro_hybrid.training.svi import SVI
 
 __version__ = "0.1.0"
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 import pyro_hybrid as ph
-from pyro_hybrid.families import Beta, Family, Gamma, LogNormal, Normal
-from pyro_hybrid.linearise import Program
-from pyro_hybrid.prior import Prior
+from pyro_hybrid.beliefs.families import Beta, Family, Gamma, LogNormal, Normal
+from pyro_hybrid.evidence.gauss_newton import Program
+from pyro_hybrid.inference.prior import Prior
 
 EVIDENCE = ph.Linearised(6, restarts=2)
 Values = Mapping[str, Tensor]

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyro_hybrid.identifiability.ambiguity import Ambiguity, ambiguity, judge_ambiguity
 from pyro_hybrid.identifiability.check import Check
+from pyro_hybrid.scores.ambiguity import Ambiguity, ambiguity, judge_ambiguity
 
 
 def uniform(tasks: int, components: int, seed: int = 0) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 import pyro_hybrid as ph
 from pyro_hybrid.models import APHYNITY, OriginalAPHYNITY
 from pyro_hybrid.models.aphynity import squared_norm
-from pyro_hybrid.module import local_parameters
+from pyro_hybrid.programs.module import local_parameters
 
 SHORT: dict[str, Any] = {"steps": 6, "batch_size": 4, "every": 3, "progress": False}
 SYSTEMS = {

@@ -18,7 +18,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 INNER = "PYRO_HYBRID_ARVIZ1_INNER"  # set in the subprocess, so that it doesn't start one itself
-LOAD = "import sys; sys.path.insert(0, sys.argv[1]); import _arviz"  # as a top-level module: without the package
+LOAD = "import sys; sys.path.insert(0, sys.argv[1]); import arviz_data"  # as a top-level module: without the package
 TASKS, SHOTS, STEPS, DRAWS = 3, 4, 5, 200
 
 pytestmark = pytest.mark.filterwarnings(
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.filterwarnings(
 def load_adapter() -> ModuleType:
     """The adapter without its package: what it imports is all it gets."""
     spec = importlib.util.spec_from_file_location(
-        "_arviz_by_path", ROOT / "pyro_hybrid" / "_arviz.py"
+        "_arviz_by_path", ROOT / "pyro_hybrid" / "inference" / "arviz_data.py"
     )
     assert spec is not None
     assert spec.loader is not None
@@ -232,7 +232,9 @@ def test_a_loaded_file_can_be_overwritten(data: Any, tmp_path: Path) -> None:
 
 def test_loading_the_adapter_imports_neither_torch_nor_arviz() -> None:
     heavy = f"{LOAD}; print({{'torch', 'arviz'}} & set(sys.modules))"
-    assert run(sys.executable, "-c", heavy, str(ROOT / "pyro_hybrid")).strip() == "set()"
+    assert (
+        run(sys.executable, "-c", heavy, str(ROOT / "pyro_hybrid" / "inference")).strip() == "set()"
+    )
 
 
 def test_importing_arviz_warns_of_nothing(tmp_path: Path) -> None:
@@ -242,8 +244,8 @@ def test_importing_arviz_warns_of_nothing(tmp_path: Path) -> None:
         "-W",
         "error",
         "-c",
-        f"{LOAD}; _arviz._backend()",
-        str(ROOT / "pyro_hybrid"),
+        f"{LOAD}; arviz_data._backend()",
+        str(ROOT / "pyro_hybrid" / "inference"),
         cache=tmp_path,
     )
 

@@ -23,10 +23,10 @@ from torch import Tensor
 from toys import POINTS, TIMES, TOGETHER, Line, exact, in_float32, make_tasks
 
 import pyro_hybrid as ph
-from pyro_hybrid import _arviz
-from pyro_hybrid.module import local_parameters
-from pyro_hybrid.trials.calibration import SAYS
-from pyro_hybrid.trials.ranks import CELLS, Latent, band, ecdf, judge, share
+from pyro_hybrid.diagnostics.calibration import SAYS
+from pyro_hybrid.diagnostics.ranks import CELLS, Latent, band, ecdf, judge, share
+from pyro_hybrid.inference import arviz_data as _arviz
+from pyro_hybrid.programs.module import local_parameters
 
 NOISE = 0.3
 DESIGN = torch.zeros(

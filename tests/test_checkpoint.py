@@ -20,8 +20,8 @@ from test_training import SHORT, TASKS, Fragile, pair, quiet, same, state
 from torch import nn
 
 import pyro_hybrid as ph
-from pyro_hybrid.checkpoint import Checkpoints
-from pyro_hybrid.storage import ASIDE, MANIFEST, read
+from pyro_hybrid.training.checkpoint import Checkpoints
+from pyro_hybrid.training.storage import ASIDE, MANIFEST, read
 
 LONG: dict[str, Any] = {
     **SHORT,

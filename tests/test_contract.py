@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from toys import POINTS, SYSTEMS, Line, features, in_float32, make_tasks
 
 import pyro_hybrid as ph
-from pyro_hybrid.trials.contracts import STAGES
+from pyro_hybrid.diagnostics.contracts import STAGES
 
 EPISODE = in_float32(make_tasks(3, 5, num_support=2)).episode()
 NAMES = [contract.__name__.replace("_", " ") for stage in STAGES for contract in stage]

@@ -19,7 +19,7 @@ from torch.autograd import gradcheck
 from torch.testing import assert_close
 
 import pyro_hybrid as ph
-from pyro_hybrid.dynamics import SolverError, failures_as_values, solve, standing_still
+from pyro_hybrid.dynamics.solve import SolverError, failures_as_values, solve, standing_still
 
 METHODS = ["rk4", "dopri5", "dopri8"]
 ADAPTIVE = METHODS[1:]

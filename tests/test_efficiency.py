@@ -14,9 +14,9 @@ from torch.testing import assert_close
 from toys import NOISE, SEPARATE, TIMES, Line, features, make_tasks
 
 import pyro_hybrid as ph
-from pyro_hybrid.families import LogNormal, Normal
+from pyro_hybrid.beliefs.families import LogNormal, Normal
 from pyro_hybrid.identifiability.efficiency import Efficiency, efficiency, judge_efficiency
-from pyro_hybrid.identifiability.reading import Reading
+from pyro_hybrid.identifiability.task_beliefs import Reading
 
 TASKS, SHOTS = 150, 8
 DESIGN = features(TIMES) - features(TIMES[:1])

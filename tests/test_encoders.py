@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import pyro_hybrid as ph
-from pyro_hybrid.encoders import reading_once
+from pyro_hybrid.nets.encoders import reading_once
 
 SENSORS, STEPS, FEATURES = 2, 5, 6
 TIMES = torch.linspace(0.0, 1.0, STEPS)

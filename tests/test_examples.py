@@ -501,7 +501,7 @@ def test_every_result_is_what_the_example_wrote_by_default(path: Path) -> None:
         math.isfinite(value) for value in numbers_in(metrics)
     )
     script, settings = (EXAMPLES / f"{system}.py").read_text(encoding="utf-8"), metrics["settings"]
-    default = re.search(rf'"{system}", tasks=(\d+), steps=(\d+)[,)]', script)
+    default = re.search(rf'"{system}",\s*tasks=(\d+),\s*steps=(\d+)[,)]', script)
     assert default is not None and [settings["tasks"], settings["steps"]] == [
         int(text) for text in default.groups()
     ]
@@ -594,7 +594,7 @@ def test_every_certificate_is_what_the_example_wrote_by_default(name: str) -> No
     )
     assert system in SYSTEMS and len(list(CERTIFICATES.glob(f"{system}_*.json"))) >= 2
     tasks = re.search(
-        rf'"{system}", tasks=(\d+)', (EXAMPLES / f"{system}.py").read_text(encoding="utf-8")
+        rf'"{system}",\s*tasks=(\d+)', (EXAMPLES / f"{system}.py").read_text(encoding="utf-8")
     )
     assert tasks is not None and found["systems"] == int(tasks[1]) and found["shots"] == 4
     assert found["verdict"] == implied(found) and all(

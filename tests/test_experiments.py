@@ -10,18 +10,18 @@ from typing import Any
 
 import pytest
 import torch
+from experiments import __main__ as command
+from experiments import beyond, enough, identify, longer, two_runs
+from experiments import trained as trainer
+from experiments.cases import CASES, MODELS, OURS
+from experiments.run import Choice, Run, carry_out, results
+from experiments.trained import Trained, data, exactly, trained
 from matplotlib.figure import Figure
 from scripts import load
 from toys import Line, exact, make_tasks
 
 import pyro_hybrid as ph
-from pyro_hybrid.experiments import __main__ as command
-from pyro_hybrid.experiments import beyond, enough, identify, longer, two_runs
-from pyro_hybrid.experiments import trained as trainer
-from pyro_hybrid.experiments.cases import CASES, MODELS, OURS
-from pyro_hybrid.experiments.run import Choice, Run, carry_out, results
-from pyro_hybrid.experiments.trained import Trained, data, exactly, trained
-from pyro_hybrid.families import Normal
+from pyro_hybrid.beliefs.families import Normal
 
 ROOT, SYSTEM = Path(__file__).parents[1], "double pendulum"
 FEW = MODELS[::3]  # ours, and a rival
@@ -156,7 +156,7 @@ def test_reconstructions_begin_where_the_shots_say_and_not_where_they_were_measu
 def test_a_model_is_trained_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     choice = Choice(fast=True, folder=folder)
     one = trained(SYSTEM, OURS, 0, choice)
-    monkeypatch.setattr("pyro_hybrid.experiments.trained.meta_train", None)
+    monkeypatch.setattr("experiments.trained.meta_train", None)
     other = trained(SYSTEM, OURS, 0, choice)
     assert all(
         torch.equal(a, b)

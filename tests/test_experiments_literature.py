@@ -7,16 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from experiments import literature
+from experiments.driven import Driven, Growing
+from experiments.literature import PUBLISHED
+from experiments.run import Choice, carry_out
 from matplotlib.figure import Figure
 from test_systems import latents
 from torch import Tensor
 from torch.testing import assert_close
 
 import pyro_hybrid as ph
-from pyro_hybrid.experiments import literature
-from pyro_hybrid.experiments.driven import Driven, Growing
-from pyro_hybrid.experiments.literature import PUBLISHED
-from pyro_hybrid.experiments.run import Choice, carry_out
 from pyro_hybrid.systems import ForcedPendulum
 
 

@@ -11,15 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+from experiments import real_learned
+from experiments import real_pendulum as real
+from experiments.run import Choice, carry_out
 from matplotlib.figure import Figure
 from scripts import load
 from torch import Tensor
 from torch.testing import assert_close
 
 import pyro_hybrid as ph
-from pyro_hybrid.experiments import real_learned
-from pyro_hybrid.experiments import real_pendulum as real
-from pyro_hybrid.experiments.run import Choice, carry_out
 from pyro_hybrid.systems import RecordedDoublePendulum, Recordings
 from pyro_hybrid.systems.compound_pendulum import RODS, compound, open_loop, point_mass
 

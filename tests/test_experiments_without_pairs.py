@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from experiments import without_pairs
+from experiments.clocked import Clocked, cut, with_clock
+from experiments.grouping import Evidence, concentration, group, log_evidence, misfit
+from experiments.recovering import Unpaired, dependence, pairs, sets
+from experiments.run import Choice, carry_out
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 
 import pyro_hybrid as ph
-from pyro_hybrid.experiments import without_pairs
-from pyro_hybrid.experiments.clocked import Clocked, cut, with_clock
-from pyro_hybrid.experiments.grouping import Evidence, concentration, group, log_evidence, misfit
-from pyro_hybrid.experiments.recovering import Unpaired, dependence, pairs, sets
-from pyro_hybrid.experiments.run import Choice, carry_out
 
 
 def covariances(n: int, d: int) -> Tensor:

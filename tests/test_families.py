@@ -16,8 +16,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from pyro_hybrid import families
-from pyro_hybrid.families import Beta, Family, FullNormal, Gamma, LogNormal, Normal, VonMises
+from pyro_hybrid.beliefs import families
+from pyro_hybrid.beliefs.families import (
+    Beta,
+    Family,
+    FullNormal,
+    Gamma,
+    LogNormal,
+    Normal,
+    VonMises,
+)
 
 FAMILIES: dict[str, Callable[..., Family]] = {
     "Beta": Beta,

@@ -15,10 +15,10 @@ from torch.testing import assert_close
 from toys import NOISE, SEPARATE, START_NOISE, TIMES, Line, make_tasks
 
 import pyro_hybrid as ph
-from pyro_hybrid.families import Family, LogNormal, Normal
+from pyro_hybrid.beliefs.families import Family, LogNormal, Normal
 from pyro_hybrid.identifiability.check import Check
 from pyro_hybrid.identifiability.fisher import Fisher, fisher, judge_fisher, posed
-from pyro_hybrid.identifiability.reading import Reading
+from pyro_hybrid.identifiability.task_beliefs import Reading
 
 Array = NDArray[np.float64]
 Program = Callable[[ph.Episode], None]

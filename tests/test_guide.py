@@ -16,8 +16,8 @@ from torch.testing import assert_close
 from toys import POINTS, TOGETHER, Line, exact, in_float32, make_tasks
 
 import pyro_hybrid as ph
-from pyro_hybrid.families import LogNormal, Normal
-from pyro_hybrid.linearise import Belief, Problem
+from pyro_hybrid.beliefs.families import LogNormal, Normal
+from pyro_hybrid.evidence.gauss_newton import Belief, Problem
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 EVIDENCE = ph.Linearised(8)

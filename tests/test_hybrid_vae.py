@@ -16,6 +16,7 @@ from toys import SYSTEMS, system
 
 import pyro_hybrid as ph
 from pyro_hybrid.models import HybridVAE
+from pyro_hybrid.programs.module import local_parameters
 
 REGULARISERS = {"discrepancy", "unmixing", "recovery"}
 
@@ -44,7 +45,7 @@ def factors(
 ) -> dict[str, Tensor]:
     """What each regulariser adds to the log density of each task, latents drawn from the guide or at ``values``."""
     torch.manual_seed(1)
-    with ph.module.local_parameters():
+    with local_parameters():
         values = model.guide()(episode) if values is None else values
         trace = poutine.trace(poutine.condition(model, data=values)).get_trace(episode)
     return {name: trace.nodes[name]["fn"].log_factor for name in REGULARISERS & set(trace.nodes)}

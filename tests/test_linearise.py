@@ -16,7 +16,7 @@ from torch.testing import assert_close
 from toys import NOISE, SEPARATE, START_NOISE, TIMES, Line, exact, features, make_tasks
 
 import pyro_hybrid as ph
-from pyro_hybrid.linearise import Belief, Point, Problem, information, observed
+from pyro_hybrid.evidence.gauss_newton import Belief, Point, Problem, information, observed
 
 # Forward differences in float64 leave about 1e-8 of relative error.
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}

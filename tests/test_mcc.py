@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyro_hybrid.identifiability import mcc
-from pyro_hybrid.identifiability.mcc import _matrix
+from pyro_hybrid.scores.mcc import _matrix, mcc
 
 
 def uniform(tasks: int, components: int, seed: int = 0) -> Tensor:

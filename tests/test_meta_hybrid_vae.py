@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from experiments.trained import exactly
 from torch import Tensor
 
 import pyro_hybrid as ph
-from pyro_hybrid.experiments.trained import exactly
 from pyro_hybrid.systems.system import Force
 
 

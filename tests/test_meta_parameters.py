@@ -24,7 +24,7 @@ from pyro_hybrid.identifiability.meta_parameters import (
     judge_meta_parameters,
     meta_parameters,
 )
-from pyro_hybrid.identifiability.weights import Weights, weights_of
+from pyro_hybrid.identifiability.weight_losses import Weights, weights_of
 
 Losses = Callable[[Tensor], Tensor]
 CENTRE = torch.tensor([1.0, -2.0, 3.0, 0.5], dtype=torch.float64)

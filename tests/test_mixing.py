@@ -9,7 +9,7 @@ from torch.autograd import gradcheck
 from torch.testing import assert_close
 
 import pyro_hybrid as ph
-from pyro_hybrid.mixing import explained, overlap
+from pyro_hybrid.nets.residual import explained, overlap
 
 EXACT = {"rtol": 0.0, "atol": 1e-12}
 INPUTS, LATENTS, SCALE = 2, 3, (0.5, 4.0)

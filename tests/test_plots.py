@@ -17,17 +17,17 @@ from matplotlib.figure import Figure
 
 import pyro_hybrid as ph
 from pyro_hybrid.identifiability import plots
-from pyro_hybrid.identifiability.ambiguity import Ambiguity
 from pyro_hybrid.identifiability.certificate import SAYS
 from pyro_hybrid.identifiability.check import Check, Status, unchecked
 from pyro_hybrid.identifiability.efficiency import RATIO, Efficiency
 from pyro_hybrid.identifiability.fisher import SEEN, Fisher
 from pyro_hybrid.identifiability.fit import FACTOR, Misfit
 from pyro_hybrid.identifiability.injectivity import ALIKE, Twins
-from pyro_hybrid.identifiability.samples import Curve
-from pyro_hybrid.identifiability.separability import Separability
+from pyro_hybrid.identifiability.learning_curves import Curve
 from pyro_hybrid.identifiability.statistics import INDEPENDENT, Statistics
 from pyro_hybrid.identifiability.variability import LOCATIONS, NATS, Variability
+from pyro_hybrid.scores.ambiguity import Ambiguity
+from pyro_hybrid.scores.separability import Separability
 
 LATENTS, TERMS = (
     ["rate", "unknown[0]"],

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from toys import POINTS, SEPARATE, TOGETHER, Line, exact, in_float32, make_tasks
 
 import pyro_hybrid as ph
-from pyro_hybrid.families import FullNormal, LogNormal, Normal
+from pyro_hybrid.beliefs.families import FullNormal, LogNormal, Normal
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 READINGS = pytest.mark.parametrize(

@@ -20,8 +20,9 @@ import pytest
 import torch
 
 import pyro_hybrid as ph
+from pyro_hybrid.diagnostics.ranks import Latent
 from pyro_hybrid.identifiability.check import Check
-from pyro_hybrid.trials.ranks import Latent
+from pyro_hybrid.inference import arviz_data as _arviz
 
 ROOT = Path(__file__).parents[1]
 DESIGNED = {
@@ -108,7 +109,23 @@ def test_classes_have_the_members_of_the_design(name: str) -> None:
     assert given >= set(METHODS[name])
 
 
-@pytest.mark.parametrize("module", ["pyro_hybrid", *MODULES])
+@pytest.mark.parametrize("module", MODULES)
+def test_no_package_shadows_its_submodules(module: str) -> None:
+    """``import a.b.c as m`` follows attributes, and must end at a module."""
+    found = ph
+    for part in module.split(".")[1:]:
+        found = getattr(found, part)
+    assert isinstance(found, types.ModuleType) and found.__name__ == module
+
+
+NAMED = [m for m in MODULES if hasattr(importlib.import_module(m), "__all__")]
+
+
+def test_only_rooms_have_no_names() -> None:
+    assert all(hasattr(importlib.import_module(m), "__path__") for m in set(MODULES) - set(NAMED))
+
+
+@pytest.mark.parametrize("module", ["pyro_hybrid", *NAMED])
 def test_names_are_sorted_and_exist(module: str) -> None:
     found = importlib.import_module(module)
     assert list(found.__all__) == in_order(list(found.__all__))
@@ -208,9 +225,7 @@ class Empty(ph.HybridModel):
 
 
 def arviz_data() -> Any:
-    return ph.posterior._arviz.to_inference_data(
-        {"posterior": {"z": torch.zeros(1, 2).numpy()}}, {}, {}, {}
-    )
+    return _arviz.to_inference_data({"posterior": {"z": torch.zeros(1, 2).numpy()}}, {}, {}, {})
 
 
 # What a newcomer gets wrong first, and the words that must come back.

@@ -16,9 +16,17 @@ from torch.testing import assert_close
 from toys import TOGETHER, Line, make_tasks
 
 import pyro_hybrid as ph
-from pyro_hybrid.families import Beta, Family, FullNormal, Gamma, LogNormal, Normal, VonMises
-from pyro_hybrid.identifiability import reading as module
-from pyro_hybrid.identifiability.reading import Reading, in_double, names_of, read
+from pyro_hybrid.beliefs.families import (
+    Beta,
+    Family,
+    FullNormal,
+    Gamma,
+    LogNormal,
+    Normal,
+    VonMises,
+)
+from pyro_hybrid.identifiability import task_beliefs as module
+from pyro_hybrid.identifiability.task_beliefs import Reading, in_double, names_of, read
 
 FAMILIES: list[Callable[[int], Family]] = [Normal, LogNormal, Gamma, Beta, VonMises, FullNormal]
 

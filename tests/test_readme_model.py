@@ -16,7 +16,7 @@ from pyro.infer.autoguide import init_to_median
 from torch import Tensor
 
 import pyro_hybrid as ph
-from pyro_hybrid.module import local_parameters
+from pyro_hybrid.programs.module import local_parameters
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 MODEL, USE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)

@@ -11,7 +11,7 @@ from torch import Tensor
 from toys import POINTS, Line, exact, make_tasks
 
 import pyro_hybrid as ph
-from pyro_hybrid.identifiability.samples import Curve, how_many, shots_curve, tasks_curve
+from pyro_hybrid.identifiability.learning_curves import Curve, how_many, shots_curve, tasks_curve
 
 C = 20.0  # variance of what a program adds to a latent, times the number of its tasks and shots, in latents' variances
 TASKS, SHOTS = 400, 8

@@ -11,9 +11,10 @@ import torch
 from scipy.stats import norm
 from torch import Tensor
 
-from pyro_hybrid.identifiability import disentangle, mcc, separability
 from pyro_hybrid.identifiability.check import Check
-from pyro_hybrid.identifiability.separability import Separability, judge_separability, separable
+from pyro_hybrid.scores import separability
+from pyro_hybrid.scores.mcc import mcc
+from pyro_hybrid.scores.separability import Separability, disentangle, judge_separability, separable
 
 Sampler = Callable[[np.random.Generator, tuple[int, int]], np.ndarray]
 

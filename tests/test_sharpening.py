@@ -12,9 +12,16 @@ from torch import Tensor, nn
 from toys import NOISE, POINTS, START_NOISE, TIMES, Line, features, make_tasks
 
 import pyro_hybrid as ph
-from pyro_hybrid.families import Normal
-from pyro_hybrid.linearise import Linearised, Point, Problem
-from pyro_hybrid.sharpening import _by_call, _by_weight, _evidence, _one_by_one, _pushed, _read
+from pyro_hybrid.beliefs.families import Normal
+from pyro_hybrid.evidence.gauss_newton import Linearised, Point, Problem
+from pyro_hybrid.training.refinement import (
+    _by_call,
+    _by_weight,
+    _evidence,
+    _one_by_one,
+    _pushed,
+    _read,
+)
 
 BEND = torch.tensor([[0.7, -0.4]], dtype=torch.float64)
 SITES = {"slope": Normal(1, loc=0.5, scale=2.0)}

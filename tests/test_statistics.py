@@ -10,10 +10,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyro_hybrid.families import Beta, Family, FullNormal, Gamma, LogNormal, Normal, VonMises
+from pyro_hybrid.beliefs.families import (
+    Beta,
+    Family,
+    FullNormal,
+    Gamma,
+    LogNormal,
+    Normal,
+    VonMises,
+)
 from pyro_hybrid.identifiability import statistics as module
-from pyro_hybrid.identifiability.reading import Reading
 from pyro_hybrid.identifiability.statistics import Statistics, judge_statistics, statistics
+from pyro_hybrid.identifiability.task_beliefs import Reading
 
 
 class Repeated(Normal):

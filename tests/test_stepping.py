@@ -21,8 +21,8 @@ from torch.autograd import gradcheck
 from torch.testing import assert_close
 
 import pyro_hybrid as ph
-from pyro_hybrid.dynamics import SolverError, failures_as_values, solve
-from pyro_hybrid.stepping import SEGMENT, steps_halved
+from pyro_hybrid.dynamics.rk4 import SEGMENT, steps_halved
+from pyro_hybrid.dynamics.solve import SolverError, failures_as_values, solve
 
 ROUNDING = {"rtol": 0.0, "atol": 1e-13}
 
@@ -547,8 +547,8 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 import pyro_hybrid as ph
-from pyro_hybrid import stepping
-from pyro_hybrid.dynamics import SolverError
+from pyro_hybrid.dynamics.solve import rk4 as stepping
+from pyro_hybrid.dynamics.solve import SolverError
 
 torch.set_default_dtype(torch.float64)
 torch.manual_seed(0)

@@ -23,8 +23,8 @@ import safetensors.torch
 import torch
 from conftest import Note
 
-from pyro_hybrid import storage
-from pyro_hybrid.storage import (
+from pyro_hybrid.training import storage
+from pyro_hybrid.training.storage import (
     MANIFEST,
     STATE,
     WEIGHTS,

@@ -160,7 +160,7 @@ h = "pickle.load(file)"  # pickle.load(file)
 def test_there_are_files_to_look_at() -> None:
     names = {path.relative_to(ROOT).as_posix() for path in FILES}
     assert names > {
-        "pyro_hybrid/training.py",
+        "pyro_hybrid/training/loop.py",
         "examples/pendulum.py",
         "docs/conf.py",
         "docs/results/table.py",

@@ -14,7 +14,7 @@ from torch.func import grad, hessian, jacfwd
 from torch.testing import assert_close
 
 import pyro_hybrid as ph
-from pyro_hybrid.dynamics import Field, solve
+from pyro_hybrid.dynamics.solve import Field, solve
 from pyro_hybrid.systems import AdvectionDiffusion, DoublePendulum, Pendulum, System
 
 SYSTEMS: dict[str, Callable[[], System]] = {

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from toys import POINTS, SEPARATE, Line, in_float32, make_tasks
 
 import pyro_hybrid as ph
-from pyro_hybrid import _watch, loop
-from pyro_hybrid import svi as svi_module
+from pyro_hybrid.training import guards as _watch
+from pyro_hybrid.training import loop
+from pyro_hybrid.training import svi as svi_module
 
 TASKS = in_float32(make_tasks(20, 4, num_support=2))
 SHORT = {"steps": 6, "batch_size": 8, "progress": False, "curriculum": {0.0: None}}

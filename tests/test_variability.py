@@ -17,10 +17,10 @@ from torch.testing import assert_close
 from toys import NOISE, TIMES, Line, make_tasks
 
 import pyro_hybrid as ph
-from pyro_hybrid.families import Beta, Family, Gamma, LogNormal, Normal, VonMises
-from pyro_hybrid.identifiability import hyperplanes
+from pyro_hybrid.beliefs.families import Beta, Family, Gamma, LogNormal, Normal, VonMises
+from pyro_hybrid.identifiability import nearest_hyperplane as hyperplanes
 from pyro_hybrid.identifiability import variability as module
-from pyro_hybrid.identifiability.reading import Reading, read
+from pyro_hybrid.identifiability.task_beliefs import Reading, read
 from pyro_hybrid.identifiability.variability import (
     Variability,
     culprits,

@@ -13,8 +13,8 @@ from pyro.nn import PyroParam
 from torch import Tensor
 
 import pyro_hybrid as ph
-from pyro_hybrid.families import Family, FullNormal, Normal
-from pyro_hybrid.prior import Prior, SupportPrior
+from pyro_hybrid.beliefs.families import Family, FullNormal, Normal
+from pyro_hybrid.inference.prior import Prior, SupportPrior
 
 POINTS = 6
 TIMES = torch.linspace(0.0, 1.5, POINTS, dtype=torch.float64)

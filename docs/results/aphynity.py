@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 import pyro_hybrid as ph
-from pyro_hybrid.dynamics import Field
+from pyro_hybrid.dynamics.solve import Field
 from pyro_hybrid.models.aphynity import squared_norm
+from pyro_hybrid.programs.module import local_parameters
 
 FRICTION = 0.2
 CURRICULUM = {
@@ -132,7 +133,7 @@ def run(system: Undamped, choice: argparse.Namespace) -> dict[str, object]:
         progress=False,
     )
     episode = held_out.episode()
-    with torch.no_grad(), ph.module.local_parameters():
+    with torch.no_grad(), local_parameters():
         states = model.trajectories(episode)
         norm = squared_norm(system, model.physics(), model.force(), episode.times, states)
         found = {name: float(value) for name, value in model.physics().items()}

@@ -1,6 +1,6 @@
 """The page of the experiments, from their results: ``python docs/results/experiments.py [--results out/experiments]``.
 
-With ``--results``, what ``python -m pyro_hybrid.experiments all`` wrote there is first gathered into
+With ``--results``, what ``python examples/experiments all`` wrote there is first gathered into
 ``docs/results/experiments/``, one file an experiment; runs that aren't there stay as they were. From these files, and
 nothing else, come the tables of ``docs/experiments.md``, each between two markers, and the figures in ``docs/images``.
 APHYNITY's own pendulum is that of ``docs/results/aphynity.json``.
@@ -14,9 +14,9 @@ import math
 import statistics
 from pathlib import Path
 
-from pyro_hybrid.experiments.__main__ import NAMES, experiment
-from pyro_hybrid.experiments.run import Choice, Result, results
-from pyro_hybrid.experiments.tables import markdown
+from experiments.__main__ import NAMES, experiment
+from experiments.run import Choice, Result, results
+from experiments.tables import markdown
 
 FOLDER = Path(__file__).parent / "experiments"
 PUBLISHED = (

@@ -17,8 +17,8 @@ from matplotlib.figure import Figure
 
 import pyro_hybrid as ph
 from pyro_hybrid.identifiability import plots
-from pyro_hybrid.identifiability.samples import how_many, shots_curve, tasks_curve
-from pyro_hybrid.identifiability.separability import judge_separability, separable
+from pyro_hybrid.identifiability.learning_curves import how_many, shots_curve, tasks_curve
+from pyro_hybrid.scores.separability import judge_separability, separable
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "examples"))

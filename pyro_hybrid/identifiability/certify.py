@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from pyro_hybrid._checks import require
-from pyro_hybrid.identifiability.ambiguity import ambiguity, judge_ambiguity
+from pyro_hybrid.data.tasks import Tasks
+from pyro_hybrid.errors import require
+from pyro_hybrid.evidence.gauss_newton import Program
 from pyro_hybrid.identifiability.certificate import Certificate
 from pyro_hybrid.identifiability.check import Check, unchecked
 from pyro_hybrid.identifiability.efficiency import efficiency, judge_efficiency
@@ -20,12 +21,16 @@ from pyro_hybrid.identifiability.fisher import fisher, judge_fisher
 from pyro_hybrid.identifiability.fit import judge_fit, misfit
 from pyro_hybrid.identifiability.injectivity import judge_twins, twins
 from pyro_hybrid.identifiability.noise import judge_noise, noise
-from pyro_hybrid.identifiability.reading import Reading, read
-from pyro_hybrid.identifiability.separability import judge_separability, separable
 from pyro_hybrid.identifiability.statistics import judge_statistics, statistics
-from pyro_hybrid.identifiability.variability import NAMES, judge_variability, too_few, variability
-from pyro_hybrid.linearise import Program
-from pyro_hybrid.tasks import Tasks
+from pyro_hybrid.identifiability.task_beliefs import Reading, read
+from pyro_hybrid.identifiability.variability import (
+    NAMES,
+    judge_variability,
+    too_few,
+    variability,
+)
+from pyro_hybrid.scores.ambiguity import ambiguity, judge_ambiguity
+from pyro_hybrid.scores.separability import judge_separability, separable
 
 __all__ = ["certify"]
 

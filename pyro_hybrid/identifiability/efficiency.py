@@ -9,12 +9,12 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_hybrid._checks import require
+from pyro_hybrid.data.tasks import Tasks
+from pyro_hybrid.errors import require
+from pyro_hybrid.evidence.gauss_newton import Program, information
 from pyro_hybrid.identifiability.check import Check, Interval, Threshold, judged, unchecked
 from pyro_hybrid.identifiability.fisher import posed
-from pyro_hybrid.identifiability.reading import Reading, names_of
-from pyro_hybrid.linearise import Program, information
-from pyro_hybrid.tasks import Tasks
+from pyro_hybrid.identifiability.task_beliefs import Reading, names_of
 
 __all__ = ["Efficiency", "efficiency", "judge_efficiency"]
 

@@ -8,13 +8,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pyro_hybrid.data.tasks import Episode
+from pyro_hybrid.evidence.gauss_newton import Problem, Program, information
 from pyro_hybrid.identifiability.check import Check, Threshold, judged
-from pyro_hybrid.identifiability.reading import Reading, in_double
+from pyro_hybrid.identifiability.task_beliefs import Reading, in_double
 from pyro_hybrid.identifiability.variability import culprits
-from pyro_hybrid.linearise import Problem, Program, information
-from pyro_hybrid.posterior import draws
-from pyro_hybrid.prior import SupportPrior
-from pyro_hybrid.tasks import Episode
+from pyro_hybrid.inference.posterior import draws
+from pyro_hybrid.inference.prior import SupportPrior
 
 __all__ = ["Fisher", "fisher", "judge_fisher", "posed"]
 

@@ -8,11 +8,11 @@ import pyro
 import torch
 from torch import Tensor
 
+from pyro_hybrid.data.tasks import Episode
+from pyro_hybrid.evidence.gauss_newton import Program, observed
 from pyro_hybrid.identifiability.check import Check, Threshold, judged, unchecked
-from pyro_hybrid.linearise import Program, observed
-from pyro_hybrid.module import local_parameters
-from pyro_hybrid.posterior import draws
-from pyro_hybrid.tasks import Episode
+from pyro_hybrid.inference.posterior import draws
+from pyro_hybrid.programs.module import local_parameters
 
 __all__ = ["Misfit", "judge_fit", "misfit"]
 

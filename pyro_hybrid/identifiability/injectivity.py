@@ -9,11 +9,11 @@ from scipy.stats import beta
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pyro_hybrid.data.tasks import Episode
+from pyro_hybrid.evidence.gauss_newton import Linearised, Point, Problem, Program
 from pyro_hybrid.identifiability.check import Check, Interval, Threshold, judged
 from pyro_hybrid.identifiability.fisher import Fisher, posed
-from pyro_hybrid.identifiability.reading import Reading
-from pyro_hybrid.linearise import Linearised, Point, Problem, Program
-from pyro_hybrid.tasks import Episode
+from pyro_hybrid.identifiability.task_beliefs import Reading
 
 __all__ = ["Twins", "judge_twins", "twins"]
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_hybrid._checks import require, require_finite, require_floating
+from pyro_hybrid.errors import require, require_finite, require_floating
 from pyro_hybrid.identifiability.check import Check, Interval, Threshold, judged
 
 __all__ = [

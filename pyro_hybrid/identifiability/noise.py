@@ -10,11 +10,11 @@ import torch
 from pyro import poutine
 from torch import distributions as td
 
-from pyro_hybrid.dynamics import failures_as_values
+from pyro_hybrid.data.tasks import Episode
+from pyro_hybrid.dynamics.solve import failures_as_values
+from pyro_hybrid.evidence.gauss_newton import Program, bare, random_sites
 from pyro_hybrid.identifiability.check import Check, unchecked
-from pyro_hybrid.linearise import Program, bare, random_sites
-from pyro_hybrid.module import local_parameters
-from pyro_hybrid.tasks import Episode
+from pyro_hybrid.programs.module import local_parameters
 
 __all__ = ["CHARACTERISTIC", "Noise", "judge_noise", "noise"]
 

@@ -11,17 +11,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from pyro_hybrid.identifiability.ambiguity import Ambiguity
 from pyro_hybrid.identifiability.certificate import SAYS, Certificate
 from pyro_hybrid.identifiability.check import Check
 from pyro_hybrid.identifiability.efficiency import RATIO, Efficiency
 from pyro_hybrid.identifiability.fisher import SEEN, Fisher
 from pyro_hybrid.identifiability.fit import FACTOR, Misfit
 from pyro_hybrid.identifiability.injectivity import ALIKE, APART, Twins
-from pyro_hybrid.identifiability.samples import Curve
-from pyro_hybrid.identifiability.separability import Separability
+from pyro_hybrid.identifiability.learning_curves import Curve
 from pyro_hybrid.identifiability.statistics import INDEPENDENT, Statistics
 from pyro_hybrid.identifiability.variability import LOCATIONS, NATS, Variability
+from pyro_hybrid.scores.ambiguity import Ambiguity
+from pyro_hybrid.scores.separability import Separability
 
 __all__ = ["PANELS", "certificate", "curve", "panel"]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyro_hybrid.identifiability.check import Check, Threshold, judged
-from pyro_hybrid.identifiability.reading import Reading, names_of
+from pyro_hybrid.identifiability.task_beliefs import Reading, names_of
 
 __all__ = ["Statistics", "judge_statistics", "statistics"]
 

@@ -8,11 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_hybrid._checks import require
-from pyro_hybrid.families import Family
+from pyro_hybrid.beliefs.families import Family
+from pyro_hybrid.errors import require
 from pyro_hybrid.identifiability.check import Check, Interval, Threshold, judged
-from pyro_hybrid.identifiability.hyperplanes import generalised, weakest
-from pyro_hybrid.identifiability.reading import Reading
+from pyro_hybrid.identifiability.nearest_hyperplane import generalised, weakest
+from pyro_hybrid.identifiability.task_beliefs import Reading
 
 __all__ = ["Variability", "culprits", "judge_variability", "too_few", "variability"]
 

@@ -13,17 +13,17 @@ from pyro.distributions import constraints
 from pyro.nn import PyroParam
 from torch import Tensor, nn
 
-from .._checks import require
-from ..dynamics import solve
-from ..encoders import SetEncoder
-from ..families import Normal
-from ..guide import AmortizedGuide
-from ..mixing import Residual
-from ..module import HybridModel
-from ..prior import UnconditionalPrior
-from ..systems import System
-from ..systems.system import Force
-from ..tasks import Episode
+from pyro_hybrid.beliefs.families import Normal
+from pyro_hybrid.data.tasks import Episode
+from pyro_hybrid.dynamics.solve import solve
+from pyro_hybrid.errors import require
+from pyro_hybrid.inference.guide import AmortizedGuide
+from pyro_hybrid.inference.prior import UnconditionalPrior
+from pyro_hybrid.nets.encoders import SetEncoder
+from pyro_hybrid.nets.residual import Residual
+from pyro_hybrid.programs.module import HybridModel
+from pyro_hybrid.systems import System
+from pyro_hybrid.systems.system import Force
 
 __all__ = ["APHYNITY", "OriginalAPHYNITY"]
 

@@ -11,18 +11,18 @@ from pyro.distributions import constraints
 from pyro.nn import PyroParam
 from torch import Tensor
 
-from .._checks import require
-from ..dynamics import solve
-from ..encoders import SetEncoder
-from ..families import Normal
-from ..guide import AmortizedGuide
-from ..linearise import Linearised
-from ..mixing import Residual, explained, overlap
-from ..module import HybridModel
-from ..prior import SupportPrior, UnconditionalPrior
-from ..systems import System
-from ..systems.system import Force
-from ..tasks import Episode, Tasks
+from pyro_hybrid.beliefs.families import Normal
+from pyro_hybrid.data.tasks import Episode, Tasks
+from pyro_hybrid.dynamics.solve import solve
+from pyro_hybrid.errors import require
+from pyro_hybrid.evidence.gauss_newton import Linearised
+from pyro_hybrid.inference.guide import AmortizedGuide
+from pyro_hybrid.inference.prior import SupportPrior, UnconditionalPrior
+from pyro_hybrid.nets.encoders import SetEncoder
+from pyro_hybrid.nets.residual import Residual, explained, overlap
+from pyro_hybrid.programs.module import HybridModel
+from pyro_hybrid.systems import System
+from pyro_hybrid.systems.system import Force
 
 __all__ = ["MetaHybridVAE"]
 
@@ -47,7 +47,7 @@ class MetaHybridVAE(HybridModel):
         \dot y &= f_P(y; z_P) + f_N(y; z_N), \qquad x \sim \mathrm{Normal}(g(y), \sigma)
 
     Two preferences decide, while training, what the data leave open. ``correction``: the physics explains all it can
-    (:func:`~pyro_hybrid.mixing.overlap`). ``straightness``: halfway between two systems lies the average of their
+    (:func:`~pyro_hybrid.nets.residual.overlap`). ``straightness``: halfway between two systems lies the average of their
     neural forces, so that what stays ambiguous about the latents is as nearly linear as it can be. :meth:`settle` makes
     the first exact.
 

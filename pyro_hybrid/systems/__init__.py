@@ -1,12 +1,12 @@
 """Ground truth: systems that simulate tasks and offer their known and their full equations, and one real pendulum."""
 
-from .advection_diffusion import AdvectionDiffusion
-from .double_pendulum import DoublePendulum
-from .forced_pendulum import ForcedPendulum
-from .pendulum import Pendulum
-from .real_double_pendulum import Recordings, ibm_double_pendulum
-from .recorded_double_pendulum import RecordedDoublePendulum
-from .system import System
+from pyro_hybrid.systems.advection_diffusion import AdvectionDiffusion
+from pyro_hybrid.systems.double_pendulum import DoublePendulum
+from pyro_hybrid.systems.forced_pendulum import ForcedPendulum
+from pyro_hybrid.systems.pendulum import Pendulum
+from pyro_hybrid.systems.real_double_pendulum import Recordings, ibm_double_pendulum
+from pyro_hybrid.systems.recorded_double_pendulum import RecordedDoublePendulum
+from pyro_hybrid.systems.system import System
 
 __all__ = [
     "AdvectionDiffusion",

@@ -9,10 +9,10 @@ import torch
 from scipy.optimize import least_squares
 from torch import Tensor
 
-from .._checks import fail, require
-from .._types import State
-from ..dynamics import Field, failures_as_values, solve
-from ..tasks import Tasks
+from pyro_hybrid.data.tasks import Tasks
+from pyro_hybrid.dynamics.solve import Field, failures_as_values, solve
+from pyro_hybrid.errors import fail, require
+from pyro_hybrid.shapes import State
 
 __all__ = ["HORIZONS", "RODS", "compound", "fitted", "median_errors", "open_loop", "point_mass"]
 

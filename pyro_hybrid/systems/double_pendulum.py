@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from .._types import State
-from ..dynamics import Field
-from ..families import LogNormal
-from .system import Force, System
+from pyro_hybrid.beliefs.families import LogNormal
+from pyro_hybrid.dynamics.solve import Field
+from pyro_hybrid.shapes import State
+from pyro_hybrid.systems.system import Force, System
 
 __all__ = ["DoublePendulum"]
 

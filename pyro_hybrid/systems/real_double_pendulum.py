@@ -15,8 +15,8 @@ from scipy.interpolate import CubicHermiteSpline
 from scipy.signal import savgol_filter
 from torch import Tensor
 
-from .._checks import fail, require
-from ..tasks import Tasks
+from pyro_hybrid.data.tasks import Tasks
+from pyro_hybrid.errors import fail, require
 
 __all__ = ["FRAMES", "SHA256", "URL", "Recordings", "angles", "ibm_double_pendulum", "smoothed"]
 

@@ -8,12 +8,12 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from .._checks import fail
-from .._types import State
-from ..dynamics import Field
-from ..families import LogNormal
-from .compound_pendulum import RODS
-from .system import Force, System
+from pyro_hybrid.beliefs.families import LogNormal
+from pyro_hybrid.dynamics.solve import Field
+from pyro_hybrid.errors import fail
+from pyro_hybrid.shapes import State
+from pyro_hybrid.systems.compound_pendulum import RODS
+from pyro_hybrid.systems.system import Force, System
 
 __all__ = ["RecordedDoublePendulum"]
 

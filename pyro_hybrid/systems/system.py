@@ -12,12 +12,12 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from .._checks import require
-from .._types import State
-from ..dynamics import Field, solve
-from ..families import Family, Normal
-from ..linearise import Problem, information
-from ..tasks import Episode, Tasks
+from pyro_hybrid.beliefs.families import Family, Normal
+from pyro_hybrid.data.tasks import Episode, Tasks
+from pyro_hybrid.dynamics.solve import Field, solve
+from pyro_hybrid.errors import require
+from pyro_hybrid.evidence.gauss_newton import Problem, information
+from pyro_hybrid.shapes import State
 
 __all__ = ["Force", "System"]
 

@@ -33,8 +33,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 import pyro_hybrid as ph
-from pyro_hybrid.module import local_parameters
-from pyro_hybrid.stepping import seconds_compiling
+from pyro_hybrid.dynamics.rk4 import seconds_compiling
+from pyro_hybrid.programs.module import local_parameters
 
 Step = Callable[[], float]
 LEARNING_RATE = 1e-9  # an optimiser that works, and leaves the weights as they are
@@ -258,7 +258,7 @@ def errors(problem: Problem) -> dict[str, float]:
 
 def evidence(problem: Problem, compile: bool) -> Step:
     """Computed evidence of all four latents from the same trajectories: one iteration of ph.Linearised."""
-    from pyro_hybrid.linearise import Problem as LeastSquares
+    from pyro_hybrid.evidence.gauss_newton import Problem as LeastSquares
 
     residual, encoder = problem.fresh()
     model = rivals.Ours(residual, step=LONGER, compile=compile)

@@ -30,9 +30,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 import pyro_hybrid as ph
-from pyro_hybrid.dynamics import failures_as_values
-from pyro_hybrid.module import local_parameters
-from pyro_hybrid.stepping import seconds_compiling
+from pyro_hybrid.dynamics.rk4 import seconds_compiling
+from pyro_hybrid.dynamics.solve import failures_as_values
+from pyro_hybrid.programs.module import local_parameters
 
 SYSTEM = ph.systems.AdvectionDiffusion()
 DIFFRAX = "numpyro, diffrax dopri5 1e-5"

@@ -1,0 +1,3 @@
+"""The published claims, rerun: ``python examples/experiments NAME``, one module an experiment."""
+
+__all__: list[str] = []

@@ -1,0 +1,138 @@
+"""Three systems, six models: what each is trained with. The numbers were chosen on seed 100, which no table shows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from pyro_hybrid.evidence.gauss_newton import Linearised
+from pyro_hybrid.systems import AdvectionDiffusion, DoublePendulum, Pendulum, System
+from pyro_hybrid.training.loop import Length
+
+__all__ = ["CASES", "DEAF", "MODELS", "ONE_BY_ONE", "OURS", "Case", "Setting", "Sharpening"]
+
+OURS, DEAF = "MetaHybridVAE", "MetaHybridVAE, unconditional prior"
+ONE_BY_ONE = ("HybridVAE", "APHYNITY")  # as published: of one trajectory at a time
+MODELS = (OURS, DEAF, "HybridVAE", "HybridVAE, sets", "APHYNITY", "APHYNITY, sets")
+
+
+class Sharpening(NamedTuple):
+    """How a training ends, by second order: see ``ph.sharpen``. ``reading``: how its batches are read."""
+
+    steps: int
+    batch_size: int
+    width: float
+    reading: Linearised
+    memory: float = 0.9
+    misread: float = 10.0
+
+
+class Setting(NamedTuple):
+    """How one kind of model is trained on one system; ``correction`` grows with the square of time to its last value.
+
+    ``evidence``: how support and query are read while training; None for the encoder alone.
+    """
+
+    options: Mapping[str, Any]
+    steps: int
+    batch_size: int
+    learning_rate: float
+    curriculum: Mapping[float, Length]
+    average: float = 0.2
+    segments: int | None = None
+    correction: float = 0.0
+    evidence: tuple[Linearised, Linearised] | None = None
+    sharpening: Sharpening | None = None
+
+
+class Case(NamedTuple):
+    """A system, how many of it are learnt from, what each model is trained with, and how the program reads at last.
+
+    ``final`` reads a support, and ``query`` after it the query.
+    """
+
+    system: Callable[[], System]
+    tasks: int
+    ours: Setting
+    vae: Setting
+    aphynity: Setting
+    final: Linearised
+    query: Linearised
+
+    def setting(self, model: str) -> Setting:
+        """What a model is trained with."""
+        return (
+            self.vae
+            if model.startswith("HybridVAE")
+            else self.aphynity
+            if "APHYNITY" in model
+            else self.ours
+        )
+
+
+CASES = {
+    "pendulum": Case(
+        Pendulum,
+        1000,
+        ours=Setting(
+            {"linear": False, "straightness": 0.3, "noise": 10.0},
+            3000,
+            48,
+            3e-3,
+            {0.0: 1},
+            segments=8,
+            correction=30.0,
+            sharpening=Sharpening(24, 32, 0.02, Linearised(2, segments=(2, 2, 7)), 0.95),
+        ),
+        vae=Setting({"latents": 4, "noise": 10.0}, 1500, 48, 3e-3, {0.0: 1}, segments=8),
+        aphynity=Setting(
+            {"latents": 4, "linear": False, "noise": 10.0, "growth": 100.0},
+            3000,
+            48,
+            3e-3,
+            {0.0: 1},
+            segments=8,
+        ),
+        final=Linearised(3, segments=(2, 2, 2, 7), restarts=4),
+        query=Linearised(2),
+    ),
+    "double pendulum": Case(
+        DoublePendulum,
+        1000,
+        ours=Setting(
+            {},
+            900,
+            16,
+            8e-3,
+            {0.0: 7, 0.4: 14},
+            0.3,
+            correction=1000.0,
+            evidence=(Linearised(1, segments=(7, 7)), Linearised(1)),
+            sharpening=Sharpening(6, 32, 0.1, Linearised(2, segments=(7, 7))),
+        ),
+        vae=Setting({"linear": True, "noise": 10.0}, 1500, 48, 3e-3, {0.0: 1, 0.5: 7}, segments=8),
+        aphynity=Setting(
+            {"noise": 10.0, "growth": 100.0}, 3000, 48, 3e-3, {0.0: 1, 0.5: 7}, segments=8
+        ),
+        final=Linearised(3, segments=(7, 7)),
+        query=Linearised(2),
+    ),
+    "rod": Case(
+        AdvectionDiffusion,
+        300,
+        ours=Setting(
+            {"noise": 10.0},
+            1500,
+            16,
+            3e-3,
+            {0.0: 7},
+            segments=8,
+            correction=1e5,
+            sharpening=Sharpening(6, 16, 0.1, Linearised(2, segments=(7,))),
+        ),
+        vae=Setting({"linear": True, "noise": 10.0}, 1000, 16, 3e-3, {0.0: 7}, segments=8),
+        aphynity=Setting({"noise": 10.0, "growth": 100.0}, 2000, 16, 3e-3, {0.0: 7}, segments=8),
+        final=Linearised(2, segments=(7,)),
+        query=Linearised(1),
+    ),
+}

@@ -1,0 +1,138 @@
+"""A MetaHybridVAE for a pendulum that is pushed several times a second, and how it is read."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyro_hybrid.evidence.gauss_newton import Belief, Linearised, Problem, _better
+from pyro_hybrid.models import MetaHybridVAE
+from pyro_hybrid.nets.residual import Residual, overlap
+from pyro_hybrid.systems import ForcedPendulum
+from pyro_hybrid.systems.system import Force
+
+__all__ = ["Driven", "Growing", "Oscillation"]
+
+
+class Oscillation(nn.Module):
+    r"""A function of time: sine units, whose amplitudes and frequencies are linear in the latents.
+
+    .. math:: u(t; z) = a \sum_k (c_k + C_k z) \sin((w_k + W_k z)\, t + b_k)
+
+    Arguments:
+        latents: number of them.
+        units: number of sine units. They begin at half the highest frequency that the sampling can show.
+        size: rough size a of the function.
+        step: time between two observations.
+    """
+
+    def __init__(self, latents: int, units: int, size: float, step: float) -> None:
+        super().__init__()
+        self.size, self.step = size, step
+        self.amplitude, self.frequency = nn.Linear(latents, units), nn.Linear(latents, units)
+        self.phase = nn.Parameter(torch.pi * (torch.arange(units) + 0.25) / units)
+        with torch.no_grad():
+            self.amplitude.bias.fill_(1.0 / units)
+            self.frequency.bias.fill_(0.5 * torch.pi)
+            self.frequency.weight.mul_(0.3)
+
+    def given(self, latents: Tensor) -> Callable[[Tensor], Tensor]:
+        """Of latents (..., task, 1, latent), to be called with times that broadcast with (..., task, shot)."""
+        amplitude, frequency = (
+            self.size * self.amplitude(latents),
+            self.frequency(latents) / self.step,
+        )
+
+        def function(t: Tensor) -> Tensor:
+            return (amplitude * torch.sin(frequency * t.unsqueeze(-1) + self.phase)).sum(-1)
+
+        return function
+
+
+class Driven(MetaHybridVAE):
+    r"""A MetaHybridVAE whose push depends on time alone, and whose friction on the state alone.
+
+    .. math:: \ddot\theta = \omega^2 (u(t; z_N) - \sin\theta) + v(\theta, \dot\theta; z_N)
+
+    If both could depend on everything, :math:`v = A\omega^2 \cos(2\pi\phi t)` would explain the data as well as
+    :math:`u = A\cos(2\pi\phi t)`, and no latent need mean :math:`A`.
+
+    Both are linear in the latents. A friction that is not may learn to depend on the square of one: it predicts as
+    well, but a strong and a weak friction have become one and the same latent.
+
+    What gravity could have explained is held against the friction alone. A push that knows nothing of the angle can't
+    do gravity's work, and is so much larger that chance correlations with it would drown the friction's.
+
+    Arguments:
+        units: number of sine units of the push.
+        size: rough size of the push.
+    """
+
+    def __init__(
+        self,
+        system: ForcedPendulum,
+        evidence: Linearised | None = None,
+        *,
+        units: int = 1,
+        size: float = 20.0,
+        **options: Any,
+    ) -> None:
+        super().__init__(system, evidence, linear=False, **options)
+        latents, typical = self.residual.latents, tuple(most / 3.0 for most in system.inputs[1:])
+        self.residual = Residual(2, latents, 1, linear=True, width=16, depth=1, scale=typical)
+        self.push = Oscillation(latents, units, size, system.step)
+
+    def force(self, unknown: Tensor) -> Force:
+        push, friction = (
+            self.push.given(unknown[..., None, :]),
+            self.residual.given(unknown[..., None, :]),
+        )
+        return lambda t, angle, speed: (push(t), friction(angle, speed))
+
+    def objections(
+        self, physics: dict[str, Tensor], unknown: Tensor, times: Tensor, states: Tensor
+    ) -> Tensor:
+        angle, speed = (
+            x.flatten()[torch.randperm(x.numel())].view_as(x)
+            for x in states.flatten(-3, -2).unbind(-1)
+        )
+        friction: Any = self.residual.given(unknown[..., None, :])(angle, speed)
+        return self.correction * overlap(friction.unsqueeze(-1), [angle.sin().unsqueeze(-1)])
+
+
+class Growing(Linearised):
+    """Computed evidence for a fast oscillation: on the beginnings of trajectories first, then on more and more of them.
+
+    Of a short time the frequency is known roughly, and found from far away; with it, that of a longer one is near.
+
+    Arguments:
+        iterations: Gauss-Newton steps on the whole trajectories.
+        horizons: lengths, in steps between observations, of the iterations before those.
+        restarts: further starts, spread over the prior.
+    """
+
+    def __init__(
+        self, iterations: int = 2, *, horizons: Sequence[int] = (), restarts: int = 0
+    ) -> None:
+        super().__init__(iterations, restarts=restarts)
+        self.horizons = tuple(horizons)
+
+    @torch.no_grad()
+    def __call__(self, problem: Problem, start: Tensor) -> Belief:
+        """The posterior of a problem's latents to second order."""
+        for horizon, group in itertools.groupby(
+            h for h in self.horizons if h < problem.episode.times.shape[-1] - 1
+        ):
+            part = Problem(
+                problem.program,
+                problem.episode.until(horizon),
+                problem.families,
+                problem.mean,
+                problem.precision,
+            )
+            start = self.descend(part, _better(part, start), len(list(group))).task
+        return super().__call__(problem, start)

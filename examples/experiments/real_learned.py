@@ -1,0 +1,115 @@
+"""How the real double pendulum is learned: tasks by other clocks, the hybrid model, and the classical ones."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_hybrid.data.tasks import Tasks
+from pyro_hybrid.evidence.gauss_newton import Linearised
+from pyro_hybrid.inference.guide import AmortizedGuide
+from pyro_hybrid.models import MetaHybridVAE
+from pyro_hybrid.nets.residual import Residual
+from pyro_hybrid.systems import RecordedDoublePendulum, Recordings
+from pyro_hybrid.systems.compound_pendulum import compound, fitted, point_mass
+from pyro_hybrid.training.checkpoint import Fit
+from pyro_hybrid.training.meta_train import meta_train
+
+__all__ = ["FAST", "SUPPORT", "Rivals", "Settings", "rivals", "tasks", "trained"]
+
+SUPPORT = 4
+
+
+class Settings(NamedTuple):
+    """How much is learned from and judged on.
+
+    Attributes:
+        tasks, shots: tasks to learn from, and windows of each.
+        steps, batch: training steps, and tasks in each.
+        judged, queries: tasks to judge on, and windows of each beside its support.
+        windows: windows that the rivals are fitted to.
+        resamples: of the windows, for the intervals.
+    """
+
+    tasks: int = 800
+    shots: int = 8
+    steps: int = 500
+    batch: int = 8
+    judged: int = 60
+    queries: int = 12
+    windows: int = 400
+    resamples: int = 400
+
+
+FAST = Settings(tasks=8, shots=4, steps=4, batch=4, judged=14, queries=4, windows=30, resamples=20)
+
+
+class Rivals(NamedTuple):
+    """Parameters of the classical models."""
+
+    compound: Tensor
+    point_mass: Tensor
+
+
+def tasks(recordings: Recordings, number: int, shots: int, seed: int, *, points: int = 50) -> Tasks:
+    """Tasks whose truth has the names of the model: gravity in units of the real one, and s for what is unknown."""
+    made = recordings.tasks(
+        number, shots, seed, step=0.01, points=points, num_support=min(SUPPORT, shots // 2)
+    )
+    assert made.truth is not None
+    return replace(made, truth={**made.truth, "unknown": made.truth["scale"]})
+
+
+def rivals(recordings: Recordings, settings: Settings) -> Rivals:
+    """The classical models fitted to windows of 0.2 s, by the true clock."""
+    windows = recordings.tasks(1, settings.windows, 0, step=0.005, points=41, scale=(1.0, 1.0))
+    return Rivals(fitted(compound, windows), fitted(point_mass, windows))
+
+
+def trained(
+    recordings: Recordings, classical: Rivals, seed: int, settings: Settings, progress: bool = False
+) -> tuple[MetaHybridVAE, AmortizedGuide, Fit]:
+    """The hybrid model, the lower mass's share being that of the point masses that fit best."""
+    torch.manual_seed(seed)
+    model = MetaHybridVAE(
+        RecordedDoublePendulum(float(classical.point_mass[1])),
+        Linearised(1, segments=(7, 7)),
+        noise=1.0,
+    )
+    guide = model.guide(Linearised(1))
+    _for_friction_alone(model.residual)
+
+    def credit(
+        step: int, fit: Fit
+    ) -> None:  # first learn what is unknown, then credit gravity with what it explains
+        model.correction = 30.0 * ((step + 1) / settings.steps) ** 2
+
+    fit = meta_train(
+        model,
+        guide,
+        tasks(recordings, settings.tasks, settings.shots, seed),
+        steps=settings.steps,
+        batch_size=settings.batch,
+        learning_rate=8e-3,
+        seed=seed,
+        curriculum={0.0: 5, 0.15: 10, 0.5: 16, 0.8: 24},
+        average=0.3,
+        progress=progress,
+        callback=credit,
+    )
+    model.prior.evidence = Linearised(3, segments=(7, 7))  # for the final answer
+    return model, guide, fit
+
+
+def _for_friction_alone(residual: Residual) -> None:
+    """Latents change the rates of damping alone: in units of gravity's, other torques are the same by any clock."""
+    free = torch.ones(residual.latents + 1, residual.outputs)
+    free[1:, :2] = 0.0
+    for weight in (residual.last.weight, residual.last.bias, residual.straight):
+        mask = free.flatten().view(-1, *[1] * (weight.dim() - 1))
+        with torch.no_grad():
+            weight.mul_(mask)
+        weight.register_hook(mask.mul)

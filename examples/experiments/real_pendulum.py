@@ -1,0 +1,307 @@
+"""Does it hold on a real double pendulum? Point masses are known, the rest is neural, and a classical fit is the rival.
+
+Tasks are windows of the recorded runs, each task's clock being s times as fast: gravity goes with s², friction with s,
+and so relative truth is known. Of each task four windows of half a second are read, and others of a second predicted
+from their measured initial states. The rival is the compound pendulum with linear friction, six parameters by least
+squares on the same runs, which is told s. Both are judged on the same windows of runs that neither saw, at the median;
+intervals of the ratio resample stretches of the recordings, since windows of two tasks may overlap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from experiments.real_learned import FAST, SUPPORT, Rivals, Settings, rivals, tasks, trained
+from experiments.run import Choice, Result, Run, digits
+from experiments.tables import markdown, spread
+from pyro_hybrid.data.tasks import Tasks
+from pyro_hybrid.dynamics.solve import failures_as_values, solve
+from pyro_hybrid.models import MetaHybridVAE
+from pyro_hybrid.scores.mcc import mcc
+from pyro_hybrid.systems import RecordedDoublePendulum, Recordings, ibm_double_pendulum
+from pyro_hybrid.systems.compound_pendulum import HORIZONS, compound, open_loop, point_mass
+from pyro_hybrid.systems.real_double_pendulum import FRAMES
+
+__all__ = [
+    "HELD_OUT",
+    "damping",
+    "errors",
+    "figure",
+    "intervals",
+    "judged",
+    "predicted",
+    "runs",
+    "stretches",
+    "table",
+]
+
+HELD_OUT = (10, 11, 12, 13)
+STRETCH = 2.0  # seconds of a recording that are resampled together
+ROWS = {"compound": "classical, six parameters", "point_mass": "point masses, two parameters"}
+
+
+def runs(choice: Choice) -> list[Run]:
+    """One for each seed."""
+    return [Run(str(seed), partial(_run, seed, choice)) for seed in choice.seeds]
+
+
+def _run(seed: int, choice: Choice) -> Result:
+    learn, judge = ibm_double_pendulum(choice.data).split(HELD_OUT)
+    settings = FAST if choice.fast else Settings()
+    classical = rivals(learn, settings)
+    model, _, fit = trained(learn, classical, seed, settings)
+    return {
+        "seed": seed,
+        "learned from runs": learn.runs,
+        "judged on runs": judge.runs,
+        **settings._asdict(),
+        "training_seconds": round(fit.seconds, 1),
+        **judged(model, judge, classical, seed, settings),
+    }
+
+
+def judged(
+    model: MetaHybridVAE, recordings: Recordings, classical: Rivals, seed: int, settings: Settings
+) -> Result:
+    """Errors of all on the same windows, and what the latents say of the clock."""
+    windows = tasks(recordings, settings.judged, SUPPORT + settings.queries, seed, points=101)
+    assert windows.truth is not None
+    predictions, latents = predicted(model, windows)
+    ours = errors(predictions, windows)
+    theirs = {
+        name: errors(open_loop(rival, parameters, windows)[0][:, SUPPORT:], windows)
+        for (name, parameters), rival in zip(
+            classical._asdict().items(), (compound, point_mass), strict=True
+        )
+    }
+    places = stretches(recordings, settings, seed)[:, SUPPORT:].flatten()
+    low, high = intervals(ours, theirs["compound"], places, settings.resamples)
+    clock = windows.truth["scale"]
+    friction = damping(model, latents, windows)
+    return {
+        "hybrid": _numbers(ours.median(0).values),
+        **{name: _numbers(error.median(0).values) for name, error in theirs.items()},
+        "ratio": _numbers(ours.median(0).values / theirs["compound"].median(0).values),
+        "ratio_low": _numbers(low),
+        "ratio_high": _numbers(high),
+        "stretches": len(places.unique()),
+        "query_windows": len(ours),
+        **_clock(latents, clock),
+        **_friction(friction, clock),
+        "clock": clock.flatten().tolist(),
+        "gravity": latents["gravity"].flatten().tolist(),
+        "neural": latents["unknown"].flatten().tolist(),
+        "friction": friction.T.tolist(),
+        "rival_parameters": _numbers(classical.compound),
+        "share": digits(classical.point_mass[1]),
+    }
+
+
+@torch.no_grad()
+def predicted(model: MetaHybridVAE, windows: Tasks) -> tuple[Tensor, dict[str, Tensor]]:
+    """States of the query windows, and the latents' means, read in the first 0.5 s of the support windows alone."""
+    points, parts = model.system.points, tuple(windows.states)
+    short = Tasks.from_trajectories(
+        windows.times[:points],
+        windows.values[:, :, :points].contiguous(),
+        initial=tuple(part[:, :, :points].contiguous() for part in parts),
+        num_support=SUPPORT,
+    )
+    latents = {name: fn.mean for name, fn in model.prior(short.episode().support).items()}
+    episode = windows.episode()
+    field = model.system.known({"gravity": latents["gravity"]}, model.force(latents["unknown"]))
+    with failures_as_values():
+        return solve(field, episode.initial, episode.times), latents
+
+
+def errors(states: Tensor, windows: Tasks) -> Tensor:
+    """Root mean square of both angles' errors at each horizon, (window, horizon); of what diverged, infinite."""
+    at = [round(horizon / float(windows.times[1])) for horizon in HORIZONS]
+    wrong = states[..., at, :2] - windows.values[:, SUPPORT:, at]
+    return wrong.square().mean(-1).sqrt().nan_to_num(torch.inf, torch.inf).flatten(0, 1).double()
+
+
+def stretches(recordings: Recordings, settings: Settings, seed: int) -> Tensor:
+    """Which stretch of which run each of the windows begins in, (task, shot).
+
+    Found out by filming, in the same way, a clock and the run's number in place of the pendulum.
+    """
+    filmed = {}
+    for run, states in recordings.states.items():
+        time = torch.arange(len(states), dtype=torch.float64) / FRAMES
+        filmed[run] = torch.stack(
+            [
+                0.01 * time,
+                torch.full_like(time, 0.01 * run),
+                torch.full_like(time, 0.01),
+                torch.zeros_like(time),
+            ],
+            -1,
+        )
+    start = tasks(
+        Recordings(filmed), settings.judged, SUPPORT + settings.queries, seed, points=101
+    ).values[:, :, 0]
+    return (100.0 * start[..., 1]).round().long() * 1000 + (100.0 / STRETCH * start[..., 0]).long()
+
+
+def intervals(
+    ours: Tensor, theirs: Tensor, places: Tensor, resamples: int
+) -> tuple[Tensor, Tensor]:
+    """95% intervals of the ratio of medians: windows (window, horizon) that begin in one place come or go together."""
+    generator = torch.Generator().manual_seed(0)
+    names, index = places.unique(return_inverse=True)
+    ratios = []
+    for _ in range(resamples):
+        times = torch.bincount(
+            torch.randint(len(names), (len(names),), generator=generator), minlength=len(names)
+        )
+        rows = torch.arange(len(ours)).repeat_interleave(times[index])
+        ratios.append(ours[rows].median(0).values / theirs[rows].median(0).values)
+    low, high = torch.stack(ratios).quantile(torch.tensor([0.025, 0.975], dtype=ours.dtype), 0)
+    return low, high
+
+
+@torch.no_grad()
+def damping(model: MetaHybridVAE, latents: dict[str, Tensor], windows: Tasks) -> Tensor:
+    """Rate at which each joint is damped in the tasks' query windows, per second, (task, joint).
+
+    The mean over states, weighted with the square of the joint's speed: what takes the energy.
+    """
+    system, states = model.system, tuple(part[:, SUPPORT:].flatten(1) for part in windows.states)
+    assert isinstance(system, RecordedDoublePendulum)
+    found = model.force(latents["unknown"])(*system.felt(latents["gravity"], states))
+    weights = states[2].square(), (states[3] - states[2]).square()
+    return torch.stack(
+        [
+            unit * (rate * weight).sum(-1) / weight.sum(-1)
+            for unit, rate, weight in zip(system.UNITS[2:], found[2:], weights, strict=True)
+        ],
+        -1,
+    )
+
+
+def _clock(latents: dict[str, Tensor], clock: Tensor) -> Result:
+    """How well the clock is known, from gravity and from the neural latent."""
+    gravity = latents["gravity"].log()
+    found, neural = mcc(gravity, clock.log()), mcc(latents["unknown"], clock)
+    return {
+        "log_gravity_strong": round(found.strong, 5),
+        "log_gravity_linear_r": round(float(found.linear_r[0]), 5),
+        "log_gravity_slope": round(float(slope(clock.log(), gravity)), 4),
+        "clock_relative_sd": digits((0.5 * gravity - clock.log()).std()),
+        "neural_strong": round(neural.strong, 4),
+        "neural_linear_r": round(float(neural.linear_r[0]), 4),
+    }
+
+
+def _friction(friction: Tensor, clock: Tensor) -> Result:
+    """Friction's trend: its correlation with the clock, and the exponent at the mean, which in truth is one."""
+    out: Result = {}
+    for joint, rate in zip(("upper", "lower"), friction.T, strict=True):
+        r = torch.corrcoef(torch.stack([rate, clock[:, 0]]))[0, 1]
+        power = slope(clock[:, 0] / clock.mean(), rate / rate.mean())
+        out[f"{joint}_friction"] = {
+            "mean": digits(rate.mean()),
+            "r": digits(r),
+            "exponent": digits(power),
+        }
+    return out
+
+
+def slope(x: Tensor, y: Tensor) -> Tensor:
+    """Of the line through points."""
+    away = x.flatten() - x.mean()
+    return (away * y.flatten()).sum() / away.square().sum()
+
+
+def _numbers(values: Tensor) -> list[float | None]:
+    return [digits(value) for value in values]
+
+
+def table(results: Sequence[Result]) -> str:
+    """Median errors at each horizon, the ratio to the classical ones by seed, and what was recovered."""
+    names = {"hybrid": "hybrid, latents from the support", **ROWS}
+    rows = [
+        [name, *(spread([one[key][k] for one in results]) for k in range(len(HORIZONS)))]
+        for key, name in names.items()
+    ]
+    for one in results:
+        rows.append(
+            [
+                f"hybrid / compound, seed {one['seed']}",
+                *map(
+                    "{:.3f} ({:.3f} to {:.3f})".format,
+                    one["ratio"],
+                    one["ratio_low"],
+                    one["ratio_high"],
+                ),
+            ]
+        )
+    found = [
+        ["log gravity, R with log s", spread([one["log_gravity_linear_r"] for one in results], 5)],
+        [
+            "log gravity, strong correlation",
+            spread([one["log_gravity_strong"] for one in results], 5),
+        ],
+        [
+            "exponent of gravity in s (true: 2)",
+            spread([one["log_gravity_slope"] for one in results], 3),
+        ],
+        ["relative sd of s from gravity", spread([one["clock_relative_sd"] for one in results])],
+        ["neural latent, R with s", spread([one["neural_linear_r"] for one in results], 3)],
+    ]
+    for joint in ("upper", "lower"):
+        friction = [one[f"{joint}_friction"] for one in results]
+        found.append(
+            [f"{joint} friction, correlation with s", spread([one["r"] for one in friction], 3)]
+        )
+        found.append(
+            [
+                f"exponent of {joint} friction in s (true: 1)",
+                spread([one["exponent"] for one in friction], 2),
+            ]
+        )
+    return "\n\n".join(
+        [
+            markdown(["median error, rad", *(f"{h} s" for h in HORIZONS)], rows),
+            markdown(["recovered on held-out tasks", f"{len(results)} seeds"], found),
+        ]
+    )
+
+
+def figure(results: Sequence[Result]) -> Figure:
+    """Errors against the horizon, the clock recovered and friction's trend."""
+    drawn = Figure(figsize=(9.0, 3.0), layout="constrained")
+    left, middle, right = drawn.subplots(1, 3)
+    for k, (key, name) in enumerate(
+        {"hybrid": "hybrid", "compound": "compound", "point_mass": "point masses"}.items()
+    ):
+        for one in results:
+            left.loglog(
+                HORIZONS,
+                one[key],
+                "o-",
+                ms=3,
+                lw=1,
+                color=f"C{k}",
+                label=name if one is results[0] else None,
+            )
+    left.set(xlabel="horizon, s", ylabel="median error, rad")
+    left.legend(frameon=False, fontsize=8)
+    for one in results:
+        clock = torch.tensor(one["clock"])
+        gravity = torch.tensor(one["gravity"]).sqrt()
+        middle.plot(clock, gravity / (gravity / clock).mean(), "o", ms=3, color="C0", alpha=0.5)
+        for k, rates in enumerate(one["friction"]):
+            label = f"{('upper', 'lower')[k]} joint" if one is results[0] else None
+            right.plot(clock, rates, "o", ms=3, color=f"C{k}", alpha=0.5, label=label)
+    middle.axline((1.0, 1.0), slope=1.0, color="grey", lw=0.8)
+    middle.set(xlabel="true s", ylabel="s from gravity")
+    right.set(xlabel="true s", ylabel="damping, 1/s")
+    right.legend(frameon=False, fontsize=8)
+    return drawn

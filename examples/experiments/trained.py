@@ -1,0 +1,261 @@
+"""Models that are trained once, and then asked by every experiment in the same way, whatever their kind."""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from experiments.cases import CASES, DEAF, ONE_BY_ONE, OURS, Case, Setting, Sharpening
+from experiments.run import Choice, slug
+from pyro_hybrid.data.tasks import Episode, Tasks
+from pyro_hybrid.dynamics.solve import failures_as_values
+from pyro_hybrid.evidence.gauss_newton import Linearised, Problem
+from pyro_hybrid.inference.posterior import calibrate, draws, predict
+from pyro_hybrid.inference.prior import SupportPrior, handed_out
+from pyro_hybrid.models import APHYNITY, HybridVAE, MetaHybridVAE
+from pyro_hybrid.programs.module import local_parameters
+from pyro_hybrid.shapes import State, Stock
+from pyro_hybrid.systems import System
+from pyro_hybrid.training.checkpoint import Fit, load
+from pyro_hybrid.training.meta_train import meta_train
+from pyro_hybrid.training.refinement import sharpen
+
+__all__ = ["Trained", "data", "exactly", "learnt", "sharpened", "taught", "trained"]
+
+HELD_OUT, SHOTS, HELD_OUT_SEED = 300, 8, 10_000
+
+
+def exactly(system: System, tasks: int, shots: int, seed: int) -> Tasks:
+    """What ``system.simulate`` draws with the same arguments, seen without noise."""
+    clear = copy.copy(system)
+    clear.noise = (0.0,) * len(system.noise)
+    return clear.simulate(tasks, shots, seed)
+
+
+def data(system: str, seed: int, choice: Choice, tasks: int | None = None) -> tuple[Tasks, Tasks]:
+    """Systems to learn from, and others to judge on; the latter are the same however many the former are."""
+    learn, judge, shots = (
+        (24, 24, 4) if choice.fast else (tasks or CASES[system].tasks, HELD_OUT, SHOTS)
+    )
+    made = CASES[system].system()
+    return made.simulate(learn, shots, seed), made.simulate(judge, shots, HELD_OUT_SEED + seed)
+
+
+@dataclass
+class Trained:
+    """A trained model, and what it can be asked.
+
+    A prior that is conditioned on the support says what it believes. Other models read the support as if it were the
+    query: with their guide, or with ``reading``, which takes the guide's answer for a start and lets the program itself
+    do the rest.
+    """
+
+    name: str
+    model: Any
+    guide: Any
+    fit: Fit
+    processor_seconds: float  # of its training
+    reading: Linearised | None = None
+
+    @property
+    def system(self) -> System:
+        """What it was trained on."""
+        return self.model.system
+
+    @property
+    def conditional(self) -> bool:
+        """Whether its prior looks at the support."""
+        return isinstance(self.model.prior, SupportPrior)
+
+    def given(self, support: Episode) -> Episode:
+        """What it reads of a support: all of it, or as published one trajectory."""
+        return (
+            support.pick(torch.zeros(support.shape[0], 1, dtype=torch.long))
+            if self.name in ONE_BY_ONE
+            else support
+        )
+
+    def read(self, support: Episode | None, samples: int = 200) -> dict[str, Tensor]:
+        """Draws of a task's latents from its support alone, (draw, task, component)."""
+        assert support is not None
+        if self.conditional:
+            with local_parameters():
+                found = self.model.prior(support)
+            return {name: fn.sample((samples,)) for name, fn in found.items()}
+        support = replace(self.given(support), support=None)
+        found = draws(self.model, self.guide, support, samples)
+        found = {name: found[name] for name in self.model.prior.sites}
+        if self.reading is None:
+            return found
+        return {name: fn.sample((samples,)) for name, fn in self._consulted(support, found).items()}
+
+    def _consulted(self, support: Episode, found: dict[str, Tensor]) -> dict[str, Stock]:
+        """What the program says, linearised from where the encoder points."""
+        assert self.reading is not None
+        prior = self.model.prior
+        with local_parameters():
+            mean, precision = (
+                x.expand(support.shape[0], *x.shape[-n:])
+                for n, x in enumerate(prior.gaussian(None), 1)
+            )
+            problem = Problem(self.model, support, prior.sites, mean, precision)
+            start = torch.cat(
+                [prior.sites[name].unconstrained(x) for name, x in found.items()], -1
+            ).mean(0)
+            naturals = handed_out(prior.sites, self.reading(problem, start))
+        return {name: prior.sites[name].distribution(natural) for name, natural in naturals.items()}
+
+    @torch.no_grad()
+    def latents(self, tasks: Tasks) -> Tensor:
+        """Means of the latents from the support alone, (task, latent), physics first."""
+        pieces = [
+            self.read(tasks[start : start + 100].episode().support)
+            for start in range(0, len(tasks), 100)
+        ]
+        names = [*self.system.physics, "unknown"]
+        return torch.cat(
+            [torch.cat([piece[name] for name in names], -1).mean(0) for piece in pieces]
+        )
+
+    @torch.no_grad()
+    def predicted(self, episode: Episode, exact: State | None = None, samples: int = 20) -> Tensor:
+        """Mean trajectories from the support and the initial states, measured or known exactly; NaN where it diverged."""
+        latents = self.read(episode.support, samples)
+        if exact is not None:
+            episode = replace(episode, initial=exact)
+            latents["initial"] = episode.measured.expand(samples, *episode.measured.shape)
+        return self._run(latents, episode, samples)
+
+    @torch.no_grad()
+    def reconstructed(self, episode: Episode, samples: int = 20) -> Tensor:
+        """Mean trajectories of shots that it has read, together with the support if it can."""
+        if not self.conditional:
+            episode = replace(self.given(episode), support=None)
+        found = draws(self.model, self.guide, episode, samples)
+        if self.reading is not None:
+            found |= self.read(episode, samples)
+        return self._run(found, episode, samples)
+
+    def _run(self, latents: dict[str, Tensor], episode: Episode, samples: int) -> Tensor:
+        blank = episode if self.conditional else replace(episode, support=None)
+        with failures_as_values(), pyro.validation_enabled(False):  # which refuses NaN
+            return predict(poutine.condition(self.model, latents), blank, samples)["x"].mean(0)
+
+
+def trained(
+    system: str, model: str, seed: int, choice: Choice, tasks: int | None = None
+) -> Trained:
+    """A model trained on a system: now, or at an earlier call that left it in the folder."""
+    place = (
+        choice.folder / "models" / slug(system, model, *([f"{tasks} tasks"] if tasks else []), seed)
+    )
+    return learnt(
+        CASES[system], model, data(system, seed, choice, tasks)[0], seed, choice.fast, place
+    )
+
+
+def learnt(
+    case: Case, model: str, learn: Tasks, seed: int, fast: bool = False, place: Path | None = None
+) -> Trained:
+    """A model trained on some tasks and ready to be asked: as it lies in its place, if it does already."""
+    setting = case.setting(model)
+    torch.manual_seed(seed)
+    made, guide = _made(case.system(), model, setting)
+    cost = place and place.with_name(f"{place.name}.seconds")
+    if place and cost and place.exists() and cost.exists():
+        fit, seconds = load(place, made, guide), json.loads(cost.read_text())
+    else:
+        seen = (
+            replace(learn, num_support=learn.values.shape[1] - 1) if model in ONE_BY_ONE else learn
+        )
+        began = time.process_time()
+        fit = taught(made, guide, seen, setting, seed, fast)
+        seconds = round(time.process_time() - began, 1)
+        if place and cost:
+            fit.save(place, made, guide)
+            cost.write_text(json.dumps(seconds))
+    out = Trained(model, made.eval(), guide.eval(), fit, seconds)
+    final = (
+        Linearised(case.final.iterations, segments=case.final.segments) if fast else case.final
+    )  # no restarts
+    if model in (OURS, DEAF):
+        made.settle(learn[:200])
+    if model == OURS:
+        made.prior.evidence, out.guide = final, made.guide(case.query)
+        calibrate(made, learn[:300])
+    elif model == DEAF:
+        guide.evidence = final
+    return out
+
+
+def _made(system: System, model: str, setting: Setting) -> tuple[Any, Any]:
+    """The program and its guide, untrained."""
+    if model == OURS:
+        prior, query = setting.evidence or (None, None)
+        ours = MetaHybridVAE(system, prior, **setting.options)
+        return ours, ours.guide(query)
+    if model == DEAF:
+        deaf = MetaHybridVAE(system, conditional=False, **setting.options)
+        return deaf, deaf.guide(setting.evidence and setting.evidence[0])
+    made = (HybridVAE if model.startswith("HybridVAE") else APHYNITY)(system, **setting.options)
+    return made, made.guide()
+
+
+def taught(
+    model: Any, guide: Any, tasks: Tasks, setting: Setting, seed: int, fast: bool = False
+) -> Fit:
+    """Train a program in place, and sharpen it if the setting says so; ``fast``, for the way and not for the result."""
+    steps = 3 if fast else setting.steps
+    fit = meta_train(
+        model,
+        guide,
+        tasks,
+        steps=steps,
+        batch_size=4 if fast else setting.batch_size,
+        learning_rate=setting.learning_rate,
+        seed=seed,
+        curriculum=setting.curriculum,
+        segments=setting.segments,
+        average=setting.average,
+        progress=False,
+        callback=_growing(model, setting.correction, steps) if setting.correction else None,
+    )
+    if setting.sharpening:
+        sharpened(model, guide, tasks, setting.sharpening, seed, fast)
+    return fit
+
+
+def sharpened(
+    model: Any, guide: Any, tasks: Tasks, end: Sharpening, seed: int, fast: bool = False
+) -> None:
+    """The end of a training, in place."""
+    sharpen(
+        model,
+        guide,
+        tasks,
+        steps=1 if fast else end.steps,
+        batch_size=4 if fast else end.batch_size,
+        reading=end.reading,
+        memory=end.memory,
+        width=end.width,
+        misread=end.misread,
+        seed=seed,
+        progress=False,
+    )
+
+
+def _growing(model: MetaHybridVAE, weight: float, steps: int) -> Callable[[int, Fit], None]:
+    def grow(step: int, fit: Fit) -> None:
+        model.correction = weight * ((step + 1) / steps) ** 2
+
+    return grow

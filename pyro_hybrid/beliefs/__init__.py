@@ -1,0 +1,1 @@
+"""Represent what is known about a latent by natural parameters that add."""

@@ -1,0 +1,1 @@
+"""Hold trajectories of many systems and check them."""

@@ -1,0 +1,1 @@
+"""Check a program's contracts and whether its guide is calibrated."""

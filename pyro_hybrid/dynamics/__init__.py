@@ -1,0 +1,1 @@
+"""Integrate ordinary differential equations, differentiably and one trajectory apart from the others."""

@@ -1,0 +1,1 @@
+"""Turn trajectories into increments of natural parameters."""

@@ -1,0 +1,1 @@
+"""Combine beliefs and evidence into priors, guides and posteriors."""

@@ -1,0 +1,1 @@
+"""Provide the neural parts of a model: encoders, force terms and instruments."""

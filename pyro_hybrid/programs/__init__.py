@@ -1,0 +1,1 @@
+"""Run Pyro programs that own their parameters."""

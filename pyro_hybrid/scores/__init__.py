@@ -1,0 +1,1 @@
+"""Compare recovered latents with true ones."""

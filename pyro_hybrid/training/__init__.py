@@ -1,0 +1,1 @@
+"""Train programs by gradient steps and by second order, and save what they learned."""

@@ -1,0 +1,74 @@
+"""step_error: what fixed steps cost in accuracy, in the only unit that matters, the noise."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from pyro_hybrid.data.tasks import Episode
+from pyro_hybrid.dynamics.rk4 import steps_halved
+from pyro_hybrid.dynamics.solve import failures_as_values
+from pyro_hybrid.errors import require
+from pyro_hybrid.evidence.gauss_newton import Program, observed, random_sites
+
+__all__ = ["StepError", "step_error"]
+
+
+class StepError(NamedTuple):
+    """Errors of predicted observations in standard deviations of their noise: over all, the largest, and by task."""
+
+    typical: float
+    worst: float
+    by_task: Tensor
+
+
+@torch.no_grad()
+@pyro.validation_enabled(False)  # what diverges is for the caller to see, not to stumble over
+def step_error(program: Program, episode: Episode) -> StepError:
+    """How far a program's predictions move when every fixed step of :func:`~pyro_hybrid.solve` is halved.
+
+    For latents drawn from the program itself, given the support. The steps are short enough where ``typical``, a root
+    mean square, is well below one: at a tenth, integration adds half a percent to the noise. Adaptive methods aren't
+    affected: their tolerances say what they are worth.
+
+    Arguments:
+        program: the model.
+        episode: trajectories to try it on.
+
+    >>> import pyro_hybrid as ph, pyro, pyro.distributions as dist
+    >>> def swing(episode):
+    ...     with episode.plate:
+    ...         rate = pyro.sample("rate", dist.LogNormal(torch.zeros(1), 0.1).to_event(1))
+    ...         x = ph.solve(lambda t, y: (y[1], -rate * y[0]), episode.initial, episode.times)
+    ...         pyro.sample("x", dist.Normal(x, 0.01).to_event(3), obs=episode.query)
+    >>> still = torch.zeros(3, 1)
+    >>> episode = ph.Episode(torch.arange(10.0), torch.zeros(3, 1, 10, 2), (still + 1.0, still))
+    >>> step_error(swing, episode).typical > 1.0  # steps of a sixth of a period are too long
+    True
+    """
+    with poutine.block(), failures_as_values():
+        trace = poutine.trace(program).get_trace(episode)
+    latents = {
+        name: site["value"] for name, site in random_sites(trace).items() if not site["is_observed"]
+    }
+    now = observed(program, episode, latents)[0]
+    with steps_halved():
+        finer = observed(program, episode, latents)[0]
+    require(
+        bool(now),
+        "a program that observes something",
+        "no observed sample site with data",
+        "Pass an episode with a query, and obs=episode.query in the program.",
+    )
+    errors = [
+        ((a.mean - b.mean) / b.scale).where(b.mask, 0.0).nan_to_num(torch.inf).flatten(1)
+        for a, b in zip(now, finer, strict=True)
+    ]
+    counts = [b.mask.expand(b.mean.shape).flatten(1) for b in finer]
+    error, count = torch.cat(errors, 1), torch.cat(counts, 1)
+    typical = (error.square().sum() / count.sum().clamp(min=1)).sqrt()
+    return StepError(float(typical), float(error.abs().max()), error.abs().amax(1))
