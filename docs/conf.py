@@ -1,6 +1,10 @@
 """How Sphinx builds these pages: offline, from MyST sources and the package's docstrings."""
 
+import sys
 from importlib.metadata import version as version_of
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))  # experiments, for api.md
 
 project = "pyro_hybrid"
 author = "The pyro_hybrid developers"

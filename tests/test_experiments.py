@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,11 +13,17 @@ from typing import Any
 
 import pytest
 import torch
-from experiments import __main__ as command
-from experiments import beyond, enough, identify, longer, two_runs
+from experiments import (
+    command,
+    identify,
+    long_horizon,
+    out_of_distribution,
+    sample_size,
+    seed_agreement,
+)
 from experiments import trained as trainer
-from experiments.cases import CASES, MODELS, OURS
 from experiments.run import Choice, Run, carry_out, results
+from experiments.settings import CASES, MODELS, OURS
 from experiments.trained import Trained, data, exactly, trained
 from matplotlib.figure import Figure
 from scripts import load
@@ -39,9 +48,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in command.NAMES:  # some read the settings when they are imported
+        command.experiment(name)
     for name in set(CASES) - {SYSTEM}:
         monkeypatch.delitem(CASES, name)
-    for module in (identify, longer, beyond, two_runs):
+    for module in (identify, long_horizon, out_of_distribution, seed_agreement):
         monkeypatch.setattr(module, "MODELS", FEW)
 
 
@@ -225,10 +236,10 @@ def test_relative_errors_are_in_standard_deviations_and_nothing_is_drowned() -> 
     )
     off = seen + 0.3 * seen.std((0, 1, 2))
     off[0] = torch.nan
-    assert float(longer.relative(off, seen)) == pytest.approx(0.3, abs=1e-4)
+    assert float(long_horizon.relative(off, seen)) == pytest.approx(0.3, abs=1e-4)
     late = seen.clone()
     late[:, :, 41:] += 2.0 * seen.std((0, 1, 2))
-    assert [float(x) for x in longer.by_stretch(late, seen)] == pytest.approx(
+    assert [float(x) for x in long_horizon.by_stretch(late, seen)] == pytest.approx(
         [0.0, 0.0, 0.0, 2.0], abs=1e-4
     )
 
@@ -238,7 +249,8 @@ def test_what_is_held_at_zero_does_not_count(rounding: float) -> None:
     torch.manual_seed(0)
     seen = torch.randn(30, 4, 50, 2) * torch.tensor([1.0, rounding])
     assert torch.equal(
-        longer.relative(seen * 1.1, seen), longer.relative(seen[..., :1] * 1.1, seen[..., :1])
+        long_horizon.relative(seen * 1.1, seen),
+        long_horizon.relative(seen[..., :1] * 1.1, seen[..., :1]),
     )
 
 
@@ -250,7 +262,7 @@ def test_beyond_is_where_training_never_was(name: str) -> None:
         ("initial states beyond", set(before) - latents),
         ("latents beyond", latents),
     ):
-        after = beyond.beyond(CASES[name].system(), where).ranges
+        after = out_of_distribution.widen_ranges(CASES[name].system(), where).ranges
         assert {key for key in before if after[key] != before[key]} == moved
         assert all(after[key][0] >= before[key][1] for key in moved)
     assert CASES[name].system().ranges == before
@@ -259,45 +271,61 @@ def test_beyond_is_where_training_never_was(name: str) -> None:
 def test_two_runs_agree_where_one_is_a_linear_map_of_the_other() -> None:
     random = torch.Generator().manual_seed(0)
     z, other = (torch.rand(400, 2, generator=random) for _ in range(2))
-    mapped = two_runs.agreement(z, z @ torch.tensor([[1.0, 1.0], [-1.0, 2.0]]))
+    mapped = seed_agreement.agreement(z, z @ torch.tensor([[1.0, 1.0], [-1.0, 2.0]]))
     assert mapped["linear_r"] > 0.999 and mapped["strong"] < 0.95 < mapped["strong_disentangled"]
-    assert two_runs.agreement(z, other)["linear_r"] < 0.3
+    assert seed_agreement.agreement(z, other)["linear_r"] < 0.3
 
 
 # ---- as a stranger runs them ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("module", [identify, longer, beyond, enough, two_runs])
+@pytest.mark.parametrize(
+    "module", [identify, long_horizon, out_of_distribution, sample_size, seed_agreement]
+)
 def test_a_fast_run_ends_in_a_table_and_a_figure(
     module: Any, folder: Path, small: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     name = module.__name__.rpartition(".")[2]
-    seeds = "2" if module is two_runs else "1"
+    seeds = "2" if module is seed_agreement else "1"
     command.main([name, "--fast", "--seeds", seeds, "--out", str(folder), *THREADS])
     text = capsys.readouterr().out
     assert f"{name}.png" in text and (folder / f"{name}.png").stat().st_size > 5000
     rows = (folder / f"{name}.md").read_text(encoding="utf-8").splitlines()
     assert len({row.count("|") for row in rows}) == 1 and len(rows) == 2 + (
-        3 if module is enough else len(FEW)
+        3 if module is sample_size else len(FEW)
     )
     assert "nan" not in "\n".join(rows)
 
 
 def test_the_threshold_is_that_of_the_theorem(folder: Path, small: None) -> None:
-    (tasks, *_) = carry_out(enough, Choice((0,), True, folder))
+    (tasks, *_) = carry_out(sample_size, Choice((0,), True, folder))
     assert tasks["threshold"] == 4 * 2 + 1
 
 
 def test_a_report_runs_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command.main(["longer", "--report", "--out", str(tmp_path), *THREADS])
+    command.main(["long_horizon", "--report", "--out", str(tmp_path), *THREADS])
     assert "no results" in capsys.readouterr().out and not list(tmp_path.iterdir())
 
 
 def test_help_names_every_experiment(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        command.parsed(["--help"])
+        command.parse_arguments(["--help"])
     text = capsys.readouterr().out
     assert all(f"\n  {name} " in text for name in command.NAMES)
+
+
+@pytest.mark.parametrize("script", ["examples/experiments", "docs/results/experiments.py"])
+def test_a_script_starts_from_the_root_of_a_checkout(script: str) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, script, "--help"],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=ROOT,
+        timeout=600,  # only guards against hanging
+    )
+    assert done.returncode == 0 and "--seeds" in done.stdout, done.stderr
 
 
 # ---- the page ------------------------------------------------------------------------------------
@@ -331,18 +359,20 @@ def test_what_a_published_error_of_parameters_implies_is_what_the_page_says() ->
 
 
 def test_tiny_runs_are_not_taken_for_results(folder: Path, small: None) -> None:
-    command.main(["longer", "--fast", "--seeds", "1", "--out", str(folder), *THREADS])
+    command.main(["long_horizon", "--fast", "--seeds", "1", "--out", str(folder), *THREADS])
     with pytest.raises(SystemExit, match="expected full runs .*--fast"):
-        load(ROOT / "docs" / "results" / "experiments.py").gathered("longer", folder, 1)
+        load(ROOT / "docs" / "results" / "experiments.py").gathered("long_horizon", folder, 1)
 
 
 def test_what_was_run_replaces_what_was_kept_and_the_rest_stays(tmp_path: Path) -> None:
     script = load(ROOT / "docs" / "results" / "experiments.py")
-    before = script.kept("two_runs")
+    before = script.kept("seed_agreement")
     new = {**next(one for one in before if one["pair"] == [0, 1]), "linear_r": 0.5}
-    (tmp_path / "two_runs").mkdir()
-    (tmp_path / "two_runs" / f"{new['run']}.json").write_text(json.dumps(new), encoding="utf-8")
+    (tmp_path / "seed_agreement").mkdir()
+    (tmp_path / "seed_agreement" / f"{new['run']}.json").write_text(
+        json.dumps(new), encoding="utf-8"
+    )
     expected = {one["run"]: one for one in (*before, new)}
     for seeds in (2, 3):  # two know of one pair of each model
-        after = script.gathered("two_runs", tmp_path, seeds)
+        after = script.gathered("seed_agreement", tmp_path, seeds)
         assert {one["run"]: one for one in after} == expected and len(after) == len(before)

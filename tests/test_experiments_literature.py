@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from experiments import literature
-from experiments.driven import Driven, Growing
+from experiments.forced_pendulum_model import Driven, Growing
 from experiments.literature import PUBLISHED
 from experiments.run import Choice, carry_out
 from matplotlib.figure import Figure

@@ -12,9 +12,12 @@ import argparse
 import json
 import math
 import statistics
+import sys
 from pathlib import Path
 
-from experiments.__main__ import NAMES, experiment
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
+
+from experiments.command import NAMES, experiment
 from experiments.run import Choice, Result, results
 from experiments.tables import markdown
 

@@ -15,8 +15,8 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from experiments.cases import CASES, DEAF, MODELS, OURS
 from experiments.run import Choice, Result, Run, digits, slug
+from experiments.settings import CASES, DEAF, MODELS, OURS
 from experiments.tables import grouped, markdown, panels, spread
 from experiments.trained import HELD_OUT_SEED, Trained, data, exactly, trained
 from pyro_hybrid.data.tasks import Tasks

@@ -18,9 +18,9 @@ from typing import NamedTuple
 import torch
 from matplotlib.figure import Figure
 
-from experiments.cases import OURS
-from experiments.driven import Driven, Growing
+from experiments.forced_pendulum_model import Driven, Growing
 from experiments.run import Choice, Result, Run, digits
+from experiments.settings import OURS
 from experiments.tables import markdown, spread
 from experiments.trained import HELD_OUT, HELD_OUT_SEED, SHOTS, Trained, exactly
 from pyro_hybrid.data.tasks import Tasks

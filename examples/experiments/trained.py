@@ -15,8 +15,8 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from experiments.cases import CASES, DEAF, ONE_BY_ONE, OURS, Case, Setting, Sharpening
 from experiments.run import Choice, slug
+from experiments.settings import CASES, DEAF, ONE_BY_ONE, OURS, Case, Setting, Sharpening
 from pyro_hybrid.data.tasks import Episode, Tasks
 from pyro_hybrid.dynamics.solve import failures_as_values
 from pyro_hybrid.evidence.gauss_newton import Linearised, Problem

@@ -25,11 +25,11 @@ from sklearn.metrics import adjusted_rand_score
 from sklearn.metrics.cluster import pair_confusion_matrix
 from torch import Tensor
 
-from experiments.cases import CASES, OURS, Sharpening
-from experiments.clocked import Clocked, cut, with_clock
 from experiments.identify import true_latents
-from experiments.recovering import Unpaired, groups_in, pairs, sets
+from experiments.long_recordings import Clocked, cut, with_clock
+from experiments.relabelling import Unpaired, groups_in, pairs, sets
 from experiments.run import Choice, Result, Run, slug
+from experiments.settings import CASES, OURS, Sharpening
 from experiments.tables import grouped, markdown, spread
 from experiments.trained import SHOTS, Trained, data, learnt, sharpened, taught, trained
 from pyro_hybrid.data.tasks import Tasks

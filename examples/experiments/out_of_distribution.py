@@ -1,7 +1,7 @@
 """What becomes of predictions out of distribution: initial states, or latents, beyond all that training has seen.
 
 Every initial component is drawn from beyond its range, as far again as half of that range's radius; every latent from
-beyond its largest value, by up to a quarter of its range. Errors are relative, as in ``longer``, and medians over
+beyond its largest value, by up to a quarter of its range. Errors are relative, as in ``long_horizon``, and medians over
 systems; R is of the linear map that leads to the truth within the ranges, applied beyond them.
 """
 
@@ -14,16 +14,16 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from experiments.cases import CASES, MODELS
 from experiments.identify import true_latents
-from experiments.longer import relative
+from experiments.long_horizon import relative
 from experiments.run import Choice, Result, Run, digits, slug
+from experiments.settings import CASES, MODELS
 from experiments.tables import grouped, markdown, panels, spread
 from experiments.trained import Trained, exactly, trained
 from pyro_hybrid.data.tasks import Tasks
 from pyro_hybrid.systems import System
 
-__all__ = ["beyond", "figure", "runs", "table"]
+__all__ = ["figure", "runs", "table", "widen_ranges"]
 
 WHERE = ("within", "initial states beyond", "latents beyond")
 
@@ -40,7 +40,7 @@ def runs(choice: Choice) -> list[Run]:
 
 def _run(system: str, model: str, seed: int, choice: Choice) -> Result:
     found, tasks = trained(system, model, seed, choice), 24 if choice.fast else 200
-    made = [beyond(CASES[system].system(), where) for where in WHERE]
+    made = [widen_ranges(CASES[system].system(), where) for where in WHERE]
     sets = [one.simulate(tasks, 8, 30_000 + seed) for one in made]
     clear = [exactly(one, tasks, 8, 30_000 + seed) for one in made]
     out: Result = {"system": system, "model": model, "seed": seed, "where": WHERE}
@@ -52,7 +52,7 @@ def _run(system: str, model: str, seed: int, choice: Choice) -> Result:
     return out
 
 
-def beyond(system: System, where: str) -> System:
+def widen_ranges(system: System, where: str) -> System:
     """The same system with other ranges."""
     latents, ranges = {*system.physics, *system.unknown}, dict(system.ranges)
     for name, (low, high) in system.ranges.items():

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from experiments import without_pairs
-from experiments.clocked import Clocked, cut, with_clock
+from experiments import unlabelled
 from experiments.grouping import Evidence, concentration, group, log_evidence, misfit
-from experiments.recovering import Unpaired, dependence, pairs, sets
+from experiments.long_recordings import Clocked, cut, with_clock
+from experiments.relabelling import Unpaired, dependence, pairs, sets
 from experiments.run import Choice, carry_out
 from torch import Tensor
 from torch.distributions import MultivariateNormal
@@ -60,7 +60,7 @@ def test_groups_are_found_without_their_number_or_sizes() -> None:
     location, covariance, truth = readings(60, 6, 1e-4 * torch.eye(4, dtype=torch.float64))
     kept = torch.rand(len(truth)) < 0.7  # of unequal sizes
     labels = group(location[kept], covariance[kept], 1e-4 * torch.eye(4, dtype=torch.float64), 20.0)
-    assert without_pairs.grouping_scores(labels, truth[kept])["adjusted_rand"] > 0.97
+    assert unlabelled.grouping_scores(labels, truth[kept])["adjusted_rand"] > 0.97
 
 
 def test_what_has_no_groups_is_left_alone() -> None:
@@ -144,7 +144,7 @@ def test_sets_are_whole_groups_and_leave_loners_out() -> None:
 def test_independence_is_held_against_the_program_only_while_training() -> None:
     torch.manual_seed(0)
     system = ph.systems.Pendulum()
-    model = Unpaired(system, independence=1.0, **without_pairs.PAIRED.options)
+    model = Unpaired(system, independence=1.0, **unlabelled.PAIRED.options)
     episode, guide = system.simulate(6, 4, 0).episode(), model.guide()
 
     def loss() -> float:
@@ -198,9 +198,9 @@ def test_ordinary_trajectories_begin_at_zero() -> None:
 @pytest.mark.filterwarnings("ignore:expected ICA to converge")
 def test_a_tiny_run_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ph.systems.Pendulum, "points", 16)
-    monkeypatch.setattr(without_pairs, "FRACTIONS", (1.0, 0.25, 0.0))
-    results = carry_out(without_pairs, Choice(seeds=(0,), fast=True, folder=tmp_path))
+    monkeypatch.setattr(unlabelled, "FRACTIONS", (1.0, 0.25, 0.0))
+    results = carry_out(unlabelled, Choice(seeds=(0,), fast=True, folder=tmp_path))
     assert [one["labelled"] for one in results] == [1.0, 0.25, 0.0, None]
-    table = without_pairs.table(results)
+    table = unlabelled.table(results)
     assert len(table.splitlines()) == 2 + 5 and "0% of the systems labelled" in table
-    assert len(without_pairs.figure(results).axes) == 3
+    assert len(unlabelled.figure(results).axes) == 3

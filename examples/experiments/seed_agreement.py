@@ -14,8 +14,8 @@ from functools import partial
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from experiments.cases import CASES, MODELS
 from experiments.run import Choice, Result, Run, slug
+from experiments.settings import CASES, MODELS
 from experiments.tables import grouped, markdown, panels, spread
 from experiments.trained import trained
 from pyro_hybrid.scores.mcc import mcc

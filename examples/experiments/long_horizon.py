@@ -13,13 +13,13 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from experiments.cases import CASES, MODELS
 from experiments.run import Choice, Result, Run, digits, slug
+from experiments.settings import CASES, MODELS
 from experiments.tables import grouped, markdown, panels, spread
 from experiments.trained import exactly, trained
 from pyro_hybrid.data.tasks import Episode, Tasks
 
-__all__ = ["figure", "longer", "relative", "runs", "table"]
+__all__ = ["figure", "long_query", "relative", "runs", "table"]
 
 TIMES = (1, 2, 4, 8)
 
@@ -36,7 +36,7 @@ def runs(choice: Choice) -> list[Run]:
 
 def _run(system: str, model: str, seed: int, choice: Choice) -> Result:
     found = trained(system, model, seed, choice)
-    episode, seen = longer(system, 12 if choice.fast else 100, seed)
+    episode, seen = long_query(system, 12 if choice.fast else 100, seed)
     means = found.predicted(episode, episode.initial)
     return {
         "system": system,
@@ -48,7 +48,7 @@ def _run(system: str, model: str, seed: int, choice: Choice) -> Result:
     }
 
 
-def longer(system: str, tasks: int, seed: int) -> tuple[Episode, Tensor]:
+def long_query(system: str, tasks: int, seed: int) -> tuple[Episode, Tensor]:
     """Supports of the length trained on, initial states of other shots, and how these go on."""
     made, most = CASES[system].system(), TIMES[-1]
     made.points = most * (made.points - 1) + 1

@@ -11,9 +11,9 @@ from functools import partial
 
 from matplotlib.figure import Figure
 
-from experiments.cases import CASES, OURS
 from experiments.identify import true_latents
 from experiments.run import Choice, Result, Run, slug
+from experiments.settings import CASES, OURS
 from experiments.tables import grouped, markdown, spread
 from experiments.trained import Trained, data, trained
 from pyro_hybrid.scores.mcc import mcc
