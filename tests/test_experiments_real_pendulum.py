@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +13,6 @@ from experiments import real_learned
 from experiments import real_pendulum as real
 from experiments.run import Choice, carry_out
 from matplotlib.figure import Figure
-from scripts import load
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -134,6 +131,23 @@ def test_the_stretch_of_a_window_is_where_it_begins() -> None:
     assert torch.equal(real.stretches(told, settings, 3), expected.long())
 
 
+def test_the_runs_to_learn_from_and_to_judge_on_are_those_of_the_page_whatever_else_is_there() -> (
+    None
+):
+    recordings = Recordings({run: torch.full((100, 4), float(run)) for run in range(21)})
+    learn, judge = real.split_runs(recordings)
+    assert learn.runs == tuple(range(10)) and judge.runs == (10, 11, 12, 13)
+    assert all(float(learn.states[run][0, 0]) == run for run in learn.runs)
+    page = (Path(__file__).parents[1] / "docs" / "experiments.md").read_text(encoding="utf-8")
+    assert "Learned on\nruns 0 to 9, judged on windows of runs 10 to 13" in page
+
+
+def test_a_run_that_is_missing_is_named() -> None:
+    recordings = Recordings({run: torch.zeros(100, 4) for run in range(13)})
+    with pytest.raises(ValueError, match=r"got none of runs \[13\]\. Put their files"):
+        real.split_runs(recordings)
+
+
 def test_intervals_of_the_ratio_hold_what_they_should() -> None:
     random = torch.Generator().manual_seed(1)
     theirs = torch.rand(300, 2, generator=random, dtype=torch.float64) + 1.0
@@ -216,10 +230,10 @@ def test_what_diverged_counts_as_infinitely_wrong() -> None:
 def test_a_fast_run_ends_in_a_table_and_a_figure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(real, "ibm_double_pendulum", lambda folder: made_up())
-    monkeypatch.setattr(real, "HELD_OUT", (2, 3))
+    monkeypatch.setattr(real, "ibm_double_pendulum", lambda folder: made_up(runs=21))
     (one,) = found = carry_out(real, Choice((0,), True, tmp_path))
-    assert one["learned from runs"] == [0, 1] and one["judged on runs"] == [2, 3]
+    assert one["learned from runs"] == list(range(10))
+    assert one["judged on runs"] == [10, 11, 12, 13]
     assert (
         one["query_windows"] == real_learned.FAST.judged * real_learned.FAST.queries
         and len(one["ratio"]) == 5
@@ -231,37 +245,3 @@ def test_a_fast_run_ends_in_a_table_and_a_figure(
     assert isinstance(drawn, Figure) and len(drawn.axes) == 3
     drawn.savefig(tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
-
-
-@pytest.mark.slow
-def test_the_example_runs_on_recordings(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(ph.systems, "ibm_double_pendulum", lambda folder: made_up())
-    monkeypatch.setattr(real, "HELD_OUT", (2, 3))
-    example = Path(__file__).parents[1] / "examples" / "double_pendulum.py"
-    monkeypatch.syspath_prepend(str(example.parent))
-    monkeypatch.setattr(
-        sys,
-        "argv",
-        [
-            str(example),
-            "--fast",
-            "--data",
-            "recordings",
-            "--out",
-            str(tmp_path / "out"),
-            "--threads",
-            str(torch.get_num_threads()),
-        ],
-    )
-    load(example).main()
-    assert capsys.readouterr().out.startswith("| median error, rad |")
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "metrics.json",
-        "recovered.png",
-        "loss.png",
-        "trajectories.png",
-        "prior_posterior.png",
-    }
-    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["seed"] == 0

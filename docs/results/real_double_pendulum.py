@@ -10,10 +10,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
+
+from experiments.real_pendulum import split_runs
 
 import pyro_hybrid as ph
 from pyro_hybrid.systems.compound_pendulum import (
@@ -24,8 +29,6 @@ from pyro_hybrid.systems.compound_pendulum import (
     open_loop,
     point_mass,
 )
-
-HELD_OUT = (10, 11, 12, 13)
 
 
 def windows(
@@ -68,7 +71,7 @@ def main() -> None:
         ph.systems.ibm_double_pendulum(parser.parse_args().data),
         time.perf_counter(),
     )
-    learn, judge = recordings.split(HELD_OUT)
+    learn, judge = split_runs(recordings)
     results = {
         "horizons": HORIZONS,
         "in-sample": judged(recordings, recordings, 400),

@@ -21,6 +21,7 @@ from experiments.run import Choice, Result, Run, digits
 from experiments.tables import markdown, spread
 from pyro_hybrid.data.tasks import Tasks
 from pyro_hybrid.dynamics.solve import failures_as_values, solve
+from pyro_hybrid.errors import require
 from pyro_hybrid.models import MetaHybridVAE
 from pyro_hybrid.scores.mcc import mcc
 from pyro_hybrid.systems import RecordedDoublePendulum, Recordings, ibm_double_pendulum
@@ -28,7 +29,8 @@ from pyro_hybrid.systems.compound_pendulum import HORIZONS, compound, open_loop,
 from pyro_hybrid.systems.real_double_pendulum import FRAMES
 
 __all__ = [
-    "HELD_OUT",
+    "HELD_OUT_RUNS",
+    "LEARNED_RUNS",
     "damping",
     "errors",
     "figure",
@@ -36,11 +38,13 @@ __all__ = [
     "judged",
     "predicted",
     "runs",
+    "split_runs",
     "stretches",
     "table",
 ]
 
-HELD_OUT = (10, 11, 12, 13)
+LEARNED_RUNS = tuple(range(10))
+HELD_OUT_RUNS = (10, 11, 12, 13)  # IBM's archive goes on to run 20, which no result here uses
 STRETCH = 2.0  # seconds of a recording that are resampled together
 ROWS = {"compound": "classical, six parameters", "point_mass": "point masses, two parameters"}
 
@@ -50,8 +54,23 @@ def runs(choice: Choice) -> list[Run]:
     return [Run(str(seed), partial(_run, seed, choice)) for seed in choice.seeds]
 
 
+def split_runs(recordings: Recordings) -> tuple[Recordings, Recordings]:
+    """Return the runs to learn from and the runs to judge on, by number; other runs are not used."""
+    missing = {*LEARNED_RUNS, *HELD_OUT_RUNS} - set(recordings.runs)
+    require(
+        not missing,
+        f"recordings of runs {[*LEARNED_RUNS, *HELD_OUT_RUNS]}",
+        f"none of runs {sorted(missing)}",
+        "Put their files into the folder given as --data.",
+    )
+    return (
+        Recordings({run: recordings.states[run] for run in LEARNED_RUNS}),
+        Recordings({run: recordings.states[run] for run in HELD_OUT_RUNS}),
+    )
+
+
 def _run(seed: int, choice: Choice) -> Result:
-    learn, judge = ibm_double_pendulum(choice.data).split(HELD_OUT)
+    learn, judge = split_runs(ibm_double_pendulum(choice.data))
     settings = FAST if choice.fast else Settings()
     classical = rivals(learn, settings)
     model, _, fit = trained(learn, classical, seed, settings)
