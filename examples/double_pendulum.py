@@ -4,33 +4,19 @@ Known: two point masses, two rods, gravity. Unknown to the model: a torque in ea
 trajectories of each, and at the end the numbers g/l and m2/m1 of pendulums never seen before, the friction of both
 joints, and how far to trust them.
 
-With ``--data DIR`` the pendulum is a real one, IBM's, filmed at 400 frames a second. It is read by clocks that run s
-times as fast, which makes many pendulums of it: gravity goes with s squared, friction with s, and the numbers found can
-be checked.
+``python examples/experiments real_pendulum`` does the same for a real one, filmed at 400 frames a second.
 """
 
-import argparse
-import json
 import time
-from dataclasses import replace
 
 import habits
-from experiments import real_learned, real_pendulum
 
 import pyro_hybrid as ph
 
 
 def main() -> None:
     started = time.perf_counter()
-    choice = habits.options(
-        __doc__,
-        "double_pendulum",
-        tasks=1000,
-        steps=900,
-        data="folder of a real pendulum's recordings; then tasks and steps are the experiment's",
-    )
-    if choice.data:
-        return real(choice)
+    choice = habits.options(__doc__, "double_pendulum", tasks=1000, steps=900)
 
     # A thousand pendulums to learn from, three hundred to be judged on.
     system = ph.systems.DoublePendulum()
@@ -63,36 +49,6 @@ def main() -> None:
     habits.export(
         choice, model, guide, held_out, habits.judge(model, guide, train, held_out), fit, started
     )
-
-
-def real(choice: argparse.Namespace) -> None:
-    """The same on recordings. Whole runs are held out; the rival is a classical fit of six parameters, told s."""
-    learn, judge = ph.systems.ibm_double_pendulum(choice.data).split(real_pendulum.HELD_OUT)
-    settings = real_learned.FAST if choice.fast else real_learned.Settings()
-    rivals = real_learned.rivals(learn, settings)
-
-    # Known: point masses. Unknown: torques, those that are the same backwards in time and those of friction.
-    model, guide, fit = real_learned.trained(learn, rivals, choice.seed, settings, progress=True)
-
-    # One table: errors of predictions on the same windows, and what was found out about s.
-    found = {
-        "seed": choice.seed,
-        **real_pendulum.judged(model, judge, rivals, choice.seed, settings),
-    }
-    print(real_pendulum.table([found]))
-    (choice.out / "metrics.json").write_text(json.dumps(found, indent=2) + "\n")
-    real_pendulum.figure([found]).savefig(choice.out / "recovered.png", dpi=130)
-
-    # Gravity's truth is known up to a factor; the rival's is as good as any.
-    few = real_learned.tasks(judge, 4, 8, choice.seed)
-    few = replace(few, truth={"gravity": rivals.compound[2].float() * few.truth["gravity"]})
-    for name, figure in (
-        ("loss", habits.loss_figure(fit)),
-        ("trajectories", habits.trajectories_figure(model, guide, few)),
-        ("prior_posterior", habits.prior_posterior_figure(model, guide, few)),
-    ):
-        figure.savefig(choice.out / f"{name}.png", dpi=130, bbox_inches="tight")
-    print(f"\nfigures and metrics.json are in {choice.out}/")
 
 
 if __name__ == "__main__":

@@ -28,9 +28,9 @@ BLUE, ORANGE, GREY = "#2a6fbb", "#d9702b", "#8a8a8a"
 
 
 def options(
-    description: str, name: str, tasks: int, steps: int, data: str | None = None, **flags: str
+    description: str, name: str, tasks: int, steps: int, **flags: str
 ) -> argparse.Namespace:
-    """The options that every example understands, a folder of data where there are some, and flags with their help."""
+    """Parse the options that every example understands, and flags, given as ``name=help``."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -49,8 +49,6 @@ def options(
     parser.add_argument(
         "--fast", action="store_true", help="a tiny run that shows the way, not the result"
     )
-    if data:
-        parser.add_argument("--data", type=Path, metavar="DIR", help=data)
     for flag, text in flags.items():
         parser.add_argument(f"--{flag}", action="store_true", help=text)
     choice = parser.parse_args()
@@ -257,7 +255,7 @@ def export(
     _figures(choice.out, model, guide, held_out, report, fit)
     metrics = {
         **report.numbers,
-        "settings": {k: v for k, v in vars(choice).items() if k not in ("out", "data")},
+        "settings": {k: v for k, v in vars(choice).items() if k != "out"},
         "training_seconds": round(fit.seconds, 1),
         "seconds": round(time.perf_counter() - started, 1),
         "skipped_steps": fit.skipped,

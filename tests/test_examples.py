@@ -41,7 +41,6 @@ OPTIONS = (
     "--fast",
 )
 FIGURES = ("certificate.png", "latents.png", "loss.png", "prior_posterior.png", "trajectories.png")
-FOLDERS = {"double_pendulum": ("--data",)}  # of what was recorded
 SPRINGS = ("--systems", "--steps", "--seed", "--out", "--fast")  # of the example that is refused
 GROUPS = {
     "posterior",
@@ -286,7 +285,6 @@ def test_help_names_every_option_and_its_default(script: str, tmp_path: Path) ->
     named = options(done.stdout)
     assert set(named) == {
         *OPTIONS,
-        *FOLDERS.get(script, ()),
         *(flag for name, *flags in RUNS if name == script for flag in flags),
     }
     assert said.count("(default: ") == len(named)
