@@ -1,30 +1,66 @@
-"""The helpers that write error messages: what was expected, what came, what to do."""
+"""Helpers that raise errors in one form: expected, got, what to do."""
 
 from __future__ import annotations
 
-from typing import NoReturn
+import importlib
+import importlib.util
+import sys
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-__all__ = ["fail", "require", "require_finite", "require_floating"]
+__all__ = [
+    "fail",
+    "is_installed",
+    "require",
+    "require_finite",
+    "require_floating",
+    "require_package",
+]
 
 
-def fail(expected: str, came: object, remedy: str, error: type[Exception] = ValueError) -> NoReturn:
-    """Raise ``error`` with a message in the house's one form."""
-    raise error(f"expected {expected}; got {came}. {remedy}")
+def fail(expected: str, got: object, remedy: str, error: type[Exception] = ValueError) -> NoReturn:
+    """Raise ``error`` with a message in the library's one form."""
+    raise error(f"expected {expected}; got {got}. {remedy}")
 
 
 def require(
-    condition: bool, expected: str, came: object, remedy: str, error: type[Exception] = ValueError
+    condition: bool, expected: str, got: object, remedy: str, error: type[Exception] = ValueError
 ) -> None:
-    """Raise unless ``condition`` holds; never an ``assert``, so that ``python -O`` checks too."""
+    """Raise unless ``condition`` holds; unlike ``assert``, also under ``python -O``."""
     if not condition:
-        fail(expected, came, remedy, error)
+        fail(expected, got, remedy, error)
+
+
+def require_package(module: str, extra: str, alternative: str = "") -> Any:
+    """Import a module of an optional package, or raise an error that names the extra which installs it.
+
+    >>> require_package("json", extra="tables").dumps([1])
+    '[1]'
+
+    Arguments:
+        module: its dotted name.
+        extra: the optional dependencies of this package that it belongs to.
+        alternative: what to do instead of installing it, for the error message.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        remedy = f"Install it: pip install 'pyro_hybrid[{extra}]'"
+        remedy += f", or {alternative}." if alternative else "."
+        fail(f"the module {module}", error, remedy, ImportError)
+
+
+def is_installed(module: str) -> bool:
+    """Tell whether a top-level module can be imported, without importing it."""
+    if module in sys.modules:
+        return sys.modules[module] is not None
+    return importlib.util.find_spec(module) is not None
 
 
 def require_floating(name: str, value: object) -> None:
-    """Only floating-point tensors: an integer trajectory would be truncated silently somewhere else."""
+    """Require a floating-point tensor, since an integer one would be truncated silently later."""
     if not isinstance(value, Tensor):
         fail(
             f"{name} to be a torch tensor",
@@ -42,7 +78,7 @@ def require_floating(name: str, value: object) -> None:
 
 
 def require_finite(name: str, value: Tensor, mask: Tensor | None = None) -> None:
-    """Every entry that counts must be a number; says where the first bad one is."""
+    """Require finite entries where ``mask`` is True, and name the first that is not."""
     bad = ~torch.isfinite(value)
     if mask is not None:
         bad = bad & mask

@@ -51,7 +51,7 @@ def run(python: str, *arguments: str, cache: Path | None = None) -> str:
 
 
 adapter = load_adapter()
-arviz = adapter._backend()
+arviz = adapter.import_arviz()
 
 
 def make_arguments() -> dict[str, Any]:
@@ -244,10 +244,36 @@ def test_importing_arviz_warns_of_nothing(tmp_path: Path) -> None:
         "-W",
         "error",
         "-c",
-        f"{LOAD}; arviz_data._backend()",
+        f"{LOAD}; arviz_data.import_arviz()",
         str(ROOT / "pyro_hybrid" / "inference"),
         cache=tmp_path,
     )
+
+
+@pytest.mark.parametrize(
+    ("module", "extra", "call"),
+    [
+        ("h5netcdf", "netcdf", lambda data: adapter.save(data, "posterior.nc")),
+        ("h5netcdf", "netcdf", lambda data: adapter.load("posterior.nc")),
+        ("pandas", "tables", adapter.summary),
+    ],
+    ids=["save", "load", "summary"],
+)
+def test_a_missing_package_is_named_with_the_extra_that_installs_it(
+    module: str, extra: str, call: Any, data: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ImportError, match=rf"expected the module {module}; .*\[{extra}\]"):
+        call(data)
+
+
+def test_pareto_k_says_nothing_of_weights_that_are_nearly_equal() -> None:
+    random = np.random.default_rng(0)
+    log_weights = 1e-3 * random.standard_cauchy(size=(50, 200)).clip(-10.0, 10.0)
+    weights = np.exp(log_weights)
+    assert (weights.sum(-1) ** 2 / (weights**2).sum(-1) > 0.9998 * 200).all()
+    assert (adapter.pareto_k(log_weights) == 0.0).all()
+    assert (adapter.pareto_k(1e3 * log_weights) > 0.7).mean() > 0.5  # the same tail, and it matters
 
 
 def spoil(arguments: dict[str, Any], group: str, name: str, value: Any) -> dict[str, Any]:

@@ -157,7 +157,8 @@ def test_without_pooch_or_network_one_is_told_what_to_do(
 ) -> None:
     monkeypatch.setitem(sys.modules, "pooch", None)
     with pytest.raises(
-        ImportError, match=r"expected pooch, .*; got none\. pip install 'pyro_hybrid\[data\]'"
+        ImportError,
+        match=r"expected the module pooch; got .*'pyro_hybrid\[data\]', or pass folder=",
     ):
         ibm_double_pendulum()
 

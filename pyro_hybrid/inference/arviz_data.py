@@ -1,23 +1,27 @@
 """The one module that knows that ArviZ is two libraries: InferenceData on 0.x, xarray's DataTree on 1.x.
 
-It takes numpy arrays and imports neither torch nor the rest of the package, so that both sides can be tested.
+It takes numpy arrays and imports neither torch nor the rest of the package, so that it can be tested under both.
 """
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
-import pandas as pd
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 __all__ = [
     "GROUPS",
     "Grouped",
+    "import_arviz",
     "load",
     "pareto_k",
     "plot_ranks",
@@ -25,6 +29,8 @@ __all__ = [
     "summary",
     "to_inference_data",
 ]
+
+Array = NDArray[Any]
 
 GROUPS = {
     "posterior": True,
@@ -35,18 +41,16 @@ GROUPS = {
     "observed_data": False,
     "constant_data": False,
 }
-"""The groups in ArviZ's order, and whether their arrays have the leading axes (chain, draw)."""
+"""The groups in ArviZ's order; True where arrays have the leading axes (chain, draw)."""
 
-_SAMPLE_AXES = ("chain", "draw")
-_NEGLIGIBLE, _EQUAL = (
-    -700.0,
-    1e-6,
-)  # log weights below the largest, and apart, by which they don't matter
+SAMPLE_AXES = ("chain", "draw")
+NEGLIGIBLE = -700.0  # log weights this far below the largest count as zero
+NEARLY_EQUAL = 0.999  # effective sample size, as a share of the draws
 
 
 @runtime_checkable
 class Grouped(Protocol):
-    """What an ``InferenceData`` and a ``DataTree`` have in common: ``data["posterior"]["omega"]`` is a DataArray."""
+    """The interface shared by ``InferenceData`` and ``DataTree``: ``data["posterior"]["omega"]`` is a DataArray."""
 
     attrs: Any
 
@@ -56,28 +60,33 @@ class Grouped(Protocol):
 
 
 def to_inference_data(
-    groups: Mapping[str, Mapping[str, np.ndarray]],
+    groups: Mapping[str, Mapping[str, Array]],
     dims: Mapping[str, Sequence[str]],
-    coords: Mapping[str, Sequence[Any] | np.ndarray],
+    coords: Mapping[str, Sequence[Any] | Array],
     attrs: Mapping[str, str | int | float],
 ) -> Grouped:
     """Hand arrays to ArviZ: an ``InferenceData`` on ArviZ 0.x, a ``DataTree`` on 1.x, with the same content.
 
     Arguments:
-        groups: arrays by group (see ``GROUPS``) and variable; a group without variables is left out.
-        dims: the axes of each variable after (chain, draw). A log-likelihood has the leading ones that are left after
-            summing, e.g. (task, shot) of (task, shot, time, sensor): what ``arviz.loo`` then leaves out is one shot.
-        coords: the labels along each axis; an axis without is numbered from 0.
-        attrs: what a reader of the file should know (seed, versions); goes to the file and to each of its groups.
+        groups: arrays by group (see ``GROUPS``) and variable; a group without variables is omitted.
+        dims: the axes of each variable after (chain, draw). A log-likelihood has the leading axes that remain after
+            summing, e.g. (task, shot) of (task, shot, time, sensor): ``arviz.loo`` then leaves out one shot at a time.
+        coords: the labels along each axis; an axis without labels is numbered from 0.
+        attrs: facts for the reader of the file (seed, versions); stored with the file and with each group.
     """
-    known = {name: dict(groups[name]) for name in GROUPS if groups.get(name)}
+    present = {name: dict(groups[name]) for name in GROUPS if groups.get(name)}
     _check_groups(groups)
-    _check_axes(known, dims, coords)
+    _check_axes(present, dims, coords)
     _check_attrs(attrs)
-    data = _from_dict(
-        known, {k: list(v) for k, v in dims.items()}, {k: np.asarray(v) for k, v in coords.items()}
-    )
-    for node in (data, *(data[name] for name in known)):
+    axes = {name: list(names) for name, names in dims.items()}
+    labels = {axis: np.asarray(values) for axis, values in coords.items()}
+    arviz = import_arviz()
+    data: Grouped
+    if _is_old(arviz):
+        data = arviz.from_dict(**present, dims=axes, coords=labels)
+    else:
+        data = arviz.from_dict(present, dims=axes, coords=labels)
+    for node in (data, *(data[name] for name in present)):
         node.attrs.update({**attrs, "inference_library": "pyro_hybrid"})
     return data
 
@@ -91,11 +100,11 @@ def summary(
 ) -> pd.DataFrame:
     """Tabulate mean, standard deviation and equal-tailed interval of every latent, one row an entry.
 
-    Computed here: ArviZ's own defaults differ between versions. Draws from a guide are independent, so there is no
-    R-hat and no effective sample size to show.
+    The intervals are computed here because ArviZ's defaults differ between versions. Draws from a guide are
+    independent, so the table has no R-hat and no effective sample size.
 
     Arguments:
-        data: what ``to_inference_data`` or ``load`` returned.
+        data: the result of ``to_inference_data`` or ``load``.
         var_names: the variables to show; all of them by default.
         prob: the probability inside the interval.
         group: ``"posterior"`` or ``"prior"``.
@@ -105,63 +114,78 @@ def summary(
     present = list(draws.data_vars)
     names = present if var_names is None else list(var_names)
     missing = [name for name in names if name not in present]
-    _require(
-        not missing,
-        f"var_names among {present}",
-        missing,
-        f"Those are the variables of group {group!r}.",
-    )
+    is_known = bool(names) and not missing
+    _require(is_known, f"var_names among {present}", missing, f"Group {group!r} has those.")
     tails = ((1 - prob) / 2, (1 + prob) / 2)
     columns = ["mean", "sd", *(f"eti_{100 * tail:.4g}%" for tail in tails)]
-    return pd.concat(
-        [pd.DataFrame(_moments(draws[n], tails), _labels(draws[n]), columns) for n in names]
-    )
+    pandas = _require_package("pandas", extra="tables")
+    rows = np.concatenate([_moments(draws[name], tails) for name in names])
+    labels = [label for name in names for label in _labels(draws[name])]
+    table: pd.DataFrame = pandas.DataFrame(rows, labels, columns)
+    return table
 
 
 def save(data: Grouped, path: str | Path) -> None:
-    """Write ``data`` as netCDF (through h5netcdf), readable under either version of ArviZ."""
+    """Write ``data`` as netCDF, readable under either version of ArviZ."""
+    _require_package("h5netcdf", extra="netcdf")
     data.to_netcdf(str(path), engine="h5netcdf")
 
 
 def load(path: str | Path) -> Grouped:
-    """Read what ``save`` wrote into memory; the file is closed again, so that it can be overwritten."""
-    arviz = _backend()
-    with arviz.rc_context({"data.load": "eager"}) if _is_old(arviz) else nullcontext():
-        data: Grouped = arviz.from_netcdf(str(path), engine="h5netcdf")
-    return data if _is_old(arviz) else _in_memory(data)
+    """Read a file written by ``save`` into memory and close it, so that it can be overwritten."""
+    _require_package("h5netcdf", extra="netcdf")
+    arviz = import_arviz()
+    data: Grouped
+    if _is_old(arviz):
+        with arviz.rc_context({"data.load": "eager"}):
+            data = arviz.from_netcdf(str(path), engine="h5netcdf")
+    else:
+        with arviz.from_netcdf(str(path), engine="h5netcdf") as tree:
+            data = tree.load()
+    return data
 
 
-def pareto_k(log_weights: np.ndarray) -> np.ndarray:
-    """PSIS k-hat of log importance weights ``(..., draw)``: 0 where all are equal, infinite where hardly any counts."""
-    weights, few = (
-        np.where(np.isnan(log_weights), -np.inf, log_weights),
-        3.0 * log_weights.shape[-1] ** 0.5,
-    )
+def pareto_k(log_weights: Array) -> Array:
+    """Compute the PSIS k-hat of log importance weights ``(..., draw)``.
+
+    The result is 0 where weights are nearly equal, since the shape of their tail then says nothing about the
+    approximation, and infinite where hardly any draw has weight.
+    """
+    num_draws = log_weights.shape[-1]
+    weights = np.where(np.isnan(log_weights), -np.inf, log_weights)
     with np.errstate(
         all="ignore"
-    ):  # all of them may be zero, one infinite, and some tails fit no Pareto distribution
-        weights = np.maximum(weights - weights.max(-1, keepdims=True), _NEGLIGIBLE)
-        counts = weights > _NEGLIGIBLE
-        k = np.where(counts.sum(-1) < few, np.inf, 0.0)
-        some = (counts & (weights < -_EQUAL)).any(-1) & (k == 0.0)
-        if some.any():
-            k[some] = np.nan_to_num(_psis(weights[some]), nan=np.inf, posinf=np.inf)
+    ):  # weights may all be zero; some tails fit no Pareto distribution
+        weights = np.maximum(weights - weights.max(-1, keepdims=True), NEGLIGIBLE)
+        counts = weights > NEGLIGIBLE
+        k = np.where(counts.sum(-1) < 3.0 * num_draws**0.5, np.inf, 0.0)
+        has_tail = (_effective_share(weights) < NEARLY_EQUAL) & (k == 0.0)
+        if has_tail.any():
+            k[has_tail] = np.nan_to_num(_psis(weights[has_tail]), nan=np.inf, posinf=np.inf)
     return k
 
 
-def _psis(weights: np.ndarray) -> np.ndarray:
-    """0.x takes log weights, 1.x their negatives."""
-    arviz = _backend()
+def _effective_share(log_weights: Array) -> Array:
+    """Compute the effective sample size of the draws that have weight, as a share of their number."""
+    weights = np.where(log_weights > NEGLIGIBLE, np.exp(log_weights), 0.0)
+    number = (weights > 0.0).sum(-1)
+    return np.asarray(weights.sum(-1) ** 2 / ((weights**2).sum(-1) * number))
+
+
+def _psis(log_weights: Array) -> Array:
+    """Smooth importance weights with ArviZ: 0.x takes log weights, 1.x their negatives."""
+    arviz = import_arviz()
     if _is_old(arviz):
-        return np.asarray(arviz.psislw(weights)[1])
+        return np.asarray(arviz.psislw(log_weights)[1])
     import xarray
 
-    return xarray.DataArray(-weights, dims=["task", "draw"]).azstats.psislw(dim="draw")[1].values
+    labelled = xarray.DataArray(-log_weights, dims=["task", "draw"])
+    return np.asarray(labelled.azstats.psislw(dim="draw")[1].values)
 
 
-def plot_ranks(ranks: np.ndarray, axis: Any, color: str) -> None:
-    """Draw into a matplotlib axis how far the ECDF of ranks between 0 and 1 is above the diagonal."""
-    arviz = _backend()
+def plot_ranks(ranks: Array, axis: Any, color: str) -> None:
+    """Draw how far the ECDF of ranks between 0 and 1 lies above the diagonal, into a matplotlib axis."""
+    arviz = import_arviz()
     if _is_old(arviz):
         arviz.plot_ecdf(
             ranks,
@@ -173,32 +197,34 @@ def plot_ranks(ranks: np.ndarray, axis: Any, color: str) -> None:
             show=False,
             backend="matplotlib",
         )
-        return
+    else:
+        _plot_ranks_as_tree(arviz, ranks, axis, color)
+
+
+def _plot_ranks_as_tree(arviz: ModuleType, ranks: Array, axis: Any, color: str) -> None:
+    """Draw the same with ArviZ 1.x, which wants figure and axis as a tree of arrays."""
     import xarray
 
-    def only(artist: Any) -> Any:
+    def as_array(artist: Any) -> Any:
         cell = np.empty((), dtype=object)
         cell[()] = artist
         return xarray.DataArray(cell)
 
     data = arviz.from_dict({"prior_sbc": {"rank": ranks[None]}})
-    where = xarray.DataTree.from_dict(
+    canvas = xarray.DataTree.from_dict(
         {
-            "/": xarray.Dataset({"figure": only(axis.figure)}),
-            "plot": xarray.Dataset({"rank": only(axis)}),
+            "/": xarray.Dataset({"figure": as_array(axis.figure)}),
+            "plot": xarray.Dataset({"rank": as_array(axis)}),
         }
     )
-    onto = arviz.PlotCollection(data["prior_sbc"].dataset, where, backend="matplotlib")
-    hidden = dict.fromkeys(
-        ("suspicious_points", "p_value_text", "xlabel", "ylabel", "title"), False
-    )
-    arviz.plot_ecdf_pit(
-        data, plot_collection=onto, visuals={**hidden, "ecdf_lines": {"color": color}}
-    )
+    plots = arviz.PlotCollection(data["prior_sbc"].dataset, canvas, backend="matplotlib")
+    texts = ("suspicious_points", "p_value_text", "xlabel", "ylabel", "title")
+    visuals = {**dict.fromkeys(texts, False), "ecdf_lines": {"color": color}}
+    arviz.plot_ecdf_pit(data, plot_collection=plots, visuals=visuals)
 
 
-def _backend() -> ModuleType:
-    """ArviZ, imported when it is needed (it takes seconds) and without 0.x's daily advertisement of 1.x."""
+def import_arviz() -> ModuleType:
+    """Import ArviZ on first use (it takes seconds), without 0.x's daily advertisement of 1.x."""
     with warnings.catch_warnings():
         warnings.filterwarnings(
             "ignore", message=r"\s*ArviZ is undergoing a major refactor", category=FutureWarning
@@ -208,61 +234,51 @@ def _backend() -> ModuleType:
 
 
 def _is_old(arviz: ModuleType) -> bool:
-    """By version number: ``arviz.InferenceData`` exists on both, and 0.x takes the call of 1.x without a word."""
+    """Decide by version number: ``arviz.InferenceData`` exists on both, and 0.x accepts a call meant for 1.x."""
     return int(arviz.__version__.partition(".")[0]) < 1
 
 
-def _from_dict(
-    groups: dict[str, dict[str, np.ndarray]], dims: dict[str, Any], coords: dict[str, Any]
-) -> Grouped:
-    arviz = _backend()
-    data: Grouped
-    if _is_old(arviz):
-        data = arviz.from_dict(**groups, dims=dims, coords=coords)
-    else:
-        data = arviz.from_dict(groups, dims=dims, coords=coords)
-    return data
-
-
-def _in_memory(tree: Any) -> Grouped:
-    with tree:
-        data: Grouped = tree.load()
-    return data
-
-
-def _moments(variable: Any, tails: tuple[float, float]) -> np.ndarray:
-    """Mean, sd and the quantiles at ``tails`` over all chains and draws, shape (entries, 4)."""
-    values = variable.transpose(*_SAMPLE_AXES, ...).values.astype(float)
+def _moments(variable: Any, tails: tuple[float, float]) -> Array:
+    """Compute mean, sd and the quantiles at ``tails`` over all chains and draws, shape (entries, 4)."""
+    values = variable.transpose(*SAMPLE_AXES, ...).values.astype(float)
     draws = values.reshape(values.shape[0] * values.shape[1], -1)
-    _require(
-        len(draws) > 1,
-        f"at least two draws of {variable.name!r}",
-        len(draws),
-        "Pass a larger num_samples.",
-    )
-    return np.stack(
-        [draws.mean(0), draws.std(0, ddof=1), *np.quantile(draws, tails, axis=0)], axis=-1
-    )
+    expected = f"at least two draws of {variable.name!r}"
+    _require(len(draws) > 1, expected, len(draws), "Pass a larger num_samples.")
+    quantiles = np.quantile(draws, tails, axis=0)
+    return np.stack([draws.mean(0), draws.std(0, ddof=1), *quantiles], axis=-1)
 
 
 def _labels(variable: Any) -> list[str]:
-    """``omega[0, damping]``: the name and the coordinates of each entry, in the order of the array."""
-    axes = [axis for axis in variable.dims if axis not in _SAMPLE_AXES]
-    entries = np.ndindex(*(variable.sizes[axis] for axis in axes))
-    labels = [[str(label) for label in variable[axis].values] for axis in axes]
-    inside = (
-        ", ".join(names[i] for names, i in zip(labels, entry, strict=True)) for entry in entries
-    )
-    return [f"{variable.name}[{text}]" if axes else str(variable.name) for text in inside]
+    """List ``omega[0, damping]``, name and coordinates of each entry, in the order of the array."""
+    axes = [axis for axis in variable.dims if axis not in SAMPLE_AXES]
+    if not axes:
+        return [str(variable.name)]
+    names = [[str(label) for label in variable[axis].values] for axis in axes]
+    labels = []
+    for entry in np.ndindex(*(len(along) for along in names)):
+        parts = [along[i] for along, i in zip(names, entry, strict=True)]
+        labels.append(f"{variable.name}[{', '.join(parts)}]")
+    return labels
 
 
-def _require(condition: bool, expected: str, came: object, remedy: str) -> None:
-    """The house's one form of message; ``_checks`` has it too, but imports torch."""
+def _require(condition: bool, expected: str, got: object, remedy: str) -> None:
+    """Raise in the one form of message; ``pyro_hybrid.errors`` has it too, but imports torch."""
     if not condition:
-        raise ValueError(f"expected {expected}; got {came}. {remedy}")
+        raise ValueError(f"expected {expected}; got {got}. {remedy}")
 
 
-def _check_groups(groups: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+def _require_package(module: str, extra: str) -> ModuleType:
+    """Import a module of an optional package, as ``pyro_hybrid.errors.require_package`` does."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"expected the module {module}; got {error}. "
+            f"Install it: pip install 'pyro_hybrid[{extra}]'."
+        ) from error
+
+
+def _check_groups(groups: Mapping[str, Mapping[str, Array]]) -> None:
     unknown = sorted(set(groups) - set(GROUPS))
     _require(
         not unknown,
@@ -287,20 +303,19 @@ def _check_groups(groups: Mapping[str, Mapping[str, np.ndarray]]) -> None:
 
 
 def _check_axes(
-    groups: dict[str, dict[str, np.ndarray]],
+    groups: dict[str, dict[str, Array]],
     dims: Mapping[str, Sequence[str]],
-    coords: Mapping[str, Sequence[Any] | np.ndarray],
+    coords: Mapping[str, Sequence[Any] | Array],
 ) -> None:
-    """One length an axis, in all groups: xarray would pad with NaN, ArviZ would rename the axis, both silently."""
+    """Require one length of an axis in all groups: xarray would pad with NaN, and ArviZ rename the axis, silently."""
     lengths = {axis: len(labels) for axis, labels in coords.items()}
     for group, variables in groups.items():
-        own: dict[
-            str, int
-        ] = {}  # the number of chains and draws may differ between prior and posterior
+        sample_lengths: dict[str, int] = {}  # prior and posterior may differ in chains and draws
         for name, value in variables.items():
             axes = _axes(group, name, value, dims.get(name, ()))
             for axis, length in zip(axes, value.shape, strict=True):
-                expected = (own if axis in _SAMPLE_AXES else lengths).setdefault(axis, length)
+                known_lengths = sample_lengths if axis in SAMPLE_AXES else lengths
+                expected = known_lengths.setdefault(axis, length)
                 _require(
                     length == expected,
                     f"{expected} along axis {axis!r} of {group}[{name!r}]",
@@ -309,10 +324,10 @@ def _check_axes(
                 )
 
 
-def _axes(group: str, name: str, value: np.ndarray, dims: Sequence[str]) -> tuple[str, ...]:
-    axes = (*_SAMPLE_AXES, *dims) if GROUPS[group] else tuple(dims)
+def _axes(group: str, name: str, value: Array, dims: Sequence[str]) -> tuple[str, ...]:
+    axes = (*SAMPLE_AXES, *dims) if GROUPS[group] else tuple(dims)
     if group == "log_likelihood":
-        axes = axes[: max(value.ndim, len(_SAMPLE_AXES))]
+        axes = axes[: max(value.ndim, len(SAMPLE_AXES))]
     _require(
         value.ndim == len(axes) > 0,
         f"{group}[{name!r}] with axes {axes}",
@@ -324,9 +339,9 @@ def _axes(group: str, name: str, value: np.ndarray, dims: Sequence[str]) -> tupl
 
 def _check_attrs(attrs: Mapping[str, str | int | float]) -> None:
     for name, value in attrs.items():
-        storable = isinstance(value, str | int | float) and not isinstance(value, bool)
+        is_storable = isinstance(value, str | int | float) and not isinstance(value, bool)
         _require(
-            storable,
+            is_storable,
             f"attrs[{name!r}] as text or number",
             type(value).__name__,
             "netCDF attributes hold nothing else: pass str(value), or int(value) for a bool.",

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import scipy  # its parts are imported when they are used
 import torch
-from scipy.optimize import least_squares
 from torch import Tensor
 
 from pyro_hybrid.data.tasks import Tasks
@@ -84,7 +84,7 @@ def fitted(model: Model, tasks: Tasks, stages: Sequence[float] = (0.1, 0.2)) -> 
                 (states[..., :2] - observed).flatten().nan_to_num(10.0).clamp(-10.0, 10.0).numpy()
             )
 
-        best = least_squares(errors, best).x
+        best = scipy.optimize.least_squares(errors, best).x
     return torch.from_numpy(np.exp(best))
 
 

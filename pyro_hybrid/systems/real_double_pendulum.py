@@ -5,18 +5,18 @@ from __future__ import annotations
 import hashlib
 import os
 import tarfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import scipy  # its parts are imported when they are used
 import torch
-from scipy.interpolate import CubicHermiteSpline
-from scipy.signal import savgol_filter
 from torch import Tensor
 
 from pyro_hybrid.data.tasks import Tasks
-from pyro_hybrid.errors import fail, require
+from pyro_hybrid.errors import fail, require, require_package
 
 __all__ = ["FRAMES", "SHA256", "URL", "Recordings", "angles", "ibm_double_pendulum", "smoothed"]
 
@@ -181,13 +181,13 @@ class Recordings:
         return [places[k] for k in torch.randperm(len(places), generator=random)[:number].tolist()]
 
 
-def _curve(states: Tensor) -> CubicHermiteSpline:
-    return CubicHermiteSpline(
+def _curve(states: Tensor) -> Callable[..., Any]:
+    return scipy.interpolate.CubicHermiteSpline(
         np.arange(len(states)) / FRAMES, states[:, :2].numpy(), states[:, 2:].numpy()
     )
 
 
-def _seen(curve: CubicHermiteSpline, times: Tensor, scale: Tensor) -> Tensor:
+def _seen(curve: Callable[..., Any], times: Tensor, scale: Tensor) -> Tensor:
     """States (time, 4) by a clock that runs ``scale`` times as fast, with whole turns before the start forgotten."""
     turned = torch.from_numpy(curve(times.numpy()))
     whole = 2.0 * torch.pi * torch.round(turned[0] / (2.0 * torch.pi))
@@ -221,7 +221,9 @@ def smoothed(angles: Tensor) -> Tensor:
     """
     require(len(angles) >= WINDOW, f"{WINDOW} frames or more", len(angles), "Record for longer.")
     parts = [
-        savgol_filter(angles.numpy(), WINDOW, ORDER, deriv=k, delta=1.0 / FRAMES, axis=0)
+        scipy.signal.savgol_filter(
+            angles.numpy(), WINDOW, ORDER, deriv=k, delta=1.0 / FRAMES, axis=0
+        )
         for k in (0, 1)
     ]
     return torch.from_numpy(np.concatenate(parts, -1))
@@ -265,15 +267,7 @@ def _pixels(path: Path, sha256: str) -> Tensor:
 
 def _downloaded() -> Path:
     """The folder where the published archive was unpacked, now or before."""
-    try:
-        import pooch
-    except ImportError:
-        fail(
-            "pooch, to download the recordings",
-            "none",
-            "pip install 'pyro_hybrid[data]', or pass folder= or set PYRO_HYBRID_DATA.",
-            ImportError,
-        )
+    pooch = require_package("pooch", "data", "pass folder= or set PYRO_HYBRID_DATA")
     try:
         archive = Path(pooch.retrieve(URL, known_hash=ARCHIVE, path=pooch.os_cache("pyro_hybrid")))
     except (OSError, ValueError) as error:  # no network, or another file
