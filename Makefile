@@ -2,7 +2,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow test-arviz1 lint bench docs clean
+.PHONY: help venv demo test test-slow test-arviz1 lint house audit bench docs clean
 
 BIN := .venv/bin
 PYTHON = $(shell for p in python3.11 python3 python; do \
@@ -31,11 +31,18 @@ test-slow: .venv/.installed ## try hard to break it, and write docs/reliability.
 test-arviz1: .venv-arviz1/.installed .venv/.installed ## the ArviZ adapter under ArviZ 1.x, in an environment without torch
 	@$(BIN)/python -m pytest tests/test_arviz_adapter.py
 
-lint: .venv/.installed ## ruff and mypy
-	@echo "lint: ruff"
+lint: .venv/.installed ## ruff, formatting, types, and the order of the rooms
+	@echo "lint: ruff check"
 	@$(BIN)/ruff check .
+	@echo "lint: ruff format"
+	@$(BIN)/ruff format --check .
 	@echo "lint: mypy"
 	@$(BIN)/mypy
+	@echo "lint: import-linter"
+	@$(BIN)/lint-imports --no-cache > .venv/import-linter.txt || { cat .venv/import-linter.txt; exit 1; }
+
+house: .venv/.installed ## measure the package in a reader's units, beside their limits
+	@$(BIN)/python tests/house.py $(ARGS)
 
 audit: .venv-audit/.installed ## look up every pinned version among the known vulnerabilities (needs a network)
 	@echo "audit: pip-audit of constraints.txt"
