@@ -182,9 +182,10 @@ class Recordings:
 
 
 def _curve(states: Tensor) -> Callable[..., Any]:
-    return scipy.interpolate.CubicHermiteSpline(
+    curve: Callable[..., Any] = scipy.interpolate.CubicHermiteSpline(
         np.arange(len(states)) / FRAMES, states[:, :2].numpy(), states[:, 2:].numpy()
     )
+    return curve
 
 
 def _seen(curve: Callable[..., Any], times: Tensor, scale: Tensor) -> Tensor:
