@@ -12,6 +12,7 @@ import numpy as np
 import pyro
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 FIGURES = pytest.StashKey[dict[str, dict[str, float]]]()
 Note = Callable[..., None]
@@ -25,6 +26,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[FIGURES] = {}
+    settings.register_profile(
+        "no clock", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    )
+    settings.load_profile("no clock")  # machines are shared
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -1,10 +1,13 @@
-"""Scripts that no package holds, as modules."""
+"""Import scripts that belong to no package, and run them in another process."""
 
 from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
 from types import ModuleType
+
+HANGING = 3600.0
+"""Seconds after which a subprocess is taken to hang. A guard and no claim: machines are shared, and a slow run passes."""
 
 
 def load(path: Path) -> ModuleType:

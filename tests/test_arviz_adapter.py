@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scripts import HANGING
 
 ROOT = Path(__file__).parents[1]
 INNER = "PYRO_HYBRID_ARVIZ1_INNER"  # set in the subprocess, so that it doesn't start one itself
@@ -44,7 +45,7 @@ def run(python: str, *arguments: str, cache: Path | None = None) -> str:
     if cache is not None:
         environment["XDG_CACHE_HOME"] = str(cache)
     done = subprocess.run(
-        [python, *arguments], capture_output=True, text=True, env=environment, timeout=300
+        [python, *arguments], capture_output=True, text=True, env=environment, timeout=HANGING
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

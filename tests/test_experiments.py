@@ -26,7 +26,7 @@ from experiments.run import Choice, Run, carry_out, results
 from experiments.settings import CASES, MODELS, OURS
 from experiments.trained import Trained, data, exactly, trained
 from matplotlib.figure import Figure
-from scripts import load
+from scripts import HANGING, load
 from toys import Line, exact, make_tasks
 
 import pyro_hybrid as ph
@@ -323,7 +323,7 @@ def test_a_script_starts_from_the_root_of_a_checkout(script: str) -> None:
         text=True,
         env=environment,
         cwd=ROOT,
-        timeout=600,  # only guards against hanging
+        timeout=HANGING,
     )
     assert done.returncode == 0 and "--seeds" in done.stdout, done.stderr
 

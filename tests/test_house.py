@@ -232,8 +232,8 @@ def test_the_hooks_before_a_commit_are_what_lint_runs_and_fetch_nothing() -> Non
 def test_types_are_checked_strictly_and_what_is_not_is_named() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["mypy"]
     assert settings["strict"] is True
-    third_party, unclean = settings["overrides"]
+    third_party, *unclean = settings["overrides"]
     assert not any(name.startswith("pyro_hybrid") for name in third_party["module"])
-    for name in unclean["module"]:  # the list must shrink
+    for name in (name for section in unclean for name in section["module"]):  # must shrink
         path = ROOT / f"{name.replace('.', '/')}.py"
         assert path.exists(), f"{name} is gone; take it off the list"

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from scripts import HANGING
 
 import pyro_hybrid as ph
 from pyro_hybrid.diagnostics.ranks import Latent
@@ -89,7 +90,7 @@ def run(*arguments: str) -> str:
         text=True,
         env=environment,
         cwd=ROOT,
-        timeout=300,
+        timeout=HANGING,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

@@ -16,6 +16,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.nn import PyroSample
+from scripts import HANGING
 from torch import Tensor
 from torch.autograd import gradcheck
 from torch.testing import assert_close
@@ -671,7 +672,7 @@ def script(source: str, **environment: str) -> dict[str, Any]:
         [sys.executable, "-c", source],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=HANGING,
         cwd=Path(__file__).parent.parent,
         env=os.environ | environment,
     )

@@ -11,7 +11,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from scripts import load
+from scripts import HANGING, load
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted(
@@ -306,7 +306,7 @@ def command(pip_audit: str, folder: Path) -> subprocess.CompletedProcess[str]:
         [sys.executable, ROOT / "tests" / "audit.py"],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=HANGING,
         env={"PYTHONPATH": str(folder)},
     )
 

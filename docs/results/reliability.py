@@ -53,8 +53,8 @@ ROWS = {
     "stuck solver": (
         "fields that become NaN, blow up, or are too stiff, tolerances out of reach, by rk4, dopri5 and "
         "dopri8; under `python` and `python -O`",
-        "`SolverError` within 5 s",
-        "{errors} `SolverError`s, the slowest after {seconds:.2g} s (`max_steps` of 1000 and less)",
+        "`SolverError` after fewer than 20,000 evaluations of the field",
+        "{errors} `SolverError`s, the last after {evaluations:,.0f} evaluations (`max_steps` of 1000 and less)",
     ),
     "stiffness": (
         "64 trajectories of mixed stiffness, alone and in a batch",
