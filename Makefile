@@ -2,7 +2,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow test-arviz1 lint house audit bench docs clean
+.PHONY: help venv demo test test-slow test-arviz1 python-arviz1 lint house audit bench docs clean
 
 BIN := .venv/bin
 PYTHON = $(shell for p in python3.11 python3 python; do \
@@ -90,6 +90,9 @@ clean: ## remove .venv, caches and built docs (what is in out/ stays)
 PYTHON_ARVIZ1 = $(shell for p in python3.14 python3.13 python3.12 $(wildcard $(HOME)/.pyenv/versions/3.1[2-9].*/bin/python); do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && { echo $$p; break; }; done)
 ARVIZ1 := arviz==1.3.0 arviz-base==1.3.1 arviz-stats==1.3.3 arviz-plots==1.3.2 h5netcdf==1.8.2 h5py==3.16.0
+
+python-arviz1: # print the Python for ArviZ 1.x, or nothing
+	@echo $(PYTHON_ARVIZ1)
 
 .venv-arviz1/.installed:
 	@[ -n "$(PYTHON_ARVIZ1)" ] || { echo "Python 3.12 or newer is needed: say make test-arviz1 PYTHON_ARVIZ1=/path/to/it" >&2; exit 1; }
