@@ -18,7 +18,7 @@ from torch import Tensor
 from experiments.cases import CASES, DEAF, ONE_BY_ONE, OURS, Case, Setting, Sharpening
 from experiments.run import Choice, slug
 from pyro_hybrid.data.tasks import Episode, Tasks
-from pyro_hybrid.dynamics.solve import failures_as_values
+from pyro_hybrid.dynamics.modes import nan_on_failure
 from pyro_hybrid.evidence.gauss_newton import Linearised, Problem
 from pyro_hybrid.inference.posterior import calibrate, draws, predict
 from pyro_hybrid.inference.prior import SupportPrior, handed_out
@@ -148,7 +148,7 @@ class Trained:
 
     def _run(self, latents: dict[str, Tensor], episode: Episode, samples: int) -> Tensor:
         blank = episode if self.conditional else replace(episode, support=None)
-        with failures_as_values(), pyro.validation_enabled(False):  # which refuses NaN
+        with nan_on_failure(), pyro.validation_enabled(False):  # which refuses NaN
             return predict(poutine.condition(self.model, latents), blank, samples)["x"].mean(0)
 
 
