@@ -23,6 +23,7 @@ from pyro_hybrid.evidence.gauss_newton import Linearised, Problem
 from pyro_hybrid.inference.posterior import calibrate, draws, predict
 from pyro_hybrid.inference.prior import SupportPrior, handed_out
 from pyro_hybrid.models import APHYNITY, HybridVAE, MetaHybridVAE
+from pyro_hybrid.programs.fix_gauge import fix_gauge
 from pyro_hybrid.programs.module import local_parameters
 from pyro_hybrid.shapes import State, Stock
 from pyro_hybrid.systems import System
@@ -189,7 +190,7 @@ def learnt(
         Linearised(case.final.iterations, segments=case.final.segments) if fast else case.final
     )  # no restarts
     if model in (OURS, DEAF):
-        made.settle(learn[:200])
+        fix_gauge(made, learn[:200])
     if model == OURS:
         made.prior.evidence, out.guide = final, made.guide(case.query)
         calibrate(made, learn[:300])
