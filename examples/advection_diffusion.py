@@ -48,7 +48,7 @@ def main() -> None:
         reading=ph.Linearised(2, segments=(7,)),
         seed=choice.seed,
     )
-    model.settle(train[:200])
+    ph.fix_gauge(model, train[:200])
 
     # What the encoder is blind to, the program itself finds.
     model.prior.evidence, guide = ph.Linearised(2, segments=(7,)), model.guide(ph.Linearised(1))

@@ -60,7 +60,7 @@ def main() -> None:
             reading=ph.Linearised(2, segments=(2, 2, 7)),
             seed=choice.seed,
         )
-        model.settle(train[:200])
+        ph.fix_gauge(model, train[:200])
         model.prior.evidence, guide = (
             ph.Linearised(3, segments=(2, 2, 2, 7), restarts=4),
             model.guide(ph.Linearised(2)),

@@ -21,8 +21,13 @@ from pyro_hybrid.inference.posterior import (
     to_arviz,
 )
 from pyro_hybrid.inference.prior import SupportPrior, UnconditionalPrior
+from pyro_hybrid.nets.correction import projection_penalty
 from pyro_hybrid.nets.encoders import SetEncoder
-from pyro_hybrid.nets.residual import Mixing, Residual, overlap
+from pyro_hybrid.nets.gauge import Gauge
+from pyro_hybrid.nets.hybrid_field import HybridField
+from pyro_hybrid.nets.mixing import Mixing
+from pyro_hybrid.nets.residual import Residual
+from pyro_hybrid.programs.fix_gauge import fix_gauge
 from pyro_hybrid.programs.module import HybridModel
 from pyro_hybrid.scores.mcc import mcc
 from pyro_hybrid.scores.separability import disentangle
@@ -44,6 +49,8 @@ __all__ = [
     "ContractError",
     "Episode",
     "Fit",
+    "Gauge",
+    "HybridField",
     "HybridModel",
     "Linearised",
     "Mixing",
@@ -61,14 +68,15 @@ __all__ = [
     "disentangle",
     "draws",
     "families",
+    "fix_gauge",
     "load",
     "load_arviz",
     "mcc",
     "meta_train",
     "models",
-    "overlap",
     "pareto_k",
     "predict",
+    "projection_penalty",
     "save_arviz",
     "sharpen",
     "solve",

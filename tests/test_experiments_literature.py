@@ -73,21 +73,21 @@ def test_a_push_is_blind_to_the_state_and_friction_to_time() -> None:
     assert not torch.equal(*(force(t, *one)[0] for t in (early, late)))
 
 
-def test_friction_that_does_gravity_s_work_is_objected_to_and_a_push_never() -> None:
+def test_friction_that_does_gravity_s_work_is_penalized_and_a_push_never() -> None:
     model = told()
     model.correction = 2.0
     states = torch.stack([3.0 * torch.rand(2, 4, 50) - 1.5, torch.randn(2, 4, 50)], -1)
     z = torch.tensor([[0.0, 1.0, 5.0]]).expand(2, 3)
 
-    def objection() -> Tensor:
-        return model.objections({"omega": torch.ones(2, 1)}, z, model.system.times.float(), states)
+    def penalty() -> Tensor:
+        return model.penalty({"omega": torch.ones(2, 1)}, z, model.system.times.float(), states)
 
-    assert not objection().any()
+    assert not penalty().any()
     with torch.no_grad():
         model.residual.straight[0, 0] = 0.5  # of angle / 0.5: v = angle
     angle = states[..., 0].flatten(1)
     expected = 2.0 * (angle * angle.sin()).mean(1).square() / angle.sin().square().mean(1)
-    assert_close(objection(), expected, rtol=0.05, atol=0.0)
+    assert_close(penalty(), expected, rtol=0.05, atol=0.0)
 
 
 def test_reading_from_the_beginning_on_finds_what_reading_it_all_at_once_does_not() -> None:

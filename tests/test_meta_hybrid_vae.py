@@ -1,4 +1,4 @@
-"""MetaHybridVAE: where its neural force is judged, the true one has nothing to answer for."""
+"""MetaHybridVAE: where its neural force is judged, the true one is not penalized; its gauge credits the physics."""
 
 from __future__ import annotations
 
@@ -10,22 +10,26 @@ from experiments.trained import exactly
 from torch import Tensor
 
 import pyro_hybrid as ph
-from pyro_hybrid.systems.system import Force
+from pyro_hybrid.nets.hybrid_field import Force
+
+# ---- penalties -----------------------------------------------------------------------------------
 
 
-def test_the_true_force_of_a_field_overlaps_with_the_physics_along_its_trajectory_and_not_where_it_began(
+def test_the_true_force_of_a_field_is_penalized_along_its_trajectory_and_not_where_it_began(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     system = ph.systems.AdvectionDiffusion()
     tasks = exactly(system, 20, 4, 0)
-    model, episode = ph.models.MetaHybridVAE(system, correction=1.0), tasks.episode()
+    model = ph.models.MetaHybridVAE(system, correction=1.0)
+    episode = tasks.episode()
     physics, unknown = {"diffusion": tasks.truth["diffusion"]}, tasks.truth["unknown"]
     monkeypatch.setattr(
         model, "force", lambda unknown: system.truth(unknown[..., None, None, :].squeeze(-1))
     )
-    along = model.objections(physics, unknown, episode.times, episode.query)
-    began = model.objections(physics, unknown, *model.places(episode, episode.query))
-    assert (began.abs() < 1e-3 * along.abs().mean()).all() and (along > 0.0).all()
+    along = model.penalty(physics, unknown, episode.times, episode.query)
+    first = model.collocation_states(episode, episode.query)
+    at_start = model.penalty(physics, unknown, *first)
+    assert (at_start.abs() < 1e-3 * along.abs().mean()).all() and (along > 0.0).all()
 
 
 @pytest.mark.parametrize("steps", [None, 2])
@@ -33,22 +37,22 @@ def test_fields_are_judged_at_their_initial_states_cut_or_not(steps: int | None)
     system = ph.systems.AdvectionDiffusion(6)
     episode = system.simulate(3, 4, 0).episode()
     model, states = ph.models.MetaHybridVAE(system), episode.cut(steps).query
-    times, places = model.places(episode.cut(steps), states)
-    assert torch.equal(places.squeeze(-2), episode.measured) and float(times) == 0.0
+    times, fields = model.collocation_states(episode.cut(steps), states)
+    assert torch.equal(fields.squeeze(-2), episode.measured) and float(times) == 0.0
 
 
-def test_others_are_judged_along_their_trajectories() -> None:
+def test_other_systems_are_judged_along_their_trajectories() -> None:
     system = ph.systems.Pendulum()
     episode = system.simulate(3, 4, 0).episode().cut(7)
-    times, places = ph.models.MetaHybridVAE(system).places(episode, episode.query)
-    assert times is episode.times and places is episode.query
+    times, states = ph.models.MetaHybridVAE(system).collocation_states(episode, episode.query)
+    assert times is episode.times and states is episode.query
 
 
-# ---- settled: what the neural force does in the physics' place counts as physics -----------------
+# ---- gauge ---------------------------------------------------------------------------------------
 
 
-def pushed(share: float) -> tuple[ph.models.MetaHybridVAE, ph.Tasks]:
-    """A model whose neural force is the true friction and push, and so much of gravity's work besides."""
+def model_and_tasks(share: float) -> tuple[ph.models.MetaHybridVAE, ph.Tasks]:
+    """A model whose neural force is the true friction and push, and this share of gravity's work besides."""
     system = ph.systems.Pendulum()
     model = ph.models.MetaHybridVAE(system).double()
 
@@ -61,101 +65,94 @@ def pushed(share: float) -> tuple[ph.models.MetaHybridVAE, ph.Tasks]:
 
 
 def trajectories(model: ph.models.MetaHybridVAE, tasks: ph.Tasks) -> Tensor:
-    episode, truth = (
-        tasks.shots(slice(None)),
-        {name: value.double() for name, value in tasks.truth.items()},
-    )
-    return model.trajectories(
-        {"omega": truth["omega"]},
-        truth["unknown"],
-        episode.measured.double(),
-        episode.times.double(),
-    )
+    """The model's trajectories at the true latents."""
+    episode = tasks.shots(slice(None)).double()
+    truth = {name: value.double() for name, value in tasks.truth.items()}
+    physics = {"omega": truth["omega"]}
+    return model.trajectories(physics, truth["unknown"], episode.measured, episode.times)
 
 
-def test_once_settled_physics_latents_mean_what_they_say() -> None:
-    model, tasks = pushed(0.01)
-    wrong = trajectories(model, tasks)
-    model.settle(tasks)
-    right = trajectories(model, tasks)
+def corrected(model: ph.models.MetaHybridVAE, omega: Tensor, unknown: Tensor) -> Tensor:
+    return model.gauge(model.equations, {"omega": omega}, unknown)["omega"]
+
+
+def rms(values: Tensor) -> Tensor:
+    return values.square().mean().sqrt()
+
+
+def test_physics_latents_mean_what_they_say_once_the_gauge_is_fixed() -> None:
+    model, tasks = model_and_tasks(0.01)
+    before = trajectories(model, tasks)
+    ph.fix_gauge(model, tasks)
+    after = trajectories(model, tasks)
     truth = tasks.shots(slice(None)).query
-    assert (right - truth).square().mean().sqrt() < 0.2 * (wrong - truth).square().mean().sqrt()
+    assert rms(after - truth) < 0.2 * rms(before - truth)
 
 
-def test_settling_leaves_the_true_force_as_it_is() -> None:
-    model, tasks = pushed(0.0)
-    model.settle(tasks)
-    omega = tasks.truth["omega"].double()
-    settled = model.settled({"omega": omega}, tasks.truth["unknown"].double())["omega"]
-    assert (settled / omega - 1.0).square().mean().sqrt() < 1e-4
+def test_fixing_the_gauge_leaves_the_true_force_as_it_is() -> None:
+    model, tasks = model_and_tasks(0.0)
+    ph.fix_gauge(model, tasks)
+    omega, unknown = tasks.truth["omega"].double(), tasks.truth["unknown"].double()
+    assert rms(corrected(model, omega, unknown) / omega - 1.0) < 1e-4
 
 
-def test_a_settled_model_trains_saves_and_loads_as_before(tmp_path: Path) -> None:
+def test_a_model_whose_gauge_is_fixed_trains_saves_and_loads_with_it(tmp_path: Path) -> None:
     system = ph.systems.Pendulum()
     tasks, model = system.simulate(8, 4, 0), ph.models.MetaHybridVAE(system)
     guide = model.guide()
-    model.settle(tasks, 64)
+    ph.fix_gauge(model, tasks, 64)
     fit = ph.meta_train(model, guide, tasks, steps=1, batch_size=4, progress=False)
     fit.save(tmp_path / "fit", model, guide)
     other = ph.models.MetaHybridVAE(system)
     ph.load(tmp_path / "fit", other, other.guide())
-    assert other.clock is None and model.samples is not None and model.samples.shape == (64, 2)
+    assert int(other.gauge.num_points) == 64
+    with torch.no_grad():
+        episode = tasks.shots(slice(None))
+        latents = {"omega": torch.ones(8, 1)}, torch.randn(8, 3)
+        states = [x.trajectories(*latents, episode.measured, episode.times) for x in (model, other)]
+    assert torch.equal(*states)
 
 
-def test_fields_are_settled_where_they_began() -> None:
+def test_the_gauge_of_fields_has_them_as_they_began() -> None:
     system = ph.systems.AdvectionDiffusion(6)
     tasks, model = system.simulate(3, 4, 0), ph.models.MetaHybridVAE(system)
-    model.settle(tasks)
-    assert torch.equal(model.samples, tasks.shots(slice(None)).measured.flatten(0, 1))
+    ph.fix_gauge(model, tasks)
+    initial = tasks.shots(slice(None)).measured
+    assert torch.equal(model.gauge.states[: int(model.gauge.num_points)], initial.flatten(0, 1))
     states = model.trajectories(
-        {"diffusion": torch.full((3, 1), 0.05)},
-        torch.zeros(3, 1),
-        tasks.shots(slice(None)).measured,
-        tasks.times,
+        {"diffusion": torch.full((3, 1), 0.05)}, torch.zeros(3, 1), initial, tasks.times
     )
     assert states.shape == (3, 4, len(tasks.times), 6) and states.isfinite().all()
 
 
-def test_what_was_read_before_settling_is_read_again() -> None:
+def test_a_belief_from_before_the_gauge_was_fixed_is_computed_again() -> None:
     system = ph.systems.Pendulum()
     tasks, model = system.simulate(3, 4, 0), ph.models.MetaHybridVAE(system, ph.Linearised(1))
     support = tasks.episode().support
     before = model.prior.belief(support)
-    model.settle(tasks, 64)
+    ph.fix_gauge(model, tasks, 64)
     assert not torch.equal(model.prior.belief(support).mean, before.mean)
 
 
-def test_copies_that_are_the_same_are_settled_once_and_gradients_stay() -> None:
-    model, tasks = pushed(0.01)
-    model.settle(tasks, 64)
+def test_equal_copies_are_corrected_once_and_gradients_stay() -> None:
+    model, tasks = model_and_tasks(0.01)
+    ph.fix_gauge(model, tasks, 64)
     omega, unknown = tasks.truth["omega"].double(), tasks.truth["unknown"].double()
-    moved = torch.tensor([0.0, 0.1, 0.1, 0.0], dtype=torch.float64)[:, None, None]
-    copies = (unknown + moved).requires_grad_()
-    both = model.settled({"omega": omega.expand(4, -1, -1)}, copies)["omega"]
+    moves = torch.tensor([0.0, 0.1, 0.1, 0.0], dtype=torch.float64)[:, None, None]
+    copies = (unknown + moves).requires_grad_()
+    together = corrected(model, omega.expand(4, -1, -1), copies)
     for k in range(4):
-        assert torch.allclose(
-            both[k], model.settled({"omega": omega}, copies[k])["omega"], rtol=1e-12
-        )
-    (alone,) = torch.autograd.grad(
-        model.settled({"omega": omega}, copies[2])["omega"].sum(), copies
-    )
-    (grad,) = torch.autograd.grad(both[2].sum(), copies)
+        assert torch.allclose(together[k], corrected(model, omega, copies[k]), rtol=1e-12)
+    (alone,) = torch.autograd.grad(corrected(model, omega, copies[2]).sum(), copies)
+    (grad,) = torch.autograd.grad(together[2].sum(), copies)
     assert torch.allclose(grad[1:3].sum(0), alone[2], rtol=1e-9) and alone.abs().sum() > 0.0
 
 
-def test_physics_latents_with_draws_are_settled_beside_neural_ones_without() -> None:
-    model, tasks = pushed(0.01)
-    model.settle(tasks, 64)
+def test_draws_of_physics_latents_are_corrected_beside_neural_ones_without() -> None:
+    model, tasks = model_and_tasks(0.01)
+    ph.fix_gauge(model, tasks, 64)
     omega, unknown = tasks.truth["omega"].double(), tasks.truth["unknown"].double()
     draws = torch.stack([omega, 1.1 * omega])
-    both = model.settled({"omega": draws}, unknown)["omega"]
-    assert all(
-        torch.allclose(both[k], model.settled({"omega": draws[k]}, unknown)["omega"])
-        for k in range(2)
-    )
-
-
-def test_no_place_at_all_is_refused() -> None:
-    system = ph.systems.Pendulum()
-    with pytest.raises(ValueError, match="expected 1 place or more"):
-        ph.models.MetaHybridVAE(system).settle(system.simulate(3, 4, 0), 0)
+    together = corrected(model, draws, unknown)
+    for k in range(2):
+        assert torch.allclose(together[k], corrected(model, draws[k], unknown))

@@ -9,7 +9,7 @@ from torch.autograd import gradcheck
 from torch.testing import assert_close
 
 import pyro_hybrid as ph
-from pyro_hybrid.nets.residual import explained, overlap
+from pyro_hybrid.nets.correction import explained_share, projection_penalty
 
 EXACT = {"rtol": 0.0, "atol": 1e-12}
 INPUTS, LATENTS, SCALE = 2, 3, (0.5, 4.0)
@@ -222,10 +222,10 @@ def test_a_residual_called_otherwise_than_built_is_refused_with_words() -> None:
         term.given(normal(4, 1, LATENTS))(normal(4, 3))
 
 
-# ------------------------------------------------------------------------------------------------------------- overlap
+# -------------------------------------------------------------------------------------------------- projection_penalty
 
 
-def test_overlap_is_the_documented_quotient_of_pairs_of_samples() -> None:
+def test_projection_penalty_is_the_documented_quotient_of_pairs_of_samples() -> None:
     correction, tangents = normal(2, 4, 7, 3), [normal(2, 4, 7, 3), normal(4, 7, 3)]
     expected = torch.zeros(2, 4, dtype=torch.float64)
     for tangent in tangents:
@@ -234,19 +234,23 @@ def test_overlap_is_the_documented_quotient_of_pairs_of_samples() -> None:
             [products[..., i] * products[..., j] for i in range(7) for j in range(7) if i != j]
         )
         expected += pairs.mean(0) / tangent.square().sum(-1).mean(-1)
-    assert_close(overlap(correction, tangents), expected, **EXACT)
+    assert_close(projection_penalty(correction, tangents), expected, **EXACT)
 
 
-def test_overlap_of_what_the_physics_could_do_is_its_size_and_of_anything_else_zero() -> None:
+def test_projection_penalty_of_what_the_physics_could_do_is_its_size_and_of_anything_else_zero() -> (
+    None
+):
     tangent, other = normal(2000, 50, 1).sign(), normal(2000, 50, 1)
     assert_close(
-        overlap(3.0 * tangent, [tangent]), torch.full((2000,), 9.0, dtype=torch.float64), **EXACT
+        projection_penalty(3.0 * tangent, [tangent]),
+        torch.full((2000,), 9.0, dtype=torch.float64),
+        **EXACT,
     )
-    unrelated = overlap(other, [tangent])
+    unrelated = projection_penalty(other, [tangent])
     assert (
         unrelated.mean().abs() < 5.0 * unrelated.std() / 2000**0.5
     )  # no bias from the samples' spread
-    assert_close(overlap(other, []), torch.zeros(2000, dtype=torch.float64))
+    assert_close(projection_penalty(other, []), torch.zeros(2000, dtype=torch.float64))
 
 
 # -------------------------------------------------------------------------------------------------------------- Mixing
@@ -281,7 +285,7 @@ def test_mixing_refuses_other_states_than_it_was_built_for_with_words() -> None:
         ph.Mixing(3, 0)
 
 
-# ----------------------------------------------------------------------------------------------------------- explained
+# ----------------------------------------------------------------------------------------------------- explained_share
 
 
 def test_what_the_physics_explains_of_a_mixture_are_its_shares() -> None:
@@ -291,14 +295,14 @@ def test_what_the_physics_explains_of_a_mixture_are_its_shares() -> None:
     tangents = [x.unflatten(-1, (20, 2)) for x in (one, other)]
     mixture = (2.0 * one - 3.0 * other + rest).unflatten(-1, (20, 2))
     expected = torch.tensor([2.0, -3.0], dtype=torch.float64).expand(5, 2)
-    assert_close(explained([(mixture, tangents)]), expected, **EXACT)
+    assert_close(explained_share([(mixture, tangents)]), expected, **EXACT)
     halves = [
         (mixture[:, part], [x[:, part] for x in tangents]) for part in (slice(0, 7), slice(7, 20))
     ]
-    assert_close(explained(halves), expected, **EXACT)
+    assert_close(explained_share(halves), expected, **EXACT)
 
 
-def test_centred_shares_are_those_beside_a_constant_and_of_functions_of_other_components_none() -> (
+def test_centered_shares_are_those_beside_a_constant_and_of_functions_of_other_components_none() -> (
     None
 ):
     torch.manual_seed(0)
@@ -311,9 +315,9 @@ def test_centred_shares_are_those_beside_a_constant_and_of_functions_of_other_co
     force, halves = push + 0.5 * tangent, (slice(400), slice(400, 900))
     pieces = [(force[:, half], [tangent[:, half]]) for half in halves]
     assert_close(
-        explained(pieces, centred=True), torch.tensor([[0.5]], dtype=torch.float64), **EXACT
+        explained_share(pieces, centered=True), torch.tensor([[0.5]], dtype=torch.float64), **EXACT
     )
-    assert float(explained(pieces)) > 2.0  # a constant looks like a sine that is never zero
+    assert float(explained_share(pieces)) > 2.0  # a constant looks like a sine that is never zero
     two = (
         torch.randn(4, 50, 2, dtype=torch.float64),
         [torch.randn(4, 50, 2, dtype=torch.float64) for _ in range(2)],
@@ -323,15 +327,17 @@ def test_centred_shares_are_those_beside_a_constant_and_of_functions_of_other_co
         torch.tensor([0.0, 1.0]).expand(4, 50, 2),
     ]  # by component
     assert_close(
-        explained([two], centred=True), explained([(two[0], [*two[1], *ones])])[:, :2], **EXACT
+        explained_share([two], centered=True),
+        explained_share([(two[0], [*two[1], *ones])])[:, :2],
+        **EXACT,
     )
 
 
 def test_a_physics_latent_that_does_nothing_explains_nothing() -> None:
     zero = torch.zeros(3, 10, 1)
-    assert torch.equal(explained([(torch.ones(3, 10, 1), [zero])]), torch.zeros(3, 1))
+    assert torch.equal(explained_share([(torch.ones(3, 10, 1), [zero])]), torch.zeros(3, 1))
 
 
 def test_nothing_can_be_explained_by_no_states() -> None:
     with pytest.raises(ValueError, match="expected one piece or more"):
-        explained([])
+        explained_share([])

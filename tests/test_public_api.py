@@ -243,6 +243,14 @@ MISUSES: dict[str, tuple[Callable[[], object], str]] = {
         lambda: episode(query=torch.zeros(2, 2, 9, 1), times=torch.arange(9.0)).cut(2),
         r"expected measured states at all times.*Pass initial= with a time axis to Tasks",
     ),
+    "Gauge": (
+        lambda: ph.Gauge(0),
+        r"expected components of 1 or more; got 0\. Pass the number",
+    ),
+    "HybridField": (
+        lambda: ph.HybridField(torch.ones(2), lambda unknown: unknown),  # type: ignore[arg-type]
+        r"expected known and force that are functions; got Tensor and function\. Write known\(physics",
+    ),
     "HybridModel": (lambda: Empty()(episode()), 'missing the required "forward" function'),
     "Linearised": (
         lambda: ph.Linearised(0),
@@ -322,6 +330,10 @@ MISUSES: dict[str, tuple[Callable[[], object], str]] = {
         r"/nowhere can't be loaded: manifest\.json can't be read",
     ),
     "load_arviz": (lambda: ph.load_arviz("/nowhere/posterior.nc"), r"/nowhere/posterior\.nc"),
+    "fix_gauge": (
+        lambda: ph.fix_gauge(Empty(), tasks(torch.zeros(2, 3, 3, 1))),
+        r"expected a model with one ph\.Gauge; got Empty with 0\. Assign it in __init__",
+    ),
     "mcc": (
         lambda: ph.mcc(torch.randn(9, 2), torch.randn(8, 2)),
         r"one row a task in both estimate and truth; got 9 and 8 rows",
@@ -334,8 +346,8 @@ MISUSES: dict[str, tuple[Callable[[], object], str]] = {
         lambda: ph.models.MetaHybridVAE(ph.systems.Pendulum())(episode(support=episode())),
         r"expected trajectories of \(time, sensor\) = \(50, 2\); got \(3, 1\)",
     ),
-    "overlap": (
-        lambda: ph.overlap(torch.ones(4, 1, 2), [torch.ones(4, 1, 2)]),
+    "projection_penalty": (
+        lambda: ph.projection_penalty(torch.ones(4, 1, 2), [torch.ones(4, 1, 2)]),
         r"expected a correction .* of two samples or more; got \(4, 1, 2\)\. Evaluate both terms at many states",
     ),
     "pareto_k": (

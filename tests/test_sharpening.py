@@ -186,7 +186,7 @@ def forced(
     system: ph.systems.System,
     *,
     points: int = 5,
-    settled: bool = False,
+    gauge_fixed: bool = False,
     **options: Any,
 ) -> tuple[Any, Problem, Point]:
     torch.manual_seed(0)
@@ -195,8 +195,8 @@ def forced(
         ph.models.MetaHybridVAE(system, **options).double(),
         system.simulate(3, 2, seed=0),
     )
-    if settled:
-        model.settle(tasks, 64)
+    if gauge_fixed:
+        ph.fix_gauge(model, tasks, 64)
     start = tuple(part.double() for part in tasks.shots(slice(None)).initial)
     episode = ph.Episode(tasks.times.double(), tasks.values.double(), start)
     mean, precision = model.prior.gaussian(None)
@@ -223,7 +223,7 @@ def test_derivatives_by_what_a_term_returns_are_those_by_its_weights(
     assert "given" not in vars(model.residual)
 
 
-@pytest.mark.parametrize("options", [{"width": 1, "points": 9}, {"width": 9, "settled": True}])
+@pytest.mark.parametrize("options", [{"width": 1, "points": 9}, {"width": 9, "gauge_fixed": True}])
 @torch.no_grad()
 def test_a_term_of_few_weights_or_called_elsewhere_too_is_moved_weight_by_weight(
     options: dict[str, Any],

@@ -22,8 +22,9 @@ from torch.autograd import gradcheck
 from torch.testing import assert_close
 
 import pyro_hybrid as ph
-from pyro_hybrid.dynamics.rk4 import SEGMENT, steps_halved
-from pyro_hybrid.dynamics.solve import SolverError, failures_as_values, solve
+from pyro_hybrid.dynamics.modes import halve_steps, nan_on_failure
+from pyro_hybrid.dynamics.rk4 import SEGMENT
+from pyro_hybrid.dynamics.solve import SolverError, solve
 
 ROUNDING = {"rtol": 0.0, "atol": 1e-13}
 
@@ -441,12 +442,12 @@ def test_halved_steps_have_a_sixteenth_of_the_error(options: dict[str, Any]) -> 
         )
 
     once, asked = error(), field.calls
-    with steps_halved():
+    with halve_steps():
         assert 15.0 < once / error() < 17.0
         assert field.calls - asked == pytest.approx(2 * asked, abs=1)
-        with steps_halved():
+        with halve_steps():
             assert 14.0**2 < once / error() < 18.0**2
-    with pytest.raises(KeyError), steps_halved():
+    with pytest.raises(KeyError), halve_steps():
         raise KeyError
     assert error() == once  # outside, everything is as it was
 
@@ -502,7 +503,7 @@ def test_a_failure_names_the_end_of_the_step_and_the_number_of_steps(
     times = grid(2.0, 41) + (
         0.0 if offsets is None else torch.tensor(offsets, dtype=torch.float64).unsqueeze(-1)
     )
-    halvings = steps_halved() if halved else torch.enable_grad()
+    halvings = halve_steps() if halved else torch.enable_grad()
     with halvings, pytest.raises(SolverError, match=r"in task 3 .* after \d+ steps") as caught:
         solve(spoiled, (torch.ones(5, 2, dtype=torch.float64),), times, step=0.4)
     error = caught.value
@@ -514,7 +515,7 @@ def test_a_failure_names_the_end_of_the_step_and_the_number_of_steps(
 
 def test_as_values_failures_leave_the_other_trajectories_alone() -> None:
     times = grid(2.0, 9)
-    with failures_as_values():
+    with nan_on_failure():
         states = solve(spoiled, (torch.ones(5, 2, dtype=torch.float64),), times, step=0.02)
     good = [0, 1, 2, 4]
     assert_close(states[good].squeeze(-1), torch.exp(-times).expand(4, 2, 9), rtol=0.0, atol=1e-6)
@@ -522,7 +523,7 @@ def test_as_values_failures_leave_the_other_trajectories_alone() -> None:
 
 
 def test_as_values_a_trajectory_is_good_up_to_its_failure() -> None:
-    with failures_as_values():
+    with nan_on_failure():
         states = solve(spoiled, (torch.ones(5, 2, dtype=torch.float64),), grid(2.0, 9), step=0.02)
     assert_close(states[3, 0, :3, 0], torch.exp(-grid(2.0, 9)[:3]), rtol=0.0, atol=1e-6)
 
@@ -548,7 +549,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 import pyro_hybrid as ph
-from pyro_hybrid.dynamics.solve import rk4 as stepping
+from pyro_hybrid.dynamics import rk4 as stepping
 from pyro_hybrid.dynamics.solve import SolverError
 
 torch.set_default_dtype(torch.float64)

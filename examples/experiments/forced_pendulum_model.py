@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from pyro_hybrid.evidence.gauss_newton import Belief, Linearised, Problem, _better
 from pyro_hybrid.models import MetaHybridVAE
-from pyro_hybrid.nets.residual import Residual, overlap
+from pyro_hybrid.nets.correction import projection_penalty
+from pyro_hybrid.nets.hybrid_field import Force
+from pyro_hybrid.nets.residual import Residual
 from pyro_hybrid.systems import ForcedPendulum
-from pyro_hybrid.systems.system import Force
 
 __all__ = ["Driven", "Growing", "Oscillation"]
 
@@ -93,15 +94,17 @@ class Driven(MetaHybridVAE):
         )
         return lambda t, angle, speed: (push(t), friction(angle, speed))
 
-    def objections(
+    def penalty(
         self, physics: dict[str, Tensor], unknown: Tensor, times: Tensor, states: Tensor
     ) -> Tensor:
         angle, speed = (
             x.flatten()[torch.randperm(x.numel())].view_as(x)
-            for x in states.flatten(-3, -2).unbind(-1)
+            for x in states.detach().flatten(-3, -2).unbind(-1)
         )
-        friction: Any = self.residual.given(unknown[..., None, :])(angle, speed)
-        return self.correction * overlap(friction.unsqueeze(-1), [angle.sin().unsqueeze(-1)])
+        friction: Any = self.residual.given(unknown.detach()[..., None, :])(angle, speed)
+        return self.correction * projection_penalty(
+            friction.unsqueeze(-1), [angle.sin().unsqueeze(-1)]
+        )
 
 
 class Growing(Linearised):

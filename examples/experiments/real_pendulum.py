@@ -20,7 +20,8 @@ from experiments.real_learned import FAST, SUPPORT, Rivals, Settings, rivals, ta
 from experiments.run import Choice, Result, Run, digits
 from experiments.tables import markdown, spread
 from pyro_hybrid.data.tasks import Tasks
-from pyro_hybrid.dynamics.solve import failures_as_values, solve
+from pyro_hybrid.dynamics.modes import nan_on_failure
+from pyro_hybrid.dynamics.solve import solve
 from pyro_hybrid.errors import require
 from pyro_hybrid.models import MetaHybridVAE
 from pyro_hybrid.scores.mcc import mcc
@@ -134,7 +135,7 @@ def predicted(model: MetaHybridVAE, windows: Tasks) -> tuple[Tensor, dict[str, T
     latents = {name: fn.mean for name, fn in model.prior(short.episode().support).items()}
     episode = windows.episode()
     field = model.system.known({"gravity": latents["gravity"]}, model.force(latents["unknown"]))
-    with failures_as_values():
+    with nan_on_failure():
         return solve(field, episode.initial, episode.times), latents
 
 

@@ -18,11 +18,12 @@ from torch import Tensor
 from experiments.run import Choice, slug
 from experiments.settings import CASES, DEAF, ONE_BY_ONE, OURS, Case, Setting, Sharpening
 from pyro_hybrid.data.tasks import Episode, Tasks
-from pyro_hybrid.dynamics.solve import failures_as_values
+from pyro_hybrid.dynamics.modes import nan_on_failure
 from pyro_hybrid.evidence.gauss_newton import Linearised, Problem
 from pyro_hybrid.inference.posterior import calibrate, draws, predict
 from pyro_hybrid.inference.prior import SupportPrior, handed_out
 from pyro_hybrid.models import APHYNITY, HybridVAE, MetaHybridVAE
+from pyro_hybrid.programs.fix_gauge import fix_gauge
 from pyro_hybrid.programs.module import local_parameters
 from pyro_hybrid.shapes import State, Stock
 from pyro_hybrid.systems import System
@@ -148,7 +149,7 @@ class Trained:
 
     def _run(self, latents: dict[str, Tensor], episode: Episode, samples: int) -> Tensor:
         blank = episode if self.conditional else replace(episode, support=None)
-        with failures_as_values(), pyro.validation_enabled(False):  # which refuses NaN
+        with nan_on_failure(), pyro.validation_enabled(False):  # which refuses NaN
             return predict(poutine.condition(self.model, latents), blank, samples)["x"].mean(0)
 
 
@@ -189,7 +190,7 @@ def learnt(
         Linearised(case.final.iterations, segments=case.final.segments) if fast else case.final
     )  # no restarts
     if model in (OURS, DEAF):
-        made.settle(learn[:200])
+        fix_gauge(made, learn[:200])
     if model == OURS:
         made.prior.evidence, out.guide = final, made.guide(case.query)
         calibrate(made, learn[:300])

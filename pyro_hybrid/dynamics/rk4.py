@@ -6,8 +6,6 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable, Hashable
-from contextlib import AbstractContextManager
-from contextvars import ContextVar
 from types import CodeType, FunctionType
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -16,23 +14,17 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from pyro_hybrid.dynamics.modes import inside
+from pyro_hybrid.dynamics.modes import current_mode
 from pyro_hybrid.errors import fail, require
 from pyro_hybrid.shapes import Times
 
-__all__ = ["Path", "Slope", "fixed_steps", "grown", "seconds_compiling", "steps_halved"]
+__all__ = ["Path", "Slope", "fixed_steps", "grown", "seconds_compiling"]
 
 Slope = Callable[[Tensor, Tensor], Tensor]
 Step = Callable[[Slope, Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
 Walk = tuple[list[Tensor], list[Tensor]]
 
 SEGMENT = 64  # with more steps than two such segments, what a segment's gradient needs is recomputed, not stored
-_finer: ContextVar[int] = ContextVar("finer", default=1)
-
-
-def steps_halved() -> AbstractContextManager[None]:
-    """Inside, fixed steps are half as long: what changes is their error, but for a sixteenth."""
-    return inside(_finer, 2 * _finer.get())
 
 
 class Path(NamedTuple):
@@ -77,18 +69,20 @@ def fixed_steps(
     states, slopes = _walk(advance, slope, y, pieces, axis)
     path = Path([grown(y, states[0], axis), *states], knots)
     if step is None:
-        return path.states[:: substeps * _finer.get()], path
+        return path.states[:: substeps * current_mode().step_divisor], path
     return _between(path, [*slopes, slope(clock[..., -1], states[-1])], times), path
 
 
 def _knots(times: Times, substeps: int, step: float | None) -> Tensor:
     if step is None:
-        number = substeps * _finer.get()
+        number = substeps * current_mode().step_divisor
         parts = torch.arange(number, dtype=times.dtype, device=times.device) / number
         inner = times[..., :-1, None] + torch.diff(times).unsqueeze(-1) * parts
         return torch.cat([inner.flatten(-2), times[..., -1:]], -1)
     first, last = times[..., :1], times[..., -1:]
-    number = _finer.get() * max(1, math.ceil(float((last - first).max()) / step - 1e-4))
+    number = current_mode().step_divisor * max(
+        1, math.ceil(float((last - first).max()) / step - 1e-4)
+    )
     return first + (last - first) * torch.linspace(
         0.0, 1.0, number + 1, dtype=times.dtype, device=times.device
     )

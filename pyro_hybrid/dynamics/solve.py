@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager
-from contextvars import ContextVar
 from types import CodeType
 
 import torch
@@ -13,17 +11,14 @@ import torchdiffeq
 from pyro.ops.integrator import register_exception_handler
 from torch import Tensor
 
-from pyro_hybrid.dynamics.modes import inside
+from pyro_hybrid.dynamics.modes import Solution, current_mode
 from pyro_hybrid.dynamics.rk4 import Path, Slope, fixed_steps, grown
 from pyro_hybrid.errors import fail, require, require_floating
 from pyro_hybrid.shapes import State, Times
 
-__all__ = ["Field", "SolverError", "failures_as_values", "solve", "standing_still"]
+__all__ = ["Field", "SolverError", "solve"]
 
 Field = Callable[[Tensor, State], State]
-
-_raise_failures: ContextVar[bool] = ContextVar("raise_failures", default=True)
-_still: ContextVar[bool] = ContextVar("still", default=False)
 
 
 class SolverError(RuntimeError):
@@ -44,16 +39,6 @@ class SolverError(RuntimeError):
         register_exception_handler(
             "pyro_hybrid", lambda e: isinstance(e, SolverError), warn_on_overwrite=False
         )
-
-
-def failures_as_values() -> AbstractContextManager[None]:
-    """Inside, a diverging trajectory comes back as NaN or Inf instead of raising; others are untouched."""
-    return inside(_raise_failures, False)
-
-
-def standing_still() -> AbstractContextManager[None]:
-    """Inside, solve integrates nothing: states keep their initial value. For learning what sites a program has."""
-    return inside(_still, True)
 
 
 def solve(
@@ -100,19 +85,28 @@ def solve(
     else:
         stacked, axis = initial, -1
     slope = _checked(field, axis)
-    if _still.get():
+    mode = current_mode()
+    if not mode.integrate:
         path: Tensor | list[Tensor] = [stacked] * times.shape[-1]
     elif method == "rk4":
         path, walked = fixed_steps(
             slope, stacked, times, substeps, step, axis, _code(field) if compile else None
         )
         if (
-            _raise_failures.get()
+            mode.raise_failures
             and not torch.isfinite(path if isinstance(path, Tensor) else path[-1]).all()
         ):
             _explain(walked, axis)
     else:
         path = _adaptive(slope, stacked, times, method, rtol, atol, max_steps, axis)
+    states = _by_component(path, axis)
+    if mode.solutions is not None:
+        mode.solutions.append(Solution(times, states))
+    return states
+
+
+def _by_component(path: Tensor | list[Tensor], axis: int) -> Tensor:
+    """Bring states, time first and components in an axis, to (..., time, component)."""
     if isinstance(path, list):
         states = torch.stack(path, -1 if axis == 0 else -2)
         return states.movedim(0, -1) if axis == 0 else states
@@ -203,7 +197,7 @@ def _adaptive(
                 )[1]
                 break
             except SolverError:
-                if _raise_failures.get():
+                if current_mode().raise_failures:
                     raise
                 y = y.masked_fill(watch.lost.unsqueeze(axis), 0.0)
         options["first_step"] = watch.step

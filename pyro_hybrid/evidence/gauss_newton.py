@@ -22,7 +22,7 @@ from torch.distributions import Distribution, Independent
 
 from pyro_hybrid.beliefs.families import Family
 from pyro_hybrid.data.tasks import Episode
-from pyro_hybrid.dynamics.solve import failures_as_values, standing_still
+from pyro_hybrid.dynamics.modes import nan_on_failure, skip_integration
 from pyro_hybrid.errors import require
 
 __all__ = [
@@ -87,7 +87,7 @@ def observed(
 
     Nothing of the run is seen by handlers outside, and a diverging trajectory comes back as NaN.
     """
-    with poutine.block(), failures_as_values(), pyro.validation_enabled(False):
+    with poutine.block(), nan_on_failure(), pyro.validation_enabled(False):
         trace = poutine.trace(poutine.condition(program, data=dict(values))).get_trace(episode)
     seen, free = [], {}
     for name, site in random_sites(trace).items():
@@ -154,7 +154,7 @@ class Problem:
             mean.shape[0],
             mean.shape[-1],
         )
-        with standing_still():
+        with skip_integration():
             sites, free = observed(program, episode, self.values(mean))
         require(
             bool(sites),

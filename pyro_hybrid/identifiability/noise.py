@@ -11,7 +11,7 @@ from pyro import poutine
 from torch import distributions as td
 
 from pyro_hybrid.data.tasks import Episode
-from pyro_hybrid.dynamics.solve import failures_as_values
+from pyro_hybrid.dynamics.modes import nan_on_failure
 from pyro_hybrid.evidence.gauss_newton import Program, bare, random_sites
 from pyro_hybrid.identifiability.check import Check, unchecked
 from pyro_hybrid.programs.module import local_parameters
@@ -69,7 +69,7 @@ def noise(program: Program, episode: Episode) -> Noise:
 
 
 def _observed(program: Program, episode: Episode) -> dict[str, td.Distribution]:
-    with local_parameters(), failures_as_values(), poutine.block():
+    with local_parameters(), nan_on_failure(), poutine.block():
         trace = poutine.trace(program).get_trace(episode)
     return {
         name: bare(site["fn"], None)[0]

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from pyro_hybrid.beliefs import families as known
 from pyro_hybrid.beliefs.families import Family
 from pyro_hybrid.data.tasks import Episode, Tasks
-from pyro_hybrid.dynamics.solve import failures_as_values
+from pyro_hybrid.dynamics.modes import nan_on_failure
 from pyro_hybrid.errors import fail, require
 from pyro_hybrid.evidence.gauss_newton import Program, bare, random_sites
 from pyro_hybrid.inference.prior import Prior
@@ -154,7 +154,7 @@ def _require_numbers(values: Tensor, expected: str) -> None:
 
 def _task_sites(program: Program, episode: Episode) -> dict[str, Stock]:
     """Distributions of the latents that a task has, and not its shots."""
-    with local_parameters(), failures_as_values(), poutine.block():
+    with local_parameters(), nan_on_failure(), poutine.block():
         trace = poutine.trace(program).get_trace(episode)
     tasks, sites = episode.shape[0], {}
     for name, site in random_sites(trace).items():

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_hybrid.data.tasks import Episode
-from pyro_hybrid.dynamics.solve import standing_still
+from pyro_hybrid.dynamics.modes import skip_integration
 from pyro_hybrid.errors import require
 from pyro_hybrid.evidence.gauss_newton import Belief, Linearised, Problem, observed
 from pyro_hybrid.inference.prior import Prior, SupportPrior, handed_out
@@ -147,7 +147,7 @@ class AmortizedGuide(nn.Module):
             replace(episode, support=None),
             {name: value.detach() for name, value in values.items()},
         )
-        with torch.no_grad(), standing_still():
+        with torch.no_grad(), skip_integration():
             free = single = observed(program, episode, values)[1]
             if episode.query is None:  # what would be observed is free too, but it has a time axis
                 one = {

@@ -20,10 +20,10 @@ from pyro_hybrid.errors import require
 from pyro_hybrid.inference.guide import AmortizedGuide
 from pyro_hybrid.inference.prior import UnconditionalPrior
 from pyro_hybrid.nets.encoders import SetEncoder
+from pyro_hybrid.nets.hybrid_field import Force
 from pyro_hybrid.nets.residual import Residual
 from pyro_hybrid.programs.module import HybridModel
 from pyro_hybrid.systems import System
-from pyro_hybrid.systems.system import Force
 
 __all__ = ["APHYNITY", "OriginalAPHYNITY"]
 

@@ -17,11 +17,11 @@ from pyro_hybrid.dynamics.solve import solve
 from pyro_hybrid.errors import require
 from pyro_hybrid.inference.prior import Prior, UnconditionalPrior
 from pyro_hybrid.nets.encoders import SetEncoder, once
+from pyro_hybrid.nets.hybrid_field import Force
 from pyro_hybrid.nets.residual import Residual
 from pyro_hybrid.programs.module import HybridModel
 from pyro_hybrid.shapes import Latent, Natural, Times, Trajectories
 from pyro_hybrid.systems import System
-from pyro_hybrid.systems.system import Force
 
 __all__ = ["HybridVAE", "PhysicsGuide"]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -12,31 +12,19 @@ from pyro.nn import PyroParam
 from torch import Tensor
 
 from pyro_hybrid.beliefs.families import Normal
-from pyro_hybrid.data.tasks import Episode, Tasks
+from pyro_hybrid.data.tasks import Episode
 from pyro_hybrid.dynamics.solve import solve
-from pyro_hybrid.errors import require
 from pyro_hybrid.evidence.gauss_newton import Linearised
 from pyro_hybrid.inference.guide import AmortizedGuide
 from pyro_hybrid.inference.prior import SupportPrior, UnconditionalPrior
 from pyro_hybrid.nets.encoders import SetEncoder
-from pyro_hybrid.nets.residual import Residual, explained, overlap
+from pyro_hybrid.nets.gauge import Gauge
+from pyro_hybrid.nets.hybrid_field import Force, HybridField
+from pyro_hybrid.nets.residual import Residual
 from pyro_hybrid.programs.module import HybridModel
 from pyro_hybrid.systems import System
-from pyro_hybrid.systems.system import Force
 
 __all__ = ["MetaHybridVAE"]
-
-
-class Places(NamedTuple):
-    """Where a neural force is judged: times (place,), and states (place, component)."""
-
-    clock: Tensor
-    states: Tensor
-
-
-SHUFFLES = (
-    3  # how often each state is used to judge the neural force, every time with other partners
-)
 
 
 class MetaHybridVAE(HybridModel):
@@ -66,8 +54,6 @@ class MetaHybridVAE(HybridModel):
         conditional: False for a prior that doesn't look at the support (not identifiable).
     """
 
-    clock: Tensor | None
-    samples: Tensor | None
     noise: Any  # set as a PyroParam, read as a Tensor
     start_noise: Any
 
@@ -108,8 +94,7 @@ class MetaHybridVAE(HybridModel):
             scale=system.inputs,
             periodic=system.periodic,
         )
-        self.register_buffer("clock", None, persistent=False)
-        self.register_buffer("samples", None, persistent=False)
+        self.gauge = Gauge(system.components, grid=system.grid)
         self.noise = PyroParam(noise * torch.tensor(system.noise), constraints.positive)
         self.start_noise = PyroParam(torch.tensor(system.start_noise), constraints.positive)
 
@@ -134,169 +119,45 @@ class MetaHybridVAE(HybridModel):
 
             states = self.trajectories(physics, unknown, start, episode.times)
             if self.training and torch.is_grad_enabled() and (self.correction or self.straightness):
-                latents = (
-                    {name: value.detach() for name, value in physics.items()},
-                    unknown.detach(),
-                )
-                pyro.factor(
-                    "preference", -self.objections(*latents, *self.places(episode, states.detach()))
-                )
+                judged = self.collocation_states(episode, states)
+                pyro.factor("preference", -self.penalty(physics, unknown, *judged))
             x = dist.Normal(self.system.observe(states), self.noise).mask(episode.mask)
             return pyro.sample("x", x.to_event(3), obs=episode.query)
 
     def trajectories(
         self, physics: dict[str, Tensor], unknown: Tensor, start: Tensor, times: Tensor
     ) -> Tensor:
-        """States over time, of physics latents (..., task, 1), neural ones and initial states."""
-        field = self.system.known(self.settled(physics, unknown), self.force(unknown))
+        """Solve for states over time, given physics latents (..., task, 1), neural ones and initial states."""
+        equations = self.equations
+        field = equations(self.gauge(equations, physics, unknown), unknown)
         return solve(field, start if self.system.grid else start.unbind(-1), times, **self.steps)
 
-    def settled(self, physics: dict[str, Tensor], unknown: Tensor) -> dict[str, Tensor]:
-        """The physics latents less what the neural force does in their place: see :meth:`settle`."""
-        if self.clock is None or self.samples is None:
-            return physics
-        size = (
-            max(1, 256 // self.samples.shape[-1]) if self.system.grid else 256
-        )  # what a processor's cache holds
-        pieces = map(Places, self.clock.split(size), self.samples.split(size))
-        shape = torch.broadcast_shapes(
-            unknown.shape[:-1], *(value.shape[:-1] for value in physics.values())
-        )
-        unknown, few = (
-            unknown.expand(*shape, -1),
-            {name: value.expand(*shape, 1) for name, value in physics.items()},
-        )
-        first, back = _distinct(
-            *few.values(), unknown
-        )  # a Jacobian moves the shots' latents in most of its copies
-        few = {name: value[first] for name, value in few.items()}
-        share = (
-            1e-3
-            * explained(
-                (
-                    (self.corrections(few, unknown[first], piece), self.tangents(few, piece))
-                    for piece in pieces
-                ),
-                centred=not self.system.grid,
-            )[back]
-        )
-        return {
-            name: value * (1.0 - share[..., i, None])
-            for i, (name, value) in enumerate(physics.items())
-        }
-
-    @torch.no_grad()
-    def settle(self, tasks: Tasks, points: int | None = None) -> None:
-        """From now on the physics explains all it can, exactly, and not as nearly as training got there.
-
-        What the neural force does in the physics' place is a shift of the physics latents, and is taken off: the same
-        trajectories, with other names. Say it after training or loading, with training tasks.
-
-        Arguments:
-            tasks: of which the initial states are used. Components, and time, are spread evenly over the middle nine
-                tenths of what they are on trajectories from there, and independently; fields are taken as they began.
-            points: number of places; by default 2048, or 512 fields.
-        """
-        require(
-            points is None or points >= 1,
-            "1 place or more",
-            points,
-            "Leave points out for as many as are needed.",
-        )
-        episode = tasks.shots(slice(None))
-        if self.system.grid:
-            fields = episode.measured.flatten(0, 1)[: points or 512]
-            self.clock, self.samples = episode.times[:1].expand(len(fields)), fields
-            return
-        self.clock = self.samples = None
-        average = {name: fn.mean.expand(len(tasks), -1) for name, fn in self.prior(None).items()}
-        unknown = average.pop("unknown")
-        physics = {name: value[..., None, 0] for name, value in average.items()}
-        states = self.trajectories(physics, unknown, episode.measured, episode.times).flatten(0, -2)
-        states = states[states.isfinite().all(-1)].sort(0).values
-        even = torch.quasirandom.SobolEngine(states.shape[-1] + 1, scramble=True, seed=0).draw(
-            points or 2048
-        )
-        rank = (0.05 + 0.9 * even.to(states.device)).to(states.dtype)
-        self.samples = states.gather(0, (rank[:, 1:] * (len(states) - 1)).round().long())
-        self.clock = episode.times[0] + rank[:, 0] * (episode.times[-1] - episode.times[0])
+    @property
+    def equations(self) -> HybridField:
+        """Return the known equations and the neural force in one field."""
+        return HybridField(self.system.known, self.force, grid=self.system.grid)
 
     def force(self, unknown: Tensor) -> Force:
-        """The neural force, given neural latents (..., task, component)."""
+        """Return the neural force of neural latents (..., task, component)."""
         return self.residual.given(
             unknown[..., None, None, :] if self.system.grid else unknown[..., None, :]
         )
 
-    def places(self, episode: Episode, states: Tensor) -> tuple[Tensor, Tensor]:
-        """Times and states at which a neural force is judged: along the trajectories; of fields, the initial ones."""
+    def collocation_states(self, episode: Episode, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Return times and states at which the force is judged: of trajectories, or of fields as they begin."""
+        if not self.system.grid:
+            return episode.times, states
         whole = episode.whole or episode
-        return (
-            (whole.times[:1], whole.measured.unsqueeze(-2))
-            if self.system.grid
-            else (episode.times, states)
-        )
+        return whole.times[:1], whole.measured.unsqueeze(-2)
 
-    def objections(
+    def penalty(
         self, physics: dict[str, Tensor], unknown: Tensor, times: Tensor, states: Tensor
     ) -> Tensor:
-        """What is held against the neural force of each task, beyond its fit: see ``correction`` and ``straightness``.
-
-        Both are judged where time and the components of the state come from unrelated trajectories, and fields, which
-        can't be taken apart, as they were before anything acted on them: along its own, a true correction is correlated
-        with the known terms (friction shrinks the angles that gravity acts on), and the least one would be biased.
-        """
-        copies = 1 if self.system.grid else SHUFFLES
-        clock = times.expand(states.shape[-3], -1).flatten().repeat(copies)
-        flat = torch.cat([states.flatten(-3, -2)] * copies, -2)
-        places = (
-            Places(clock, flat)
-            if self.system.grid
-            else Places(clock, torch.stack([_unrelated(x) for x in flat.unbind(-1)], -1))
-        )
-        mine = self.corrections(physics, unknown, places)
-        total = self.correction * overlap(mine, self.tangents(physics, places))
+        """Weigh up both penalties of each task's neural force: see ``correction`` and ``straightness``."""
+        equations = self.equations
+        points = equations.collocation_points(times, states.detach())
+        total = self.correction * equations.projection_penalty(physics, unknown, points)
         if self.straightness and not self.residual.linear:
-            other = unknown.roll(1, -2)
-            theirs, halfway = (
-                self.corrections(physics, z, places) for z in (other, 0.5 * (unknown + other))
-            )
-            total = total + self.straightness * (halfway - 0.5 * (mine + theirs)).square().sum(
-                -1
-            ).mean(-1)
+            bend = equations.nonlinearity_penalty(physics, unknown, points)
+            total = total + self.straightness * bend
         return total
-
-    def corrections(self, physics: dict[str, Tensor], unknown: Tensor, places: Places) -> Tensor:
-        """What the neural force adds to the slopes, (..., task, place, component)."""
-        return self._slopes(physics, self.force(unknown), places) - self._slopes(
-            physics, self._nothing, places
-        )
-
-    @torch.no_grad()
-    def tangents(self, physics: dict[str, Tensor], places: Places) -> list[Tensor]:
-        """What a thousandth more of each physics latent would add to them."""
-        without = self._slopes(physics, self._nothing, places)
-        return [
-            self._slopes(physics | {name: 1.001 * value}, self._nothing, places) - without
-            for name, value in physics.items()
-        ]
-
-    def _slopes(self, physics: dict[str, Tensor], force: Force, places: Places) -> Tensor:
-        states = places.states if self.system.grid else places.states.unbind(-1)
-        clock = places.clock.unsqueeze(-1) if self.system.grid else places.clock
-        out = self.system.known(physics, force)(clock, states)
-        return torch.stack(torch.broadcast_tensors(*out), -1) if isinstance(out, tuple) else out
-
-    def _nothing(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
-        zero = torch.zeros_like(inputs[-1])
-        return zero if self.system.outputs == 1 else (zero,) * self.system.outputs
-
-
-def _unrelated(values: Tensor) -> Tensor:
-    return values.flatten()[torch.randperm(values.numel(), device=values.device)].view_as(values)
-
-
-def _distinct(*values: Tensor) -> tuple[Tensor, Tensor]:
-    """Of values side by side, the rows that differ from the one before; and for every row, which of these it is."""
-    rows = torch.cat(values, -1).detach()
-    _, back, counts = torch.unique_consecutive(rows, dim=0, return_inverse=True, return_counts=True)
-    return counts.cumsum(0) - counts, back

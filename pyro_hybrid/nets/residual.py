@@ -1,8 +1,8 @@
-"""Neural terms: Residual inside the vector field, Mixing from state to sensors."""
+"""Residual: a neural term inside the vector field."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from pyro_hybrid.errors import require
 from pyro_hybrid.shapes import Latent
 
-__all__ = ["Mixing", "Residual", "explained", "overlap"]
+__all__ = ["Residual"]
 
 
 class Residual(nn.Module):
@@ -146,120 +146,3 @@ class Residual(nn.Module):
 def _like(target: Tensor, values: Tensor) -> Tensor:
     """Values (n, ...) with the batch axes that (m, ..., task, shot) has more."""
     return values.reshape(len(values), *[1] * (target.dim() - values.dim()), *values.shape[1:])
-
-
-def overlap(correction: Tensor, tangents: Sequence[Tensor]) -> Tensor:
-    r"""How much of a neural term the known physics could have explained: zero for the least correction.
-
-    .. math:: \sum_j \frac{\langle f_N, \partial_j f_P \rangle^2}{\lVert \partial_j f_P \rVert^2}
-
-    That it vanishes is what APHYNITY's minimum of :math:`\lVert f_N \rVert^2` comes to, given the sum of both terms;
-    as a penalty it leaves alone what no physics latent could have explained. The squares are estimated without bias:
-    the square of a mean over samples would also punish their spread.
-
-    References:
-        Augmenting Physical Models with Deep Networks for Complex Dynamics Forecasting (Yin et al., 2021),
-        https://arxiv.org/abs/2010.04456
-
-    Arguments:
-        correction: what the neural term adds to the slopes, ``(..., task, sample, component)``, at sampled states.
-        tangents: what a change of each physics latent would add, of the same shape each.
-
-    Returns:
-        One number for each task, to be weighed in a ``pyro.factor``.
-    """
-    shape = tuple(correction.shape)
-    require(
-        len(shape) > 1 and shape[-2] > 1,
-        "a correction (..., task, sample, component) of two samples or more",
-        shape,
-        "Evaluate both terms at many states of each task.",
-    )
-    total, n = torch.zeros_like(correction[..., 0, 0]), shape[-2]
-    for tangent in tangents:
-        products = (correction * tangent).sum(-1)
-        square = (products.sum(-1).square() - products.square().sum(-1)) / (n * (n - 1))
-        total = total + square / tangent.square().sum(-1).mean(-1).clamp(min=1e-12)
-    return total
-
-
-def explained(pieces: Iterable[tuple[Tensor, Sequence[Tensor]]], centred: bool = False) -> Tensor:
-    r"""The change of each physics latent that does most of a neural term's work: least squares over sampled states.
-
-    .. math:: \arg\min_c \bigl\lVert f_N - \sum_j c_j\, \partial_j f_P \bigr\rVert^2
-
-    Arguments:
-        pieces: corrections and tangents as in :func:`overlap`, of some of the states at a time.
-        centred: not counting what a constant could explain, component by component: over states whose components are
-            independent, a function of some then shares nothing with tangents that depend on the others.
-
-    Returns:
-        The changes ``(..., task, latent)``, in units of those that gave the tangents; zero where nothing determines
-        them.
-    """
-    gram, pull, sums, total, places = *[torch.zeros(())] * 4, 0
-    for correction, tangents in pieces:
-        mine, *others = torch.broadcast_tensors(correction, *tangents)
-        basis = torch.stack(others, -3)  # (..., latent, place, component)
-        flat = basis.flatten(-2)
-        gram, pull = (
-            gram + (flat @ flat.mT).double(),
-            pull + (flat @ mine.flatten(-2).unsqueeze(-1)).double(),
-        )
-        sums, total, places = (
-            sums + basis.sum(-2).double(),
-            total + mine.sum(-2).double(),
-            places + mine.shape[-2],
-        )
-    require(
-        pull.dim() > 0,
-        "one piece or more",
-        "none",
-        "Evaluate both terms at some states of each task.",
-    )
-    if centred:
-        gram, pull = gram - sums @ sums.mT / places, pull - sums @ total.unsqueeze(-1) / places
-    return (
-        torch.linalg.solve_ex(gram, pull)
-        .result.squeeze(-1)
-        .nan_to_num(0.0, 0.0, 0.0)
-        .to(mine.dtype)
-    )
-
-
-class Mixing(nn.Module):
-    r"""From state to sensors where the instrument is unknown: :math:`g(y) = y W + b + \tanh(y U + c) V`.
-
-    Arguments:
-        components: number of state components.
-        sensors: number of observed quantities.
-        width: size of the nonlinear part; 0 for a linear instrument.
-    """
-
-    def __init__(self, components: int, sensors: int, width: int = 0) -> None:
-        super().__init__()
-        require(
-            min(components, sensors) >= 1 and width >= 0,
-            "1 or more components and sensors, a width of 0 or more",
-            (components, sensors, width),
-            "Pass the numbers of state components and of observed quantities.",
-        )
-        self.components = components
-        self.straight = nn.Linear(components, sensors)
-        bent = (
-            (nn.Linear(components, width), nn.Tanh(), nn.Linear(width, sensors, bias=False))
-            if width
-            else ()
-        )
-        self.bent = nn.Sequential(*bent) if bent else None
-
-    def forward(self, states: Tensor) -> Tensor:
-        """States ``(..., component)`` to sensors ``(..., sensor)``."""
-        require(
-            states.shape[-1] == self.components,
-            f"{self.components} components in the last axis",
-            tuple(states.shape),
-            "Build the Mixing with as many components as the state has.",
-        )
-        straight = self.straight(states)
-        return straight if self.bent is None else straight + self.bent(states)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from pyro_hybrid.data.tasks import Tasks
-from pyro_hybrid.dynamics.solve import Field, failures_as_values, solve
+from pyro_hybrid.dynamics.modes import nan_on_failure
+from pyro_hybrid.dynamics.solve import Field, solve
 from pyro_hybrid.errors import fail, require
 from pyro_hybrid.shapes import State
 
@@ -101,7 +102,7 @@ def open_loop(
     episode = tasks.shots(slice(None)).double()
     steps = min(seconds / float(episode.times[1] - episode.times[0]), float(len(episode.times)))
     few = episode.until(max(1, round(steps)))
-    with failures_as_values():
+    with nan_on_failure():
         states = solve(
             model(parameters, tasks.truth["scale"].double()), few.initial, few.times, substeps=2
         )

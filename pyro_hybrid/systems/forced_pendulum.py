@@ -9,8 +9,9 @@ from torch import Tensor
 
 from pyro_hybrid.beliefs.families import LogNormal
 from pyro_hybrid.dynamics.solve import Field
+from pyro_hybrid.nets.hybrid_field import Force
 from pyro_hybrid.shapes import State
-from pyro_hybrid.systems.system import Force, System
+from pyro_hybrid.systems.system import System
 
 __all__ = ["ForcedPendulum"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import pyro
 import pyro.distributions as dist
@@ -17,13 +17,10 @@ from pyro_hybrid.data.tasks import Episode, Tasks
 from pyro_hybrid.dynamics.solve import Field, solve
 from pyro_hybrid.errors import require
 from pyro_hybrid.evidence.gauss_newton import Problem, information
+from pyro_hybrid.nets.hybrid_field import Force
 from pyro_hybrid.shapes import State
 
-__all__ = ["Force", "System"]
-
-Force = Callable[
-    ..., Any
-]  # to a tensor, or to a tuple of them where the system has several outputs
+__all__ = ["System"]
 
 
 class System(ABC):
@@ -53,6 +50,11 @@ class System(ABC):
     def times(self) -> Tensor:
         """Observation times in float64."""
         return self.step * torch.arange(self.points, dtype=torch.float64)
+
+    @property
+    def components(self) -> int:
+        """Number of components of the state."""
+        return len(self.start_noise)
 
     @property
     def sensors(self) -> int:

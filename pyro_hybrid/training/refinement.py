@@ -53,7 +53,7 @@ def sharpen(
 
     with memory :math:`\gamma`, for earlier batches were linearised elsewhere, and width :math:`s`. A step is shortened
     until its batch is explained better. Whole trajectories are used, whose late parts know best. Say it after
-    :func:`~pyro_hybrid.training.meta_train.meta_train` has come near, and before ``model.settle`` and
+    :func:`~pyro_hybrid.training.meta_train.meta_train` has come near, and before :func:`~pyro_hybrid.fix_gauge` and
     :func:`~pyro_hybrid.inference.posterior.calibrate`.
 
     It costs as many solves of a batch as there are weights, or as a :class:`~pyro_hybrid.nets.residual.Residual` is called in

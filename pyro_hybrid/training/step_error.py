@@ -10,8 +10,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_hybrid.data.tasks import Episode
-from pyro_hybrid.dynamics.rk4 import steps_halved
-from pyro_hybrid.dynamics.solve import failures_as_values
+from pyro_hybrid.dynamics.modes import halve_steps, nan_on_failure
 from pyro_hybrid.errors import require
 from pyro_hybrid.evidence.gauss_newton import Program, observed, random_sites
 
@@ -50,13 +49,13 @@ def step_error(program: Program, episode: Episode) -> StepError:
     >>> step_error(swing, episode).typical > 1.0  # steps of a sixth of a period are too long
     True
     """
-    with poutine.block(), failures_as_values():
+    with poutine.block(), nan_on_failure():
         trace = poutine.trace(program).get_trace(episode)
     latents = {
         name: site["value"] for name, site in random_sites(trace).items() if not site["is_observed"]
     }
     now = observed(program, episode, latents)[0]
-    with steps_halved():
+    with halve_steps():
         finer = observed(program, episode, latents)[0]
     require(
         bool(now),

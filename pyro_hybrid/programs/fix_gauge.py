@@ -1,0 +1,134 @@
+"""fix_gauge: place the points of a model's gauge along the trajectories of training tasks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor, nn
+
+from pyro_hybrid.data.tasks import Episode, Tasks
+from pyro_hybrid.dynamics.modes import (
+    Solution,
+    nan_on_failure,
+    record_solutions,
+    skip_integration,
+)
+from pyro_hybrid.errors import require
+from pyro_hybrid.nets.gauge import Gauge
+
+__all__ = ["fix_gauge"]
+
+LOWEST_RANK, RANK_RANGE = 0.05, 0.9  # beyond, in the tails, few points would outweigh all others
+
+
+@torch.no_grad()
+def fix_gauge(model: nn.Module, tasks: Tasks, num_points: int | None = None) -> None:
+    """Let the physics explain all it can, exactly, where training came only near to it.
+
+    Places the points of the model's :class:`~pyro_hybrid.Gauge`. The program runs on all trajectories with every latent
+    at its prior mean; components of the state, and time, are spread evenly over the middle nine tenths of their
+    values, independently of each other. Fields on a grid are taken as they begin. Call it after training, with training
+    tasks.
+
+    Arguments:
+        model: a program with a Gauge, changed in place.
+        tasks: where its trajectories start.
+        num_points: number of points; by default 2048, or 512 fields on a grid.
+    """
+    gauge = _gauge_of(model)
+    require(
+        isinstance(tasks, Tasks),
+        "tasks, a ph.Tasks",
+        type(tasks).__name__,
+        "Build them with ph.Tasks.from_trajectories(...).",
+        TypeError,
+    )
+    require(
+        num_points is None or isinstance(num_points, int) and 1 <= num_points <= gauge.capacity,
+        f"num_points from 1 to {gauge.capacity}",
+        num_points,
+        "Leave num_points out for the most.",
+    )
+    size = num_points or gauge.capacity
+    previous_size = int(gauge.num_points)
+    gauge.clear()
+    try:
+        solution = _solution_at_means(model, tasks.shots(slice(None)), gauge)
+        points = _first_fields(solution, size) if gauge.grid else _spread(solution, size)
+    except BaseException:
+        gauge.num_points.fill_(previous_size)
+        raise
+    gauge.place(*points)
+
+
+def _gauge_of(model: nn.Module) -> Gauge:
+    gauges = [module for module in model.modules() if isinstance(module, Gauge)]
+    require(
+        len(gauges) == 1,
+        "a model with one ph.Gauge",
+        f"{type(model).__name__} with {len(gauges)}",
+        "Assign it in __init__ (self.gauge = ph.Gauge(components)) and call it in forward.",
+    )
+    return gauges[0]
+
+
+class _AtMeans(Messenger):
+    """Set every latent to the mean of its distribution."""
+
+    def _pyro_sample(self, message: Any) -> None:
+        if not message["is_observed"] and not site_is_subsample(message):
+            message["value"] = message["fn"].mean
+            message["done"] = True
+
+
+def _solution_at_means(model: nn.Module, episode: Episode, gauge: Gauge) -> Solution:
+    """Run a program with every latent at its prior mean; its last solution that has the gauge's components."""
+    with (
+        poutine.block(),
+        _AtMeans(),
+        nan_on_failure(),
+        pyro.validation_enabled(False),
+        record_solutions() as solutions,
+    ):
+        if gauge.grid:
+            with skip_integration():
+                model(episode)
+        else:
+            model(episode)
+    fitting = [x for x in solutions if x.states.shape[-1] == gauge.components]
+    require(
+        bool(fitting),
+        f"a program that calls ph.solve with a state of {gauge.components} components",
+        f"states of {[x.states.shape[-1] for x in solutions]} components",
+        "Give the Gauge as many components as the state has.",
+    )
+    return fitting[-1]
+
+
+def _first_fields(solution: Solution, size: int) -> tuple[Tensor, Tensor]:
+    fields = solution.states[..., 0, :].flatten(0, -2)[:size]
+    return solution.times.flatten()[:1].expand(len(fields)), fields
+
+
+def _spread(solution: Solution, size: int) -> tuple[Tensor, Tensor]:
+    """Spread time and the components of the state evenly over their ranks, by a quasi-random sequence."""
+    times, states = solution
+    is_finite = states.isfinite().flatten(-2).all(-1)
+    ordered = states[is_finite].flatten(0, 1).sort(0).values
+    require(
+        len(ordered) > 0,
+        "trajectories that stay finite where latents are at their prior means",
+        "none",
+        "Train the model first.",
+    )
+    engine = torch.quasirandom.SobolEngine(ordered.shape[-1] + 1, scramble=True, seed=0)
+    even = engine.draw(size).to(ordered.device)
+    rank = (LOWEST_RANK + RANK_RANGE * even).to(ordered.dtype)
+    index = (rank[:, 1:] * (len(ordered) - 1)).round().long()
+    start, end = times.min(), times.max()
+    return start + rank[:, 0] * (end - start), ordered.gather(0, index)
