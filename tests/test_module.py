@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import copy
+import re
+import threading
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +24,7 @@ from torch import Tensor, nn
 from toys import POINTS, Line, in_float32, make_tasks
 
 import pyro_hybrid as ph
+from pyro_hybrid.programs.module import local_parameters, one_thread, owns_parameters
 
 
 def episode(tasks: int = 3) -> ph.Episode:
@@ -263,3 +269,134 @@ def test_a_model_without_a_forward_says_what_is_missing() -> None:
         NotImplementedError, match='Module \\[Empty\\] is missing the required "forward" function'
     ):
         Empty()(episode())
+
+
+# ---- threads and modes ---------------------------------------------------------------------------
+
+
+def in_another_thread(work: Callable[[], object]) -> list[BaseException]:
+    """Run ``work`` in a thread and return what it raised."""
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=run, name="the other")
+    thread.start()
+    thread.join(timeout=600)  # guards against a hang alone
+    assert not thread.is_alive()
+    return raised
+
+
+CALLS: dict[str, Callable[[Line, ph.AmortizedGuide], object]] = {
+    "build": lambda model, guide: Line(),
+    "run": lambda model, guide: model(episode().simulation()),
+    "set": lambda model, guide: setattr(model, "noise", torch.tensor(2.0)),
+    "step": lambda model, guide: train(model, guide, 1),
+    "draw": lambda model, guide: ph.draws(model, guide, episode(), 3),
+    "train": lambda model, guide: ph.meta_train(
+        model, guide, in_float32(make_tasks(4, 4)), steps=1, progress=False
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_second_thread_is_refused_with_words_and_the_setting_is_restored(name: str) -> None:
+    model = Line()
+    guide = guide_of(model)
+    with local_parameters():
+        (error,) = in_another_thread(lambda: CALLS[name](model, guide))
+    assert isinstance(error, RuntimeError)
+    assert re.match(
+        r"expected programs that run in one thread at a time.*; got a call from thread 'the other' "
+        r"during one of another thread\. Use processes instead of threads",
+        str(error),
+    )
+    assert pyro.settings.get("module_local_params") is False
+    assert not in_another_thread(lambda: CALLS[name](model, guide))
+
+
+def test_a_training_is_refused_while_another_thread_trains_and_that_one_ends_as_if_alone() -> None:
+    tasks = in_float32(make_tasks(6, 4))
+    torch.manual_seed(0)
+    model = Line()
+    guide = guide_of(model)
+    alone, alone_guide = copy.deepcopy((model, guide))
+    raised: list[BaseException] = []
+
+    def meanwhile(step: int, fit: ph.Fit) -> None:
+        raised.extend(in_another_thread(lambda: train(Line(), guide_of(Line()))))
+
+    options = {"steps": 3, "batch_size": 2, "progress": False}
+    ph.meta_train(model, guide, tasks, callback=meanwhile, **options)
+    ph.meta_train(alone, alone_guide, tasks, **options)
+    assert len(raised) == 3 and all("one thread at a time" in str(error) for error in raised)
+    assert same(state(model, guide), state(alone, alone_guide))
+
+
+def test_one_thread_may_enter_again_and_an_error_lets_the_next_one_in() -> None:
+    with pytest.raises(KeyError), one_thread(), one_thread():
+        raise KeyError
+    assert not in_another_thread(lambda: Line()(episode()))
+
+
+def test_a_model_is_not_built_inside_inference_mode() -> None:
+    with (
+        torch.inference_mode(),
+        pytest.raises(
+            RuntimeError,
+            match=r"expected a Line that is built outside of torch\.inference_mode; got a call inside it",
+        ),
+    ):
+        Line()
+    model = Line()
+    with torch.inference_mode():
+        assert model(episode().simulation()).shape == (3, 2, POINTS, 1)
+        encoder = ph.SetEncoder(1, POINTS, 8)
+    with pytest.raises(
+        RuntimeError, match=r"a guide whose parameters can be trained; got encoder\."
+    ):
+        ph.SVI(model, ph.AmortizedGuide(model.prior, encoder), pyro.optim.Adam({"lr": 0.1}))
+
+
+# ---- private names of Pyro -----------------------------------------------------------------------
+
+PRIVATE = {"_PyroModuleMeta", "_pyro_context"}  # of the latter, the attribute param_state
+
+
+def private_names(path: Path) -> set[str]:
+    """Names of Pyro that begin with an underscore, imported or read in a file."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "pyro":
+            names |= {one.name for one in node.names if one.name.startswith("_")}
+        if isinstance(node, ast.Attribute) and re.match(r"_[A-Za-z]", node.attr):
+            owner = ast.unparse(node.value)
+            if owner.split(".")[0] == "pyro" or node.attr.startswith("_pyro_"):
+                names.add(node.attr)
+    return names - {"_pyro_sample", "_pyro_post_sample"}  # a Messenger's methods, documented
+
+
+def test_private_names_of_pyro_are_used_in_one_file_alone() -> None:
+    package = Path(ph.__file__).parent
+    found = {
+        path.relative_to(package).as_posix(): private_names(path) for path in package.rglob("*.py")
+    }
+    assert {path: names for path, names in found.items() if names} == {
+        "programs/module.py": PRIVATE
+    }
+
+
+def test_the_private_names_of_pyro_are_still_there_and_mean_what_they_did() -> None:
+    plain = PyroModule[nn.Linear](1, 1)
+    assert hasattr(plain, "_pyro_context") and not owns_parameters(plain)
+    with pyro.settings.context(module_local_params=True):
+        local = PyroModule[nn.Linear](1, 1)
+    assert owns_parameters(local) and local._pyro_context.param_state.keys() == {
+        "params",
+        "constraints",
+    }
+    assert type(PyroModule) is pyro.nn.module._PyroModuleMeta

@@ -7,16 +7,18 @@ import copy
 import itertools
 import math
 import random
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import jaxtyping
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from conftest import Note
 from pyro.infer import SVI as StockSVI
-from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
+from pyro.infer import RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
 from torch import Tensor, nn
 from toys import POINTS, SEPARATE, Line, in_float32, make_tasks
 
@@ -341,7 +343,7 @@ def test_the_learning_rate_rises_and_then_follows_a_cosine_to_a_fiftieth() -> No
 
     class Spy(TraceMeanField_ELBO):
         def differentiable_loss(self, *args: Any) -> Tensor:
-            rates.append(svis[0].optim.param_groups[0]["lr"])
+            rates.append(svis[0].optimizer.param_groups[0]["lr"])
             return super().differentiable_loss(*args)
 
     svis: list[ph.SVI] = []
@@ -845,10 +847,163 @@ def test_held_out_tasks_that_diverge_count_as_bad_and_training_goes_on() -> None
 # ---- ph.SVI --------------------------------------------------------------------------------------
 
 
-def test_it_is_a_pyro_svi() -> None:
+def sgd(both: tuple[nn.Module, nn.Module], rate: float = 1e-4) -> torch.optim.SGD:
+    return torch.optim.SGD({id(p): p for m in both for p in m.parameters()}.values(), rate)
+
+
+@pytest.mark.parametrize("optim", [sgd, lambda both: pyro.optim.SGD({"lr": 1e-4})])
+def test_svi_is_a_pyro_svi_with_all_that_pyro_sets_up(optim: Any) -> None:
+    both, episode = pair(), TASKS.episode()
+    svi = ph.SVI(*both, optim(both))
+    assert isinstance(svi, StockSVI) and isinstance(svi.optim, pyro.optim.PyroOptim)
+    assert (svi.num_steps, svi.num_samples, svi.exec_traces) == (0, 0, [])
+    torch.manual_seed(1)
+    loss = svi.loss(*both, episode)
+    torch.manual_seed(1)
+    assert torch.equal(loss, svi.loss_and_grads(*both, episode))
+    torch.manual_seed(1)
+    assert svi.evaluate_loss(episode) == float(loss.detach())
+    torch.manual_seed(1)
+    assert svi.step(episode) == float(loss.detach())
+
+
+def test_loss_and_grads_adds_gradients_up_and_a_step_begins_without_any() -> None:
+    both, episode = pair(), TASKS.episode()
+    svi = ph.SVI(*both, sgd(both))
+    gradients = []
+    for call in (
+        lambda: svi.loss_and_grads(*both, episode),
+        lambda: svi.loss_and_grads(*both, episode),
+        lambda: svi.step(episode),
+    ):
+        torch.manual_seed(1)
+        call()
+        gradients.append(both[1].head[1].weight.grad.clone())
+    assert torch.equal(2.0 * gradients[0], gradients[1]) and torch.equal(gradients[0], gradients[2])
+
+
+@pytest.mark.filterwarnings("ignore:The .* is deprecated:FutureWarning")
+def test_run_takes_its_steps_and_draws_its_traces() -> None:
+    (plain, drawn), episode = (pair(), pair()), TASKS.episode()
+    for both, samples in ((plain, 0), (drawn, 4)):
+        torch.manual_seed(1)
+        svi = ph.SVI(*both, sgd(both), num_steps=3, num_samples=samples)
+        assert svi.run(episode) is svi and len(svi.exec_traces) == samples
+    assert svi.exec_traces[0].nodes["slope"]["value"].shape == (20, 1)
+    stepwise = pair()
+    by_hand = ph.SVI(*stepwise, sgd(stepwise))
+    torch.manual_seed(1)
+    for _ in range(3):
+        by_hand.step(episode)
+    assert same(state(*plain), state(*stepwise)) and same(state(*drawn), state(*stepwise))
+
+
+def test_the_steps_are_those_of_a_stock_svi_whose_parameters_are_global() -> None:
+    """One task, in plain Pyro: the same losses from the same random numbers."""
+
+    def program(data: Tensor) -> None:
+        slope = pyro.param("slope", torch.tensor(0.5))
+        z = pyro.sample("z", dist.Normal(slope, 1.0))
+        pyro.sample("x", dist.Normal(z, 0.3).expand([3]).to_event(1), obs=data)
+
+    def reader(data: Tensor) -> None:
+        pyro.sample("z", dist.Normal(pyro.param("mean", torch.tensor(0.2)), 0.5))
+
+    class Program(ph.HybridModel):
+        def __init__(self) -> None:
+            super().__init__()
+            self.slope = nn.Parameter(torch.tensor(0.5))
+
+        def forward(self, data: Tensor) -> None:
+            z = pyro.sample("z", dist.Normal(self.slope, 1.0))
+            pyro.sample("x", dist.Normal(z, 0.3).expand([3]).to_event(1), obs=data)
+
+    class Reader(ph.HybridModel):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mean = nn.Parameter(torch.tensor(0.2))
+
+        def forward(self, data: Tensor) -> None:
+            pyro.sample("z", dist.Normal(self.mean, 0.5))
+
+    losses, data = [], torch.tensor([1.0, 1.2, 0.9])
+    with pyro.get_param_store().scope():
+        for kind, model, guide in (
+            (StockSVI, program, reader),
+            (ph.SVI, Program(), Reader()),
+        ):
+            svi = kind(model, guide, pyro.optim.Adam({"lr": 0.05}), loss=Trace_ELBO())
+            torch.manual_seed(1)
+            losses.append([svi.step(data) for _ in range(5)])
+    assert losses[0] == [pytest.approx(value, rel=1e-6) for value in losses[1]]
+
+
+class Penalized(ph.SVI):
+    """An SVI with a second loss, which looks at the episode once before the ELBO."""
+
+    def differentiable_loss(
+        self, model: nn.Module, guide: nn.Module, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        elbo = super().differentiable_loss(model, guide, *args, **kwargs)
+        return elbo + model.noise_unconstrained.square()
+
+
+def test_a_second_loss_is_added_in_one_place() -> None:
+    both, other, episode = pair(), pair(), TASKS.episode()
+    plain, penalized = ph.SVI(*both, sgd(both)), Penalized(*other, sgd(other))
+    extra = math.log(0.3) ** 2
+    for call in ("evaluate_loss", "step"):
+        torch.manual_seed(1)
+        expected = getattr(plain, call)(episode) + extra
+        torch.manual_seed(1)
+        assert getattr(penalized, call)(episode) == pytest.approx(expected, rel=1e-6)
+    grown = other[0].noise_unconstrained.grad - both[0].noise_unconstrained.grad
+    assert float(grown) == pytest.approx(2.0 * math.log(0.3), rel=1e-3)
+
+
+def test_a_function_may_be_the_loss() -> None:
+    both, episode = pair(), TASKS.episode()
+
+    def loss(model: nn.Module, guide: nn.Module, episode: ph.Episode) -> Tensor:
+        return 2.0 * Trace_ELBO().differentiable_loss(model, guide, episode)
+
+    torch.manual_seed(1)
+    twice = ph.SVI(*both, sgd(both), loss).evaluate_loss(episode)
+    torch.manual_seed(1)
+    once = ph.SVI(*both, sgd(both), Trace_ELBO()).evaluate_loss(episode)
+    assert twice == pytest.approx(2.0 * once)
+
+
+@pytest.fixture
+def types_unchecked() -> Iterator[None]:
+    """Wrong types as users pass them, without the checks that pytest adds."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.mark.usefixtures("types_unchecked")
+@pytest.mark.parametrize(
+    ("loss", "got"),
+    [
+        (Trace_ELBO, "the class Trace_ELBO"),
+        (RenyiELBO(0.5), "RenyiELBO"),
+        ("elbo", "str"),
+    ],
+)
+def test_a_loss_without_gradients_of_its_own_is_refused(loss: Any, got: str) -> None:
     both = pair()
-    svi = ph.SVI(*both, torch.optim.Adam(both[0].parameters(), 1e-2))
-    assert isinstance(svi, StockSVI)
+    with pytest.raises(
+        TypeError,
+        match=f"a Pyro ELBO with a differentiable loss, or a function; got {got}. Pass an instance",
+    ):
+        ph.SVI(*both, sgd(both), loss)
+
+
+@pytest.mark.usefixtures("types_unchecked")
+def test_an_optimizer_of_another_library_is_refused() -> None:
+    with pytest.raises(TypeError, match="a torch or a pyro.optim optimizer; got float. Pass"):
+        ph.SVI(*pair(), 0.1)
 
 
 @READINGS

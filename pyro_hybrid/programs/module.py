@@ -1,10 +1,14 @@
-"""HybridModel: a Pyro program that owns its parameters."""
+"""HybridModel, a Pyro program that owns its parameters; the only file that uses private names of Pyro."""
 
 from __future__ import annotations
 
+import contextlib
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import pyro
+import torch
 from pyro.nn import PyroModule
 from pyro.nn.module import _PyroModuleMeta
 from torch import nn
@@ -12,16 +16,41 @@ from torch import nn
 from pyro_hybrid.errors import fail, require
 from pyro_hybrid.inference.prior import Prior
 
-__all__ = ["HybridModel", "local_parameters", "require_local"]
+__all__ = ["HybridModel", "local_parameters", "one_thread", "owns_parameters", "require_local"]
+
+_process = threading.RLock()  # Pyro's settings and handlers belong to the process, not to a thread
 
 
-def local_parameters() -> Any:
-    """Pyro with parameters that belong to module instances, for the length of a ``with`` block."""
-    return pyro.settings.context(module_local_params=True)
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Refuse other threads while this block runs; the thread that runs it may enter again."""
+    if not _process.acquire(blocking=False):
+        fail(
+            "programs that run in one thread at a time, since Pyro's settings belong to the process",
+            f"a call from thread {threading.current_thread().name!r} during one of another thread",
+            "Use processes instead of threads, or hold a lock of your own around every call.",
+            RuntimeError,
+        )
+    try:
+        yield
+    finally:
+        _process.release()
+
+
+@contextlib.contextmanager
+def local_parameters() -> Iterator[None]:
+    """Run Pyro with parameters that belong to module instances, in one thread at a time."""
+    with one_thread(), pyro.settings.context(module_local_params=True):
+        yield
+
+
+def owns_parameters(module: PyroModule) -> bool:
+    """Tell whether a module was built with parameters of its own, by a private attribute of Pyro."""
+    return hasattr(module._pyro_context, "param_state")
 
 
 def require_local(**modules: object) -> None:
-    """Refuse what would keep its parameters in Pyro's global store, or can't keep any."""
+    """Refuse modules whose parameters live in Pyro's global store, or can't be trained."""
     for role, module in modules.items():
         if not isinstance(module, nn.Module):
             fail(
@@ -32,26 +61,44 @@ def require_local(**modules: object) -> None:
             )
         for part in module.modules():
             require(
-                not isinstance(part, PyroModule) or hasattr(part._pyro_context, "param_state"),
+                not isinstance(part, PyroModule) or owns_parameters(part),
                 f"a {role} whose parameters belong to it",
                 f"{type(part).__name__}, which shares them by name",
-                "Derive it from ph.HybridModel, or build it under pyro.settings.context(module_local_params=True).",
+                "Derive it from ph.HybridModel, or build it under "
+                "pyro.settings.context(module_local_params=True).",
+            )
+        for name, parameter in module.named_parameters():
+            require(
+                not parameter.is_inference(),
+                f"a {role} whose parameters can be trained",
+                f"{name}, which was made inside torch.inference_mode",
+                f"Build the {role} outside of inference_mode.",
+                RuntimeError,
             )
 
 
-class _Local(_PyroModuleMeta):
-    """Builds the whole of an instance, the modules inside it too, with parameters of its own."""
+class _LocalModule(_PyroModuleMeta):
+    """Build an instance, and the modules inside it, with parameters of its own."""
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        require(
+            not torch.is_inference_mode_enabled(),
+            f"a {cls.__name__} that is built outside of torch.inference_mode",
+            "a call inside it, where parameters can't be trained or changed",
+            "Build the model first; run it inside the mode.",
+            RuntimeError,
+        )
         with local_parameters():
             return super().__call__(*args, **kwargs)
 
 
-class HybridModel(PyroModule, metaclass=_Local):
-    """A PyroModule whose parameters belong to the instance, not to Pyro's global store, where names collide.
+class HybridModel(PyroModule, metaclass=_LocalModule):
+    """A PyroModule whose parameters belong to the instance, not to Pyro's global store.
 
-    Write the model in ``forward(self, episode)``. A prior assigned to an attribute learns which program it belongs to,
-    so that its evidence can be computed from it.
+    In the global store, parameters of two instances of one class have the same name, and collide.
+
+    Write the model in ``forward(self, episode)``. A prior that is assigned to an attribute is bound to the program, so
+    that evidence can be computed from it.
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

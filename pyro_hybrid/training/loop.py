@@ -141,7 +141,7 @@ class Loop:
             value, best = self.best
             state = {
                 "fit": asdict(self.fit),
-                "optimizer": self.svi.optim.state_dict(),
+                "optimizer": self.svi.optimizer.state_dict(),
                 "good": self.good,
                 "best": best,
                 "mean": self.mean,
@@ -170,7 +170,7 @@ class Loop:
         put_back(self.svi.model, self.svi.guide, stored.weights, stored.about)
         self.fit = Fit(**stored.state["fit"])
         if not stored.about["finished"]:
-            self.svi.optim.load_state_dict(stored.state["optimizer"])
+            self.svi.optimizer.load_state_dict(stored.state["optimizer"])
             self.good, best = stored.state["good"], stored.state["best"]
             self.mean = [mean.to(self.device) for mean in stored.state["mean"]]
             self.came = stored.state["came"]
@@ -186,7 +186,7 @@ class Loop:
             episode.to(self.device), self.plan[max(f for f in self.plan if f <= progress)]
         )
         rise = min(1.0, (step + 1) / (0.05 * self.steps))
-        for group in self.svi.optim.param_groups:
+        for group in self.svi.optimizer.param_groups:
             group["lr"] = (
                 self.learning_rate * rise * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
             )
@@ -200,10 +200,10 @@ class Loop:
             return self._skip(step, loss)
         if step % 50 == 0:
             self.good = self._state()  # before the step: that of a finite loss
-        self.svi.optim.step()
+        self.svi.optimizer.step()
         self.run_of_skips, size = 0, self.episode.shape[0]
         self.fit.loss.append(loss / size)
-        log_likelihood = terms.log_likelihood / self.svi.elbo.elbo.num_particles
+        log_likelihood = terms.log_likelihood / self.svi.num_particles
         self.fit.log_likelihood.append(log_likelihood / size)
         self.fit.kl.append((loss + log_likelihood) / size)  # and factors such as a penalty
 

@@ -13,6 +13,7 @@ from torch import nn
 from pyro_hybrid.data.tasks import Tasks
 from pyro_hybrid.errors import require
 from pyro_hybrid.nets.encoders import SetEncoder
+from pyro_hybrid.programs.module import one_thread
 from pyro_hybrid.training.checkpoint import Checkpoints, Fit, digest
 from pyro_hybrid.training.loop import Length, Loop, Plan, TrainingError
 from pyro_hybrid.training.svi import SVI
@@ -131,7 +132,7 @@ def meta_train(
     stored = folder.begin(resume) if folder else None
     _standardise(model, guide, tasks)
     svi = SVI(model, guide, _adam(model, guide, learning_rate, device), loss)
-    return Loop(
+    loop = Loop(
         svi,
         tasks,
         steps,
@@ -150,7 +151,9 @@ def meta_train(
         device,
         callback,
         folder,
-    ).run(progress, stored)
+    )
+    with one_thread():
+        return loop.run(progress, stored)
 
 
 def _adam(

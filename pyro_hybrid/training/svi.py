@@ -2,30 +2,61 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from pyro.infer import SVI as PyroSVI
 from pyro.infer import TraceMeanField_ELBO
+from pyro.infer.elbo import ELBO
+from pyro.infer.util import torch_item
 from pyro.optim import PyroOptim
 from torch import Tensor, nn
 
-from pyro_hybrid.errors import require
+from pyro_hybrid.errors import fail, require
 from pyro_hybrid.nets.encoders import reading_once
 from pyro_hybrid.programs.module import local_parameters, require_local
 
-__all__ = ["SVI"]
+__all__ = ["SVI", "OwnedOptim"]
+
+
+class OwnedOptim(PyroOptim):
+    """A torch optimizer over parameters that modules own, in the form that Pyro's SVI expects.
+
+    Arguments:
+        optimizer: the torch optimizer; it holds all parameters already.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        super().__init__(type(optimizer), dict(optimizer.defaults))
+        self.optimizer = optimizer
+
+    def __call__(self, params: Iterable[nn.Parameter], *args: Any, **kwargs: Any) -> None:
+        """Take one step of the optimizer, over its own parameters."""
+        self.optimizer.step(*args, **kwargs)
+
+    def get_state(self) -> dict[str, Any]:
+        """Return the state dictionary of the torch optimizer."""
+        return self.optimizer.state_dict()
+
+    def set_state(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dictionary into the torch optimizer."""
+        self.optimizer.load_state_dict(state_dict)
 
 
 class SVI(PyroSVI):
     """A ``pyro.infer.SVI`` for models that own their parameters.
 
-    Underneath, the ELBO is an ``nn.Module`` over model and guide, stepped by one torch optimizer.
+    One torch optimizer steps all parameters of model and guide. To add a loss to the ELBO, or to compute something once
+    before it, override :meth:`differentiable_loss`.
 
     Arguments:
         model, guide: each an ``nn.Module``, such as a HybridModel and an AmortizedGuide.
         optim: a torch optimizer over their parameters, or a ``pyro.optim`` one, whose class and options are taken.
-        loss: a Pyro ELBO.
+        loss: a Pyro ELBO with a differentiable loss, by default ``TraceMeanField_ELBO()``; or a function of model, guide
+            and their arguments that returns a differentiable loss.
+        num_samples: number of posterior traces that :meth:`run` draws (deprecated by Pyro).
+        num_steps: number of gradient steps that :meth:`run` takes (deprecated by Pyro).
     """
 
     def __init__(
@@ -33,47 +64,105 @@ class SVI(PyroSVI):
         model: nn.Module,
         guide: nn.Module,
         optim: torch.optim.Optimizer | PyroOptim,
-        loss: Any = None,
+        loss: ELBO | Callable[..., Tensor] | None = None,
+        *,
+        num_samples: int = 0,
+        num_steps: int = 0,
     ) -> None:
         require_local(model=model, guide=guide)
-        self.model, self.guide = model, guide
-        self.elbo = (TraceMeanField_ELBO() if loss is None else loss)(model, guide)
-        self.optim = _torchs(optim, self.parameters()) if isinstance(optim, PyroOptim) else optim
+        self.objective = _differentiable(TraceMeanField_ELBO() if loss is None else loss)
+        self.num_particles = int(getattr(loss, "num_particles", 1))
+        self.optimizer = _torch_optimizer(optim, [*model.parameters(), *guide.parameters()])
+        super().__init__(
+            model,
+            guide,
+            OwnedOptim(self.optimizer),
+            loss=self._loss,
+            loss_and_grads=self._loss_and_grads,
+            num_samples=num_samples,
+            num_steps=num_steps,
+        )
 
     def parameters(self) -> list[nn.Parameter]:
-        """Every parameter of model and guide, once."""
-        return [p for p in self.elbo.parameters() if p.requires_grad]
+        """Return the parameters of model and guide that are trained, each once."""
+        parameters = [*self.model.parameters(), *self.guide.parameters()]
+        distinct = {id(parameter): parameter for parameter in parameters}
+        return [parameter for parameter in distinct.values() if parameter.requires_grad]
 
-    def backward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The loss, with its gradients left on the parameters."""
-        self.optim.zero_grad(set_to_none=True)
+    def differentiable_loss(
+        self, model: nn.Module, guide: nn.Module, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """Return the loss of one step, the negative ELBO, as a tensor with gradients."""
+        return self.objective(model, guide, *args, **kwargs)
+
+    def _loss(self, model: nn.Module, guide: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         with local_parameters(), reading_once():
-            loss = self.elbo(*args, **kwargs)
+            return self.differentiable_loss(model, guide, *args, **kwargs)
+
+    def _loss_and_grads(
+        self, model: nn.Module, guide: nn.Module, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        with local_parameters(), reading_once():
+            loss = self.differentiable_loss(model, guide, *args, **kwargs)
             if loss.requires_grad:
                 loss.backward()
         return loss.detach()
 
+    def backward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the loss and leave its gradients, and no earlier ones, on the parameters."""
+        self.optimizer.zero_grad(set_to_none=True)
+        return self.loss_and_grads(self.model, self.guide, *args, **kwargs)
+
     def step(self, *args: Any, **kwargs: Any) -> float:
-        """One gradient step; returns the loss."""
+        """Take one gradient step and return the loss before it."""
         loss = self.backward(*args, **kwargs)
-        self.optim.step()
-        return float(loss)
+        self.optim(self.parameters())
+        return torch_item(loss)
 
-    @torch.no_grad()
-    def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
-        """The loss, with no step taken."""
-        with local_parameters(), reading_once():
-            return float(self.elbo(*args, **kwargs))
+    def run(self, *args: Any, **kwargs: Any) -> SVI:
+        """Take ``num_steps`` gradient steps, then draw ``num_samples`` posterior traces, if any."""
+        if self.num_samples > 0:
+            with local_parameters():
+                return super().run(*args, **kwargs)
+        for _ in range(self.num_steps):
+            self.step(*args, **kwargs)
+        return self
 
 
-def _torchs(optim: Any, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """The torch optimizer that a ``pyro.optim`` one would make for each parameter, for all of them."""
+def _differentiable(loss: object) -> Callable[..., Tensor]:
+    """Return a function of model, guide and their arguments whose value has gradients."""
+    if isinstance(loss, ELBO) and hasattr(loss, "differentiable_loss"):
+        return loss.differentiable_loss
+    if isinstance(loss, ELBO | type) or not callable(loss):
+        fail(
+            "a Pyro ELBO with a differentiable loss, or a function",
+            f"the class {loss.__name__}" if isinstance(loss, type) else type(loss).__name__,
+            "Pass an instance, such as pyro.infer.Trace_ELBO() or TraceMeanField_ELBO().",
+            TypeError,
+        )
+    return loss
+
+
+def _torch_optimizer(
+    optim: torch.optim.Optimizer | PyroOptim, parameters: Iterable[nn.Parameter]
+) -> torch.optim.Optimizer:
+    """Return a torch optimizer: the given one, or that of a ``pyro.optim`` one for all parameters that are trained."""
+    if isinstance(optim, torch.optim.Optimizer):
+        return optim
+    if not isinstance(optim, PyroOptim):
+        fail(
+            "a torch or a pyro.optim optimizer",
+            type(optim).__name__,
+            'Pass pyro.optim.Adam({"lr": 0.01}), for example.',
+            TypeError,
+        )
+    build: Any = optim.pt_optim_constructor
+    options: Any = optim.pt_optim_args
     require(
-        type(optim) is PyroOptim
-        and isinstance(optim.pt_optim_args, dict)
-        and not optim.pt_clip_args,
+        type(optim) is PyroOptim and isinstance(options, dict) and not optim.pt_clip_args,
         "a pyro.optim optimizer with a dictionary of options only",
-        type(optim).__name__ + " with more",
-        "Pass a torch optimizer with a schedule of torch's beside it; meta_train clips and schedules itself.",
+        f"{type(optim).__name__} with more",
+        "Pass a torch optimizer with a torch schedule beside it; meta_train clips and schedules itself.",
     )
-    return optim.pt_optim_constructor(parameters, **optim.pt_optim_args)
+    distinct = {id(parameter): parameter for parameter in parameters if parameter.requires_grad}
+    return build(list(distinct.values()), **options)
