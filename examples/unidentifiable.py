@@ -55,11 +55,11 @@ class Spring(ph.HybridModel):
                 place, speed = state
                 return speed, -rate * place + friction(speed)
 
-            states = ph.solve(field, episode.initial, episode.times)
+            states = ph.solve(field, episode.query.initial, episode.query.times)
             return pyro.sample(
                 "x",
-                dist.Normal(states, self.noise).mask(episode.mask).to_event(3),
-                obs=episode.query,
+                dist.Normal(states, self.noise).mask(episode.query.scored).to_event(3),
+                obs=episode.query.values,
             )
 
 
@@ -93,7 +93,7 @@ def springs(systems: int) -> ph.Tasks:
 def asked_for(tasks: ph.Tasks, redundant: bool) -> ph.Tasks:
     """The same tasks, with the truth of what the program asks for."""
     names = ("mass", "stiffness", "drag") if redundant else ("rate", "drag")
-    return dataclasses.replace(tasks, truth={name: tasks.truth[name] for name in names})
+    return dataclasses.replace(tasks, truth={name: tasks.true_latents[name] for name in names})
 
 
 def train(
@@ -163,7 +163,7 @@ def main() -> None:
         )
 
         # What nobody can look at with real data: the truth.
-        true = held_out.truth[site]
+        true = held_out.true_latents[site]
         found = ph.draws(model, guide, held_out.episode(), 100)[site].mean(0)
         r = float(ph.mcc(found, true).linear_r[0])
         axis.plot(true, found, ".", color="#c0392b" if redundant else "#2a6fbb", ms=4)

@@ -32,11 +32,11 @@ class PredatorsAndPrey(ph.HybridModel):
                 eaten, fed = encounters(*state)
                 return growth - eaten, fed - 0.6
 
-            states = ph.solve(field, episode.initial, episode.times)
+            states = ph.solve(field, episode.query.initial, episode.query.times)
             return pyro.sample(
                 "x",
-                dist.Normal(states, self.noise).mask(episode.mask).to_event(3),
-                obs=episode.query,
+                dist.Normal(states, self.noise).mask(episode.query.scored).to_event(3),
+                obs=episode.query.values,
             )
 
 
@@ -75,7 +75,7 @@ def main(steps: int = 300) -> None:
     found = ph.draws(model, guide, held_out.episode(), 100)
     for name, site in {"growth": "growth", "appetite": "unknown"}.items():
         print(
-            f"{name}: linear R = {ph.mcc(found[site].mean(0), held_out.truth[name]).linear_r[0]:.3f}"
+            f"{name}: linear R = {ph.mcc(found[site].mean(0), held_out.true_latents[name]).linear_r[0]:.3f}"
         )
 
 

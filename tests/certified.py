@@ -293,13 +293,13 @@ class Case:
         p = prior(episode.support)
         with episode.plate:
             latents = {name: pyro.sample(name, p[name]) for name in self.sites}
-            start = episode.measured
+            start = episode.query.initial
             if self.start_noise:
                 start = pyro.sample("initial", dist.Normal(start, self.start_noise).to_event(2))
-            x = dist.Normal(self.states(latents, start, episode.times), self.noise).mask(
-                episode.mask
+            x = dist.Normal(self.states(latents, start, episode.query.times), self.noise).mask(
+                episode.query.scored
             )
-            return pyro.sample("x", x.to_event(3), obs=episode.query)
+            return pyro.sample("x", x.to_event(3), obs=episode.query.values)
 
     def build(self, seed: int = 0) -> tuple[Program, ph.AmortizedGuide]:
         """The program and its guide, both by computed evidence, so that nothing needs training."""
@@ -689,11 +689,11 @@ def functions(varies: Literal["both", "means", "variances"] = "both") -> tuple[P
     def posterior(*episodes: ph.Episode | None) -> tuple[Tensor, Tensor]:
         precision, right = torch.eye(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
         for episode in episodes:
-            if episode is None or episode.query is None:
+            if episode is None or episode.query.values is None:
                 continue
-            lines = torch.stack([1.0 - episode.times, episode.times], -1)
+            lines = torch.stack([1.0 - episode.query.times, episode.query.times], -1)
             counts = (
-                torch.as_tensor(episode.mask).expand_as(episode.query)[..., 0].double() / 0.1**2
+                torch.as_tensor(episode.query.scored).expand_as(episode.query)[..., 0].double() / 0.1**2
             )
             precision = precision + torch.einsum("tsn,ni,nj->tij", counts, lines, lines)
             right = right + torch.einsum("tsn,tsn,ni->ti", counts, episode.query[..., 0], lines)
@@ -711,12 +711,12 @@ def functions(varies: Literal["both", "means", "variances"] = "both") -> tuple[P
     def program(episode: ph.Episode) -> Tensor:
         with episode.plate:
             weights = pyro.sample("weights", dist.Normal(*prior(episode.support)).to_event(1))
-            lines = torch.stack([1.0 - episode.times, episode.times], -1)
+            lines = torch.stack([1.0 - episode.query.times, episode.query.times], -1)
             states = (lines * weights[..., None, None, :]).sum(
                 -1, keepdim=True
-            ) + 0.0 * episode.measured.unsqueeze(-2)
-            x = dist.Normal(states, 0.1).mask(episode.mask)
-            return pyro.sample("x", x.to_event(3), obs=episode.query)
+            ) + 0.0 * episode.query.initial.unsqueeze(-2)
+            x = dist.Normal(states, 0.1).mask(episode.query.scored)
+            return pyro.sample("x", x.to_event(3), obs=episode.query.values)
 
     def guide(episode: ph.Episode) -> Tensor:
         with episode.plate:

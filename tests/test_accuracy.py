@@ -34,14 +34,14 @@ class Swing(ph.HybridModel):
         self.share = torch.nn.Parameter(torch.zeros(()))
 
     def forward(self, episode: ph.Episode) -> Tensor:
-        rate = (2.0 * torch.arange(3.0, dtype=episode.times.dtype).unsqueeze(-1)) ** 2
+        rate = (2.0 * torch.arange(3.0, dtype=episode.query.times.dtype).unsqueeze(-1)) ** 2
         with episode.plate:
             x = ph.solve(
-                lambda t, y: (y[1], -rate * y[0]), episode.initial, episode.times, **self.options
+                lambda t, y: (y[1], -rate * y[0]), episode.query.initial, episode.query.times, **self.options
             )
             self.states = x
-            fn = dist.Normal(x + self.share, NOISE).mask(episode.mask)
-            return pyro.sample("x", fn.to_event(3), obs=episode.query)
+            fn = dist.Normal(x + self.share, NOISE).mask(episode.query.scored)
+            return pyro.sample("x", fn.to_event(3), obs=episode.query.values)
 
 
 def true_error(model: Swing) -> Tensor:
@@ -82,8 +82,8 @@ class Exploding(Swing):
 
     def forward(self, episode: ph.Episode) -> Tensor:
         with episode.plate:
-            x = ph.solve(lambda t, y: (-1e200 * y[0] ** 3, y[1]), episode.initial, episode.times)
-            return pyro.sample("x", dist.Normal(x, NOISE).to_event(3), obs=episode.query)
+            x = ph.solve(lambda t, y: (-1e200 * y[0] ** 3, y[1]), episode.query.initial, episode.query.times)
+            return pyro.sample("x", dist.Normal(x, NOISE).to_event(3), obs=episode.query.values)
 
 
 @pytest.mark.parametrize(("options", "warns"), [({}, True), ({"substeps": 20}, False)])

@@ -52,9 +52,9 @@ def program(episode: ph.Episode) -> None:
     loc, scale = believed(episode.support)
     with episode.plate:
         z = pyro.sample("z", dist.Normal(loc, scale).to_event(1))
-        mean = episode.initial[0].unsqueeze(-1) + (z @ DESIGN.T).unsqueeze(-2)
-        x = dist.Normal(mean.unsqueeze(-1), NOISE).mask(episode.mask)
-        pyro.sample("x", x.to_event(3), obs=episode.query)
+        mean = episode.query.initial[0].unsqueeze(-1) + (z @ DESIGN.T).unsqueeze(-2)
+        x = dist.Normal(mean.unsqueeze(-1), NOISE).mask(episode.query.scored)
+        pyro.sample("x", x.to_event(3), obs=episode.query.values)
 
 
 def posterior(
@@ -241,9 +241,9 @@ def test_segments_restart_from_the_simulated_states() -> None:
     found = ph.check_calibration(model, spy, data, simulations=500, num_draws=199, progress=False)
     assert found.verdict == "holds"
     (states,), episode = seen[0].states, data.episode()
-    there = torch.as_tensor(episode.seen)[..., 0]
+    there = torch.as_tensor(episode.query.observed)[..., 0]
     assert torch.equal(states[there], seen[0].query[..., 0][there])
-    assert torch.equal(states[:, :, 0], episode.initial[0]) and not torch.equal(
+    assert torch.equal(states[:, :, 0], episode.query.initial[0]) and not torch.equal(
         states, episode.states[0]
     )
 
@@ -262,15 +262,15 @@ ABOUT_PI = torch.tensor([-2.0, 0.0], dtype=torch.float64).expand(25, 2)
 def circle(episode: ph.Episode) -> None:
     """An angle that is seen through its cosine and sine."""
     with episode.plate:
-        z = angle(ABOUT_PI[: episode.shape[0]])[..., None, None, :]
+        z = angle(ABOUT_PI[: episode.query.shape[0]])[..., None, None, :]
         mean = torch.cat([z.cos(), z.sin()], -1) + torch.zeros(2, POINTS, 2, dtype=torch.float64)
-        pyro.sample("x", dist.Normal(mean, 1.0).mask(episode.mask).to_event(3), obs=episode.query)
+        pyro.sample("x", dist.Normal(mean, 1.0).mask(episode.query.scored).to_event(3), obs=episode.query.values)
 
 
 def around(episode: ph.Episode) -> None:
     """Its posterior: a von Mises prior stays one, with x / σ² added to λ."""
     with episode.plate:
-        angle(ABOUT_PI + (episode.query * episode.mask).sum((1, 2)))
+        angle(ABOUT_PI + (episode.query * episode.query.scored).sum((1, 2)))
 
 
 def test_an_angle_about_pi_is_judged_on_its_circle() -> None:
@@ -309,8 +309,8 @@ def test_only_what_counts_as_an_observation_is_simulated() -> None:
             assert torch.equal(
                 torch.as_tensor(getattr(episode, name)), torch.as_tensor(getattr(data, name))
             )
-        assert torch.equal(episode.support.query, data.support.query)
-        assert torch.equal(episode.initial[0], data.initial[0])
+        assert torch.equal(episode.support.values, data.support.values)
+        assert torch.equal(episode.query.initial[0], data.initial[0])
     assert torch.equal(first.query[:, :, 0], data.query[:, :, 0])
     assert (first.query != data.query)[:, :, 1:].all() and torch.equal(last.query, data.query)
 
@@ -358,12 +358,12 @@ def test_what_diverges_is_left_out_and_counted() -> None:
         loc, scale = believed(episode.support)
         with episode.plate:
             z = pyro.sample("z", dist.Normal(loc, scale).to_event(1))
-            mean = (episode.initial[0].unsqueeze(-1) + (z @ DESIGN.T).unsqueeze(-2)).unsqueeze(-1)
+            mean = (episode.query.initial[0].unsqueeze(-1) + (z @ DESIGN.T).unsqueeze(-2)).unsqueeze(-1)
             mean = mean.where(
                 z[..., :1, None, None] < loc[:, :1, None, None] + scale[0, 0], torch.inf
             )
             pyro.sample(
-                "x", dist.Normal(mean, NOISE).mask(episode.mask).to_event(3), obs=episode.query
+                "x", dist.Normal(mean, NOISE).mask(episode.query.scored).to_event(3), obs=episode.query.values
             )
 
     found = ph.check_calibration(blows_up, posterior(), tasks(), num_draws=99, progress=False)
@@ -561,20 +561,20 @@ def test_short_checks_show_no_bar(capfd: pytest.CaptureFixture[str]) -> None:
 
 def unnamed(episode: ph.Episode) -> None:
     with episode.plate:
-        pyro.sample("other", dist.Normal(torch.zeros(episode.shape[0], 2), 1.0).to_event(1))
+        pyro.sample("other", dist.Normal(torch.zeros(episode.query.shape[0], 2), 1.0).to_event(1))
 
 
 def lost(episode: ph.Episode) -> None:
     with episode.plate:
-        loc = torch.full((episode.shape[0], 2), torch.nan)
+        loc = torch.full((episode.query.shape[0], 2), torch.nan)
         pyro.sample("z", dist.Normal(loc, 1.0, validate_args=False).to_event(1))
 
 
 def scalar(episode: ph.Episode) -> None:
     with episode.plate:
-        z = pyro.sample("z", dist.Normal(torch.zeros(episode.shape[0]), 1.0))
+        z = pyro.sample("z", dist.Normal(torch.zeros(episode.query.shape[0]), 1.0))
         x = dist.Normal(z[..., None, None, None].expand(*z.shape, 2, POINTS, 1), 1.0)
-        pyro.sample("x", x.to_event(3), obs=episode.query)
+        pyro.sample("x", x.to_event(3), obs=episode.query.values)
 
 
 def twice(episode: ph.Episode) -> None:
@@ -584,14 +584,14 @@ def twice(episode: ph.Episode) -> None:
 
 def unseeing(episode: ph.Episode) -> None:
     with episode.plate:
-        pyro.sample("z", dist.Normal(torch.zeros(episode.shape[0], 2), 1.0).to_event(1))
+        pyro.sample("z", dist.Normal(torch.zeros(episode.query.shape[0], 2), 1.0).to_event(1))
 
 
 def endless(episode: ph.Episode) -> None:
     with episode.plate:
-        z = pyro.sample("z", dist.Normal(torch.zeros(episode.shape[0], 2), 1.0).to_event(1))
+        z = pyro.sample("z", dist.Normal(torch.zeros(episode.query.shape[0], 2), 1.0).to_event(1))
         mean = torch.inf * z[..., :1, None, None].expand(*z.shape[:-1], 2, POINTS, 1)
-        pyro.sample("x", dist.Normal(mean, 1.0).to_event(3), obs=episode.query)
+        pyro.sample("x", dist.Normal(mean, 1.0).to_event(3), obs=episode.query.values)
 
 
 @pytest.mark.parametrize(
@@ -696,9 +696,9 @@ class Decay(ph.HybridModel):
         p = self.prior(episode.support)
         with episode.plate:
             rate = pyro.sample("rate", p["rate"])
-            states = ph.solve(lambda t, y: (-rate * y[0],), episode.initial, episode.times)
+            states = ph.solve(lambda t, y: (-rate * y[0],), episode.query.initial, episode.query.times)
             pyro.sample(
-                "x", dist.Normal(states, 0.1).mask(episode.mask).to_event(3), obs=episode.query
+                "x", dist.Normal(states, 0.1).mask(episode.query.scored).to_event(3), obs=episode.query.values
             )
 
 
@@ -715,7 +715,7 @@ def decays() -> ph.Tasks:
 
 def integrated(model: Decay, episode: ph.Episode) -> dict[str, tuple[Tensor, Tensor]]:
     grid = torch.linspace(0.02, 6.0, 6000, dtype=torch.float64)
-    expected = episode.initial[0][..., None, None] * torch.exp(
+    expected = episode.query.initial[0][..., None, None] * torch.exp(
         -grid[:, None] * TIMES
     )  # (task, shot, grid, time)
     errors = (episode.query[..., 0].unsqueeze(2) - expected)[..., 1:] / 0.1

@@ -406,7 +406,7 @@ def sampling(shape: str) -> object:
     """A program with a latent that can't be certified."""
 
     def program(episode: ph.Episode) -> None:
-        zeros = episode.measured[:, 0, :1] * 0.0
+        zeros = episode.query.initial[:, 0, :1] * 0.0
         with episode.plate:
             if shape == "uniform":
                 pyro.sample("z", dist.Uniform(zeros, zeros + 1.0).to_event(1))

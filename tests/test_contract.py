@@ -125,15 +125,15 @@ class Program:
         return slope
 
     def start(self, episode: ph.Episode) -> Tensor:
-        return torch.stack(episode.initial, -1)
+        return torch.stack(episode.query.initial, -1)
 
     def mean(self, z: Tensor, episode: ph.Episode) -> Tensor:
-        grown = features(episode.times) - features(episode.times[..., :1])
+        grown = features(episode.query.times) - features(episode.query.times[..., :1])
         return self.start(episode) + self.gain * (grown * z[..., None, None, :]).sum(-1)
 
     def observe(self, mean: Tensor, episode: ph.Episode) -> Tensor:
-        x = dist.Normal(mean, self.noise).mask(episode.mask)
-        return pyro.sample("x", x.to_event(3), obs=episode.query)
+        x = dist.Normal(mean, self.noise).mask(episode.query.scored)
+        return pyro.sample("x", x.to_event(3), obs=episode.query.values)
 
 
 class Good(Program, ph.HybridModel):
@@ -156,8 +156,8 @@ class SharesByName(Program, PyroModule):
 
 class InTheStore(Program, nn.Module):
     def observe(self, mean: Tensor, episode: ph.Episode) -> Tensor:
-        x = dist.Normal(mean, pyro.param("spread", torch.tensor(0.3))).mask(episode.mask)
-        return pyro.sample("x", x.to_event(3), obs=episode.query)
+        x = dist.Normal(mean, pyro.param("spread", torch.tensor(0.3))).mask(episode.query.scored)
+        return pyro.sample("x", x.to_event(3), obs=episode.query.values)
 
 
 class AsksTheStore(Good):
@@ -195,8 +195,8 @@ class KnowsNoPlate(Good):
 
 class ObservesByAFactor(Good):
     def observe(self, mean: Tensor, episode: ph.Episode) -> Tensor:
-        x = dist.Normal(mean, self.noise).mask(episode.mask).to_event(3)
-        if episode.query is None:
+        x = dist.Normal(mean, self.noise).mask(episode.query.scored).to_event(3)
+        if episode.query.values is None:
             return pyro.sample("x", x)
         return pyro.factor("x", x.log_prob(episode.query))
 
@@ -204,7 +204,7 @@ class ObservesByAFactor(Good):
 class ObservesHalfOfIt(Good):
     def observe(self, mean: Tensor, episode: ph.Episode) -> Tensor:
         x = dist.Normal(mean[..., 1:, :], self.noise).to_event(3)
-        return pyro.sample("x", x, obs=None if episode.query is None else episode.query[..., 1:, :])
+        return pyro.sample("x", x, obs=None if episode.query.values is None else episode.query[..., 1:, :])
 
 
 class KeepsAConstant(Good):
@@ -230,19 +230,19 @@ class ChangesASetting(Good):
 
 class MasksInPlace(Good):
     def forward(self, episode: ph.Episode) -> Tensor:
-        if isinstance(episode.mask, Tensor):
-            episode.mask[:, :, 1] = False
+        if isinstance(episode.query.scored, Tensor):
+            episode.query.scored[:, :, 1] = False
         return super().forward(episode)
 
 
 class ForgetsTheMask(Good):
     def observe(self, mean: Tensor, episode: ph.Episode) -> Tensor:
-        return pyro.sample("x", dist.Normal(mean, self.noise).to_event(3), obs=episode.query)
+        return pyro.sample("x", dist.Normal(mean, self.noise).to_event(3), obs=episode.query.values)
 
 
 class MasksBySight(Good):
     def observe(self, mean: Tensor, episode: ph.Episode) -> Tensor:
-        return super().observe(mean, replace(episode, mask=episode.seen))
+        return super().observe(mean, replace(episode, mask=episode.query.observed))
 
 
 class LosesItsLoss(Good):
@@ -278,8 +278,8 @@ class Numpy(dist.Normal):
 
 class DrawsWithNumpy(Good):
     def observe(self, mean: Tensor, episode: ph.Episode) -> Tensor:
-        x = Numpy(mean, self.noise.expand(mean.shape)).mask(episode.mask)
-        return pyro.sample("x", x.to_event(3), obs=episode.query)
+        x = Numpy(mean, self.noise.expand(mean.shape)).mask(episode.query.scored)
+        return pyro.sample("x", x.to_event(3), obs=episode.query.values)
 
 
 class BelievesTheFirstShot(Good):
@@ -287,7 +287,7 @@ class BelievesTheFirstShot(Good):
         return (
             slope
             if episode.support is None
-            else slope + 0.1 * episode.support.query[:, 0].mean((-1, -2))[:, None]
+            else slope + 0.1 * episode.support.values[:, 0].mean((-1, -2))[:, None]
         )
 
 
@@ -322,7 +322,7 @@ class DividesByTasks(Good):
 class ObservesItsMean(Good):
     def observe(self, mean: Tensor, episode: ph.Episode) -> Tensor:
         return super().observe(
-            mean, replace(episode, query=mean.detach()) if episode.query is None else episode
+            mean, replace(episode, query=mean.detach()) if episode.query.values is None else episode
         )
 
 
@@ -335,7 +335,7 @@ class Endless(dist.Normal):
 
 class SimulatesTheEndless(Good):
     def observe(self, mean: Tensor, episode: ph.Episode) -> Tensor:
-        if episode.query is not None:
+        if episode.query.values is not None:
             return super().observe(mean, episode)
         return pyro.sample(
             "x", Endless(mean, self.noise.expand(mean.shape), validate_args=False).to_event(3)
@@ -361,7 +361,7 @@ class HidesItsNoise(Good):
 
 class KnowsOneClock(Good):
     def start(self, episode: ph.Episode) -> Tensor:
-        assert episode.times.shape == (POINTS,)
+        assert episode.query.times.shape == (POINTS,)
         return super().start(episode)
 
 
@@ -526,7 +526,7 @@ def test_who_breaks_a_contract_is_refused_by_its_name(
 class SimulatesMore(Good):
     def observe(self, mean: Tensor, episode: ph.Episode) -> Tensor:
         return super().observe(
-            torch.cat([mean, mean], -1) if episode.query is None else mean, episode
+            torch.cat([mean, mean], -1) if episode.query.values is None else mean, episode
         )
 
 
@@ -590,7 +590,7 @@ def test_what_the_docs_show_is_what_is_said() -> None:
     program, check = re.findall(r"```python\n(.*?)```", page, re.DOTALL)[:2]
     (shown,) = re.findall(r"```text\nContractError: (.*?)```", page, re.DOTALL)
     with pytest.raises(ph.ContractError) as caught:
-        exec(program.replace(".mask(episode.mask)", "") + check, {"__name__": "page"})
+        exec(program.replace(".mask(episode.query.scored)", "") + check, {"__name__": "page"})
     texts = (" ".join(text.split()) for text in (str(caught.value), shown))
     assert len({re.sub(r"difference of \S+", "difference", text) for text in texts}) == 1
 

@@ -144,7 +144,7 @@ def test_reconstructions_begin_where_the_shots_say_and_not_where_they_were_measu
 
     monkeypatch.setattr(found, "_run", spy)
     found.reconstructed(episode, 50)
-    found.predicted(episode, episode.initial, 50)
+    found.predicted(episode, episode.query.initial, 50)
     measured = found.model.start_noise.mean()
     assert (
         begun[0].std(0).mean() < 0.8 * measured

@@ -178,8 +178,8 @@ def test_a_piece_moves_on_as_the_whole_did() -> None:
     system.points = 60
     tasks = cut(system.simulate(3, 2, 0), 3)
     pieces = tasks.shots(slice(None))
-    assert tasks.truth is not None and isinstance(pieces.initial, tuple)
-    latents = {name: value.double() for name, value in tasks.truth.items()}
+    assert tasks.true_latents is not None and isinstance(pieces.initial, tuple)
+    latents = {name: value.double() for name, value in tasks.true_latents.items()}
     initial = tuple(part.double() for part in pieces.initial)
     torch.testing.assert_close(
         clocked.trajectories(latents, initial, tasks.times.double()).float(),

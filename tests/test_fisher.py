@@ -58,7 +58,7 @@ def observing(
     """x = states(latents, times) + noise."""
 
     def program(episode: ph.Episode) -> None:
-        tasks, shots = episode.shape
+        tasks, shots = episode.query.shape
         with episode.plate:
             raw = {
                 name: torch.zeros(tasks, family.n, family.k).double()
@@ -70,10 +70,10 @@ def observing(
                 ]
                 for name, family in families.items()
             }
-            mean = states(**z, t=episode.times.unsqueeze(-1)) + torch.zeros(
-                tasks, shots, len(episode.times), 1
+            mean = states(**z, t=episode.query.times.unsqueeze(-1)) + torch.zeros(
+                tasks, shots, len(episode.query.times), 1
             )
-            pyro.sample("x", dist.Normal(mean, noise).to_event(3), obs=episode.query)
+            pyro.sample("x", dist.Normal(mean, noise).to_event(3), obs=episode.query.values)
 
     return program
 
@@ -177,9 +177,9 @@ def test_masked_observations_say_nothing() -> None:
             z = pyro.sample("z", dist.Normal(torch.zeros(6, 1).double(), 1.0).to_event(1))[
                 ..., None, None, :
             ]
-            mean = z * episode.times.unsqueeze(-1) + torch.zeros(6, 3, 9, 1)
+            mean = z * episode.query.times.unsqueeze(-1) + torch.zeros(6, 3, 9, 1)
             pyro.sample(
-                "x", dist.Normal(mean, 0.1).mask(episode.mask).to_event(3), obs=episode.query
+                "x", dist.Normal(mean, 0.1).mask(episode.query.scored).to_event(3), obs=episode.query.values
             )
 
     episode = ph.Episode(

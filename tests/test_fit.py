@@ -145,7 +145,7 @@ def test_masked_observations_do_not_count_whatever_their_values() -> None:
     mask = torch.rand(30, 8, 6, 1, generator=torch.Generator().manual_seed(1)) < 0.6
     mask[:, :, 0] = True
     episode = make_tasks(30, 8, num_support=4, mask=mask).episode()
-    wild = replace(episode, query=episode.query.where(episode.mask | episode.seen, torch.nan))
+    wild = replace(episode, query=episode.query.where(episode.query.scored | episode.query.observed, torch.nan))
     found = drawing(posterior(episode))
     pyro.set_rng_seed(0)
     clean = misfit(MODEL, found, episode).error
@@ -201,9 +201,9 @@ def growing(
         with episode.plate:
             z = pyro.sample("z", dist.Normal(torch.zeros_like(rate).unsqueeze(-1), 1.0).to_event(1))
             states = ph.solve(
-                lambda t, y: (z * y[0] ** 2,), episode.initial, episode.times, substeps=40
+                lambda t, y: (z * y[0] ** 2,), episode.query.initial, episode.query.times, substeps=40
             )
-            pyro.sample("x", dist.Normal(states, 0.1).to_event(3), obs=episode.query)
+            pyro.sample("x", dist.Normal(states, 0.1).to_event(3), obs=episode.query.values)
 
     query = 1.0 / (1.0 - rate.clamp(max=0.5).view(-1, 1, 1, 1) * times.view(-1, 1)) + torch.zeros(
         len(rate), 2, 5, 1
@@ -227,7 +227,7 @@ def test_a_task_without_a_prediction_is_as_wrong_as_can_be() -> None:
         with episode.plate:
             z = pyro.sample("z", dist.Normal(torch.zeros(3, 1).double(), 1.0).to_event(1))
             mean = z.sqrt()[..., None, None, :] + torch.zeros(3, 2, 5, 1)
-            pyro.sample("x", dist.Normal(mean, 0.1).to_event(3), obs=episode.query)
+            pyro.sample("x", dist.Normal(mean, 0.1).to_event(3), obs=episode.query.values)
 
     _, guide, episode = growing(torch.tensor([0.25, -1.0, 0.36], dtype=torch.float64))
     error = misfit(model, guide, episode).error

@@ -71,7 +71,7 @@ def test_with_nothing_to_explain_the_guide_is_the_prior_exactly(reading: str) ->
 def test_a_query_that_is_masked_entirely_adds_nothing() -> None:
     _, guide = pair("computed")
     episode = make_tasks(3, 4, num_support=2).episode()
-    silent = replace(episode, mask=torch.zeros_like(episode.mask))
+    silent = replace(episode, mask=torch.zeros_like(episode.query.scored))
     assert divergence(guide, silent).abs().max() < 1e-12
     assert (divergence(guide, episode) > 1e-3).all()
 
@@ -177,11 +177,11 @@ def test_several_latents_of_a_shot_are_drawn_jointly() -> None:
         """x = z + a + b t for every shot: a and b share what a short trajectory says."""
         with episode.plate:
             z = pyro.sample("z", dist.Normal(torch.zeros(1, dtype=torch.float64), 1.0).to_event(1))
-            wide = torch.zeros(*episode.shape, 1, dtype=torch.float64)
+            wide = torch.zeros(*episode.query.shape, 1, dtype=torch.float64)
             a = pyro.sample("a", dist.Normal(wide, 1.0).to_event(2))
             b = pyro.sample("b", dist.Normal(wide + 0.5, 2.0).to_event(2))
-            mean = z[..., None, :] + a + b * episode.times
-            pyro.sample("x", dist.Normal(mean.unsqueeze(-1), 0.5).to_event(3), obs=episode.query)
+            mean = z[..., None, :] + a + b * episode.query.times
+            pyro.sample("x", dist.Normal(mean.unsqueeze(-1), 0.5).to_event(3), obs=episode.query.values)
 
     prior = ph.UnconditionalPrior(z=Normal(1)).double()
     prior.bind(program)
@@ -194,7 +194,7 @@ def test_several_latents_of_a_shot_are_drawn_jointly() -> None:
         [values["z"].squeeze(1), *(values[n][:, 0, :, 0] for n in "ab")], -1
     )  # z, a1, a2, b1, b2
     t, one, nil = (
-        episode.times,
+        episode.query.times,
         torch.ones(POINTS, dtype=torch.float64),
         torch.zeros(POINTS, dtype=torch.float64),
     )
@@ -385,7 +385,7 @@ def test_a_guide_is_pickier_than_its_prior_on_the_truth() -> None:
     _, guide = pair("computed", sites=TOGETHER)
     tasks = make_tasks(200, 6)
     episode = tasks.episode()
-    truth = torch.cat(list(tasks.truth.values()), -1)
+    truth = torch.cat(list(tasks.true_latents.values()), -1)
     q = TOGETHER["both"].distribution(guide.natural(episode)["both"])
     assert (
         q.log_prob(truth).mean() > guide.prior(episode.support)["both"].log_prob(truth).mean() + 0.5

@@ -197,7 +197,7 @@ def test_nothing_is_left_to_unmix_where_the_physics_alone_made_the_data() -> Non
     model, episode = model_of(unmixing=1.0), episode_of()
     omega = torch.tensor([[1.0], [2.0], [3.0]])
     alone = model.system.known({"omega": omega}, model.nothing)
-    episode = replace(episode, query=ph.solve(alone, episode.initial, episode.times))
+    episode = replace(episode, query=ph.solve(alone, episode.query.initial, episode.query.times))
     values = model.guide()(episode) | {"omega": omega}
     assert (factors(model, episode, values)["unmixing"] < -1e-3).all()
     silent(model.encoder.unmixer)
@@ -263,7 +263,7 @@ def test_a_short_training_lowers_the_loss_and_finds_the_physics(num_support: int
     assert sum(fit.loss[-10:]) < sum(fit.loss[:10]) and not fit.skipped
     found = ph.draws(model, model.guide(), held_out.episode(), 20)["omega"].mean(0)
     assert (
-        torch.corrcoef(torch.cat([found, held_out.truth["omega"]], -1).T)[0, 1] > 0.6
+        torch.corrcoef(torch.cat([found, held_out.true_latents["omega"]], -1).T)[0, 1] > 0.6
     )  # chance: 0.13
 
 

@@ -70,8 +70,8 @@ def hunt(
                 ]
                 for name, family in families.items()
             }
-            mean = states(**z, t=episode.times.unsqueeze(-1)) + torch.zeros(len(points), 2, 9, 1)
-            pyro.sample("x", dist.Normal(mean, noise).to_event(3), obs=episode.query)
+            mean = states(**z, t=episode.query.times.unsqueeze(-1)) + torch.zeros(len(points), 2, 9, 1)
+            pyro.sample("x", dist.Normal(mean, noise).to_event(3), obs=episode.query.values)
 
     reading = believed(families, points)
     return twins(program, episode, reading, at(program, episode, reading), progress=False)
@@ -159,7 +159,7 @@ def test_a_monotone_map_has_no_twins(states: Callable[..., Tensor]) -> None:
 
 def test_a_linear_program_with_latents_of_shots_has_no_twins() -> None:
     tasks = make_tasks(40, 3, num_support=1, inferred=True)
-    truth = torch.cat(list((tasks.truth or {}).values()), -1)
+    truth = torch.cat(list((tasks.true_latents or {}).values()), -1)
     episode, reading = tasks.episode(), believed(SEPARATE, truth)
     model = Line(inferred=True, noise=0.03).double()
     found = twins(model, episode, reading, at(model, episode, reading), progress=False)
@@ -178,9 +178,9 @@ def test_twins_are_found_past_latents_of_shots_moved_or_held(
             z = pyro.sample("z", dist.Normal(torch.zeros(10, 1).double(), 1.0).to_event(1))[
                 ..., None, None, :
             ]
-            start = pyro.sample("start", dist.Normal(episode.measured, 0.1).to_event(2))
-            mean = start.unsqueeze(-2) + z**2 * episode.times.unsqueeze(-1)
-            pyro.sample("x", dist.Normal(mean, 0.05).to_event(3), obs=episode.query)
+            start = pyro.sample("start", dist.Normal(episode.query.initial, 0.1).to_event(2))
+            mean = start.unsqueeze(-2) + z**2 * episode.query.times.unsqueeze(-1)
+            pyro.sample("x", dist.Normal(mean, 0.05).to_event(3), obs=episode.query.values)
 
     episode = ph.Episode(CLOCK, torch.zeros(10, 2, 9, 1).double(), (torch.ones(10, 2).double(),))
     reading = believed({"z": Normal(1)}, points)
@@ -196,9 +196,9 @@ def test_what_is_observed_does_not_matter_but_what_could_be() -> None:
             z = pyro.sample("z", dist.Normal(torch.zeros(10, 1).double(), 1.0).to_event(1))[
                 ..., None, None, :
             ]
-            mean = z**2 * episode.times.unsqueeze(-1) + torch.zeros(10, 2, 9, 1)
+            mean = z**2 * episode.query.times.unsqueeze(-1) + torch.zeros(10, 2, 9, 1)
             pyro.sample(
-                "x", dist.Normal(mean, 0.05).mask(episode.mask).to_event(3), obs=episode.query
+                "x", dist.Normal(mean, 0.05).mask(episode.query.scored).to_event(3), obs=episode.query.values
             )
 
     episode = ph.Episode(CLOCK, torch.zeros(10, 2, 9, 1).double(), (torch.zeros(10, 2).double(),))

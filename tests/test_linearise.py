@@ -25,7 +25,7 @@ FIVE = torch.linspace(0.0, 1.0, 5, dtype=torch.float64)
 
 def posterior(model: Line, episode: ph.Episode, iterations: int = 8) -> Belief:
     mean, precision = model.prior.gaussian(None)
-    tasks = episode.shape[0]
+    tasks = episode.query.shape[0]
     problem = Problem(
         model, episode, model.prior.sites, mean.expand(tasks, -1), precision.expand(tasks, -1, -1)
     )
@@ -77,7 +77,7 @@ def test_masked_observations_say_nothing_whatever_their_values(inferred: bool) -
     belief, truth = posterior(model, episode), exact(episode, inferred=inferred)
     assert_close(belief.mean, truth.mean[:, :3], **CLOSE)
     assert_close(belief.covariance, truth.covariance[:, :3, :3], **CLOSE)
-    wild = replace(episode, query=episode.query.where(episode.mask, 1e6))
+    wild = replace(episode, query=episode.query.where(episode.query.scored, 1e6))
     assert all(torch.equal(a, b) for a, b in zip(belief, posterior(model, wild), strict=True))
 
 
@@ -153,10 +153,10 @@ def oscillation(episode: ph.Episode) -> None:
         rate = pyro.sample(
             "rate", dist.LogNormal(torch.zeros(1, dtype=torch.float64), 1.0).to_event(1)
         )
-        mean = torch.sin(rate[..., None, :] * 5.0 * episode.times) * episode.initial[0].unsqueeze(
+        mean = torch.sin(rate[..., None, :] * 5.0 * episode.query.times) * episode.query.initial[0].unsqueeze(
             -1
         )
-        pyro.sample("x", dist.Normal(mean.unsqueeze(-1), 0.05).to_event(3), obs=episode.query)
+        pyro.sample("x", dist.Normal(mean.unsqueeze(-1), 0.05).to_event(3), obs=episode.query.values)
 
 
 def swing(rate: Tensor) -> Problem:
@@ -174,7 +174,7 @@ def swing(rate: Tensor) -> Problem:
 
 
 def cost(problem: Problem, task: Tensor) -> Tensor:
-    shot = torch.zeros(problem.tasks, problem.episode.shape[1], 0, dtype=task.dtype)
+    shot = torch.zeros(problem.tasks, problem.episode.query.shape[1], 0, dtype=task.dtype)
     return problem.errors(task[None], shot[None])[0].square().sum((1, 2)) + (
         task - problem.mean
     ).square().sum(-1)
@@ -228,7 +228,7 @@ def test_a_latent_of_large_units_is_as_near_as_any_other() -> None:
                 "z", dist.Normal(torch.zeros(1, dtype=torch.float64), 100.0).to_event(1)
             )
             mean = (z * FIVE)[..., None, :, None]
-            pyro.sample("x", dist.Normal(mean, 0.1).to_event(3), obs=episode.query)
+            pyro.sample("x", dist.Normal(mean, 0.1).to_event(3), obs=episode.query.values)
 
     query = 70.0 * FIVE.view(1, 1, -1, 1)
     episode, zero = (
@@ -251,8 +251,8 @@ def runaway(episode: ph.Episode) -> None:
         def field(t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             return (z * state[0] ** 2,)
 
-        states = ph.solve(field, episode.initial, episode.times, substeps=20)
-        pyro.sample("x", dist.Normal(states, 0.1).to_event(3), obs=episode.query)
+        states = ph.solve(field, episode.query.initial, episode.query.times, substeps=20)
+        pyro.sample("x", dist.Normal(states, 0.1).to_event(3), obs=episode.query.values)
 
 
 def escape(z: list[float]) -> Problem:
@@ -298,7 +298,7 @@ def test_a_step_into_divergence_is_taken_back() -> None:
 
 
 def line_problem(episode: ph.Episode, *, inferred: bool = False, precision: float = 1.0) -> Problem:
-    model, tasks = line(inferred=inferred), episode.shape[0]
+    model, tasks = line(inferred=inferred), episode.query.shape[0]
     weak = precision * torch.eye(3, dtype=torch.float64).expand(tasks, 3, 3)
     return Problem(
         model, episode, model.prior.sites, torch.zeros(tasks, 3, dtype=torch.float64), weak
@@ -316,7 +316,7 @@ def test_information_is_that_of_least_squares_with_the_starts_eliminated_by_hand
     mask[:, :, 0] = True
     episode = make_tasks(4, 4, num_support=3, inferred=inferred, mask=mask).episode().support
     weight = (
-        torch.diag_embed(episode.mask.squeeze(-1).double()) / NOISE**2
+        torch.diag_embed(episode.query.scored.squeeze(-1).double()) / NOISE**2
     )  # (task, shot, time, time)
     if inferred:  # the Schur complement of each shot's start
         pull = weight.sum(-1, keepdim=True)
@@ -355,8 +355,8 @@ def test_latents_of_shots_are_eliminated_at_the_point_that_is_asked_for() -> Non
             gain = pyro.sample(
                 "gain", dist.Normal(torch.ones(2, 3, 1, dtype=torch.float64), 1e-6).to_event(2)
             )
-            mean = gain.unsqueeze(-1) * z[..., None, None, :] * episode.times.unsqueeze(-1)
-            pyro.sample("x", dist.Normal(mean, 0.1).to_event(3), obs=episode.query)
+            mean = gain.unsqueeze(-1) * z[..., None, None, :] * episode.query.times.unsqueeze(-1)
+            pyro.sample("x", dist.Normal(mean, 0.1).to_event(3), obs=episode.query.values)
 
     episode = ph.Episode(FIVE, torch.zeros(2, 3, 5, 1).double(), (torch.zeros(2, 3).double(),))
     one = torch.ones(2, 1, dtype=torch.float64)
@@ -444,7 +444,7 @@ def test_a_latent_of_an_odd_shape_is_refused_by_name(event: int) -> None:
             z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
             odd = pyro.sample("odd", dist.Normal(torch.zeros([3] * event), 1.0).to_event(event))
             mean = z[..., None, None, :] + odd.sum() + torch.zeros(2, 2, 6, 1)
-            pyro.sample("x", dist.Normal(mean, 1.0).to_event(3), obs=episode.query)
+            pyro.sample("x", dist.Normal(mean, 1.0).to_event(3), obs=episode.query.values)
 
     episode = make_tasks(2, 3, num_support=2).episode().support
     with pytest.raises(

@@ -19,11 +19,11 @@ def test_the_true_force_of_a_field_overlaps_with_the_physics_along_its_trajector
     system = ph.systems.AdvectionDiffusion()
     tasks = exactly(system, 20, 4, 0)
     model, episode = ph.models.MetaHybridVAE(system, correction=1.0), tasks.episode()
-    physics, unknown = {"diffusion": tasks.truth["diffusion"]}, tasks.truth["unknown"]
+    physics, unknown = {"diffusion": tasks.true_latents["diffusion"]}, tasks.true_latents["unknown"]
     monkeypatch.setattr(
         model, "force", lambda unknown: system.truth(unknown[..., None, None, :].squeeze(-1))
     )
-    along = model.objections(physics, unknown, episode.times, episode.query)
+    along = model.objections(physics, unknown, episode.query.times, episode.query)
     began = model.objections(physics, unknown, *model.places(episode, episode.query))
     assert (began.abs() < 1e-3 * along.abs().mean()).all() and (along > 0.0).all()
 
@@ -34,14 +34,14 @@ def test_fields_are_judged_at_their_initial_states_cut_or_not(steps: int | None)
     episode = system.simulate(3, 4, 0).episode()
     model, states = ph.models.MetaHybridVAE(system), episode.cut(steps).query
     times, places = model.places(episode.cut(steps), states)
-    assert torch.equal(places.squeeze(-2), episode.measured) and float(times) == 0.0
+    assert torch.equal(places.squeeze(-2), episode.query.initial) and float(times) == 0.0
 
 
 def test_others_are_judged_along_their_trajectories() -> None:
     system = ph.systems.Pendulum()
     episode = system.simulate(3, 4, 0).episode().cut(7)
     times, places = ph.models.MetaHybridVAE(system).places(episode, episode.query)
-    assert times is episode.times and places is episode.query
+    assert times is episode.query.times and places is episode.query
 
 
 # ---- settled: what the neural force does in the physics' place counts as physics -----------------
@@ -63,13 +63,13 @@ def pushed(share: float) -> tuple[ph.models.MetaHybridVAE, ph.Tasks]:
 def trajectories(model: ph.models.MetaHybridVAE, tasks: ph.Tasks) -> Tensor:
     episode, truth = (
         tasks.shots(slice(None)),
-        {name: value.double() for name, value in tasks.truth.items()},
+        {name: value.double() for name, value in tasks.true_latents.items()},
     )
     return model.trajectories(
         {"omega": truth["omega"]},
         truth["unknown"],
-        episode.measured.double(),
-        episode.times.double(),
+        episode.query.initial.double(),
+        episode.query.times.double(),
     )
 
 
@@ -85,8 +85,8 @@ def test_once_settled_physics_latents_mean_what_they_say() -> None:
 def test_settling_leaves_the_true_force_as_it_is() -> None:
     model, tasks = pushed(0.0)
     model.settle(tasks)
-    omega = tasks.truth["omega"].double()
-    settled = model.settled({"omega": omega}, tasks.truth["unknown"].double())["omega"]
+    omega = tasks.true_latents["omega"].double()
+    settled = model.settled({"omega": omega}, tasks.true_latents["unknown"].double())["omega"]
     assert (settled / omega - 1.0).square().mean().sqrt() < 1e-4
 
 
@@ -128,7 +128,7 @@ def test_what_was_read_before_settling_is_read_again() -> None:
 def test_copies_that_are_the_same_are_settled_once_and_gradients_stay() -> None:
     model, tasks = pushed(0.01)
     model.settle(tasks, 64)
-    omega, unknown = tasks.truth["omega"].double(), tasks.truth["unknown"].double()
+    omega, unknown = tasks.true_latents["omega"].double(), tasks.true_latents["unknown"].double()
     moved = torch.tensor([0.0, 0.1, 0.1, 0.0], dtype=torch.float64)[:, None, None]
     copies = (unknown + moved).requires_grad_()
     both = model.settled({"omega": omega.expand(4, -1, -1)}, copies)["omega"]
@@ -146,7 +146,7 @@ def test_copies_that_are_the_same_are_settled_once_and_gradients_stay() -> None:
 def test_physics_latents_with_draws_are_settled_beside_neural_ones_without() -> None:
     model, tasks = pushed(0.01)
     model.settle(tasks, 64)
-    omega, unknown = tasks.truth["omega"].double(), tasks.truth["unknown"].double()
+    omega, unknown = tasks.true_latents["omega"].double(), tasks.true_latents["unknown"].double()
     draws = torch.stack([omega, 1.1 * omega])
     both = model.settled({"omega": draws}, unknown)["omega"]
     assert all(

@@ -126,13 +126,13 @@ def observing(
     """A program whose observations are distributed as ``make(mean, latent)`` says."""
 
     def program(episode: ph.Episode) -> None:
-        tasks, shots = episode.shape
+        tasks, shots = episode.query.shape
         with episode.plate:
             z = pyro.sample("z", dist.Normal(torch.zeros(tasks, 1), 1.0).to_event(1))[
                 ..., None, None, :
             ]
-            fn = make(z + torch.zeros(tasks, shots, len(episode.times), 1), z)
-            pyro.sample("x", fn.to_event(3 - len(fn.event_shape)), obs=episode.query)
+            fn = make(z + torch.zeros(tasks, shots, len(episode.query.times), 1), z)
+            pyro.sample("x", fn.to_event(3 - len(fn.event_shape)), obs=episode.query.values)
 
     return program
 

@@ -367,7 +367,7 @@ def test_a_prior_bound_to_a_plain_function_reads_it() -> None:
 def test_trajectories_of_another_length_are_refused_with_what_to_do() -> None:
     episode = in_float32(make_tasks(3, 4)).episode().support
     short = replace(
-        episode, times=episode.times[:4], query=episode.query[:, :, :4], mask=episode.mask[:, :, :4]
+        episode, times=episode.query.times[:4], query=episode.query[:, :, :4], mask=episode.query.scored[:, :, :4]
     )
     with pytest.raises(
         ValueError, match=r"trajectories of \(time, sensor\) = \(6, 1\); got \(4, 1\)"

@@ -39,12 +39,12 @@ class Apprentice:
         self.tasks, self.error = tasks, (C / len(tasks)) ** 0.5 if learns else 1.0
 
     def __call__(self, episode: ph.Episode) -> Tensor:
-        signal, noise = episode.support.query[:, :, 0].mean(1).split(2, -1)
+        signal, noise = episode.support.values[:, :, 0].mean(1).split(2, -1)
         with episode.plate:
             z = pyro.sample("z", dist.Normal(signal + self.error * noise, 0.1).to_event(1))
             x = dist.Normal(z[:, None, None, :], 1.0).to_event(3)
             return pyro.sample(
-                "x", x, obs=None if episode.query is None else episode.query[..., :2]
+                "x", x, obs=None if episode.query.values is None else episode.query[..., :2]
             )
 
 
@@ -141,7 +141,7 @@ def test_shots_are_counted_from_the_first_as_far_as_asked() -> None:
         8,
     ]
     whole = ph.Tasks.from_trajectories(
-        tasks.times, tasks.values[:, :3], num_support=1, truth=tasks.truth
+        tasks.times, tasks.values[:, :3], num_support=1, truth=tasks.true_latents
     )
     assert np.allclose(
         shots_curve(model, whole, [3], progress=False).linear_r[0], found.linear_r[1]
@@ -153,12 +153,12 @@ def test_a_prior_that_ignores_its_shots_gains_nothing_by_more_of_them() -> None:
         def __call__(self, episode: ph.Episode) -> Tensor:
             return super().__call__(
                 ph.Episode(
-                    episode.times,
+                    episode.query.times,
                     episode.query,
-                    episode.initial,
+                    episode.query.initial,
                     support=episode.support
                     and episode.support.pick(
-                        torch.zeros(len(episode.support.query), 1, dtype=torch.long)
+                        torch.zeros(len(episode.support.values), 1, dtype=torch.long)
                     ),
                 )
             )

@@ -36,8 +36,8 @@ class Shared(Line):
 
     def forward(self, episode: ph.Episode) -> Tensor:
         p = self.prior(episode.support)
-        start = torch.stack(episode.initial, -1)
-        grown = features(episode.times) - features(episode.times[..., :1])
+        start = torch.stack(episode.query.initial, -1)
+        grown = features(episode.query.times) - features(episode.query.times[..., :1])
         with episode.plate:
             slope = pyro.sample("slope", p["slope"])
             if self.inferred:
@@ -45,8 +45,8 @@ class Shared(Line):
             mean = (
                 start + grown[..., 0] * slope[..., None] + self.residual(grown[..., 1:]).squeeze(-1)
             )
-            x = dist.Normal(mean.unsqueeze(-1), self.noise).mask(episode.mask)
-            return pyro.sample("x", x.to_event(3), obs=episode.query)
+            x = dist.Normal(mean.unsqueeze(-1), self.noise).mask(episode.query.scored)
+            return pyro.sample("x", x.to_event(3), obs=episode.query.values)
 
 
 def shared(number: int, shots: int = 3, *, inferred: bool = False) -> ph.Tasks:

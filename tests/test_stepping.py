@@ -186,9 +186,9 @@ def test_segments_of_measured_trajectories_have_clocks_that_differ_by_an_offset_
         .episode()
         .cut(37)
     )
-    states = solve(oscillator(1.0), episode.initial, episode.times, step=0.2)
+    states = solve(oscillator(1.0), episode.query.initial, episode.query.times, step=0.2)
     truth = oscillation(
-        *(part.double() for part in episode.initial), 1.0, 0.1 * torch.arange(38).double()
+        *(part.double() for part in episode.query.initial), 1.0, 0.1 * torch.arange(38).double()
     )
     assert_close(states.double(), truth, rtol=0.0, atol=1e-3)
 

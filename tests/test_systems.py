@@ -277,7 +277,7 @@ def test_simulated_tasks_have_the_shapes_and_the_truth_that_they_say(name: str) 
     assert tasks.values.shape == (6, 5, 50, system.sensors) and tasks.values.dtype == torch.float32
     assert_close(tasks.times.double(), system.times, rtol=0.0, atol=1e-6)
     assert tasks.num_support == 2 and tasks.timed
-    assert {key: tuple(value.shape) for key, value in tasks.truth.items()} == {
+    assert {key: tuple(value.shape) for key, value in tasks.true_latents.items()} == {
         **{key: (6, 1) for key in system.physics},
         "unknown": (6, len(system.unknown)),
     }
@@ -424,7 +424,7 @@ def test_the_true_program_expects_the_true_trajectories(name: str) -> None:
     system = SYSTEMS[name]()
     tasks = system.simulate(3, 4, seed=0)
     episode, start = tasks.episode().double(), starts(system, 3, 2)
-    truth = {key: value.double() for key, value in tasks.truth.items()}
+    truth = {key: value.double() for key, value in tasks.true_latents.items()}
     at = truth | {"initial": start if system.grid else torch.stack(start, -1)}
     trace = poutine.trace(poutine.condition(system.program, data=at)).get_trace(episode)
     assert set(trace.observation_nodes) == {*truth, "initial", "x"}
@@ -437,8 +437,8 @@ def test_the_true_program_expects_the_true_trajectories(name: str) -> None:
     assert error.max() < 0.1  # in units of the noise
     assert_close(x.scale, torch.tensor(system.noise, dtype=torch.float64).expand_as(x.scale))
     trace.compute_log_prob()
-    z = ((episode.query - x.loc) / x.scale).where(episode.mask, 0.0)
-    size = episode.mask * (x.scale.log() + 0.5 * math.log(2.0 * math.pi))
+    z = ((episode.query - x.loc) / x.scale).where(episode.query.scored, 0.0)
+    size = episode.query.scored * (x.scale.log() + 0.5 * math.log(2.0 * math.pi))
     assert_close(trace.nodes["x"]["log_prob"], -(0.5 * z**2 + size).sum((1, 2, 3)))
 
 
@@ -453,7 +453,7 @@ def test_the_true_program_simulates_where_nothing_is_observed(name: str) -> None
 def bound(system: System, support: ph.Episode, truth: Mapping[str, Tensor]) -> Tensor:
     """The Cramér-Rao bound by central differences, task by task, with nothing of the library but the solver."""
     episode, rows = support.double(), []
-    measured = episode.initial if system.grid else torch.stack(episode.initial, -1)
+    measured = episode.query.initial if system.grid else torch.stack(episode.query.initial, -1)
     tasks, shots, components = measured.shape
     spread = torch.tensor(system.start_noise, dtype=torch.float64).repeat(shots)
     for task in range(tasks):
@@ -493,8 +493,8 @@ def test_the_cramer_rao_bound_is_that_of_finite_differences(name: str) -> None:
     tasks = system.simulate(1, 3, seed=0, num_support=1 if system.grid else 2)
     support = tasks.episode().support
     assert_close(
-        system.cramer_rao(support, tasks.truth),
-        bound(system, support, tasks.truth),
+        system.cramer_rao(support, tasks.true_latents),
+        bound(system, support, tasks.true_latents),
         rtol=1e-3,
         atol=0.0,
     )
@@ -503,13 +503,13 @@ def test_the_cramer_rao_bound_is_that_of_finite_differences(name: str) -> None:
 def test_the_cramer_rao_bound_goes_with_the_noise_and_shrinks_with_shots() -> None:
     system = DoublePendulum()
     tasks = system.simulate(5, 9, seed=0)
-    few, many = (system.cramer_rao(tasks.episode(n).support, tasks.truth) for n in (2, 8))
+    few, many = (system.cramer_rao(tasks.episode(n).support, tasks.true_latents) for n in (2, 8))
     assert (many < few).all() and 0.1 < (many / few).log().mean().exp() < 0.5
     system.noise, system.start_noise = (
         tuple(2.0 * s for s in noise) for noise in (system.noise, system.start_noise)
     )
     assert_close(
-        system.cramer_rao(tasks.episode(2).support, tasks.truth), 4.0 * few, rtol=1e-4, atol=0.0
+        system.cramer_rao(tasks.episode(2).support, tasks.true_latents), 4.0 * few, rtol=1e-4, atol=0.0
     )
 
 
@@ -517,7 +517,7 @@ def test_the_cramer_rao_bound_of_a_system_that_one_can_solve_is_the_closed_form(
     system = Decay()
     system.start_noise = (1e-6,)  # the start is known: two latents, one linear regression
     tasks = system.simulate(4, 3, seed=0)
-    support, truth = tasks.episode().support, {k: v.double() for k, v in tasks.truth.items()}
+    support, truth = tasks.episode().support, {k: v.double() for k, v in tasks.true_latents.items()}
     rate, push, t = truth["rate"].unsqueeze(-1), truth["unknown"].unsqueeze(-1), system.times[1:]
     y0, decay = support.initial[0].double().unsqueeze(-1), torch.exp(-rate * t)
     by_rate = -push / rate**2 * (1 - decay) - (y0 - push / rate) * t * decay
@@ -532,4 +532,4 @@ def test_a_bound_from_nothing_is_refused_with_words() -> None:
     with pytest.raises(
         ValueError, match="a support with observations; got query=None. Pass tasks.episode"
     ):
-        Pendulum().cramer_rao(tasks.episode().support.simulation(), tasks.truth)
+        Pendulum().cramer_rao(tasks.episode().support.simulation(), tasks.true_latents)

@@ -385,17 +385,17 @@ def test_cutting_without_measured_states_is_refused_with_words() -> None:
 
 def test_by_default_the_first_observation_is_the_initial_state_and_no_longer_counts() -> None:
     episode = make().episode()
-    assert torch.equal(torch.stack(episode.initial, -1), episode.query[:, :, 0])
-    assert not episode.mask[:, :, 0].any() and episode.mask[:, :, 1:].all()
-    assert episode.seen is True  # an encoder may read it
+    assert torch.equal(torch.stack(episode.query.initial, -1), episode.query[:, :, 0])
+    assert not episode.query.scored[:, :, 0].any() and episode.query.scored[:, :, 1:].all()
+    assert episode.query.observed is True  # an encoder may read it
     assert not episode.support.mask[:, :, 0].any() and episode.support.mask[:, :, 1:].all()
 
 
 def test_given_initial_states_leave_every_observation_to_count() -> None:
     initial = (torch.randn(T, SHOTS), torch.randn(T, SHOTS), torch.randn(T, SHOTS))
     episode = make(initial=initial).episode()
-    assert episode.mask is True and episode.support.mask is True
-    for part, shots in zip(initial, episode.initial, strict=True):
+    assert episode.query.scored is True and episode.support.mask is True
+    for part, shots in zip(initial, episode.query.initial, strict=True):
         assert torch.equal(part[:, 2:], shots)
 
 
@@ -461,7 +461,7 @@ def test_split_holds_out_the_last_tasks() -> None:
     truth = {"omega": torch.arange(float(T)).unsqueeze(-1)}
     train, held_out = make(truth=truth, mask=torch.rand(T, SHOTS, POINTS, SENSORS) < 0.9).split(1)
     assert len(train) == T - 1 and len(held_out) == 1
-    assert train.truth["omega"][:, 0].tolist() == [0.0, 1.0, 2.0] and held_out.truth[
+    assert train.truth["omega"][:, 0].tolist() == [0.0, 1.0, 2.0] and held_out.true_latents[
         "omega"
     ].tolist() == [[3.0]]
     assert (
@@ -484,10 +484,10 @@ def test_tasks_are_picked_by_slice_and_by_tensor() -> None:
 def test_the_first_shots_are_the_support_and_the_others_the_query(size: int | None) -> None:
     tasks, n = make(), size or 2
     episode = tasks.episode(size)
-    assert torch.equal(episode.support.query, tasks.values[:, :n]) and torch.equal(
+    assert torch.equal(episode.support.values, tasks.values[:, :n]) and torch.equal(
         episode.query, tasks.values[:, n:]
     )
-    assert episode.shape == (T, SHOTS - n) and episode.support.shape == (T, n)
+    assert episode.query.shape == (T, SHOTS - n) and episode.support.shape == (T, n)
     assert episode.support.support is None
 
 
@@ -598,7 +598,7 @@ def whole_episode(masked: bool = False, points: int = POINTS) -> Episode:
 def test_only_gives_one_task_of_everything() -> None:
     episode = whole_episode(masked=True).cut(3)
     one = episode.only(2)
-    assert one.shape == (1, episode.shape[1])
+    assert one.shape == (1, episode.query.shape[1])
     for name, value in tensors(episode).items():
         expected = value if name.endswith("times") else value[2:3]
         assert torch.equal(tensors(one)[name], expected), name
@@ -635,7 +635,7 @@ def test_simulation_observes_nothing_and_keeps_support_and_starts() -> None:
         and simulation.mask is True
         and simulation.support is episode.support
     )
-    assert simulation.initial is episode.initial and simulation.shape == episode.shape
+    assert simulation.initial is episode.query.initial and simulation.shape == episode.query.shape
     assert simulation.cut(3) is simulation and simulation.canonical is simulation
 
 
@@ -655,7 +655,7 @@ def test_until_keeps_the_first_steps_of_everything_but_what_encoders_read() -> N
 def test_until_keeps_initial_states_on_a_grid() -> None:
     episode = make(initial=torch.randn(T, SHOTS, POINTS, 7)).episode()
     begun = episode.until(2)
-    assert torch.equal(begun.initial, episode.initial) and begun.states.shape == (T, 3, 3, 7)
+    assert torch.equal(begun.initial, episode.query.initial) and begun.states.shape == (T, 3, 3, 7)
 
 
 # ------------------------------------------------------------------------------------------------------------------ cut
@@ -665,14 +665,14 @@ cuts = pytest.mark.parametrize("steps", [1, 2, 3, 4, 5, 7, 9])
 
 def originals(episode: Episode, whole: Episode) -> tuple[Tensor, Tensor]:
     """Shot and time index, in the whole trajectories, of every observation of a cut episode."""
-    pieces = episode.shape[1] // whole.shape[1]
+    pieces = episode.query.shape[1] // whole.shape[1]
     shot = (
         torch.arange(whole.shape[1])
         .repeat_interleave(pieces)
         .unsqueeze(-1)
-        .expand_as(episode.times)
+        .expand_as(episode.query.times)
     )
-    return shot, torch.searchsorted(whole.times, episode.times.contiguous())
+    return shot, torch.searchsorted(whole.times, episode.query.times.contiguous())
 
 
 @cuts
@@ -785,7 +785,7 @@ def test_some_takes_the_same_segments_of_every_task(order: list[int]) -> None:
     episode, shots = whole_episode(masked=True).cut(4), torch.tensor(order)
     few = episode.some(shots)
     assert few.shape == (T, len(order)) and few.support is episode.support
-    assert torch.equal(few.times, episode.times[shots])
+    assert torch.equal(few.times, episode.query.times[shots])
     for name, value in tensors(episode).items():
         if name.partition(".")[0] not in ("times", "support", "whole", "uncut"):
             assert torch.equal(tensors(few)[name], value[:, shots]), name
@@ -888,9 +888,9 @@ def test_the_canonical_order_keeps_shots_whole() -> None:
         same = (ordered.query[task].unsqueeze(1) == episode.query[task]).flatten(2).all(-1)
         rows = same.int().argmax(1).tolist()
         assert same.sum() == 3 and sorted(rows) == [0, 1, 2]
-        assert torch.equal(ordered.mask[task], episode.mask[task, rows])
-        assert torch.equal(ordered.seen[task], episode.seen[task, rows])
-        assert torch.equal(ordered.initial[1][task], episode.initial[1][task, rows])
+        assert torch.equal(ordered.mask[task], episode.query.scored[task, rows])
+        assert torch.equal(ordered.seen[task], episode.query.observed[task, rows])
+        assert torch.equal(ordered.initial[1][task], episode.query.initial[1][task, rows])
         assert torch.equal(ordered.states[0][task], episode.states[0][task, rows])
     assert_same(ordered.canonical, ordered)
 
@@ -913,6 +913,6 @@ def test_pick_takes_shots_task_by_task() -> None:
     picked = episode.pick(order)
     for task, (a, b) in enumerate(order.tolist()):
         assert torch.equal(picked.query[task], episode.query[task, [a, b]])
-        assert torch.equal(picked.mask[task], episode.mask[task, [a, b]])
-        assert torch.equal(picked.initial[0][task], episode.initial[0][task, [a, b]])
-    assert picked.support is episode.support and picked.times is episode.times
+        assert torch.equal(picked.mask[task], episode.query.scored[task, [a, b]])
+        assert torch.equal(picked.initial[0][task], episode.query.initial[0][task, [a, b]])
+    assert picked.support is episode.support and picked.times is episode.query.times

@@ -266,7 +266,7 @@ class Recorder(Line):
 
     def forward(self, episode: ph.Episode) -> Tensor:
         if episode.support is not None:
-            self.lengths.append((episode.times.shape[-1] - 1, episode.shape[1]))
+            self.lengths.append((episode.query.times.shape[-1] - 1, episode.query.shape[1]))
         return super().forward(episode)
 
 
@@ -375,7 +375,7 @@ def looked_at(segments: int | None, **options: Any) -> list[tuple[int, ...]]:
     class Watching(Line):
         def forward(self, episode: ph.Episode) -> Tensor:
             if episode.support is not None and torch.is_grad_enabled():
-                starts = episode.times[..., :1].flatten() / float(TASKS.times[1])
+                starts = episode.query.times[..., :1].flatten() / float(TASKS.times[1])
                 seen.append(tuple(starts.round().int().tolist()))
             return super().forward(episode)
 
@@ -425,7 +425,7 @@ def test_over_all_choices_of_segments_loss_and_gradient_are_those_of_all_of_them
             monkeypatch.setattr(
                 dist.Normal, "rsample", lambda fn, shape=EMPTY: drawn(fn, shape, by_segment)
             )
-        with _watch.Terms(1.0, 1.0 / share, episode.shape[1]) as terms:
+        with _watch.Terms(1.0, 1.0 / share, episode.query.shape[1]) as terms:
             loss = svi.backward(episode)
         gradients = [
             model.noise_unconstrained.grad,
@@ -448,7 +448,7 @@ def test_over_all_choices_of_segments_loss_and_gradient_are_those_of_all_of_them
     for choice in choices:
         monkeypatch.setattr(torch, "randperm", lambda n, choice=choice: torch.tensor(choice))
         episode, share = loop.Loop._sample(SimpleNamespace(segments=1), segments)
-        assert share == pytest.approx(1 / 3) and episode.shape == (20, 2)
+        assert share == pytest.approx(1 / 3) and episode.query.shape == (20, 2)
         total += looked_at(torch.tensor(choice), episode, share) / len(choices)
     torch.testing.assert_close(total, full, rtol=1e-4, atol=1e-4 * float(full[2:].abs().max()))
 
@@ -457,7 +457,7 @@ class Weighed(Line):
     """Each task has been weighed, besides."""
 
     def forward(self, episode: ph.Episode) -> Tensor:
-        zero = torch.zeros(episode.shape[0])
+        zero = torch.zeros(episode.query.shape[0])
         with pyro.plate("scales", len(zero), dim=-1):
             pyro.sample("weight", dist.Normal(zero, 1.0), obs=zero)
         return super().forward(episode)
@@ -579,8 +579,8 @@ class Allergic(Line):
     """Its density is NaN for tasks whose trajectories are far from zero."""
 
     def forward(self, episode: ph.Episode) -> Tensor:
-        far = (episode.whole or episode).query.abs().amax((1, 2, 3)) > 1e3
-        with pyro.plate("again", episode.shape[0], dim=-1):
+        far = (episode.query.whole or episode.query).query.abs().amax((1, 2, 3)) > 1e3
+        with pyro.plate("again", episode.query.shape[0], dim=-1):
             pyro.factor("allergy", torch.where(far, torch.nan, 0.0) * self.noise)
         return super().forward(episode)
 
@@ -674,11 +674,11 @@ class Explosive(Line):
             def field(t: Tensor, state: tuple[Tensor]) -> tuple[Tensor]:
                 return (slope.abs() * (0.1 * state[0]) ** 5,)
 
-            states = ph.solve(field, episode.initial, episode.times)
+            states = ph.solve(field, episode.query.initial, episode.query.times)
             return pyro.sample(
                 "x",
-                dist.Normal(states, self.noise).mask(episode.mask).to_event(3),
-                obs=episode.query,
+                dist.Normal(states, self.noise).mask(episode.query.scored).to_event(3),
+                obs=episode.query.values,
             )
 
 

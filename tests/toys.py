@@ -49,15 +49,15 @@ class Line(ph.HybridModel):
 
     def forward(self, episode: ph.Episode) -> Tensor:
         p = self.prior(episode.support)
-        start = torch.stack(episode.initial, -1)
+        start = torch.stack(episode.query.initial, -1)
         with episode.plate:
             z = torch.cat([pyro.sample(name, p[name]) for name in p], -1)
             if self.inferred:
                 start = pyro.sample("start", dist.Normal(start, START_NOISE).to_event(2))
-            grown = features(episode.times) - features(episode.times[..., :1])
+            grown = features(episode.query.times) - features(episode.query.times[..., :1])
             mean = start + (grown[..., : z.shape[-1]] * z[..., None, None, :]).sum(-1)
-            x = dist.Normal(mean.unsqueeze(-1), self.noise).mask(episode.mask)
-            return pyro.sample("x", x.to_event(3), obs=episode.query)
+            x = dist.Normal(mean.unsqueeze(-1), self.noise).mask(episode.query.scored)
+            return pyro.sample("x", x.to_event(3), obs=episode.query.values)
 
 
 def make_tasks(

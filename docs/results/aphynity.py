@@ -102,7 +102,7 @@ def implied(choice: argparse.Namespace, percent: float) -> dict[str, float]:
         field = system.known(
             physics, lambda angle, speed: (torch.zeros_like(angle), torch.zeros_like(speed))
         )
-        states = ph.solve(field, episode.initial, episode.times, substeps=choice.substeps)
+        states = ph.solve(field, episode.query.initial, episode.query.times, substeps=choice.substeps)
         found.append(float((states - episode.query).square().mean().log10()))
     return {"percent": percent, "best": round(min(found), 3), "worst": round(max(found), 3)}
 
@@ -135,7 +135,7 @@ def run(system: Undamped, choice: argparse.Namespace) -> dict[str, object]:
     episode = held_out.episode()
     with torch.no_grad(), local_parameters():
         states = model.trajectories(episode)
-        norm = squared_norm(system, model.physics(), model.force(), episode.times, states)
+        norm = squared_norm(system, model.physics(), model.force(), episode.query.times, states)
         found = {name: float(value) for name, value in model.physics().items()}
     square = (states - episode.query).square()
     return {

@@ -50,7 +50,7 @@ def with_clock(tasks: Tasks, clock: Tensor | float = 0.0) -> Tasks:
         values,
         initial=values.unbind(-1),
         num_support=tasks.num_support,
-        truth=tasks.truth,
+        truth=tasks.true_latents,
     )
     counts = torch.tensor([True] * tasks.values.shape[-1] + [False])
     return replace(made, mask=made.mask & counts)

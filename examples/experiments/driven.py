@@ -125,7 +125,7 @@ class Growing(Linearised):
     def __call__(self, problem: Problem, start: Tensor) -> Belief:
         """The posterior of a problem's latents to second order."""
         for horizon, group in itertools.groupby(
-            h for h in self.horizons if h < problem.episode.times.shape[-1] - 1
+            h for h in self.horizons if h < problem.episode.query.times.shape[-1] - 1
         ):
             part = Problem(
                 problem.program,

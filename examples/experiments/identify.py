@@ -91,8 +91,8 @@ def scores(found: Trained, learn: Tasks, judge: Tasks, clear: Tasks) -> Result:
 
 def true_latents(found: Trained, tasks: Tasks) -> Tensor:
     """The truth in the order of :meth:`Trained.latents`."""
-    assert tasks.truth is not None
-    return torch.cat([tasks.truth[name] for name in (*found.system.physics, "unknown")], -1)
+    assert tasks.true_latents is not None
+    return torch.cat([tasks.true_latents[name] for name in (*found.system.physics, "unknown")], -1)
 
 
 def errors(found: Trained, tasks: Tasks, clear: Tasks) -> Result:
@@ -102,7 +102,7 @@ def errors(found: Trained, tasks: Tasks, clear: Tasks) -> Result:
     even the true latents would miss by what that error grows to.
     """
     episode, exact = tasks.episode(), clear.episode().initial
-    with_truth = found.system.trajectories(tasks.truth or {}, episode.initial, episode.times)
+    with_truth = found.system.trajectories(tasks.true_latents or {}, episode.query.initial, episode.query.times)
     means = {
         "reconstruction": found.reconstructed(episode),
         "prediction": found.predicted(episode, exact),
@@ -111,7 +111,7 @@ def errors(found: Trained, tasks: Tasks, clear: Tasks) -> Result:
     }
     out: Result = {}
     for name, mean in means.items():
-        shots = episode if mean.shape[1] == episode.shape[1] else found.given(episode)
+        shots = episode if mean.shape[1] == episode.query.shape[1] else found.given(episode)
         counts = torch.as_tensor(shots.mask).expand_as(mean)
         error = (mean - torch.as_tensor(shots.query)) / mean.new_tensor(found.system.noise)
         square = error.square().where(counts, 0.0)

@@ -17,7 +17,8 @@ from experiments.cases import CASES, MODELS
 from experiments.run import Choice, Result, Run, digits, slug
 from experiments.tables import grouped, markdown, panels, spread
 from experiments.trained import exactly, trained
-from pyro_hybrid.data.tasks import Episode, Tasks
+from pyro_hybrid.data.episode import Episode
+from pyro_hybrid.data.tasks import Tasks
 
 __all__ = ["figure", "longer", "relative", "runs", "table"]
 
@@ -37,7 +38,7 @@ def runs(choice: Choice) -> list[Run]:
 def _run(system: str, model: str, seed: int, choice: Choice) -> Result:
     found = trained(system, model, seed, choice)
     episode, seen = longer(system, 12 if choice.fast else 100, seed)
-    means = found.predicted(episode, episode.initial)
+    means = found.predicted(episode, episode.query.initial)
     return {
         "system": system,
         "model": model,

@@ -116,7 +116,7 @@ def predicted(model: MetaHybridVAE, windows: Tasks) -> tuple[Tensor, dict[str, T
     episode = windows.episode()
     field = model.system.known({"gravity": latents["gravity"]}, model.force(latents["unknown"]))
     with failures_as_values():
-        return solve(field, episode.initial, episode.times), latents
+        return solve(field, episode.query.initial, episode.query.times), latents
 
 
 def errors(states: Tensor, windows: Tasks) -> Tensor:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from experiments.grouping import concentration, group, misfit
-from pyro_hybrid.data.tasks import Episode, Tasks
+from pyro_hybrid.data.episode import Episode
+from pyro_hybrid.data.tasks import Tasks
 from pyro_hybrid.models import MetaHybridVAE
 from pyro_hybrid.systems import System
 
@@ -51,7 +52,7 @@ class Unpaired(MetaHybridVAE):
             z = (believed - believed.mean(0)) / believed.std(0).clamp(min=1e-6)
             pyro.factor(
                 "independence",
-                -self.independence * len(z) * dependence(z, support.measured.mean(1)),
+                -self.independence * len(z) * dependence(z, support.initial.mean(1)),
             )
         return x
 

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from experiments.cases import CASES, DEAF, ONE_BY_ONE, OURS, Case, Setting, Sharpening
 from experiments.run import Choice, slug
-from pyro_hybrid.data.tasks import Episode, Tasks
+from pyro_hybrid.data.episode import Episode
+from pyro_hybrid.data.tasks import Tasks
 from pyro_hybrid.dynamics.solve import failures_as_values
 from pyro_hybrid.evidence.gauss_newton import Linearised, Problem
 from pyro_hybrid.inference.posterior import calibrate, draws, predict
@@ -133,7 +134,7 @@ class Trained:
         latents = self.read(episode.support, samples)
         if exact is not None:
             episode = replace(episode, initial=exact)
-            latents["initial"] = episode.measured.expand(samples, *episode.measured.shape)
+            latents["initial"] = episode.query.initial.expand(samples, *episode.query.initial.shape)
         return self._run(latents, episode, samples)
 
     @torch.no_grad()

@@ -85,7 +85,7 @@ def _queries(tasks: ph.Tasks) -> ph.Episode:
 
 def _part(episode: ph.Episode, index: Tensor) -> ph.Episode:
     return ph.Episode(
-        episode.times, episode.query[index, :1], tuple(x[index, :1] for x in episode.initial)
+        episode.query.times, episode.query[index, :1], tuple(x[index, :1] for x in episode.query.initial)
     )
 
 
@@ -149,8 +149,8 @@ def jax_rows(problem: Problem) -> dict[str, Callable[[], Step]]:
 
     episode = problem.episode
     batch = (
-        episode.times.numpy(),
-        torch.cat(episode.initial, -1).numpy(),
+        episode.query.times.numpy(),
+        torch.cat(episode.query.initial, -1).numpy(),
         episode.query[:, 0].numpy(),
     )
     start = rivals_jax.weights(*problem.fresh())
@@ -225,7 +225,7 @@ def errors(problem: Problem) -> dict[str, float]:
     residual, encoder = problem.fresh()
     mean = encoder(problem.episode.query)[0]
     rate, z = (2.0 * mean[:, :1]).exp(), mean[:, 1:]
-    start, times = torch.cat(problem.episode.initial, -1), problem.episode.times
+    start, times = torch.cat(problem.episode.query.initial, -1), problem.episode.query.times
     plain = rivals.PlainTerm(residual).to(problem.device)
 
     def states(integrate: Callable[..., Tensor], exact: bool = False) -> Tensor:

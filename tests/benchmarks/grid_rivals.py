@@ -36,7 +36,7 @@ def queries(tasks: int, seed: int = 0, size: int = SIZE) -> ph.Episode:
 
 def part(episode: ph.Episode, index: Tensor) -> ph.Episode:
     """The first query shot of some tasks."""
-    return ph.Episode(episode.times, episode.query[index, :1], episode.initial[index, :1])
+    return ph.Episode(episode.query.times, episode.query[index, :1], episode.query.initial[index, :1])
 
 
 def residual() -> ph.Residual:
@@ -86,8 +86,8 @@ class Ours(ph.HybridModel):
             field = self.system.known(
                 {"diffusion": log_diffusion.exp()}, self.residual.given(z[..., None, None, :])
             )
-            states = ph.solve(field, episode.initial, episode.times, **self.options)
-            pyro.sample("x", dist.Normal(states, NOISE).to_event(3), obs=episode.query)
+            states = ph.solve(field, episode.query.initial, episode.query.times, **self.options)
+            pyro.sample("x", dist.Normal(states, NOISE).to_event(3), obs=episode.query.values)
 
 
 class PlainTerm(nn.Module):
@@ -129,11 +129,11 @@ class Plain(PyroModule):
             z = pyro.sample("unknown", dist.Normal(torch.zeros(LATENTS), 1.0).to_event(1))
             field = plain_field(self.term, log_diffusion.exp(), z)
             states = (
-                self.integrate(field, episode.initial[:, 0], episode.times)
+                self.integrate(field, episode.query.initial[:, 0], episode.query.times)
                 .transpose(0, 1)
                 .unsqueeze(1)
             )
-            pyro.sample("x", dist.Normal(states, NOISE).to_event(3), obs=episode.query)
+            pyro.sample("x", dist.Normal(states, NOISE).to_event(3), obs=episode.query.values)
 
 
 def numpyro_stepper(
@@ -149,7 +149,7 @@ def numpyro_stepper(
     from rivals_jax import network, parameters, posterior, stepping
 
     width = ph.systems.AdvectionDiffusion.width
-    batch = episode.times.numpy(), episode.initial[:, 0].numpy(), episode.query[:, 0].numpy()
+    batch = episode.query.times.numpy(), episode.query.initial[:, 0].numpy(), episode.query[:, 0].numpy()
 
     def sites(log_diffusion: Any, z: Any) -> tuple[Any, Any]:
         return (

@@ -180,7 +180,7 @@ def race(row: str, options: argparse.Namespace) -> dict[str, object]:
     train, held_out = system.simulate(options.tasks + 300, 8, options.seed).split(300)
     torch.manual_seed(options.seed)
     model = ph.models.MetaHybridVAE(system, latents=4, linear=False, noise=10.0)
-    truth = torch.cat([held_out.truth[name] for name in (*system.physics, "unknown")], -1)
+    truth = torch.cat([held_out.true_latents[name] for name in (*system.physics, "unknown")], -1)
     watch = Watch(truth, options.budget, EVERY[row])
     watch.start()
     with contextlib.suppress(Enough):
