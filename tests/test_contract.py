@@ -19,9 +19,10 @@ from pyro.nn import PyroModule, PyroParam
 from pyro.poutine.mask_messenger import MaskMessenger
 from test_readme_model import ComputedPendulum, DampedPendulum
 from torch import Tensor, nn
-from toys import POINTS, SYSTEMS, Line, features, in_float32, make_tasks
+from toys import POINTS, SYSTEMS, Line, features, in_float32, make_tasks, with_query
 
 import pyro_hybrid as ph
+from pyro_hybrid.data.segments import to_segments
 from pyro_hybrid.diagnostics.contracts import STAGES
 
 EPISODE = in_float32(make_tasks(3, 5, num_support=2)).episode()
@@ -125,7 +126,7 @@ class Program:
         return slope
 
     def start(self, episode: ph.Episode) -> Tensor:
-        return torch.stack(episode.query.initial, -1)
+        return episode.query.initial
 
     def mean(self, z: Tensor, episode: ph.Episode) -> Tensor:
         grown = features(episode.query.times) - features(episode.query.times[..., :1])
@@ -198,13 +199,15 @@ class ObservesByAFactor(Good):
         x = dist.Normal(mean, self.noise).mask(episode.query.scored).to_event(3)
         if episode.query.values is None:
             return pyro.sample("x", x)
-        return pyro.factor("x", x.log_prob(episode.query))
+        return pyro.factor("x", x.log_prob(episode.query.values))
 
 
 class ObservesHalfOfIt(Good):
     def observe(self, mean: Tensor, episode: ph.Episode) -> Tensor:
         x = dist.Normal(mean[..., 1:, :], self.noise).to_event(3)
-        return pyro.sample("x", x, obs=None if episode.query.values is None else episode.query[..., 1:, :])
+        return pyro.sample(
+            "x", x, obs=None if episode.query.values is None else episode.query.values[..., 1:, :]
+        )
 
 
 class KeepsAConstant(Good):
@@ -230,8 +233,7 @@ class ChangesASetting(Good):
 
 class MasksInPlace(Good):
     def forward(self, episode: ph.Episode) -> Tensor:
-        if isinstance(episode.query.scored, Tensor):
-            episode.query.scored[:, :, 1] = False
+        episode.query.scored[:, :, 1] = False
         return super().forward(episode)
 
 
@@ -242,7 +244,7 @@ class ForgetsTheMask(Good):
 
 class MasksBySight(Good):
     def observe(self, mean: Tensor, episode: ph.Episode) -> Tensor:
-        return super().observe(mean, replace(episode, mask=episode.query.observed))
+        return super().observe(mean, with_query(episode, scored=episode.query.observed))
 
 
 class LosesItsLoss(Good):
@@ -322,7 +324,8 @@ class DividesByTasks(Good):
 class ObservesItsMean(Good):
     def observe(self, mean: Tensor, episode: ph.Episode) -> Tensor:
         return super().observe(
-            mean, replace(episode, query=mean.detach()) if episode.query.values is None else episode
+            mean,
+            with_query(episode, values=mean.detach()) if episode.query.values is None else episode,
         )
 
 
@@ -399,8 +402,8 @@ class TakesANameOfArviZ(Good):
 class Blind(ph.SetEncoder):
     """It reads what wasn't seen."""
 
-    def shots(self, episode: ph.Episode) -> Tensor:
-        return super().shots(replace(episode, seen=True))
+    def shots(self, shots: ph.Shots) -> Tensor:
+        return super().shots(replace(shots, observed=torch.ones_like(shots.observed)))
 
 
 def another_guide(**sites: ph.families.Family) -> ph.AmortizedGuide:
@@ -455,10 +458,14 @@ BROKEN: dict[str, list[Broken]] = {
         (InTheStore, guide_of, r"got changes of \[\"parameters in Pyro's store\"\]"),
         (CountsItsRuns, guide_of, r"got changes of \['model\.runs'\]"),
         (ChangesASetting, guide_of, r"got changes of \['cholesky_relative_jitter'\]"),
-        (MasksInPlace, guide_of, r"got changes of \['episode\.mask'\]"),
+        (MasksInPlace, guide_of, r"got changes of \['query\.scored'\]"),
     ],
     "mask": [
-        (ForgetsTheMask, guide_of, r"in the program's\. Observe .*\.mask\(episode\.mask\)"),
+        (
+            ForgetsTheMask,
+            guide_of,
+            r"in the program's\. Observe .*\.mask\(episode\.query\.scored\)",
+        ),
         (MasksBySight, guide_of, "in the program's"),
         (
             Good,
@@ -581,7 +588,7 @@ def test_what_cannot_be_checked_is_said_in_its_line() -> None:
         "not checked, one shot has no order"
     )
     assert lines_of(tasks[:1].episode())["tasks"].startswith("not checked, there is one task only")
-    uncut = replace(EPISODE, states=None)
+    uncut = with_query(EPISODE, states=None)
     assert lines_of(uncut)["segments"].startswith("not checked, the episode can't be cut")
 
 
@@ -630,8 +637,8 @@ def test_nothing_is_changed_by_the_check_not_even_by_a_broken_program(
                 torch.equal(value, before[name]) for name, value in module.state_dict().items()
             )
             assert all(p.grad is None for p in module.parameters())
-        for name in ("query", "mask", "measured"):
-            assert torch.equal(getattr(episode, name), getattr(EPISODE, name))
+        for name in ("values", "scored", "initial"):
+            assert torch.equal(getattr(episode.query, name), getattr(EPISODE.query, name))
 
 
 def test_it_says_the_same_again() -> None:
@@ -649,7 +656,7 @@ def test_it_says_the_same_again() -> None:
     [
         (EPISODE.simulation(), "query: NoneType"),
         (replace(EPISODE, support=None), "support: NoneType"),
-        (EPISODE.cut(2), r"times: \(9, 3\)"),
+        (EPISODE.map_shots(lambda shots: to_segments(shots, 2)), r"times: \(9, 3\)"),
     ],
 )
 def test_an_episode_that_says_too_little_is_refused(episode: ph.Episode, came: str) -> None:

@@ -371,7 +371,7 @@ MISUSES: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "to_arviz": (
         lambda: ph.to_arviz(Empty(), Empty(), episode(query=None)),
-        r"expected an episode with a query; got query=None\. There is no posterior without data",
+        r"expected a query with values; got values=None\. There is no posterior without data",
     ),
 }
 RESULTS = {

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from toys import POINTS, SEPARATE, Line, in_float32, make_tasks
 
 import pyro_hybrid as ph
+from pyro_hybrid.data.segments import to_segments
 from pyro_hybrid.training import guards as _watch
 from pyro_hybrid.training import loop
 from pyro_hybrid.training import svi as svi_module
@@ -218,7 +219,7 @@ def test_support_and_query_are_drawn_anew_at_every_step() -> None:
         def forward(self, episode: ph.Episode) -> Tensor:
             if episode.support is not None:
                 self.supports.append(
-                    tuple(sorted(episode.support.query.flatten(2).sum(-1).flatten().tolist()))
+                    tuple(sorted(episode.support.values.flatten(2).sum(-1).flatten().tolist()))
                 )
             return super().forward(episode)
 
@@ -416,7 +417,8 @@ def test_over_all_choices_of_segments_loss_and_gradient_are_those_of_all_of_them
     inferred: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, guide = pair(inferred=inferred)
-    svi, segments = ph.SVI(model, guide, pyro.optim.SGD({"lr": 0.0})), TASKS.episode().cut(2)
+    svi = ph.SVI(model, guide, pyro.optim.SGD({"lr": 0.0}))
+    segments = TASKS.episode().map_shots(lambda shots: to_segments(shots, 2))
 
     def looked_at(by_segment: Tensor, episode: ph.Episode, share: float) -> Tensor:
         """Loss, log-likelihood and gradients; the latents are the same whatever segments are chosen."""
@@ -438,7 +440,7 @@ def test_over_all_choices_of_segments_loss_and_gradient_are_those_of_all_of_them
             ]
         )
 
-    plain, noise = dist.Normal.rsample, torch.randn(20, segments.shape[1], 1)
+    plain, noise = dist.Normal.rsample, torch.randn(20, segments.query.shape[1], 1)
 
     def drawn(fn: Any, shape: torch.Size, by_segment: Tensor) -> Tensor:
         return fn.loc + fn.scale * noise[:, by_segment] if fn.loc.dim() == 3 else plain(fn, shape)
@@ -472,7 +474,7 @@ def test_what_belongs_to_shots_is_scaled_up_and_what_belongs_to_tasks_is_not(
 ) -> None:
     model, _ = pair(model=Weighed, inferred=True)
     with _watch.Terms(
-        0.5, 4.0, TASKS.episode().shape[1]
+        0.5, 4.0, TASKS.episode().query.shape[1]
     ):  # a KL of half the weight, a quarter of the segments
         trace = pyro.poutine.trace(model).get_trace(TASKS.episode())
     assert trace.nodes[site]["scale"] == scale
@@ -579,7 +581,7 @@ class Allergic(Line):
     """Its density is NaN for tasks whose trajectories are far from zero."""
 
     def forward(self, episode: ph.Episode) -> Tensor:
-        far = (episode.query.whole or episode.query).query.abs().amax((1, 2, 3)) > 1e3
+        far = (episode.query.whole or episode.query).values.abs().amax((1, 2, 3)) > 1e3
         with pyro.plate("again", episode.query.shape[0], dim=-1):
             pyro.factor("allergy", torch.where(far, torch.nan, 0.0) * self.noise)
         return super().forward(episode)
@@ -674,11 +676,12 @@ class Explosive(Line):
             def field(t: Tensor, state: tuple[Tensor]) -> tuple[Tensor]:
                 return (slope.abs() * (0.1 * state[0]) ** 5,)
 
-            states = ph.solve(field, episode.query.initial, episode.query.times)
+            shots = episode.query
+            states = ph.solve(field, shots.initial.unbind(-1), shots.times)
             return pyro.sample(
                 "x",
-                dist.Normal(states, self.noise).mask(episode.query.scored).to_event(3),
-                obs=episode.query.values,
+                dist.Normal(states, self.noise).mask(shots.scored).to_event(3),
+                obs=shots.values,
             )
 
 
@@ -946,10 +949,10 @@ def test_early_stopping_without_held_out_tasks_is_refused() -> None:
 
 def test_segments_without_measured_states_to_start_from_are_refused() -> None:
     tasks = ph.Tasks.from_trajectories(
-        TASKS.times, TASKS.values, num_support=2, initial=(TASKS.values[:, :, 0, 0],)
+        TASKS.times, TASKS.values, num_support=2, initial=TASKS.values[:, :, 0]
     )
     with pytest.raises(
-        ValueError, match=r"measured states at all times, to restart from.*curriculum="
+        ValueError, match=r"measured states at all times, where segments can start.*curriculum="
     ):
         ph.meta_train(*pair(), tasks, **{**SHORT, "curriculum": {0.0: 2}})
 

@@ -20,13 +20,17 @@ def truncate(shots: Shots, num_intervals: int) -> Shots:
         return shots
     num_times = num_intervals + 1
 
-    def beginning(value: Tensor) -> Tensor:
-        return value[:, :, :num_times]
+    def beginning(value: Tensor | None) -> Tensor | None:
+        return None if value is None else value[:, :, :num_times]
 
     return replace(
-        replace(shots, initial=None).map_tensors(beginning),
+        shots,
         times=shots.times[..., :num_times],
-        initial=shots.initial,
+        values=beginning(shots.values),
+        observed=shots.observed[:, :, :num_times],
+        scored=shots.scored[:, :, :num_times],
+        inputs=beginning(shots.inputs),
+        states=beginning(shots.states),
         whole=shots.whole or shots,
         uncut=shots.uncut and truncate(shots.uncut, num_intervals),
     )
@@ -69,8 +73,8 @@ def select_segments(shots: Shots, rows: Tensor) -> Shots:
         "whole trajectories",
         "Cut them first, with to_segments.",
     )
-    selected = shots.map_tensors(lambda value: value[:, rows])
-    return replace(selected, times=shots.times[rows], uncut=None, is_sample=True)
+    selected = shots.map_tensors(lambda value: value[:, rows], times=shots.times[rows])
+    return replace(selected, uncut=None, is_sample=True)
 
 
 def _cut(shots: Shots, states: Tensor, num_intervals: int) -> Shots:
@@ -87,10 +91,14 @@ def _cut(shots: Shots, states: Tensor, num_intervals: int) -> Shots:
         return value[:, :, index].flatten(1, 2)
 
     return replace(
-        replace(shots, states=None, initial=None).map_tensors(segments),
+        shots,
         times=shots.times[index].repeat(num_shots, 1),
+        values=None if shots.values is None else segments(shots.values),
         initial=states[:, :, starts].flatten(1, 2),
+        observed=segments(shots.observed),
         scored=segments(shots.scored) & is_new.repeat(num_shots, 1).unsqueeze(-1),
+        inputs=None if shots.inputs is None else segments(shots.inputs),
+        states=None,
         whole=shots.whole or shots,
         uncut=shots,
     )

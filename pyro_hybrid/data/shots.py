@@ -138,28 +138,32 @@ class Shots:
 
     def to(self, device: torch.device | str) -> Shots:
         """Move all tensors to a device."""
-        moved = self.map_all(lambda value: value.to(device))
-        return moved.map_times(lambda times: times.to(device))
+        return self.map_all(lambda value: value.to(device), lambda times: times.to(device))
 
     def double(self) -> Shots:
         """Convert all numbers to float64."""
-        converted = self.map_all(
-            lambda value: value.double() if value.is_floating_point() else value
-        )
-        return converted.map_times(lambda times: times.double())
+
+        def convert(value: Tensor) -> Tensor:
+            return value.double() if value.is_floating_point() else value
+
+        return self.map_all(convert, convert)
 
     def simulation(self) -> Shots:
         """Remove the values, so that a program simulates them."""
         return replace(self, values=None, scored=torch.ones_like(self.scored))
 
-    def map_tensors(self, change: Callable[[Tensor], Tensor]) -> Shots:
-        """Apply ``change`` to every tensor with axes (task, shot, ...); ``whole`` and ``uncut`` stay as they are."""
+    def map_tensors(self, change: Callable[[Tensor], Tensor], times: Times | None = None) -> Shots:
+        """Apply ``change`` to every tensor with axes (task, shot, ...), and set new times if there are any.
+
+        ``whole`` and ``uncut`` stay as they are.
+        """
 
         def changed(value: Tensor | None) -> Tensor | None:
             return None if value is None else change(value)
 
         return replace(
             self,
+            times=self.times if times is None else times,
             values=changed(self.values),
             initial=changed(self.initial),
             observed=change(self.observed),
@@ -168,22 +172,19 @@ class Shots:
             states=changed(self.states),
         )
 
-    def map_all(self, change: Callable[[Tensor], Tensor]) -> Shots:
+    def map_all(
+        self,
+        change: Callable[[Tensor], Tensor],
+        change_times: Callable[[Tensor], Tensor] | None = None,
+    ) -> Shots:
         """Apply ``change`` to every tensor with axes (task, shot, ...), also inside ``whole`` and ``uncut``."""
-        return replace(
-            self.map_tensors(change),
-            whole=self.whole and self.whole.map_all(change),
-            uncut=self.uncut and self.uncut.map_all(change),
-        )
 
-    def map_times(self, change: Callable[[Tensor], Tensor]) -> Shots:
-        """Apply ``change`` to the times, also inside ``whole`` and ``uncut``."""
-        return replace(
-            self,
-            times=change(self.times),
-            whole=self.whole and self.whole.map_times(change),
-            uncut=self.uncut and self.uncut.map_times(change),
-        )
+        def inside(shots: Shots | None) -> Shots | None:
+            return None if shots is None else shots.map_all(change, change_times)
+
+        times = None if change_times is None else change_times(self.times)
+        changed = self.map_tensors(change, times)
+        return replace(changed, whole=inside(self.whole), uncut=inside(self.uncut))
 
 
 def _all_true(

@@ -279,6 +279,8 @@ def _chained(values: Mapping[str, Tensor]) -> dict[str, NDArray[np.floating]]:
 
 
 def _with_gaps(values: Tensor, seen: Tensor) -> NDArray[np.floating]:
+    if seen.shape != values.shape:
+        return _numpy(values)  # a site of another shape is refused where its axes are named
     return _numpy(values.where(seen, torch.nan))
 
 
