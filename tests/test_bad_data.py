@@ -195,7 +195,8 @@ def test_bad_data_are_not_inferred_from_and_not_exported(
         assert torch.isfinite(found).all() and found.shape[-2] == len(VALUES)
     else:
         with pytest.raises(
-            (ValueError, TypeError), match=for_episodes or words.replace("values", "(query|support)")
+            (ValueError, TypeError),
+            match=for_episodes or words.replace("values", "(query|support)"),
         ):
             DOORS[door](trained, bad)
     figure("bad data", **{"masks" if kind in MASKED else "errors": 1}, poisoned=0)

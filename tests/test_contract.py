@@ -597,7 +597,7 @@ def test_what_the_docs_show_is_what_is_said() -> None:
     program, check = re.findall(r"```python\n(.*?)```", page, re.DOTALL)[:2]
     (shown,) = re.findall(r"```text\nContractError: (.*?)```", page, re.DOTALL)
     with pytest.raises(ph.ContractError) as caught:
-        exec(program.replace(".mask(episode.query.scored)", "") + check, {"__name__": "page"})
+        exec(program.replace(".mask(shots.scored)", "") + check, {"__name__": "page"})
     texts = (" ".join(text.split()) for text in (str(caught.value), shown))
     assert len({re.sub(r"difference of \S+", "difference", text) for text in texts}) == 1
 

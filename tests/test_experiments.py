@@ -120,14 +120,14 @@ def test_as_published_one_trajectory_is_read_and_with_sets_all_of_them(
     found = trained(SYSTEM, model, 0, Choice(fast=True, folder=folder))
     support = data(SYSTEM, 0, Choice(fast=True))[1].episode().support
 
-    def read(shots: ph.Episode) -> torch.Tensor:
+    def read(shots: ph.Shots) -> torch.Tensor:
         torch.manual_seed(0)
         return found.read(shots, 3)["unknown"]
 
     assert support is not None and support.values is not None
     changed = support.values.clone()
     changed[:, 1:] += 0.5
-    same = torch.equal(read(support), read(replace(support, query=changed)))
+    same = torch.equal(read(support), read(replace(support, values=changed)))
     assert same == ("sets" not in model)
 
 
@@ -138,8 +138,8 @@ def test_reconstructions_begin_where_the_shots_say_and_not_where_they_were_measu
     found = trained("double pendulum", model, 0, Choice(fast=True, folder=folder))
     episode, begun = data("double pendulum", 0, Choice(fast=True))[1].episode(), []
 
-    def spy(latents: dict[str, torch.Tensor], shots: ph.Episode, samples: int) -> torch.Tensor:
-        begun.append(latents["initial"] - shots.measured)
+    def spy(latents: dict[str, torch.Tensor], episode: ph.Episode, samples: int) -> torch.Tensor:
+        begun.append(latents["initial"] - episode.query.initial)
         return begun[-1]
 
     monkeypatch.setattr(found, "_run", spy)
@@ -207,7 +207,7 @@ def test_who_knows_everything_misses_one_noise_variance_and_truth_misses_what_wa
 
     class Knowing(Trained):
         def predicted(self, *whatever: Any) -> Any:
-            return clear.episode().query
+            return clear.episode().query.values
 
         reconstructed = predicted
 

@@ -59,7 +59,7 @@ def test_its_settings_are_the_literature_s() -> None:
 def test_tasks_show_the_angle_alone_and_start_at_rest() -> None:
     tasks = ForcedPendulum().simulate(6, 5, seed=0)
     assert tasks.values.shape == (6, 5, 50, 1) and tasks.true_latents["unknown"].shape == (6, 3)
-    assert len(tasks.states) == 2 and not tasks.states[1].any()
+    assert tasks.states.shape[-1] == 2 and not tasks.states[..., 1].any()
     again = ForcedPendulum().simulate(6, 5, seed=0)
     assert torch.equal(tasks.values, again.values)
 

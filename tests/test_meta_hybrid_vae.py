@@ -10,6 +10,7 @@ from experiments.trained import exactly
 from torch import Tensor
 
 import pyro_hybrid as ph
+from pyro_hybrid.data.segments import to_segments
 from pyro_hybrid.systems.system import Force
 
 
@@ -32,14 +33,16 @@ def test_the_true_force_of_a_field_overlaps_with_the_physics_along_its_trajector
 def test_fields_are_judged_at_their_initial_states_cut_or_not(steps: int | None) -> None:
     system = ph.systems.AdvectionDiffusion(6)
     episode = system.simulate(3, 4, 0).episode()
-    model, states = ph.models.MetaHybridVAE(system), episode.cut(steps).query
-    times, places = model.places(episode.cut(steps), states)
+    model = ph.models.MetaHybridVAE(system)
+    part = episode.map_shots(lambda shots: to_segments(shots, steps))
+    times, places = model.places(part, part.query.values)
     assert torch.equal(places.squeeze(-2), episode.query.initial) and float(times) == 0.0
 
 
 def test_others_are_judged_along_their_trajectories() -> None:
     system = ph.systems.Pendulum()
-    episode = system.simulate(3, 4, 0).episode().cut(7)
+    whole = system.simulate(3, 4, 0).episode()
+    episode = whole.map_shots(lambda shots: to_segments(shots, 7))
     times, places = ph.models.MetaHybridVAE(system).places(episode, episode.query.values)
     assert times is episode.query.times and places is episode.query.values
 
@@ -61,15 +64,15 @@ def pushed(share: float) -> tuple[ph.models.MetaHybridVAE, ph.Tasks]:
 
 
 def trajectories(model: ph.models.MetaHybridVAE, tasks: ph.Tasks) -> Tensor:
-    episode, truth = (
+    shots, truth = (
         tasks.shots(),
         {name: value.double() for name, value in tasks.true_latents.items()},
     )
     return model.trajectories(
         {"omega": truth["omega"]},
         truth["unknown"],
-        episode.query.initial.double(),
-        episode.query.times.double(),
+        shots.initial.double(),
+        shots.times.double(),
     )
 
 
@@ -78,7 +81,7 @@ def test_once_settled_physics_latents_mean_what_they_say() -> None:
     wrong = trajectories(model, tasks)
     model.settle(tasks)
     right = trajectories(model, tasks)
-    truth = tasks.shots().query
+    truth = tasks.values
     assert (right - truth).square().mean().sqrt() < 0.2 * (wrong - truth).square().mean().sqrt()
 
 
@@ -106,11 +109,11 @@ def test_fields_are_settled_where_they_began() -> None:
     system = ph.systems.AdvectionDiffusion(6)
     tasks, model = system.simulate(3, 4, 0), ph.models.MetaHybridVAE(system)
     model.settle(tasks)
-    assert torch.equal(model.samples, tasks.shots().measured.flatten(0, 1))
+    assert torch.equal(model.samples, tasks.shots().initial.flatten(0, 1))
     states = model.trajectories(
         {"diffusion": torch.full((3, 1), 0.05)},
         torch.zeros(3, 1),
-        tasks.shots().measured,
+        tasks.shots().initial,
         tasks.times,
     )
     assert states.shape == (3, 4, len(tasks.times), 6) and states.isfinite().all()

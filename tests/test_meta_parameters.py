@@ -439,7 +439,7 @@ def test_a_programs_loss_is_its_elbo_and_neither_model_nor_random_state_are_touc
     model, guide = model.double(), guide.double()
     torch.manual_seed(5)
     svi = ph.SVI(model, guide, torch.optim.SGD(model.parameters(), 0.0), elbo)
-    assert values[0].item() == pytest.approx(svi.evaluate_loss(EPISODE.only(0)), rel=1e-12)
+    assert values[0].item() == pytest.approx(svi.evaluate_loss(EPISODE.select_tasks(0)), rel=1e-12)
 
 
 def test_a_residual_inside_a_vector_field_has_second_derivatives() -> None:

@@ -156,7 +156,7 @@ def test_masked_values_are_not_read() -> None:
     mask[:, :, 0] = True
     tasks, model = make_tasks(6, 8, num_support=4, mask=mask), Line(ph.Linearised(3)).double()
     wild = ph.Tasks.from_trajectories(
-        tasks.times, tasks.values.where(mask, 1e6), num_support=4, mask=mask
+        tasks.times, tasks.values.where(mask, 1e6), num_support=4, observed=mask
     )
     assert torch.equal(quietly(model, tasks).flat, quietly(model, wild).flat)
     assert not torch.equal(

@@ -8,7 +8,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from torch import Tensor
-from toys import POINTS, Line, alone, exact, make_tasks
+from toys import POINTS, Line, exact, make_tasks
 
 import pyro_hybrid as ph
 from pyro_hybrid.identifiability.learning_curves import Curve, how_many, shots_curve, tasks_curve
@@ -28,7 +28,7 @@ def noisy(tasks: int, shots: int = SHOTS, seed: int = 0, *, truth: bool = True) 
         torch.arange(2.0, dtype=torch.float64),
         values,
         num_support=shots // 2,
-        truth={"z": z.squeeze(1)} if truth else None,
+        true_latents={"z": z.squeeze(1)} if truth else None,
     )
 
 
@@ -100,7 +100,7 @@ def test_every_training_gets_the_first_so_many_tasks() -> None:
 
 def test_held_out_tasks_are_read_from_their_own_support() -> None:
     few, many = (
-        ph.Tasks.from_trajectories(t.times, t.values, num_support=n, truth=t.true_latents)
+        ph.Tasks.from_trajectories(t.times, t.values, num_support=n, true_latents=t.true_latents)
         for t in [noisy(TASKS, seed=1)]
         for n in (1, 4)
     )
@@ -152,10 +152,8 @@ def test_a_prior_that_ignores_its_shots_gains_nothing_by_more_of_them() -> None:
     class Deaf(Apprentice):
         def __call__(self, episode: ph.Episode) -> Tensor:
             return super().__call__(
-                alone(
-                    episode.query.times,
-                    episode.query.values,
-                    episode.query.initial,
+                replace(
+                    episode,
                     support=episode.support
                     and episode.support.select_shots(
                         torch.zeros(len(episode.support.values), 1, dtype=torch.long)
@@ -280,7 +278,7 @@ def test_numbers_of_shots_that_cannot_be_are_refused(sizes: list[int]) -> None:
 
 def test_without_truth_there_is_nothing_to_compare_with() -> None:
     held_out = noisy(50, seed=1, truth=False)
-    message = r"expected held-out tasks with truth; got none\. Pass truth= to Tasks\.from_trajectories, or simulate"
+    message = r"expected held-out tasks with truth; got none\. Pass true_latents= to Tasks\.from_trajectories, or simulate"
     with pytest.raises(ValueError, match=message):
         shots_curve(Apprentice(noisy(10)), held_out, progress=False)
     with pytest.raises(ValueError, match=message):

@@ -53,9 +53,7 @@ def shared(number: int, shots: int = 3, *, inferred: bool = False) -> ph.Tasks:
     """Lines that all bend alike."""
     made = make_tasks(number, shots, inferred=inferred, latents=1)
     values = made.values + (features(TIMES)[:, 1:] @ BEND[0]).view(-1, 1)
-    return ph.Tasks.from_trajectories(
-        TIMES, values, num_support=1, mask=torch.as_tensor(made.seen).expand_as(values)
-    )
+    return ph.Tasks.from_trajectories(TIMES, values, num_support=1, observed=made.observed)
 
 
 def ready(**options: bool | float) -> tuple[Shared, ph.AmortizedGuide]:
@@ -66,9 +64,7 @@ def ready(**options: bool | float) -> tuple[Shared, ph.AmortizedGuide]:
 def posterior(model: Shared, tasks: ph.Tasks, width: float) -> Tensor:
     """Mean of the weights given all shots, slopes and starts integrated out: generalised least squares."""
     everything, times = tasks.shots(), features(TIMES)[1:] - features(TIMES)[:1]
-    y = (everything.query.values[..., 0] - everything.initial[0].unsqueeze(-1))[
-        ..., 1:
-    ] - 0.5 * times[:, 0]
+    y = (everything.values[..., 0] - everything.initial)[..., 1:] - 0.5 * times[:, 0]
     shots, design = y.shape[1], times[:, 1:]
     block = NOISE**2 * torch.eye(POINTS - 1).double() + (START_NOISE**2 if model.inferred else 0.0)
     covariance = torch.block_diag(*[block] * shots)
@@ -197,7 +193,7 @@ def forced(
     )
     if settled:
         model.settle(tasks, 64)
-    start = tuple(part.double() for part in tasks.shots().initial)
+    start = tasks.shots().initial.double()
     episode = alone(tasks.times.double(), tasks.values.double(), start)
     mean, precision = model.prior.gaussian(None)
     mean = mean + 0.3 * torch.randn(3, mean.shape[-1]).double()

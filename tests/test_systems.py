@@ -276,7 +276,7 @@ def test_simulated_tasks_have_the_shapes_and_the_truth_that_they_say(name: str) 
     tasks = system.simulate(6, 5, seed=0)
     assert tasks.values.shape == (6, 5, 50, system.sensors) and tasks.values.dtype == torch.float32
     assert_close(tasks.times.double(), system.times, rtol=0.0, atol=1e-6)
-    assert tasks.num_support == 2 and tasks.timed
+    assert tasks.num_support == 2 and tasks.states is not None
     assert {key: tuple(value.shape) for key, value in tasks.true_latents.items()} == {
         **{key: (6, 1) for key in system.physics},
         "unknown": (6, len(system.unknown)),
@@ -311,8 +311,8 @@ def noiseless(name: str, tasks: int, shots: int) -> tuple[ph.Tasks, ph.Tasks]:
 @every_system
 def test_truth_and_starts_fill_their_ranges(name: str) -> None:
     system, (_, clean) = SYSTEMS[name](), noiseless(name, 300, 2)
-    drawn = {key: clean.truth[key][:, 0] for key in system.physics}
-    drawn |= dict(zip(system.unknown, clean.truth["unknown"].unbind(-1), strict=True))
+    drawn = {key: clean.true_latents[key][:, 0] for key in system.physics}
+    drawn |= dict(zip(system.unknown, clean.true_latents["unknown"].unbind(-1), strict=True))
     first = clean.values[:, :, 0]
     if name == "advection-diffusion":
         place = torch.sin(torch.pi * torch.linspace(0.0, 1.0, 20))
@@ -348,11 +348,10 @@ def test_angles_only_is_the_same_motion_seen_through_fewer_sensors(
     full.noise, part.noise = tuple(0.0 for _ in full.noise), tuple(0.0 for _ in part.noise)
     all_of_it, angles = full.simulate(3, 2, seed=0), part.simulate(3, 2, seed=0)
     assert torch.equal(angles.values, all_of_it.values[..., : part.sensors])
-    assert len(angles.states) == len(all_of_it.states) == 2 * part.sensors
-    for i in range(2 * part.sensors):
-        assert torch.equal(
-            angles.states[i], all_of_it.states[i] if i < part.sensors else torch.zeros(3, 2, 50)
-        )
+    assert angles.states.shape == all_of_it.states.shape == (3, 2, 50, 2 * part.sensors)
+    known = slice(0, part.sensors)
+    assert torch.equal(angles.states[..., known], all_of_it.states[..., known])
+    assert not angles.states[..., part.sensors :].any()
     low, high = part.ranges["speed"]
     assert all(
         s >= high for s in part.start_noise[part.sensors :]
@@ -450,12 +449,12 @@ def test_the_true_program_simulates_where_nothing_is_observed(name: str) -> None
     assert torch.equal(system.program(episode), episode.query.values)
 
 
-def bound(system: System, support: ph.Episode, truth: Mapping[str, Tensor]) -> Tensor:
+def bound(system: System, support: ph.Shots, truth: Mapping[str, Tensor]) -> Tensor:
     """The Cramér-Rao bound by central differences, task by task, with nothing of the library but the solver."""
-    episode, rows = support.double(), []
-    measured = episode.query.initial if system.grid else torch.stack(episode.query.initial, -1)
-    tasks, shots, components = measured.shape
-    spread = torch.tensor(system.start_noise, dtype=torch.float64).repeat(shots)
+    shots, rows = support.double(), []
+    measured = shots.initial
+    tasks, number, components = measured.shape
+    spread = torch.tensor(system.start_noise, dtype=torch.float64).repeat(number)
     for task in range(tasks):
         known = torch.cat([value[task] for value in truth.values()]).double()
 
@@ -522,7 +521,7 @@ def test_the_cramer_rao_bound_of_a_system_that_one_can_solve_is_the_closed_form(
     tasks = system.simulate(4, 3, seed=0)
     support, truth = tasks.episode().support, {k: v.double() for k, v in tasks.true_latents.items()}
     rate, push, t = truth["rate"].unsqueeze(-1), truth["unknown"].unsqueeze(-1), system.times[1:]
-    y0, decay = support.initial[0].double().unsqueeze(-1), torch.exp(-rate * t)
+    y0, decay = support.initial[..., 0].double().unsqueeze(-1), torch.exp(-rate * t)
     by_rate = -push / rate**2 * (1 - decay) - (y0 - push / rate) * t * decay
     by_push = (1 - decay) / rate
     slopes = torch.stack([by_rate, by_push.expand_as(by_rate)], -2).squeeze(1) / 0.01

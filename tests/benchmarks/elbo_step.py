@@ -84,11 +84,9 @@ def _queries(tasks: ph.Tasks) -> ph.Episode:
 
 
 def _part(episode: ph.Episode, index: Tensor) -> ph.Episode:
-    return alone(
-        episode.query.times,
-        episode.query.values[index, :1],
-        tuple(x[index, :1] for x in episode.query.initial),
-    )
+    query = episode.query
+    shots = ph.Shots.from_tensors(query.times, query.values[index, :1], query.initial[index, :1])
+    return ph.Episode(None, shots)
 
 
 def ours(
@@ -152,7 +150,7 @@ def jax_rows(problem: Problem) -> dict[str, Callable[[], Step]]:
     episode = problem.episode
     batch = (
         episode.query.times.numpy(),
-        torch.cat(episode.query.initial, -1).numpy(),
+        episode.query.initial[:, 0].numpy(),
         episode.query.values[:, 0].numpy(),
     )
     start = rivals_jax.weights(*problem.fresh())
@@ -227,7 +225,7 @@ def errors(problem: Problem) -> dict[str, float]:
     residual, encoder = problem.fresh()
     mean = encoder(problem.episode.query.values)[0]
     rate, z = (2.0 * mean[:, :1]).exp(), mean[:, 1:]
-    start, times = torch.cat(problem.episode.query.initial, -1), problem.episode.query.times
+    start, times = problem.episode.query.initial[:, 0], problem.episode.query.times
     plain = rivals.PlainTerm(residual).to(problem.device)
 
     def states(integrate: Callable[..., Tensor], exact: bool = False) -> Tensor:

@@ -36,9 +36,9 @@ def queries(tasks: int, seed: int = 0, size: int = SIZE) -> ph.Episode:
 
 def part(episode: ph.Episode, index: Tensor) -> ph.Episode:
     """The first query shot of some tasks."""
-    return alone(
-        episode.query.times, episode.query.values[index, :1], episode.query.initial[index, :1]
-    )
+    query = episode.query
+    shots = ph.Shots.from_tensors(query.times, query.values[index, :1], query.initial[index, :1])
+    return ph.Episode(None, shots)
 
 
 def residual() -> ph.Residual:
@@ -89,7 +89,7 @@ class Ours(ph.HybridModel):
                 {"diffusion": log_diffusion.exp()}, self.residual.given(z[..., None, None, :])
             )
             shots = episode.query
-            states = ph.solve(field, shots.initial.unbind(-1), shots.times, **self.options)
+            states = ph.solve(field, shots.initial, shots.times, **self.options)
             pyro.sample("x", dist.Normal(states, NOISE).to_event(3), obs=shots.values)
 
 

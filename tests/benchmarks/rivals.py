@@ -152,7 +152,7 @@ class Plain(PyroModule):
                 angle, speed = y[:, :1], y[:, 1:]
                 return torch.cat([speed, -rate * torch.sin(angle) + self.term(t, y, z)], -1)
 
-            y = torch.cat(episode.query.initial, -1)
+            y = episode.query.initial[:, 0]
             states = self.integrate(field, y, episode.query.times).transpose(0, 1).unsqueeze(1)
             pyro.sample("x", dist.Normal(states, NOISE).to_event(3), obs=episode.query.values)
 
