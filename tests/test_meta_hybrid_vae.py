@@ -10,6 +10,7 @@ from experiments.trained import exactly
 from torch import Tensor
 
 import pyro_hybrid as ph
+from pyro_hybrid.data.segments import to_segments
 from pyro_hybrid.nets.hybrid_field import Force
 
 # ---- penalties -----------------------------------------------------------------------------------
@@ -22,12 +23,12 @@ def test_the_true_force_of_a_field_is_penalized_along_its_trajectory_and_not_whe
     tasks = exactly(system, 20, 4, 0)
     model = ph.models.MetaHybridVAE(system, correction=1.0)
     episode = tasks.episode()
-    physics, unknown = {"diffusion": tasks.truth["diffusion"]}, tasks.truth["unknown"]
+    physics, unknown = {"diffusion": tasks.true_latents["diffusion"]}, tasks.true_latents["unknown"]
     monkeypatch.setattr(
         model, "force", lambda unknown: system.truth(unknown[..., None, None, :].squeeze(-1))
     )
-    along = model.penalty(physics, unknown, episode.times, episode.query)
-    first = model.collocation_states(episode, episode.query)
+    along = model.penalty(physics, unknown, episode.query.times, episode.query.values)
+    first = model.collocation_states(episode, episode.query.values)
     at_start = model.penalty(physics, unknown, *first)
     assert (at_start.abs() < 1e-3 * along.abs().mean()).all() and (along > 0.0).all()
 
@@ -36,16 +37,19 @@ def test_the_true_force_of_a_field_is_penalized_along_its_trajectory_and_not_whe
 def test_fields_are_judged_at_their_initial_states_cut_or_not(steps: int | None) -> None:
     system = ph.systems.AdvectionDiffusion(6)
     episode = system.simulate(3, 4, 0).episode()
-    model, states = ph.models.MetaHybridVAE(system), episode.cut(steps).query
-    times, fields = model.collocation_states(episode.cut(steps), states)
-    assert torch.equal(fields.squeeze(-2), episode.measured) and float(times) == 0.0
+    model = ph.models.MetaHybridVAE(system)
+    part = episode.map_shots(lambda shots: to_segments(shots, steps))
+    times, fields = model.collocation_states(part, part.query.values)
+    assert torch.equal(fields.squeeze(-2), episode.query.initial) and float(times) == 0.0
 
 
 def test_other_systems_are_judged_along_their_trajectories() -> None:
     system = ph.systems.Pendulum()
-    episode = system.simulate(3, 4, 0).episode().cut(7)
-    times, states = ph.models.MetaHybridVAE(system).collocation_states(episode, episode.query)
-    assert times is episode.times and states is episode.query
+    whole = system.simulate(3, 4, 0).episode()
+    episode = whole.map_shots(lambda shots: to_segments(shots, 7))
+    model = ph.models.MetaHybridVAE(system)
+    times, states = model.collocation_states(episode, episode.query.values)
+    assert times is episode.query.times and states is episode.query.values
 
 
 # ---- gauge ---------------------------------------------------------------------------------------
@@ -66,10 +70,10 @@ def model_and_tasks(share: float) -> tuple[ph.models.MetaHybridVAE, ph.Tasks]:
 
 def trajectories(model: ph.models.MetaHybridVAE, tasks: ph.Tasks) -> Tensor:
     """The model's trajectories at the true latents."""
-    episode = tasks.shots(slice(None)).double()
-    truth = {name: value.double() for name, value in tasks.truth.items()}
+    shots = tasks.shots().double()
+    truth = {name: value.double() for name, value in tasks.true_latents.items()}
     physics = {"omega": truth["omega"]}
-    return model.trajectories(physics, truth["unknown"], episode.measured, episode.times)
+    return model.trajectories(physics, truth["unknown"], shots.initial, shots.times)
 
 
 def corrected(model: ph.models.MetaHybridVAE, omega: Tensor, unknown: Tensor) -> Tensor:
@@ -85,14 +89,14 @@ def test_physics_latents_mean_what_they_say_once_the_gauge_is_fixed() -> None:
     before = trajectories(model, tasks)
     ph.fix_gauge(model, tasks)
     after = trajectories(model, tasks)
-    truth = tasks.shots(slice(None)).query
+    truth = tasks.values
     assert rms(after - truth) < 0.2 * rms(before - truth)
 
 
 def test_fixing_the_gauge_leaves_the_true_force_as_it_is() -> None:
     model, tasks = model_and_tasks(0.0)
     ph.fix_gauge(model, tasks)
-    omega, unknown = tasks.truth["omega"].double(), tasks.truth["unknown"].double()
+    omega, unknown = tasks.true_latents["omega"].double(), tasks.true_latents["unknown"].double()
     assert rms(corrected(model, omega, unknown) / omega - 1.0) < 1e-4
 
 
@@ -117,10 +121,13 @@ def test_the_gauge_of_fields_has_them_as_they_began() -> None:
     system = ph.systems.AdvectionDiffusion(6)
     tasks, model = system.simulate(3, 4, 0), ph.models.MetaHybridVAE(system)
     ph.fix_gauge(model, tasks)
-    initial = tasks.shots(slice(None)).measured
+    initial = tasks.shots().initial
     assert torch.equal(model.gauge.states[: int(model.gauge.num_points)], initial.flatten(0, 1))
     states = model.trajectories(
-        {"diffusion": torch.full((3, 1), 0.05)}, torch.zeros(3, 1), initial, tasks.times
+        {"diffusion": torch.full((3, 1), 0.05)},
+        torch.zeros(3, 1),
+        initial,
+        tasks.times,
     )
     assert states.shape == (3, 4, len(tasks.times), 6) and states.isfinite().all()
 
@@ -137,7 +144,7 @@ def test_a_belief_from_before_the_gauge_was_fixed_is_computed_again() -> None:
 def test_equal_copies_are_corrected_once_and_gradients_stay() -> None:
     model, tasks = model_and_tasks(0.01)
     ph.fix_gauge(model, tasks, 64)
-    omega, unknown = tasks.truth["omega"].double(), tasks.truth["unknown"].double()
+    omega, unknown = tasks.true_latents["omega"].double(), tasks.true_latents["unknown"].double()
     moves = torch.tensor([0.0, 0.1, 0.1, 0.0], dtype=torch.float64)[:, None, None]
     copies = (unknown + moves).requires_grad_()
     together = corrected(model, omega.expand(4, -1, -1), copies)
@@ -151,7 +158,7 @@ def test_equal_copies_are_corrected_once_and_gradients_stay() -> None:
 def test_draws_of_physics_latents_are_corrected_beside_neural_ones_without() -> None:
     model, tasks = model_and_tasks(0.01)
     ph.fix_gauge(model, tasks, 64)
-    omega, unknown = tasks.truth["omega"].double(), tasks.truth["unknown"].double()
+    omega, unknown = tasks.true_latents["omega"].double(), tasks.true_latents["unknown"].double()
     draws = torch.stack([omega, 1.1 * omega])
     together = corrected(model, draws, unknown)
     for k in range(2):

@@ -12,7 +12,7 @@ from pyro.nn import PyroParam
 from torch import Tensor
 
 from pyro_hybrid.beliefs.families import Normal
-from pyro_hybrid.data.tasks import Episode
+from pyro_hybrid.data.episode import Episode
 from pyro_hybrid.dynamics.solve import solve
 from pyro_hybrid.evidence.gauss_newton import Linearised
 from pyro_hybrid.inference.guide import AmortizedGuide
@@ -114,15 +114,15 @@ class MetaHybridVAE(HybridModel):
             }
             unknown = pyro.sample("unknown", p["unknown"])
             start = pyro.sample(
-                "initial", dist.Normal(episode.measured, self.start_noise).to_event(2)
+                "initial", dist.Normal(episode.query.measured_initial, self.start_noise).to_event(2)
             )
 
-            states = self.trajectories(physics, unknown, start, episode.times)
+            states = self.trajectories(physics, unknown, start, episode.query.times)
             if self.training and torch.is_grad_enabled() and (self.correction or self.straightness):
                 judged = self.collocation_states(episode, states)
                 pyro.factor("preference", -self.penalty(physics, unknown, *judged))
-            x = dist.Normal(self.system.observe(states), self.noise).mask(episode.mask)
-            return pyro.sample("x", x.to_event(3), obs=episode.query)
+            x = dist.Normal(self.system.observe(states), self.noise).mask(episode.query.scored)
+            return pyro.sample("x", x.to_event(3), obs=episode.query.values)
 
     def trajectories(
         self, physics: dict[str, Tensor], unknown: Tensor, start: Tensor, times: Tensor
@@ -146,9 +146,9 @@ class MetaHybridVAE(HybridModel):
     def collocation_states(self, episode: Episode, states: Tensor) -> tuple[Tensor, Tensor]:
         """Return times and states at which the force is judged: of trajectories, or of fields as they begin."""
         if not self.system.grid:
-            return episode.times, states
-        whole = episode.whole or episode
-        return whole.times[:1], whole.measured.unsqueeze(-2)
+            return episode.query.times, states
+        whole = episode.query.whole or episode.query
+        return whole.times[:1], whole.measured_initial.unsqueeze(-2)
 
     def penalty(
         self, physics: dict[str, Tensor], unknown: Tensor, times: Tensor, states: Tensor
