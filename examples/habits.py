@@ -111,7 +111,7 @@ def recover(
     ):
         support = tasks[start : start + 100].episode().support
         if isinstance(model.prior, ph.UnconditionalPrior):
-            found = ph.draws(model, guide, support, samples)
+            found = ph.draws(model, guide, ph.Episode(None, support), samples)
         else:
             found = {name: fn.sample((samples,)) for name, fn in model.prior(support).items()}
         pieces.append(torch.cat([found[name] for name in sites], -1).cpu())
@@ -196,10 +196,10 @@ def trajectory_errors(
     """Mean squared errors of held-out query shots, in units of the noise variance."""
     episode = tasks[:100].episode()
     noise = torch.tensor(model.system.noise)
-    counts = torch.as_tensor(episode.query.scored).expand_as(episode.query)
+    counts, values = episode.query.scored, episode.query.values
 
     def error(draws: Tensor) -> float:
-        return round(float(((draws.mean(0) - episode.query) / noise).square()[counts].mean()), 3)
+        return round(float(((draws.mean(0) - values) / noise).square()[counts].mean()), 3)
 
     posterior = ph.draws(model, guide, episode, 20)
     conditioned = pyro.poutine.condition(model, posterior)
@@ -372,7 +372,13 @@ def trajectories_figure(
                 ahead[:, column, :, s].quantile(0.95, 0),
             )
             axis.fill_between(
-                episode.query.times, low, high, color=ORANGE, alpha=0.3, lw=0, label="prediction, 90%"
+                episode.query.times,
+                low,
+                high,
+                color=ORANGE,
+                alpha=0.3,
+                lw=0,
+                label="prediction, 90%",
             )
             axis.plot(
                 episode.query.times,
@@ -383,7 +389,7 @@ def trajectories_figure(
             )
             axis.plot(
                 episode.query.times,
-                episode.query[column, 0, :, s],
+                episode.query.values[column, 0, :, s],
                 ".",
                 color="black",
                 ms=2.5,
@@ -425,7 +431,9 @@ def prior_posterior_figure(
                 label=label,
             )
         if name in model.system.physics:
-            axis.axvline(float(held_out.true_latents[name][0, i]), color="black", lw=1, label="truth")
+            axis.axvline(
+                float(held_out.true_latents[name][0, i]), color="black", lw=1, label="truth"
+            )
         axis.set(title=name if before[name].shape[-1] == 1 else f"{name}[{i}]", yticks=[])
     axes[0, 0].legend(fontsize=7)
     return figure

@@ -693,10 +693,15 @@ def functions(varies: Literal["both", "means", "variances"] = "both") -> tuple[P
                 continue
             lines = torch.stack([1.0 - episode.query.times, episode.query.times], -1)
             counts = (
-                torch.as_tensor(episode.query.scored).expand_as(episode.query)[..., 0].double() / 0.1**2
+                torch.as_tensor(episode.query.scored)
+                .expand_as(episode.query.values)[..., 0]
+                .double()
+                / 0.1**2
             )
             precision = precision + torch.einsum("tsn,ni,nj->tij", counts, lines, lines)
-            right = right + torch.einsum("tsn,tsn,ni->ti", counts, episode.query[..., 0], lines)
+            right = right + torch.einsum(
+                "tsn,tsn,ni->ti", counts, episode.query.values[..., 0], lines
+            )
         covariance = torch.linalg.inv(precision)
         return (covariance @ right.unsqueeze(-1)).squeeze(-1), covariance.diagonal(
             dim1=-2, dim2=-1

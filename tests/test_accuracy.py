@@ -22,7 +22,7 @@ def episode(points: int = POINTS, mask: Tensor | bool = True) -> ph.Episode:
         torch.ones(3, 1, dtype=torch.float64),
     )
     query = torch.zeros(3, 1, points, 2, dtype=torch.float64)
-    return ph.Episode(times, query, (one, 0.0 * one), mask=mask)
+    return alone(times, query, (one, 0.0 * one), mask=mask)
 
 
 class Swing(ph.HybridModel):
@@ -37,7 +37,10 @@ class Swing(ph.HybridModel):
         rate = (2.0 * torch.arange(3.0, dtype=episode.query.times.dtype).unsqueeze(-1)) ** 2
         with episode.plate:
             x = ph.solve(
-                lambda t, y: (y[1], -rate * y[0]), episode.query.initial, episode.query.times, **self.options
+                lambda t, y: (y[1], -rate * y[0]),
+                episode.query.initial,
+                episode.query.times,
+                **self.options,
             )
             self.states = x
             fn = dist.Normal(x + self.share, NOISE).mask(episode.query.scored)
@@ -82,8 +85,11 @@ class Exploding(Swing):
 
     def forward(self, episode: ph.Episode) -> Tensor:
         with episode.plate:
-            x = ph.solve(lambda t, y: (-1e200 * y[0] ** 3, y[1]), episode.query.initial, episode.query.times)
-            return pyro.sample("x", dist.Normal(x, NOISE).to_event(3), obs=episode.query.values)
+            shots = episode.query
+            x = ph.solve(
+                lambda t, y: (-1e200 * y[0] ** 3, y[1]), shots.initial.unbind(-1), shots.times
+            )
+            return pyro.sample("x", dist.Normal(x, NOISE).to_event(3), obs=shots.values)
 
 
 @pytest.mark.parametrize(("options", "warns"), [({}, True), ({"substeps": 20}, False)])
@@ -92,7 +98,7 @@ def test_training_warns_of_steps_that_are_too_long(
 ) -> None:
     few = episode()
     tasks = ph.Tasks.from_trajectories(
-        few.times, few.query.expand(3, 2, -1, -1).contiguous(), num_support=1
+        few.times, few.query.values.expand(3, 2, -1, -1).contiguous(), num_support=1
     )
     model = Swing(**options)
 

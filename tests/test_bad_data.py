@@ -13,7 +13,7 @@ import torch
 from conftest import Note
 from test_training import SHORT, TASKS, pair, state
 from torch import Tensor
-from toys import Line
+from toys import Line, alone
 
 import pyro_hybrid as ph
 
@@ -151,9 +151,7 @@ def episode(
 
     def part(which: slice) -> ph.Episode:
         counts = mask if isinstance(mask, bool) else mask[:, which]
-        return ph.Episode(
-            times, values[:, which], (values[:, which, 0, 0],), mask=counts, seen=counts
-        )
+        return alone(times, values[:, which], (values[:, which, 0, 0],), mask=counts, seen=counts)
 
     return replace(part(slice(num_support, None)), support=part(slice(0, num_support)))
 
@@ -208,7 +206,7 @@ def test_where_no_observation_of_a_task_counts_its_posterior_is_its_prior(
     evidence: ph.Linearised | None,
 ) -> None:
     model, guide = pair(evidence)
-    mask = torch.ones_like(GOOD.query, dtype=torch.bool)
+    mask = torch.ones_like(GOOD.query.values, dtype=torch.bool)
     mask[3] = False
     natural, prior = (
         guide.natural(replace(GOOD, mask=mask))["slope"],
@@ -225,13 +223,15 @@ def test_where_no_observation_of_a_task_counts_its_posterior_is_its_prior(
 def test_whatever_stands_where_nothing_was_seen_is_not_looked_at(
     door: str, evidence: ph.Linearised | None
 ) -> None:
-    both, gone = pair(evidence), torch.zeros_like(GOOD.query, dtype=torch.bool)
+    both, gone = pair(evidence), torch.zeros_like(GOOD.query.values, dtype=torch.bool)
     gone[:, :, 2] = True
     clean = replace(GOOD, mask=GOOD.mask & ~gone, seen=~gone)
     found = []
     for value in (0.0, torch.nan):
         torch.manual_seed(0)
-        found.append(DOORS[door](both, replace(clean, query=GOOD.query.masked_fill(gone, value))))
+        found.append(
+            DOORS[door](both, replace(clean, query=GOOD.query.values.masked_fill(gone, value)))
+        )
     assert torch.isfinite(found[0]).all() and torch.equal(*found)
 
 

@@ -42,7 +42,9 @@ SHOTS, SUPPORT = 4, 2
 
 def believed(*episodes: ph.Episode, noise: float = NOISE) -> tuple[Tensor, Tensor]:
     """Means and standard deviations of two latents, standard normal before, from all shots of some episodes."""
-    errors = torch.cat([e.query.squeeze(-1) - e.initial[0].unsqueeze(-1) for e in episodes], 1)
+    errors = torch.cat(
+        [e.query.values.squeeze(-1) - e.initial[0].unsqueeze(-1) for e in episodes], 1
+    )
     precision = 1.0 + DESIGN.square().sum(0) * errors.shape[1] / noise**2
     return errors.sum(1) @ DESIGN / noise**2 / precision, precision.rsqrt().expand(len(errors), 2)
 
@@ -180,7 +182,7 @@ def test_real_queries_whose_k_hat_is_large_are_named() -> None:
     strange = tasks(199).values[[20, 50, 120], SUPPORT:, 1:]
 
     def guide(episode: ph.Episode) -> None:
-        there = (episode.query[:, None, :, 1:] == strange).flatten(2).all(2).any(1)
+        there = (episode.query.values[:, None, :, 1:] == strange).flatten(2).all(2).any(1)
         loc, scale = believed(episode.support, episode)
         with episode.plate:
             pyro.sample(
@@ -200,7 +202,7 @@ def test_what_only_the_real_queries_show_is_in_the_k_hats_alone() -> None:
     real = tasks().values[:, SUPPORT:, 1:]
 
     def guide(episode: ph.Episode) -> None:
-        measured = bool((episode.query[:, :, 1:, None].squeeze(-1) == real).all())
+        measured = bool((episode.query.values[:, :, 1:, None].squeeze(-1) == real).all())
         posterior(0.2 if measured else 1.0)(episode)
 
     found = checked(guide, simulations=500)
@@ -264,13 +266,17 @@ def circle(episode: ph.Episode) -> None:
     with episode.plate:
         z = angle(ABOUT_PI[: episode.query.shape[0]])[..., None, None, :]
         mean = torch.cat([z.cos(), z.sin()], -1) + torch.zeros(2, POINTS, 2, dtype=torch.float64)
-        pyro.sample("x", dist.Normal(mean, 1.0).mask(episode.query.scored).to_event(3), obs=episode.query.values)
+        pyro.sample(
+            "x",
+            dist.Normal(mean, 1.0).mask(episode.query.scored).to_event(3),
+            obs=episode.query.values,
+        )
 
 
 def around(episode: ph.Episode) -> None:
     """Its posterior: a von Mises prior stays one, with x / σ² added to λ."""
     with episode.plate:
-        angle(ABOUT_PI + (episode.query * episode.query.scored).sum((1, 2)))
+        angle(ABOUT_PI + (episode.query.values * episode.query.scored).sum((1, 2)))
 
 
 def test_an_angle_about_pi_is_judged_on_its_circle() -> None:
@@ -311,8 +317,10 @@ def test_only_what_counts_as_an_observation_is_simulated() -> None:
             )
         assert torch.equal(episode.support.values, data.support.values)
         assert torch.equal(episode.query.initial[0], data.initial[0])
-    assert torch.equal(first.query[:, :, 0], data.query[:, :, 0])
-    assert (first.query != data.query)[:, :, 1:].all() and torch.equal(last.query, data.query)
+    assert torch.equal(first.query.values[:, :, 0], data.query.values[:, :, 0])
+    assert (first.query.values != data.query.values)[:, :, 1:].all() and torch.equal(
+        last.query.values, data.query.values
+    )
 
 
 @pytest.mark.parametrize(
@@ -358,12 +366,16 @@ def test_what_diverges_is_left_out_and_counted() -> None:
         loc, scale = believed(episode.support)
         with episode.plate:
             z = pyro.sample("z", dist.Normal(loc, scale).to_event(1))
-            mean = (episode.query.initial[0].unsqueeze(-1) + (z @ DESIGN.T).unsqueeze(-2)).unsqueeze(-1)
+            mean = (
+                episode.query.initial[0].unsqueeze(-1) + (z @ DESIGN.T).unsqueeze(-2)
+            ).unsqueeze(-1)
             mean = mean.where(
                 z[..., :1, None, None] < loc[:, :1, None, None] + scale[0, 0], torch.inf
             )
             pyro.sample(
-                "x", dist.Normal(mean, NOISE).mask(episode.query.scored).to_event(3), obs=episode.query.values
+                "x",
+                dist.Normal(mean, NOISE).mask(episode.query.scored).to_event(3),
+                obs=episode.query.values,
             )
 
     found = ph.check_calibration(blows_up, posterior(), tasks(), num_draws=99, progress=False)
@@ -696,9 +708,10 @@ class Decay(ph.HybridModel):
         p = self.prior(episode.support)
         with episode.plate:
             rate = pyro.sample("rate", p["rate"])
-            states = ph.solve(lambda t, y: (-rate * y[0],), episode.query.initial, episode.query.times)
+            shots = episode.query
+            states = ph.solve(lambda t, y: (-rate * y[0],), shots.initial.unbind(-1), shots.times)
             pyro.sample(
-                "x", dist.Normal(states, 0.1).mask(episode.query.scored).to_event(3), obs=episode.query.values
+                "x", dist.Normal(states, 0.1).mask(shots.scored).to_event(3), obs=shots.values
             )
 
 
@@ -718,7 +731,7 @@ def integrated(model: Decay, episode: ph.Episode) -> dict[str, tuple[Tensor, Ten
     expected = episode.query.initial[0][..., None, None] * torch.exp(
         -grid[:, None] * TIMES
     )  # (task, shot, grid, time)
-    errors = (episode.query[..., 0].unsqueeze(2) - expected)[..., 1:] / 0.1
+    errors = (episode.query.values[..., 0].unsqueeze(2) - expected)[..., 1:] / 0.1
     prior = model.prior(episode.support)["rate"].log_prob(grid[:, None, None]).T
     weight = torch.softmax(prior - 0.5 * errors.square().sum((1, 3)), 1)
     mean = weight @ grid

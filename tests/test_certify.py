@@ -377,8 +377,8 @@ def test_tasks_of_one_shot_are_refused() -> None:
         tasks,
         values=tasks.values[:, :1],
         states=tuple(part[:, :1] for part in tasks.states),
-        mask=tasks.mask[:, :1],
-        seen=tasks.seen[:, :1],
+        mask=tasks.scored[:, :1],
+        seen=tasks.observed[:, :1],
     )
     with pytest.raises(
         ValueError, match="expected two shots or more of every task; got 1. One support alone"
@@ -390,7 +390,7 @@ def test_systems_of_which_only_the_support_was_observed_are_left_out_of_what_loo
     None
 ):
     tasks = replace(ONE, tasks=60).data()
-    mask = tasks.mask.clone()
+    mask = tasks.scored.clone()
     mask[::2, 1:] = False
     certificate = ph.certify(*ONE.build(), replace(tasks, mask=mask, seen=mask), progress=False)
     assert len(certificate.numbers["fit"].error) == 30 and certificate["fit"].status == "holds"

@@ -198,13 +198,15 @@ class ObservesByAFactor(Good):
         x = dist.Normal(mean, self.noise).mask(episode.query.scored).to_event(3)
         if episode.query.values is None:
             return pyro.sample("x", x)
-        return pyro.factor("x", x.log_prob(episode.query))
+        return pyro.factor("x", x.log_prob(episode.query.values))
 
 
 class ObservesHalfOfIt(Good):
     def observe(self, mean: Tensor, episode: ph.Episode) -> Tensor:
         x = dist.Normal(mean[..., 1:, :], self.noise).to_event(3)
-        return pyro.sample("x", x, obs=None if episode.query.values is None else episode.query[..., 1:, :])
+        return pyro.sample(
+            "x", x, obs=None if episode.query.values is None else episode.query.values[..., 1:, :]
+        )
 
 
 class KeepsAConstant(Good):

@@ -30,8 +30,8 @@ def least_squares(
     halves = tasks.shots(slice(0, SHOTS // 2)), tasks.shots(slice(SHOTS // 2, None))
     parts: list[tuple[Tensor, Tensor]] = []
     for half in halves:
-        grown = (half.query - half.initial[0][..., None, None]).squeeze(-1)
-        weight = torch.as_tensor(half.mask).expand_as(half.query).squeeze(-1).double() / noise**2
+        grown = (half.query.values - half.initial[0][..., None, None]).squeeze(-1)
+        weight = half.scored.squeeze(-1).double() / noise**2
         precision = torch.einsum("tsn,ni,nj->tij", weight, DESIGN, DESIGN)
         mean = torch.linalg.solve(precision, torch.einsum("tsn,ni,tsn->ti", weight, DESIGN, grown))
         scale = torch.linalg.inv(precision).diagonal(dim1=-2, dim2=-1).sqrt()
@@ -127,7 +127,9 @@ def test_of_a_positive_latent_the_bound_is_mapped_to_its_own_units() -> None:
         with episode.plate:
             prior = dist.LogNormal(torch.zeros(TASKS, 1).double(), 1.0).to_event(1)
             rate = pyro.sample("z", prior)[..., None, None, :]
-            mean = rate * episode.query.times.unsqueeze(-1) + torch.zeros(TASKS, episode.query.shape[1], 6, 1)
+            mean = rate * episode.query.times.unsqueeze(-1) + torch.zeros(
+                TASKS, episode.query.shape[1], 6, 1
+            )
             pyro.sample("x", dist.Normal(mean, noise).to_event(3), obs=episode.query.values)
 
     weight = clock / clock.square().sum()
@@ -184,7 +186,10 @@ def test_what_both_halves_have_in_common_is_seen_against_the_truth_alone() -> No
         }
     )
     assert judge_efficiency(efficiency(model, tasks, reading)).status == "holds"
-    assert judge_efficiency(efficiency(model, tasks, reading, truth=tasks.true_latents)).status == "fails"
+    assert (
+        judge_efficiency(efficiency(model, tasks, reading, truth=tasks.true_latents)).status
+        == "fails"
+    )
 
 
 def test_a_reading_of_nothing_but_noise_is_not_saved_by_the_regression() -> None:

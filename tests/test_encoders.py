@@ -25,7 +25,7 @@ def encoder() -> ph.SetEncoder:
 
 
 def episode(values: Tensor, seen: Tensor | bool = True) -> ph.Episode:
-    return ph.Episode(TIMES.to(values.dtype), values, values[:, :, 0].unbind(-1), seen=seen)
+    return alone(TIMES.to(values.dtype), values, values[:, :, 0].unbind(-1), seen=seen)
 
 
 def trajectories(tasks: int, shots: int) -> Tensor:
@@ -52,7 +52,7 @@ def test_the_order_of_shots_changes_no_bit(shots: int, seed: int) -> None:
     torch.manual_seed(seed)
     net, values = encoder(), trajectories(2, shots)
     shuffled = values[:, torch.randperm(shots)]
-    assert torch.equal(net(episode(values).canonical), net(episode(shuffled).canonical))
+    assert torch.equal(net(episode(values).sorted_shots), net(episode(shuffled).sorted_shots))
     assert_close(
         net(episode(values)), net(episode(shuffled))
     )  # without the canonical order: to rounding
@@ -114,7 +114,7 @@ def test_cut_and_shortened_episodes_are_read_whole() -> None:
         assert torch.equal(net(part), net(whole)) and torch.equal(
             net(part.support), net(whole.support)
         )
-        assert torch.equal(net(part.canonical), net(whole.canonical))
+        assert torch.equal(net(part.sorted_shots), net(whole.sorted_shots))
 
 
 def test_standardising_makes_the_units_of_sensors_irrelevant() -> None:
@@ -177,8 +177,8 @@ def test_inside_reading_once_an_episode_is_read_once() -> None:
     net, one, two = Reader(), episode(trajectories(3, 4)), episode(trajectories(3, 4))
     expected = [net(one), net(two)]
     with reading_once():
-        first = [net(one), net(two), net(one.canonical)]
-        again = [net(one), net(two), net(one.canonical)]
+        first = [net(one), net(two), net(one.sorted_shots)]
+        again = [net(one), net(two), net(one.sorted_shots)]
     assert net.read == 2 + 3 and all(a is b for a, b in zip(first, again, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(first, expected, strict=False))
 

@@ -124,8 +124,8 @@ def test_as_published_one_trajectory_is_read_and_with_sets_all_of_them(
         torch.manual_seed(0)
         return found.read(shots, 3)["unknown"]
 
-    assert support is not None and support.query is not None
-    changed = support.query.clone()
+    assert support is not None and support.values is not None
+    changed = support.values.clone()
     changed[:, 1:] += 0.5
     same = torch.equal(read(support), read(replace(support, query=changed)))
     assert same == ("sets" not in model)
@@ -191,7 +191,9 @@ def test_our_own_models_end_by_second_order_and_rivals_as_published(
 def test_exactly_is_what_was_simulated_without_the_noise() -> None:
     system = ph.systems.DoublePendulum()
     seen, clear = system.simulate(30, 4, 0), exactly(system, 30, 4, 0)
-    assert all(torch.equal(value, clear.truth[name]) for name, value in seen.truth.items())
+    assert all(
+        torch.equal(value, clear.true_latents[name]) for name, value in seen.true_latents.items()
+    )
     assert torch.allclose(
         (seen.values - clear.values).std((0, 1, 2)), torch.tensor(system.noise), rtol=0.05
     )

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
-from toys import NOISE, TIMES, TOGETHER, Line, features, make_tasks
+from toys import NOISE, TIMES, TOGETHER, Line, alone, features, make_tasks
 
 import pyro_hybrid as ph
 from pyro_hybrid.identifiability.check import Check
@@ -36,9 +36,9 @@ def posterior(episode: ph.Episode, noise: float = NOISE) -> Exact:
     """From support and query together, by the normal equations."""
     assert episode.support is not None
     sides = episode.support, episode
-    grown = torch.cat([side.query - side.initial[0][..., None, None] for side in sides], 1).squeeze(
-        -1
-    )
+    grown = torch.cat(
+        [side.query.values - side.initial[0][..., None, None] for side in sides], 1
+    ).squeeze(-1)
     weight = torch.cat([side.mask for side in sides], 1).squeeze(-1).double() / noise**2
     precision = torch.eye(3).double() + torch.einsum("tsn,ni,nj->tij", weight, DESIGN, DESIGN)
     pull = torch.einsum("tsn,ni,tsn->ti", weight, DESIGN, grown)
@@ -64,7 +64,7 @@ def judged(claimed: float, episode: ph.Episode = EPISODE) -> Check:
 
 def test_errors_at_the_middle_of_the_exact_posterior_are_as_in_closed_form() -> None:
     found = posterior(EPISODE)
-    values = (EPISODE.query - EPISODE.initial[0][..., None, None])[:, :, 1:, 0]
+    values = (EPISODE.query.values - EPISODE.initial[0][..., None, None])[:, :, 1:, 0]
     away = values - (found.mean @ DESIGN[1:].mT).unsqueeze(1)
     expected = away.square().sum((1, 2)) / (4 * 5) / NOISE**2
     measured = misfit(MODEL, drawing(found), EPISODE, num_samples=4000).error
@@ -114,7 +114,7 @@ def test_a_noise_that_is_too_large_is_to_be_learned() -> None:
 
 
 def test_what_the_program_cannot_express_fails() -> None:
-    query = EPISODE.query + torch.sin(9.0 * TIMES).view(-1, 1)
+    query = EPISODE.query.values + torch.sin(9.0 * TIMES).view(-1, 1)
     bent = replace(EPISODE, query=query)
     assert judged(NOISE, bent).status == "fails"
 
@@ -145,7 +145,10 @@ def test_masked_observations_do_not_count_whatever_their_values() -> None:
     mask = torch.rand(30, 8, 6, 1, generator=torch.Generator().manual_seed(1)) < 0.6
     mask[:, :, 0] = True
     episode = make_tasks(30, 8, num_support=4, mask=mask).episode()
-    wild = replace(episode, query=episode.query.where(episode.query.scored | episode.query.observed, torch.nan))
+    wild = replace(
+        episode,
+        query=episode.query.values.where(episode.query.scored | episode.query.observed, torch.nan),
+    )
     found = drawing(posterior(episode))
     pyro.set_rng_seed(0)
     clean = misfit(MODEL, found, episode).error
@@ -201,14 +204,17 @@ def growing(
         with episode.plate:
             z = pyro.sample("z", dist.Normal(torch.zeros_like(rate).unsqueeze(-1), 1.0).to_event(1))
             states = ph.solve(
-                lambda t, y: (z * y[0] ** 2,), episode.query.initial, episode.query.times, substeps=40
+                lambda t, y: (z * y[0] ** 2,),
+                episode.query.initial,
+                episode.query.times,
+                substeps=40,
             )
             pyro.sample("x", dist.Normal(states, 0.1).to_event(3), obs=episode.query.values)
 
     query = 1.0 / (1.0 - rate.clamp(max=0.5).view(-1, 1, 1, 1) * times.view(-1, 1)) + torch.zeros(
         len(rate), 2, 5, 1
     )
-    return model, guide, ph.Episode(times, query, (start,))
+    return model, guide, alone(times, query, (start,))
 
 
 def test_a_program_that_diverges_fails_and_does_not_crash() -> None:

@@ -112,7 +112,9 @@ def test_one_sequence_says_as_much_as_was_published() -> None:
     """MSE of omega 6e-4, correlations of 0.993, without the few systems that are all but at rest or unforced."""
     system = ForcedPendulum()
     tasks = system.simulate(400, 2, seed=0)
-    bounds = system.cramer_rao(tasks.episode().support, tasks.true_latents).sort(0).values[:396].mean(0)
+    bounds = (
+        system.cramer_rao(tasks.episode().support, tasks.true_latents).sort(0).values[:396].mean(0)
+    )
     spread = torch.tensor(
         [(high - low) ** 2 / 12.0 for high, low in map(system.ranges.get, system.unknown)]
     )

@@ -132,7 +132,7 @@ def test_computed_standard_deviations_are_exact_and_shrink_as_shots_are_added(su
     before = guide.prior(everything.support)["slope"].stddev
     for shots in (1, 2, 5, 20):
         episode = replace(
-            everything.pick(torch.arange(shots).expand(4, -1)), support=everything.support
+            everything.select_shots(torch.arange(shots).expand(4, -1)), support=everything.support
         )
         scale = guide.prior.sites["slope"].distribution(guide.natural(episode)["slope"]).stddev
         expected = exact(episode.support, episode).covariance[:, :1, 0].sqrt()
@@ -181,7 +181,9 @@ def test_several_latents_of_a_shot_are_drawn_jointly() -> None:
             a = pyro.sample("a", dist.Normal(wide, 1.0).to_event(2))
             b = pyro.sample("b", dist.Normal(wide + 0.5, 2.0).to_event(2))
             mean = z[..., None, :] + a + b * episode.query.times
-            pyro.sample("x", dist.Normal(mean.unsqueeze(-1), 0.5).to_event(3), obs=episode.query.values)
+            pyro.sample(
+                "x", dist.Normal(mean.unsqueeze(-1), 0.5).to_event(3), obs=episode.query.values
+            )
 
     prior = ph.UnconditionalPrior(z=Normal(1)).double()
     prior.bind(program)
@@ -204,7 +206,8 @@ def test_several_latents_of_a_shot_are_drawn_jointly() -> None:
     weight = torch.tensor([1.0, 1.0, 1.0, 0.25, 0.25], dtype=torch.float64)
     precision = torch.diag(weight) + design.T @ design / 0.25
     right = (
-        weight * torch.tensor([0.0, 0.0, 0.0, 0.5, 0.5]) + design.T @ episode.query.flatten() / 0.25
+        weight * torch.tensor([0.0, 0.0, 0.0, 0.5, 0.5])
+        + design.T @ episode.query.values.flatten() / 0.25
     )
     assert_close(drawn.mean(0), torch.linalg.solve(precision, right), atol=0.03, rtol=0.0)
     assert (precision @ torch.cov(drawn.T) - torch.eye(5)).abs().max() < 0.2
@@ -256,7 +259,7 @@ def test_a_learned_guide_is_the_priors_natural_parameters_plus_what_the_encoder_
     episode = make_tasks(3, 4).episode()
     naturals, prior = guide.natural(episode), model.prior.natural(episode.support)
     features = torch.cat(
-        [guide.encoder(episode.canonical), model.prior.encoder(episode.support.canonical)], -1
+        [guide.encoder(episode.sorted_shots), model.prior.encoder(episode.support.sorted_shots)], -1
     )
     raw = dict(zip(prior, guide.head(features).split([2, 4], -1), strict=True))
     for name, family in model.prior.sites.items():
@@ -269,7 +272,7 @@ def test_a_learned_guide_does_not_depend_on_the_order_of_shots() -> None:
     episode = make_tasks(3, 7, num_support=3).episode()
     backwards = replace(
         episode.pick(torch.arange(3, -1, -1).expand(3, -1)),
-        support=episode.support.pick(torch.arange(2, -1, -1).expand(3, -1)),
+        support=episode.support.select_shots(torch.arange(2, -1, -1).expand(3, -1)),
     )
     first, second = guide.natural(episode), guide.natural(backwards)
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -344,7 +347,7 @@ def test_learned_standard_deviations_shrink_as_shots_are_added(
     scales = []
     with torch.no_grad():
         for size in (1, 2, 3, 4):
-            support = shots.support.pick(torch.arange(size).expand(100, -1))
+            support = shots.support.select_shots(torch.arange(size).expand(100, -1))
             scales.append(guide.prior(support)["slope"].stddev.squeeze(-1))
         scales.append(
             guide.prior.sites["slope"]

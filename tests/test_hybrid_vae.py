@@ -119,7 +119,7 @@ def test_without_a_query_the_guide_is_the_prior(name: str) -> None:
 
 def test_a_shot_of_which_nothing_counts_is_no_evidence() -> None:
     model, episode = model_of(), episode_of()
-    mask = torch.ones_like(episode.query, dtype=torch.bool)
+    mask = torch.ones_like(episode.query.values, dtype=torch.bool)
     mask[:, 1] = False
     first = episode.pick(torch.zeros(3, 1, dtype=torch.long))
     assert torch.allclose(

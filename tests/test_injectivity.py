@@ -11,7 +11,7 @@ import pytest
 import torch
 from scipy.stats import binomtest
 from torch import Tensor
-from toys import SEPARATE, Line, make_tasks
+from toys import SEPARATE, Line, alone, make_tasks
 
 import pyro_hybrid as ph
 from pyro_hybrid.beliefs.families import Family, LogNormal, Normal
@@ -54,7 +54,7 @@ def hunt(
     states: Callable[..., Tensor], families: dict[str, Family], points: Tensor, noise: float = 0.05
 ) -> Twins:
     """For twins of these points under x = states(latents, times) + noise."""
-    episode = ph.Episode(
+    episode = alone(
         CLOCK, torch.zeros(len(points), 2, 9, 1).double(), (torch.zeros(len(points), 2).double(),)
     )
 
@@ -70,7 +70,9 @@ def hunt(
                 ]
                 for name, family in families.items()
             }
-            mean = states(**z, t=episode.query.times.unsqueeze(-1)) + torch.zeros(len(points), 2, 9, 1)
+            mean = states(**z, t=episode.query.times.unsqueeze(-1)) + torch.zeros(
+                len(points), 2, 9, 1
+            )
             pyro.sample("x", dist.Normal(mean, noise).to_event(3), obs=episode.query.values)
 
     reading = believed(families, points)
@@ -182,7 +184,7 @@ def test_twins_are_found_past_latents_of_shots_moved_or_held(
             mean = start.unsqueeze(-2) + z**2 * episode.query.times.unsqueeze(-1)
             pyro.sample("x", dist.Normal(mean, 0.05).to_event(3), obs=episode.query.values)
 
-    episode = ph.Episode(CLOCK, torch.zeros(10, 2, 9, 1).double(), (torch.ones(10, 2).double(),))
+    episode = alone(CLOCK, torch.zeros(10, 2, 9, 1).double(), (torch.ones(10, 2).double(),))
     reading = believed({"z": Normal(1)}, points)
     found = twins(program, episode, reading, at(program, episode, reading), progress=False)
     assert (found.second + points).abs().max() < 1e-3 and (found.distance < 1e-2).all()
@@ -198,11 +200,13 @@ def test_what_is_observed_does_not_matter_but_what_could_be() -> None:
             ]
             mean = z**2 * episode.query.times.unsqueeze(-1) + torch.zeros(10, 2, 9, 1)
             pyro.sample(
-                "x", dist.Normal(mean, 0.05).mask(episode.query.scored).to_event(3), obs=episode.query.values
+                "x",
+                dist.Normal(mean, 0.05).mask(episode.query.scored).to_event(3),
+                obs=episode.query.values,
             )
 
-    episode = ph.Episode(CLOCK, torch.zeros(10, 2, 9, 1).double(), (torch.zeros(10, 2).double(),))
-    other = replace(episode, query=torch.full_like(episode.query, 5.0))
+    episode = alone(CLOCK, torch.zeros(10, 2, 9, 1).double(), (torch.zeros(10, 2).double(),))
+    other = replace(episode, query=torch.full_like(episode.query.values, 5.0))
     reading = believed(states, points)
     one, two = (
         twins(program, e, reading, at(program, e, reading), progress=False)

@@ -23,8 +23,8 @@ def test_the_true_force_of_a_field_overlaps_with_the_physics_along_its_trajector
     monkeypatch.setattr(
         model, "force", lambda unknown: system.truth(unknown[..., None, None, :].squeeze(-1))
     )
-    along = model.objections(physics, unknown, episode.query.times, episode.query)
-    began = model.objections(physics, unknown, *model.places(episode, episode.query))
+    along = model.objections(physics, unknown, episode.query.times, episode.query.values)
+    began = model.objections(physics, unknown, *model.places(episode, episode.query.values))
     assert (began.abs() < 1e-3 * along.abs().mean()).all() and (along > 0.0).all()
 
 
@@ -40,8 +40,8 @@ def test_fields_are_judged_at_their_initial_states_cut_or_not(steps: int | None)
 def test_others_are_judged_along_their_trajectories() -> None:
     system = ph.systems.Pendulum()
     episode = system.simulate(3, 4, 0).episode().cut(7)
-    times, places = ph.models.MetaHybridVAE(system).places(episode, episode.query)
-    assert times is episode.query.times and places is episode.query
+    times, places = ph.models.MetaHybridVAE(system).places(episode, episode.query.values)
+    assert times is episode.query.times and places is episode.query.values
 
 
 # ---- settled: what the neural force does in the physics' place counts as physics -----------------
@@ -62,7 +62,7 @@ def pushed(share: float) -> tuple[ph.models.MetaHybridVAE, ph.Tasks]:
 
 def trajectories(model: ph.models.MetaHybridVAE, tasks: ph.Tasks) -> Tensor:
     episode, truth = (
-        tasks.shots(slice(None)),
+        tasks.shots(),
         {name: value.double() for name, value in tasks.true_latents.items()},
     )
     return model.trajectories(
@@ -78,7 +78,7 @@ def test_once_settled_physics_latents_mean_what_they_say() -> None:
     wrong = trajectories(model, tasks)
     model.settle(tasks)
     right = trajectories(model, tasks)
-    truth = tasks.shots(slice(None)).query
+    truth = tasks.shots().query
     assert (right - truth).square().mean().sqrt() < 0.2 * (wrong - truth).square().mean().sqrt()
 
 
@@ -106,11 +106,11 @@ def test_fields_are_settled_where_they_began() -> None:
     system = ph.systems.AdvectionDiffusion(6)
     tasks, model = system.simulate(3, 4, 0), ph.models.MetaHybridVAE(system)
     model.settle(tasks)
-    assert torch.equal(model.samples, tasks.shots(slice(None)).measured.flatten(0, 1))
+    assert torch.equal(model.samples, tasks.shots().measured.flatten(0, 1))
     states = model.trajectories(
         {"diffusion": torch.full((3, 1), 0.05)},
         torch.zeros(3, 1),
-        tasks.shots(slice(None)).measured,
+        tasks.shots().measured,
         tasks.times,
     )
     assert states.shape == (3, 4, len(tasks.times), 6) and states.isfinite().all()

@@ -358,7 +358,9 @@ class Drift(ph.HybridModel):
             z = torch.cat([pyro.sample(name, p[name]) for name in p], -1)
             grown = (features(episode.query.times) * z[..., None, None, :]).sum(-1)
             mean = (
-                torch.stack(episode.query.initial, -1) + grown + self.left * self.right * episode.query.times**3
+                torch.stack(episode.query.initial, -1)
+                + grown
+                + self.left * self.right * episode.query.times**3
             )
             x = dist.Normal(mean.unsqueeze(-1), self.noise).mask(episode.query.scored)
             return pyro.sample("x", x.to_event(3), obs=episode.query.values)

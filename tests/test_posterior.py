@@ -78,7 +78,9 @@ def test_predictions_come_from_the_support_alone_with_the_exact_spread() -> None
     )
     assert ((values.mean(0) - centre) / spread).abs().max() < 0.05
     assert (values.std(0) / spread - 1.0).abs().max() < 0.04
-    blind = ph.predict(pair(sites=TOGETHER)[0], replace(data, query=data.query + 100.0), 200)["x"]
+    blind = ph.predict(
+        pair(sites=TOGETHER)[0], replace(data, query=data.query.values + 100.0), 200
+    )["x"]
     assert blind.mean() < 50.0
 
 
@@ -353,7 +355,7 @@ def test_observations_of_another_shape_are_refused_with_their_name() -> None:
                 return pyro.sample(
                     "x",
                     dist.Normal(mean, START_NOISE).to_event(2),
-                    obs=None if data.query is None else data.query[..., 0],
+                    obs=None if data.query.values is None else data.query.values[..., 0],
                 )
 
     model = Flat().double()

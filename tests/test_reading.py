@@ -34,7 +34,7 @@ FAMILIES: list[Callable[[int], Family]] = [Normal, LogNormal, Gamma, Beta, VonMi
 def stated(episode: ph.Episode) -> None:
     """A prior by hand: the support's own mean and length; and everything that isn't a task's latent."""
     assert episode.support is not None and episode.support.values is not None
-    known = episode.support.query.mean((1, 2))
+    known = episode.support.values.mean((1, 2))
     level = pyro.sample("level", dist.Normal(0.0, 1.0))
     with episode.plate:
         z = pyro.sample("z", dist.Normal(known, 0.5).to_event(1))
@@ -280,7 +280,7 @@ def latent(make: Callable[[Tensor], dist.Distribution]) -> Callable[[ph.Episode]
     def program(episode: ph.Episode) -> None:
         assert episode.support is not None and episode.support.values is not None
         with episode.plate:
-            pyro.sample("z", make(episode.support.query.mean((1, 2))))
+            pyro.sample("z", make(episode.support.values.mean((1, 2))))
 
     return program
 

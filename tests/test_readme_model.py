@@ -149,7 +149,7 @@ def test_it_obeys_handlers(kind: type[ph.HybridModel]) -> None:
     hidden = poutine.trace(poutine.block(model, hide=["unknown"])).get_trace(episode)
     assert "unknown" not in hidden.nodes and "omega" in hidden.nodes
     uncond = poutine.trace(poutine.uncondition(model)).get_trace(episode)
-    assert not torch.equal(uncond.nodes["x"]["value"], episode.query)
+    assert not torch.equal(uncond.nodes["x"]["value"], episode.query.values)
     scaled = poutine.trace(poutine.scale(poutine.replay(model, trace=ours), 0.5)).get_trace(episode)
     assert scaled.log_prob_sum().item() == pytest.approx(
         0.5 * theirs.log_prob_sum().item(), rel=1e-5
@@ -207,7 +207,7 @@ def test_the_log_density_that_nuts_sees_is_the_programs(kind: type[ph.HybridMode
     prior: Tensor = sum(p[name].log_prob(value).sum() for name, value in values.items())
     seen = poutine.trace(poutine.condition(model, values)).get_trace(episode).nodes["x"]
     assert total.item() == pytest.approx(
-        (prior + seen["fn"].log_prob(episode.query).sum()).item(), rel=1e-5
+        (prior + seen["fn"].log_prob(episode.query.values).sum()).item(), rel=1e-5
     )
 
 

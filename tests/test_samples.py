@@ -8,7 +8,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from torch import Tensor
-from toys import POINTS, Line, exact, make_tasks
+from toys import POINTS, Line, alone, exact, make_tasks
 
 import pyro_hybrid as ph
 from pyro_hybrid.identifiability.learning_curves import Curve, how_many, shots_curve, tasks_curve
@@ -44,7 +44,7 @@ class Apprentice:
             z = pyro.sample("z", dist.Normal(signal + self.error * noise, 0.1).to_event(1))
             x = dist.Normal(z[:, None, None, :], 1.0).to_event(3)
             return pyro.sample(
-                "x", x, obs=None if episode.query.values is None else episode.query[..., :2]
+                "x", x, obs=None if episode.query.values is None else episode.query.values[..., :2]
             )
 
 
@@ -100,7 +100,7 @@ def test_every_training_gets_the_first_so_many_tasks() -> None:
 
 def test_held_out_tasks_are_read_from_their_own_support() -> None:
     few, many = (
-        ph.Tasks.from_trajectories(t.times, t.values, num_support=n, truth=t.truth)
+        ph.Tasks.from_trajectories(t.times, t.values, num_support=n, truth=t.true_latents)
         for t in [noisy(TASKS, seed=1)]
         for n in (1, 4)
     )
@@ -141,7 +141,7 @@ def test_shots_are_counted_from_the_first_as_far_as_asked() -> None:
         8,
     ]
     whole = ph.Tasks.from_trajectories(
-        tasks.times, tasks.values[:, :3], num_support=1, truth=tasks.true_latents
+        tasks.times, tasks.values[:, :3], num_support=1, true_latents=tasks.true_latents
     )
     assert np.allclose(
         shots_curve(model, whole, [3], progress=False).linear_r[0], found.linear_r[1]
@@ -152,12 +152,12 @@ def test_a_prior_that_ignores_its_shots_gains_nothing_by_more_of_them() -> None:
     class Deaf(Apprentice):
         def __call__(self, episode: ph.Episode) -> Tensor:
             return super().__call__(
-                ph.Episode(
+                alone(
                     episode.query.times,
-                    episode.query,
+                    episode.query.values,
                     episode.query.initial,
                     support=episode.support
-                    and episode.support.pick(
+                    and episode.support.select_shots(
                         torch.zeros(len(episode.support.values), 1, dtype=torch.long)
                     ),
                 )

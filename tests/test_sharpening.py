@@ -9,7 +9,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from torch import Tensor, nn
-from toys import NOISE, POINTS, START_NOISE, TIMES, Line, features, make_tasks
+from toys import NOISE, POINTS, START_NOISE, TIMES, Line, alone, features, make_tasks
 
 import pyro_hybrid as ph
 from pyro_hybrid.beliefs.families import Normal
@@ -65,10 +65,10 @@ def ready(**options: bool | float) -> tuple[Shared, ph.AmortizedGuide]:
 
 def posterior(model: Shared, tasks: ph.Tasks, width: float) -> Tensor:
     """Mean of the weights given all shots, slopes and starts integrated out: generalised least squares."""
-    everything, times = tasks.shots(slice(None)), features(TIMES)[1:] - features(TIMES)[:1]
-    y = (everything.query[..., 0] - everything.initial[0].unsqueeze(-1))[..., 1:] - 0.5 * times[
-        :, 0
-    ]
+    everything, times = tasks.shots(), features(TIMES)[1:] - features(TIMES)[:1]
+    y = (everything.query.values[..., 0] - everything.initial[0].unsqueeze(-1))[
+        ..., 1:
+    ] - 0.5 * times[:, 0]
     shots, design = y.shape[1], times[:, 1:]
     block = NOISE**2 * torch.eye(POINTS - 1).double() + (START_NOISE**2 if model.inferred else 0.0)
     covariance = torch.block_diag(*[block] * shots)
@@ -197,8 +197,8 @@ def forced(
     )
     if settled:
         model.settle(tasks, 64)
-    start = tuple(part.double() for part in tasks.shots(slice(None)).initial)
-    episode = ph.Episode(tasks.times.double(), tasks.values.double(), start)
+    start = tuple(part.double() for part in tasks.shots().initial)
+    episode = alone(tasks.times.double(), tasks.values.double(), start)
     mean, precision = model.prior.gaussian(None)
     mean = mean + 0.3 * torch.randn(3, mean.shape[-1]).double()
     problem = Problem(model, episode, model.prior.sites, mean, precision.expand(3, -1, -1))

@@ -294,9 +294,9 @@ def test_the_same_seed_gives_the_same_tasks_and_leaves_global_random_numbers_alo
     torch.manual_seed(3)
     assert torch.equal(drawn, torch.rand(3))
     assert torch.equal(one.values, same.values) and not torch.equal(one.values, other.values)
-    for key in one.truth:
-        assert torch.equal(one.truth[key], same.truth[key]) and not torch.equal(
-            one.truth[key], other.truth[key]
+    for key in one.true_latents:
+        assert torch.equal(one.true_latents[key], same.true_latents[key]) and not torch.equal(
+            one.true_latents[key], other.true_latents[key]
         )
 
 
@@ -437,7 +437,7 @@ def test_the_true_program_expects_the_true_trajectories(name: str) -> None:
     assert error.max() < 0.1  # in units of the noise
     assert_close(x.scale, torch.tensor(system.noise, dtype=torch.float64).expand_as(x.scale))
     trace.compute_log_prob()
-    z = ((episode.query - x.loc) / x.scale).where(episode.query.scored, 0.0)
+    z = ((episode.query.values - x.loc) / x.scale).where(episode.query.scored, 0.0)
     size = episode.query.scored * (x.scale.log() + 0.5 * math.log(2.0 * math.pi))
     assert_close(trace.nodes["x"]["log_prob"], -(0.5 * z**2 + size).sum((1, 2, 3)))
 
@@ -447,7 +447,7 @@ def test_the_true_program_simulates_where_nothing_is_observed(name: str) -> None
     system = SYSTEMS[name]()
     episode = system.simulate(3, 4, seed=0).episode()
     assert system.program(episode.simulation()).shape == (3, 2, 50, system.sensors)
-    assert torch.equal(system.program(episode), episode.query)
+    assert torch.equal(system.program(episode), episode.query.values)
 
 
 def bound(system: System, support: ph.Episode, truth: Mapping[str, Tensor]) -> Tensor:
@@ -509,7 +509,10 @@ def test_the_cramer_rao_bound_goes_with_the_noise_and_shrinks_with_shots() -> No
         tuple(2.0 * s for s in noise) for noise in (system.noise, system.start_noise)
     )
     assert_close(
-        system.cramer_rao(tasks.episode(2).support, tasks.true_latents), 4.0 * few, rtol=1e-4, atol=0.0
+        system.cramer_rao(tasks.episode(2).support, tasks.true_latents),
+        4.0 * few,
+        rtol=1e-4,
+        atol=0.0,
     )
 
 

@@ -385,7 +385,7 @@ def test_cutting_without_measured_states_is_refused_with_words() -> None:
 
 def test_by_default_the_first_observation_is_the_initial_state_and_no_longer_counts() -> None:
     episode = make().episode()
-    assert torch.equal(torch.stack(episode.query.initial, -1), episode.query[:, :, 0])
+    assert torch.equal(torch.stack(episode.query.initial, -1), episode.query.values[:, :, 0])
     assert not episode.query.scored[:, :, 0].any() and episode.query.scored[:, :, 1:].all()
     assert episode.query.observed is True  # an encoder may read it
     assert not episode.support.mask[:, :, 0].any() and episode.support.mask[:, :, 1:].all()
@@ -461,7 +461,7 @@ def test_split_holds_out_the_last_tasks() -> None:
     truth = {"omega": torch.arange(float(T)).unsqueeze(-1)}
     train, held_out = make(truth=truth, mask=torch.rand(T, SHOTS, POINTS, SENSORS) < 0.9).split(1)
     assert len(train) == T - 1 and len(held_out) == 1
-    assert train.truth["omega"][:, 0].tolist() == [0.0, 1.0, 2.0] and held_out.true_latents[
+    assert train.true_latents["omega"][:, 0].tolist() == [0.0, 1.0, 2.0] and held_out.true_latents[
         "omega"
     ].tolist() == [[3.0]]
     assert (
@@ -485,7 +485,7 @@ def test_the_first_shots_are_the_support_and_the_others_the_query(size: int | No
     tasks, n = make(), size or 2
     episode = tasks.episode(size)
     assert torch.equal(episode.support.values, tasks.values[:, :n]) and torch.equal(
-        episode.query, tasks.values[:, n:]
+        episode.query.values, tasks.values[:, n:]
     )
     assert episode.query.shape == (T, SHOTS - n) and episode.support.shape == (T, n)
     assert episode.support.support is None
@@ -531,7 +531,7 @@ def test_the_plate_is_of_tasks() -> None:
 
 def identity(episode: Episode) -> Tensor:
     """Which task and shot each trajectory was, from its numbered values."""
-    return episode.query[:, :, 0, 0] // (POINTS * SENSORS)
+    return episode.query.values[:, :, 0, 0] // (POINTS * SENSORS)
 
 
 def test_batches_are_the_same_for_the_same_seed_and_others_for_another() -> None:
@@ -580,11 +580,13 @@ def test_a_batch_s_parts_belong_together() -> None:
     mask = values % 3.0 > 0.0
     for episode in islice(make(values, mask=mask, initial=states).batches(3, seed=0), 5):
         for part in (episode, episode.support):
-            assert not part.query[~part.seen].any() and part.query[part.seen].all()
+            assert not part.query.values[~part.seen].any() and part.query.values[part.seen].all()
             known = part.seen[:, :, 0, 0]
-            assert torch.equal(part.initial[0][known], (part.query[:, :, 0, 0] + 0.25)[known])
+            assert torch.equal(
+                part.initial[0][known], (part.query.values[:, :, 0, 0] + 0.25)[known]
+            )
             known = part.seen[..., 0]
-            assert torch.equal(part.states[2][known], (part.query[..., 0] + 0.5)[known])
+            assert torch.equal(part.states[2][known], (part.query.values[..., 0] + 0.5)[known])
 
 
 # ---------------------------------------------------------------------------------------------- changing episodes
@@ -631,12 +633,12 @@ def test_simulation_observes_nothing_and_keeps_support_and_starts() -> None:
     episode = whole_episode(masked=True)
     simulation = episode.simulation()
     assert (
-        simulation.query is None
+        simulation.query.values is None
         and simulation.mask is True
         and simulation.support is episode.support
     )
     assert simulation.initial is episode.query.initial and simulation.shape == episode.query.shape
-    assert simulation.cut(3) is simulation and simulation.canonical is simulation
+    assert simulation.cut(3) is simulation and simulation.sorted_shots is simulation
 
 
 def test_until_keeps_the_first_steps_of_everything_but_what_encoders_read() -> None:
@@ -644,7 +646,7 @@ def test_until_keeps_the_first_steps_of_everything_but_what_encoders_read() -> N
     begun = episode.until(4)
     for part, original in ((begun, episode), (begun.support, episode.support)):
         assert part.times.shape == (5,) and part.initial == original.initial
-        assert torch.equal(part.query, original.query[:, :, :5]) and torch.equal(
+        assert torch.equal(part.query.values, original.query.values[:, :, :5]) and torch.equal(
             part.mask, original.mask[:, :, :5]
         )
         assert torch.equal(part.states[1], original.states[1][:, :, :5])
@@ -691,7 +693,7 @@ def test_segments_are_pieces_of_the_trajectories_with_their_own_clocks(
             steps + 1,
         )
         shot, time = originals(part, original)
-        assert torch.equal(part.query, original.query[:, shot, time])
+        assert torch.equal(part.query.values, original.query.values[:, shot, time])
         assert torch.equal(part.times, original.times[time])
         for start, states in zip(part.initial, original.states, strict=True):
             assert torch.equal(start, states[:, shot[:, 0], time[:, 0]])
@@ -825,14 +827,14 @@ def test_some_segments_count_what_they_counted_among_all() -> None:
 @pytest.mark.parametrize("shots", [[0], [7, 0, 3], [4, 3, 5, 0, 1, 2, 8, 7, 6]])
 def test_the_canonical_order_of_some_segments_keeps_them_and_their_clocks(shots: list[int]) -> None:
     few = make(torch.randn(T, SHOTS, POINTS, SENSORS)).episode().cut(4).some(torch.tensor(shots))
-    ordered = few.canonical
+    ordered = few.sorted_shots
     assert ordered.shape == few.shape
     for shot in range(few.shape[1]):
         for task in range(T):
             same = [
                 k
                 for k in range(few.shape[1])
-                if torch.equal(few.query[task, k], ordered.query[task, shot])
+                if torch.equal(few.query.values[task, k], ordered.query.values[task, shot])
             ]
             assert any(torch.equal(ordered.times[shot], few.times[k]) for k in same)
 
@@ -874,36 +876,40 @@ def test_the_canonical_order_is_the_same_bit_for_bit_whatever_order_shots_came_i
         "until": lambda episode: episode.until(6),
         "until and cut": lambda episode: episode.until(6).cut(4),
     }
-    expected = steps[change](tasks.shots(slice(None))).canonical
+    expected = steps[change](tasks.shots()).sorted_shots
     for order in ([4, 3, 2, 1, 0], [2, 0, 4, 1, 3]):
-        assert_same(steps[change](shuffled(tasks, order).shots(slice(None))).canonical, expected)
+        assert_same(steps[change](shuffled(tasks, order).shots()).sorted_shots, expected)
 
 
 def test_the_canonical_order_keeps_shots_whole() -> None:
     episode = make(
         torch.randn(T, SHOTS, POINTS, SENSORS), mask=torch.rand(T, SHOTS, POINTS, SENSORS) < 0.9
     ).episode()
-    ordered = episode.canonical
+    ordered = episode.sorted_shots
     for task in range(T):
-        same = (ordered.query[task].unsqueeze(1) == episode.query[task]).flatten(2).all(-1)
+        same = (
+            (ordered.query.values[task].unsqueeze(1) == episode.query.values[task])
+            .flatten(2)
+            .all(-1)
+        )
         rows = same.int().argmax(1).tolist()
         assert same.sum() == 3 and sorted(rows) == [0, 1, 2]
         assert torch.equal(ordered.mask[task], episode.query.scored[task, rows])
         assert torch.equal(ordered.seen[task], episode.query.observed[task, rows])
         assert torch.equal(ordered.initial[1][task], episode.query.initial[1][task, rows])
         assert torch.equal(ordered.states[0][task], episode.states[0][task, rows])
-    assert_same(ordered.canonical, ordered)
+    assert_same(ordered.sorted_shots, ordered)
 
 
 def test_the_canonical_order_of_segments_is_that_of_their_trajectories() -> None:
     episode = make(torch.randn(T, SHOTS, POINTS, SENSORS)).episode()
-    assert_same(episode.cut(4).canonical, episode.canonical.cut(4))
+    assert_same(episode.cut(4).sorted_shots, episode.sorted_shots.cut(4))
 
 
 def test_shots_with_clocks_of_their_own_stay_where_their_clocks_are() -> None:
     clocks = TIMES + torch.arange(3.0).unsqueeze(-1)
     episode = Episode(clocks, numbered(shots=3), (torch.zeros(T, 3),))
-    assert episode.canonical is episode
+    assert episode.sorted_shots is episode
     with pytest.raises(ValueError, match="one clock for all shots; got a clock for each shot"):
         episode.pick(torch.zeros(T, 2, dtype=torch.int64))
 
@@ -912,7 +918,7 @@ def test_pick_takes_shots_task_by_task() -> None:
     episode, order = whole_episode(masked=True), torch.tensor([[0, 2], [1, 0], [2, 2], [1, 1]])
     picked = episode.pick(order)
     for task, (a, b) in enumerate(order.tolist()):
-        assert torch.equal(picked.query[task], episode.query[task, [a, b]])
+        assert torch.equal(picked.query.values[task], episode.query.values[task, [a, b]])
         assert torch.equal(picked.mask[task], episode.query.scored[task, [a, b]])
         assert torch.equal(picked.initial[0][task], episode.query.initial[0][task, [a, b]])
     assert picked.support is episode.support and picked.times is episode.query.times

@@ -218,7 +218,7 @@ def test_support_and_query_are_drawn_anew_at_every_step() -> None:
         def forward(self, episode: ph.Episode) -> Tensor:
             if episode.support is not None:
                 self.supports.append(
-                    tuple(sorted(episode.support.query.flatten(2).sum(-1).flatten().tolist()))
+                    tuple(sorted(episode.support.values.flatten(2).sum(-1).flatten().tolist()))
                 )
             return super().forward(episode)
 
@@ -579,7 +579,7 @@ class Allergic(Line):
     """Its density is NaN for tasks whose trajectories are far from zero."""
 
     def forward(self, episode: ph.Episode) -> Tensor:
-        far = (episode.query.whole or episode.query).query.abs().amax((1, 2, 3)) > 1e3
+        far = (episode.query.whole or episode.query.values).query.abs().amax((1, 2, 3)) > 1e3
         with pyro.plate("again", episode.query.shape[0], dim=-1):
             pyro.factor("allergy", torch.where(far, torch.nan, 0.0) * self.noise)
         return super().forward(episode)
@@ -674,11 +674,12 @@ class Explosive(Line):
             def field(t: Tensor, state: tuple[Tensor]) -> tuple[Tensor]:
                 return (slope.abs() * (0.1 * state[0]) ** 5,)
 
-            states = ph.solve(field, episode.query.initial, episode.query.times)
+            shots = episode.query
+            states = ph.solve(field, shots.initial.unbind(-1), shots.times)
             return pyro.sample(
                 "x",
-                dist.Normal(states, self.noise).mask(episode.query.scored).to_event(3),
-                obs=episode.query.values,
+                dist.Normal(states, self.noise).mask(shots.scored).to_event(3),
+                obs=shots.values,
             )
 
 

@@ -104,7 +104,7 @@ def judge_noise(found: Noise) -> Check:
     )
     if not found.kinds:
         return unchecked(
-            name, "the program observes nothing of this episode", "Pass obs=episode.query."
+            name, "the program observes nothing of this episode", "Pass obs=episode.query.values."
         )
     for site, kind in found.kinds.items():
         if kind not in CHARACTERISTIC:

@@ -84,8 +84,10 @@ def _queries(tasks: ph.Tasks) -> ph.Episode:
 
 
 def _part(episode: ph.Episode, index: Tensor) -> ph.Episode:
-    return ph.Episode(
-        episode.query.times, episode.query[index, :1], tuple(x[index, :1] for x in episode.query.initial)
+    return alone(
+        episode.query.times,
+        episode.query.values[index, :1],
+        tuple(x[index, :1] for x in episode.query.initial),
     )
 
 
@@ -151,7 +153,7 @@ def jax_rows(problem: Problem) -> dict[str, Callable[[], Step]]:
     batch = (
         episode.query.times.numpy(),
         torch.cat(episode.query.initial, -1).numpy(),
-        episode.query[:, 0].numpy(),
+        episode.query.values[:, 0].numpy(),
     )
     start = rivals_jax.weights(*problem.fresh())
     ways = {
@@ -223,7 +225,7 @@ def bound(batch: int, evaluations: int, rounds: int = 50) -> float:
 def errors(problem: Problem) -> dict[str, float]:
     """Root mean square error of each integrator's trajectories, in units of the sensors' noise."""
     residual, encoder = problem.fresh()
-    mean = encoder(problem.episode.query)[0]
+    mean = encoder(problem.episode.query.values)[0]
     rate, z = (2.0 * mean[:, :1]).exp(), mean[:, 1:]
     start, times = torch.cat(problem.episode.query.initial, -1), problem.episode.query.times
     plain = rivals.PlainTerm(residual).to(problem.device)
@@ -264,7 +266,7 @@ def evidence(problem: Problem, compile: bool) -> Step:
     model = rivals.Ours(residual, step=LONGER, compile=compile)
     families = {"log_omega": ph.families.Normal(1), "unknown": ph.families.Normal(rivals.LATENTS)}
     with torch.no_grad():
-        mean = encoder(problem.episode.query)[0]
+        mean = encoder(problem.episode.query.values)[0]
     precision = torch.eye(mean.shape[-1], device=mean.device).expand(len(mean), -1, -1)
 
     def step() -> float:

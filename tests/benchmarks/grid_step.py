@@ -159,7 +159,7 @@ def errors(problem: Problem, steps: list[float]) -> dict[str, float | None]:
     With the learned term, and with diffusions spread over the system's whole range.
     """
     residual, encoder = problem.fresh()
-    mean, episode = encoder(problem.episode.query)[0].double(), problem.episode.double()
+    mean, episode = encoder(problem.episode.query.values)[0].double(), problem.episode.double()
     low, high = SYSTEM.ranges["diffusion"]
     diffusion, z = torch.linspace(low, high, len(mean)).to(mean).unsqueeze(1), mean[:, 1:]
     plain = grid_rivals.plain_field(

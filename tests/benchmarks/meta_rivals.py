@@ -123,7 +123,7 @@ def standardise(model: nn.Module, guide: nn.Module, tasks: ph.Tasks) -> None:
     """What ``ph.meta_train`` does first: encoders take centre and scale of each sensor from the training tasks."""
     for module in {*model.modules(), *guide.modules()}:
         if isinstance(module, ph.SetEncoder):
-            module.standardise(tasks.values, tasks.seen)
+            module.standardise(tasks.values, tasks.observed)
 
 
 def named(model: nn.Module, guide: ph.AmortizedGuide) -> dict[str, Tensor]:

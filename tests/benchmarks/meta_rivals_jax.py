@@ -48,7 +48,12 @@ def batch(episode: ph.Episode) -> Batch:
     return Batch(
         *(
             x.numpy()
-            for x in (episode.support.values, episode.query, episode.query.initial, episode.query.times)
+            for x in (
+                episode.support.values,
+                episode.query.values,
+                episode.query.initial,
+                episode.query.times,
+            )
         )
     )
 

@@ -58,7 +58,7 @@ class Guide(PyroModule):
         self.encoder = encoder
 
     def forward(self, episode: ph.Episode) -> None:
-        mean, scale = self.encoder(episode.query)
+        mean, scale = self.encoder(episode.query.values)
         with episode.plate:
             pyro.sample("log_omega", dist.Normal(mean[:, :1], scale[:, :1]).to_event(1))
             pyro.sample("unknown", dist.Normal(mean[:, 1:], scale[:, 1:]).to_event(1))
@@ -173,8 +173,9 @@ class Ours(ph.HybridModel):
                 angle, speed = state
                 return speed, -rate * angle.sin() + push(t, angle, speed)
 
-            states = ph.solve(field, episode.query.initial, episode.query.times, **self.options)
-            pyro.sample("x", dist.Normal(states, NOISE).to_event(3), obs=episode.query.values)
+            shots = episode.query
+            states = ph.solve(field, shots.initial.unbind(-1), shots.times, **self.options)
+            pyro.sample("x", dist.Normal(states, NOISE).to_event(3), obs=shots.values)
 
 
 def residual() -> ph.Residual:

@@ -59,7 +59,7 @@ def episode(sweep: str, size: int) -> ph.Episode:
         few = grid_rivals.queries(64, size=size)
     else:
         full = rivals.data(64, size if sweep == "points" else rivals.POINTS).episode()
-        few = ph.Episode(full.times, full.query[:, :1], tuple(x[:, :1] for x in full.initial))
+        few = alone(full.times, full.query.values[:, :1], tuple(x[:, :1] for x in full.initial))
     return part(few, torch.arange(tasks) % 64)
 
 
@@ -68,7 +68,7 @@ def part(of: ph.Episode, index: torch.Tensor) -> ph.Episode:
     initial = (
         tuple(x[index] for x in of.initial) if isinstance(of.initial, tuple) else of.initial[index]
     )
-    return ph.Episode(of.times, of.query[index], initial)
+    return alone(of.times, of.query.values[index], initial)
 
 
 def training(sweep: str, size: int, compile: bool) -> ph.SVI:

@@ -150,7 +150,7 @@ def numpyro(entry: Entry) -> None:
     import meta_rivals_jax as rival
 
     standardise(entry.model, entry.guide, entry.train)
-    start, support = rival.weights(entry.model, entry.guide), entry.support.query.numpy()
+    start, support = rival.weights(entry.model, entry.guide), entry.support.values.numpy()
     svi, update = rival.stepper(start, rival.schedule(RATE, entry.steps))
     batches, state = entry.train.batches(BATCH, entry.seed), None
 
