@@ -45,13 +45,13 @@ def main() -> None:
         train,
         steps=1 if choice.fast else 6,
         batch_size=16,
-        reading=ph.Linearised(2, segments=(7,)),
+        reading=ph.GaussNewton(2, segments=(7,)),
         seed=choice.seed,
     )
     model.settle(train[:200])
 
     # What the encoder is blind to, the program itself finds.
-    model.prior.evidence, guide = ph.Linearised(2, segments=(7,)), model.guide(ph.Linearised(1))
+    model.prior.evidence, guide = ph.GaussNewton(2, segments=(7,)), model.guide(ph.GaussNewton(1))
     ph.calibrate(model, train[:100])
     habits.export(
         choice, model, guide, held_out, habits.judge(model, guide, train, held_out), fit, started

@@ -57,13 +57,13 @@ def main() -> None:
             batch_size=32,
             memory=0.95,
             width=0.02,
-            reading=ph.Linearised(2, segments=(2, 2, 7)),
+            reading=ph.GaussNewton(2, segments=(2, 2, 7)),
             seed=choice.seed,
         )
         model.settle(train[:200])
         model.prior.evidence, guide = (
-            ph.Linearised(3, segments=(2, 2, 2, 7), restarts=4),
-            model.guide(ph.Linearised(2)),
+            ph.GaussNewton(3, segments=(2, 2, 2, 7), restarts=4),
+            model.guide(ph.GaussNewton(2)),
         )
         ph.calibrate(model, train[:300])
     habits.export(

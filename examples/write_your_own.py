@@ -15,7 +15,7 @@ class PredatorsAndPrey(ph.HybridModel):
         super().__init__()
         self.prior = ph.SupportPrior(
             ph.SetEncoder(sensors=2, steps=steps, features=32),
-            evidence=ph.Linearised(2, segments=(5, 5)),  # let the program itself read the support
+            evidence=ph.GaussNewton(2, segments=(5, 5)),  # let the program itself read the support
             growth=ph.families.LogNormal(1),
             unknown=ph.families.Normal(1),
         )  # what has a name, and what hasn't
@@ -62,7 +62,7 @@ def main(steps: int = 300) -> None:
     tasks = ph.Tasks.from_trajectories(times, values, num_support=3, true_latents=truth)
     train, held_out = tasks.split(100)
     model = PredatorsAndPrey(steps=31)
-    guide = ph.AmortizedGuide(model.prior, evidence=ph.Linearised(1))
+    guide = ph.AmortizedGuide(model.prior, evidence=ph.GaussNewton(1))
     ph.meta_train(
         model,
         guide,

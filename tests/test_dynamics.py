@@ -19,7 +19,7 @@ from torch.autograd import gradcheck
 from torch.testing import assert_close
 
 import pyro_hybrid as ph
-from pyro_hybrid.dynamics.solve import SolverError, failures_as_values, solve, standing_still
+from pyro_hybrid.dynamics.solve import SolverError, nan_on_failure, skip_integration, solve
 
 METHODS = ["rk4", "dopri5", "dopri8"]
 ADAPTIVE = METHODS[1:]
@@ -419,7 +419,7 @@ def test_the_step_cap_is_for_the_whole_solve_not_for_an_interval(method: str) ->
 @every_method
 def test_as_values_failures_leave_the_other_trajectories_alone(method: str) -> None:
     times, y0 = grid(2.0, 5), ones(4, 2)
-    with failures_as_values():
+    with nan_on_failure():
         states = solve(spoiled(2, 0.7), y0, times, method=method, substeps=20)
     good = [0, 1, 3]
     assert_close(states[good].squeeze(-1), torch.exp(-times).expand(3, 2, 5), rtol=0.0, atol=1e-6)
@@ -432,7 +432,7 @@ def test_as_values_failures_leave_the_other_trajectories_alone(method: str) -> N
 def test_as_values_a_blow_up_is_one_trajectory_s_own_business(method: str) -> None:
     y0 = torch.tensor([[0.1, 4.0], [0.2, 0.3]], dtype=torch.float64)
     times = grid(1.0, 5)
-    with failures_as_values():
+    with nan_on_failure():
         states = solve(lambda t, y: (y[0] ** 2,), (y0,), times, method=method, substeps=20).squeeze(
             -1
         )
@@ -444,7 +444,7 @@ def test_as_values_a_blow_up_is_one_trajectory_s_own_business(method: str) -> No
 
 @adaptive_methods
 def test_as_values_everything_is_lost_when_the_steps_run_out(method: str) -> None:
-    with failures_as_values():
+    with nan_on_failure():
         states = solve(oscillator(1e4), start(3, 1), grid(1.0, 4), method=method, max_steps=50)
     assert states[..., 1:, :].isnan().all() and states[..., 0, :].isfinite().all()
 
@@ -453,15 +453,15 @@ def test_as_values_everything_is_lost_when_the_steps_run_out(method: str) -> Non
 def test_as_values_a_bad_initial_state_is_lost_alone(method: str) -> None:
     y0, times = ones(3, 1), grid(1.0, 4)
     y0[0][1] = torch.nan
-    with failures_as_values():
+    with nan_on_failure():
         states = solve(lambda t, y: (-y[0],), y0, times, method=method, substeps=20)
     assert states[1].isnan().all()
     assert_close(states[[0, 2]].squeeze(), torch.exp(-times).expand(2, 4), rtol=0.0, atol=1e-6)
 
 
-def test_standing_still_asks_the_field_nothing() -> None:
+def test_skip_integration_asks_the_field_nothing() -> None:
     y0 = start(2, 3)
-    with standing_still():
+    with skip_integration():
         states = solve(lambda t, y: pytest.fail("asked"), y0, grid(1.0, 4))
     assert_close(states, torch.stack(y0, -1).unsqueeze(-2).expand(2, 3, 4, 2))
 

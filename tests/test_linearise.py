@@ -25,8 +25,9 @@ from toys import (
 )
 
 import pyro_hybrid as ph
+from pyro_hybrid.beliefs.belief import Belief
 from pyro_hybrid.data.segments import to_segments
-from pyro_hybrid.evidence.gauss_newton import Belief, Point, Problem, information, observed
+from pyro_hybrid.evidence.least_squares import Iterate, LeastSquares
 
 # Forward differences in float64 leave about 1e-8 of relative error.
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
@@ -36,14 +37,14 @@ FIVE = torch.linspace(0.0, 1.0, 5, dtype=torch.float64)
 def posterior(model: Line, episode: ph.Episode, iterations: int = 8) -> Belief:
     mean, precision = model.prior.gaussian(None)
     tasks = episode.query.shape[0]
-    problem = Problem(
+    problem = LeastSquares(
         model, episode, model.prior.sites, mean.expand(tasks, -1), precision.expand(tasks, -1, -1)
     )
-    return ph.Linearised(iterations)(problem, problem.mean)
+    return ph.GaussNewton(iterations)(problem, problem.mean)
 
 
 def line(*, inferred: bool = False) -> Line:
-    return Line(ph.Linearised(), inferred=inferred).double()
+    return Line(ph.GaussNewton(), inferred=inferred).double()
 
 
 @pytest.mark.parametrize("shots", [1, 2, 7])
@@ -138,8 +139,8 @@ def test_segments_come_first_and_the_whole_trajectories_have_the_last_word() -> 
     episode = ph.Episode(None, make_tasks(3, 4, num_support=3).episode().support)
     model, truth = line(), exact(episode)
     mean, precision = (x.expand(3, *x.shape) for x in model.prior.gaussian(None))
-    belief = ph.Linearised(6, segments=(2, 2, 3))(
-        Problem(model, episode, SEPARATE, mean, precision), mean
+    belief = ph.GaussNewton(6, segments=(2, 2, 3))(
+        LeastSquares(model, episode, SEPARATE, mean, precision), mean
     )
     assert_close(belief.mean, truth.mean[:, :3], **CLOSE)
     assert_close(belief.covariance, truth.covariance[:, :3, :3], **CLOSE)
@@ -170,12 +171,12 @@ def oscillation(episode: ph.Episode) -> None:
         )
 
 
-def swing(rate: Tensor) -> Problem:
+def swing(rate: Tensor) -> LeastSquares:
     tasks = len(rate)
     query = torch.sin(rate.view(-1, 1, 1, 1) * 5.0 * FIVE.view(-1, 1)).expand(-1, 2, -1, -1)
     episode = alone(FIVE, query, (torch.ones(tasks, 2, dtype=torch.float64),))
     flat = torch.zeros(tasks, 1, dtype=torch.float64)
-    return Problem(
+    return LeastSquares(
         oscillation,
         episode,
         {"rate": ph.families.LogNormal(1)},
@@ -184,7 +185,7 @@ def swing(rate: Tensor) -> Problem:
     )
 
 
-def cost(problem: Problem, task: Tensor) -> Tensor:
+def cost(problem: LeastSquares, task: Tensor) -> Tensor:
     shot = torch.zeros(problem.tasks, problem.episode.query.shape[1], 0, dtype=task.dtype)
     return problem.errors(task[None], shot[None])[0].square().sum((1, 2)) + (
         task - problem.mean
@@ -202,14 +203,14 @@ def test_the_cost_never_ends_higher_than_it_started(
 ) -> None:
     rate, start = (torch.tensor(x, dtype=torch.float64) for x in zip(*pairs, strict=True))
     problem = swing(rate)
-    end = ph.Linearised(iterations, damping=damping)(problem, start.unsqueeze(-1)).mean
+    end = ph.GaussNewton(iterations, damping=damping)(problem, start.unsqueeze(-1)).mean
     assert (cost(problem, end) <= cost(problem, start.unsqueeze(-1))).all()
 
 
 def test_from_nearby_it_finds_the_truth_and_its_spread() -> None:
     rate = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
     problem = swing(rate)
-    belief = ph.Linearised(6)(problem, rate.log().unsqueeze(-1) + 0.05)
+    belief = ph.GaussNewton(6)(problem, rate.log().unsqueeze(-1) + 0.05)
     found = problem.values(belief.mean)["rate"]
     assert (found.squeeze(-1) - rate).abs().max() < 0.02
     derivative = (
@@ -227,7 +228,7 @@ def test_a_step_is_no_longer_than_its_reach() -> None:
     problem = swing(torch.tensor([0.5, 3.0], dtype=torch.float64))
     start = problem.mean
     for reach in (0.01, 0.1):
-        moved = ph.Linearised(1, reach=reach)(problem, start).mean - start
+        moved = ph.GaussNewton(1, reach=reach)(problem, start).mean - start
         assert (moved.abs() <= reach * (1 + 1e-12)).all() and (moved.abs() > 0).any()
 
 
@@ -246,11 +247,11 @@ def test_a_latent_of_large_units_is_as_near_as_any_other() -> None:
         alone(FIVE, query, (torch.zeros(1, 1, dtype=torch.float64),)),
         query.new_zeros(1, 1),
     )
-    problem = Problem(
+    problem = LeastSquares(
         proportional, episode, {"z": ph.families.Normal(1)}, zero, 1e-4 * query.new_ones(1, 1, 1)
     )
     assert_close(
-        ph.Linearised(1, damping=0.0)(problem, zero).mean, zero + 70.0, rtol=1e-4, atol=0.0
+        ph.GaussNewton(1, damping=0.0)(problem, zero).mean, zero + 70.0, rtol=1e-4, atol=0.0
     )
 
 
@@ -267,7 +268,7 @@ def runaway(episode: ph.Episode) -> None:
         pyro.sample("x", dist.Normal(states, 0.1).to_event(3), obs=shots.values)
 
 
-def escape(z: list[float]) -> Problem:
+def escape(z: list[float]) -> LeastSquares:
     start = torch.ones(len(z), 2, dtype=torch.float64)
     query = 1.0 / (
         1.0
@@ -275,7 +276,7 @@ def escape(z: list[float]) -> Problem:
     )
     episode = alone(FIVE, query.expand(-1, 2, -1, -1).contiguous(), (start,))
     flat = torch.tensor(z, dtype=torch.float64).unsqueeze(-1)
-    return Problem(
+    return LeastSquares(
         runaway,
         episode,
         {"z": ph.families.Normal(1)},
@@ -286,7 +287,7 @@ def escape(z: list[float]) -> Problem:
 
 def test_a_task_that_diverges_stays_put_and_leaves_the_others_alone() -> None:
     fine, wild = escape([0.2, 0.2, 0.2]), escape([9.0, 0.2, 0.2])
-    calm, storm = (ph.Linearised(4)(problem, problem.mean) for problem in (fine, wild))
+    calm, storm = (ph.GaussNewton(4)(problem, problem.mean) for problem in (fine, wild))
     assert not torch.isfinite(
         wild.errors(wild.mean[None], wild.mean.new_zeros(1, 3, 2, 0))[0, 0]
     ).all()
@@ -302,17 +303,19 @@ def test_a_task_that_diverges_stays_put_and_leaves_the_others_alone() -> None:
 def test_a_step_into_divergence_is_taken_back() -> None:
     problem = escape([0.2, 0.2, 0.2])
     start = torch.full((3, 1), 0.99, dtype=torch.float64)  # just short of the pole
-    belief = ph.Linearised(12)(problem, start)
+    belief = ph.GaussNewton(12)(problem, start)
     assert torch.isfinite(belief.mean).all() and (belief.mean <= 0.99).all()
 
 
 # ---- Fisher information --------------------------------------------------------------------------
 
 
-def line_problem(episode: ph.Episode, *, inferred: bool = False, precision: float = 1.0) -> Problem:
+def line_problem(
+    episode: ph.Episode, *, inferred: bool = False, precision: float = 1.0
+) -> LeastSquares:
     model, tasks = line(inferred=inferred), episode.query.shape[0]
     weak = precision * torch.eye(3, dtype=torch.float64).expand(tasks, 3, 3)
-    return Problem(
+    return LeastSquares(
         model, episode, model.prior.sites, torch.zeros(tasks, 3, dtype=torch.float64), weak
     )
 
@@ -374,7 +377,7 @@ def test_latents_of_shots_are_eliminated_at_the_point_that_is_asked_for() -> Non
 
     episode = alone(FIVE, torch.zeros(2, 3, 5, 1).double(), (torch.zeros(2, 3).double(),))
     one = torch.ones(2, 1, dtype=torch.float64)
-    problem = Problem(program, episode, {"z": ph.families.Normal(1)}, one, one.unsqueeze(-1))
+    problem = LeastSquares(program, episode, {"z": ph.families.Normal(1)}, one, one.unsqueeze(-1))
     expected = 3.0 * float(FIVE.square().sum()) / 0.01
     usual, doubled = (
         information(problem, one),
@@ -393,7 +396,7 @@ def test_where_a_program_diverges_there_is_no_information() -> None:
 # ---- one descent ---------------------------------------------------------------------------------
 
 
-def cost_without_prior(problem: Problem, end: Point) -> Tensor:
+def cost_without_prior(problem: LeastSquares, end: Iterate) -> Tensor:
     errors = problem.errors(end.task[None], end.shot[None])[0].square().sum((1, 2))
     return errors + ((end.shot - problem.shot_mean).square() * problem.shot_weight).sum((1, 2))
 
@@ -403,7 +406,7 @@ def test_a_descent_ends_at_the_optimum_with_its_cost(inferred: bool) -> None:
     episode = ph.Episode(None, make_tasks(4, 4, num_support=3, inferred=inferred).episode().support)
     problem = line_problem(episode, inferred=inferred, precision=1e-9)
     start = torch.ones(4, 3, dtype=torch.float64)
-    end = ph.Linearised(reach=100.0).descend(problem, start, 8)
+    end = ph.GaussNewton(reach=100.0).descend(problem, start, 8)
     flat = exact(episode, inferred=inferred, scale=(1e4,) * 3)
     assert_close(end.task, flat.mean[:, :3], **CLOSE)
     assert_close(end.cost, cost_without_prior(problem, end), rtol=1e-9, atol=1e-9)
@@ -413,7 +416,7 @@ def test_a_descent_ends_at_the_optimum_with_its_cost(inferred: bool) -> None:
 
 def test_a_descent_goes_on_where_it_is_told_to_latents_of_shots_included() -> None:
     episode = ph.Episode(None, make_tasks(4, 4, num_support=3, inferred=True).episode().support)
-    problem, hunter = line_problem(episode, inferred=True), ph.Linearised(reach=100.0)
+    problem, hunter = line_problem(episode, inferred=True), ph.GaussNewton(reach=100.0)
     end = hunter.descend(problem, problem.mean, 8)
     again = hunter.descend(problem, end.task, 1, end.shot)
     forgetful = hunter.descend(problem, end.task, 1)
@@ -425,7 +428,7 @@ def test_a_descent_judges_its_last_step_and_takes_it_back_where_it_fails() -> No
     problem = swing(torch.tensor([1.0, 1.0], dtype=torch.float64))
     start = torch.tensor([[0.05], [0.9]], dtype=torch.float64)
     for iterations in (1, 2, 3, 4):
-        end = ph.Linearised(damping=0.0).descend(problem, start, iterations)
+        end = ph.GaussNewton(damping=0.0).descend(problem, start, iterations)
         assert (end.cost <= cost(problem, start) + 1e-12).all()
         assert_close(end.cost, cost(problem, end.task), rtol=1e-9, atol=1e-9)
 
@@ -433,9 +436,9 @@ def test_a_descent_judges_its_last_step_and_takes_it_back_where_it_fails() -> No
 def test_tasks_descend_each_for_itself() -> None:
     rate = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
     start = rate.log().unsqueeze(-1) + 0.3
-    together = ph.Linearised().descend(swing(rate), start, 5)
+    together = ph.GaussNewton().descend(swing(rate), start, 5)
     alone = [
-        ph.Linearised().descend(swing(rate[i : i + 1]), start[i : i + 1], 5).task for i in range(3)
+        ph.GaussNewton().descend(swing(rate[i : i + 1]), start[i : i + 1], 5).task for i in range(3)
     ]
     assert_close(together.task, torch.cat(alone), rtol=1e-12, atol=1e-12)
 
@@ -464,7 +467,7 @@ def test_a_latent_of_an_odd_shape_is_refused_by_name(event: int) -> None:
     with pytest.raises(
         ValueError, match=r"latent site 'odd' of shape \(task, shot, component\).*SupportPrior"
     ):
-        Problem(
+        LeastSquares(
             program, episode, {"z": ph.families.Normal(1)}, torch.zeros(2, 1), torch.ones(2, 1, 1)
         )
 
@@ -473,4 +476,4 @@ def test_no_iteration_at_all_is_refused() -> None:
     with pytest.raises(
         ValueError, match="expected iterations of 1 or more; got 0. Leave evidence=None"
     ):
-        ph.Linearised(0)
+        ph.GaussNewton(0)

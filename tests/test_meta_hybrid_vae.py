@@ -118,7 +118,7 @@ def test_fields_are_settled_where_they_began() -> None:
 
 def test_what_was_read_before_settling_is_read_again() -> None:
     system = ph.systems.Pendulum()
-    tasks, model = system.simulate(3, 4, 0), ph.models.MetaHybridVAE(system, ph.Linearised(1))
+    tasks, model = system.simulate(3, 4, 0), ph.models.MetaHybridVAE(system, ph.GaussNewton(1))
     support = tasks.episode().support
     before = model.prior.belief(support)
     model.settle(tasks, 64)

@@ -8,12 +8,6 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from torch import Tensor, nn
-from toys import NOISE, POINTS, START_NOISE, TIMES, Line, alone, features, make_tasks
-
-import pyro_hybrid as ph
-from pyro_hybrid.beliefs.families import Normal
-from pyro_hybrid.evidence.gauss_newton import Linearised, Point, Problem
 from pyro_hybrid.training.refinement import (
     _by_call,
     _by_weight,
@@ -22,6 +16,13 @@ from pyro_hybrid.training.refinement import (
     _pushed,
     _read,
 )
+from torch import Tensor, nn
+from toys import NOISE, POINTS, START_NOISE, TIMES, Line, alone, features, make_tasks
+
+import pyro_hybrid as ph
+from pyro_hybrid.beliefs.families import Normal
+from pyro_hybrid.evidence.gauss_newton import GaussNewton
+from pyro_hybrid.evidence.least_squares import Iterate, LeastSquares
 
 BEND = torch.tensor([[0.7, -0.4]], dtype=torch.float64)
 SITES = {"slope": Normal(1, loc=0.5, scale=2.0)}
@@ -60,7 +61,7 @@ def shared(number: int, shots: int = 3, *, inferred: bool = False) -> ph.Tasks:
 
 def ready(**options: bool | float) -> tuple[Shared, ph.AmortizedGuide]:
     model = Shared(**options).double()
-    return model, ph.AmortizedGuide(model.prior, evidence=ph.Linearised(2))
+    return model, ph.AmortizedGuide(model.prior, evidence=ph.GaussNewton(2))
 
 
 def posterior(model: Shared, tasks: ph.Tasks, width: float) -> Tensor:
@@ -144,8 +145,8 @@ def test_a_task_that_cannot_be_read_teaches_nothing() -> None:
     values[7] = 1e3 * torch.randn(values[7].shape).double()
     spoilt = ph.Tasks.from_trajectories(TIMES, values, num_support=1)
     with torch.no_grad():
-        problem, point = _read(model, guide, spoilt, ph.Linearised(2))
-    assert isinstance(problem, Problem)
+        problem, point = _read(model, guide, spoilt, ph.GaussNewton(2))
+    assert isinstance(problem, LeastSquares)
     with torch.no_grad():
         kept = _evidence(problem, point, model.residual, 10.0).kept
     assert (~kept).nonzero().flatten().tolist() == [7]
@@ -160,7 +161,7 @@ def test_how_much_worse_a_task_may_be_is_the_users_choice() -> None:
     values[7, 1:] += 3.0 * features(TIMES)[:, :1]  # its shots are of two systems
     mixed = ph.Tasks.from_trajectories(TIMES, values, num_support=1)
     with torch.no_grad():
-        problem, point = _read(model, guide, mixed, ph.Linearised(2))
+        problem, point = _read(model, guide, mixed, ph.GaussNewton(2))
         ratio = float(point.cost[7] / point.cost.median())
         dropped = [
             (~_evidence(problem, point, model.residual, misread).kept).nonzero().flatten().tolist()
@@ -188,7 +189,7 @@ def forced(
     points: int = 5,
     settled: bool = False,
     **options: Any,
-) -> tuple[Any, Problem, Point]:
+) -> tuple[Any, LeastSquares, Iterate]:
     torch.manual_seed(0)
     system.points = points
     model, tasks = (
@@ -201,8 +202,8 @@ def forced(
     episode = alone(tasks.times.double(), tasks.values.double(), start)
     mean, precision = model.prior.gaussian(None)
     mean = mean + 0.3 * torch.randn(3, mean.shape[-1]).double()
-    problem = Problem(model, episode, model.prior.sites, mean, precision.expand(3, -1, -1))
-    return model, problem, Linearised(1).descend(problem, mean, 1, problem.shot_mean)
+    problem = LeastSquares(model, episode, model.prior.sites, mean, precision.expand(3, -1, -1))
+    return model, problem, GaussNewton(1).descend(problem, mean, 1, problem.shot_mean)
 
 
 @pytest.mark.parametrize("system", [ph.systems.Pendulum, ph.systems.DoublePendulum])
@@ -277,7 +278,7 @@ def test_what_it_cannot_do_is_said(options: dict, message: str) -> None:
 
 def test_a_program_without_a_residual_must_say_what_its_network_is() -> None:
     model = Line(sites=SITES).double()
-    guide = ph.AmortizedGuide(model.prior, evidence=ph.Linearised(2))
+    guide = ph.AmortizedGuide(model.prior, evidence=ph.GaussNewton(2))
     with pytest.raises(
         ValueError, match=r"expected a network; got Line without a residual\. Pass network="
     ):

@@ -22,7 +22,7 @@ from torch.testing import assert_close
 
 import pyro_hybrid as ph
 from pyro_hybrid.dynamics.rk4 import SEGMENT, steps_halved
-from pyro_hybrid.dynamics.solve import SolverError, failures_as_values, solve
+from pyro_hybrid.dynamics.solve import SolverError, nan_on_failure, solve
 
 ROUNDING = {"rtol": 0.0, "atol": 1e-13}
 
@@ -513,7 +513,7 @@ def test_a_failure_names_the_end_of_the_step_and_the_number_of_steps(
 
 def test_as_values_failures_leave_the_other_trajectories_alone() -> None:
     times = grid(2.0, 9)
-    with failures_as_values():
+    with nan_on_failure():
         states = solve(spoiled, (torch.ones(5, 2, dtype=torch.float64),), times, step=0.02)
     good = [0, 1, 2, 4]
     assert_close(states[good].squeeze(-1), torch.exp(-times).expand(4, 2, 9), rtol=0.0, atol=1e-6)
@@ -521,7 +521,7 @@ def test_as_values_failures_leave_the_other_trajectories_alone() -> None:
 
 
 def test_as_values_a_trajectory_is_good_up_to_its_failure() -> None:
-    with failures_as_values():
+    with nan_on_failure():
         states = solve(spoiled, (torch.ones(5, 2, dtype=torch.float64),), grid(2.0, 9), step=0.02)
     assert_close(states[3, 0, :3, 0], torch.exp(-grid(2.0, 9)[:3]), rtol=0.0, atol=1e-6)
 

@@ -34,7 +34,7 @@ class Line(ph.HybridModel):
 
     def __init__(
         self,
-        evidence: ph.Linearised | None = None,
+        evidence: ph.GaussNewton | None = None,
         *,
         inferred: bool = False,
         sites: dict[str, Family] | None = None,

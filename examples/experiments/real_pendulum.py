@@ -20,7 +20,7 @@ from experiments.real_learned import FAST, SUPPORT, Rivals, Settings, rivals, ta
 from experiments.run import Choice, Result, Run, digits
 from experiments.tables import markdown, spread
 from pyro_hybrid.data.tasks import Tasks
-from pyro_hybrid.dynamics.solve import failures_as_values, solve
+from pyro_hybrid.dynamics.solve import nan_on_failure, solve
 from pyro_hybrid.models import MetaHybridVAE
 from pyro_hybrid.scores.mcc import mcc
 from pyro_hybrid.systems import RecordedDoublePendulum, Recordings, ibm_double_pendulum
@@ -117,7 +117,7 @@ def predicted(model: MetaHybridVAE, windows: Tasks) -> tuple[Tensor, dict[str, T
     episode = windows.episode()
     field = model.system.known({"gravity": latents["gravity"]}, model.force(latents["unknown"]))
     start = episode.query.measured_initial.unbind(-1)
-    with failures_as_values():
+    with nan_on_failure():
         return solve(field, start, episode.query.times), latents
 
 

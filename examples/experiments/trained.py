@@ -13,6 +13,7 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
+from pyro_hybrid.training.refinement import sharpen
 from torch import Tensor
 
 from experiments.cases import CASES, DEAF, ONE_BY_ONE, OURS, Case, Setting, Sharpening
@@ -20,9 +21,10 @@ from experiments.run import Choice, slug
 from pyro_hybrid.data.episode import Episode
 from pyro_hybrid.data.shots import Shots
 from pyro_hybrid.data.tasks import Tasks
-from pyro_hybrid.dynamics.solve import failures_as_values
-from pyro_hybrid.evidence.gauss_newton import Linearised, Problem
-from pyro_hybrid.inference.posterior import calibrate, draws, predict
+from pyro_hybrid.dynamics.solve import nan_on_failure
+from pyro_hybrid.evidence.gauss_newton import GaussNewton
+from pyro_hybrid.evidence.least_squares import LeastSquares
+from pyro_hybrid.inference.draws import draws, predict
 from pyro_hybrid.inference.prior import SupportPrior, handed_out
 from pyro_hybrid.models import APHYNITY, HybridVAE, MetaHybridVAE
 from pyro_hybrid.programs.module import local_parameters
@@ -30,7 +32,6 @@ from pyro_hybrid.shapes import Stock
 from pyro_hybrid.systems import System
 from pyro_hybrid.training.checkpoint import Fit, load
 from pyro_hybrid.training.meta_train import meta_train
-from pyro_hybrid.training.refinement import sharpen
 
 __all__ = ["Trained", "data", "exactly", "learnt", "sharpened", "taught", "trained"]
 
@@ -67,7 +68,7 @@ class Trained:
     guide: Any
     fit: Fit
     processor_seconds: float  # of its training
-    reading: Linearised | None = None
+    reading: GaussNewton | None = None
 
     @property
     def system(self) -> System:
@@ -110,7 +111,7 @@ class Trained:
                 x.expand(support.shape[0], *x.shape[-n:])
                 for n, x in enumerate(prior.gaussian(None), 1)
             )
-            problem = Problem(self.model, Episode(None, support), prior.sites, mean, precision)
+            problem = LeastSquares(self.model, Episode(None, support), prior.sites, mean, precision)
             start = torch.cat(
                 [prior.sites[name].unconstrained(x) for name, x in found.items()], -1
             ).mean(0)
@@ -150,7 +151,7 @@ class Trained:
 
     def _run(self, latents: dict[str, Tensor], episode: Episode, samples: int) -> Tensor:
         blank = episode if self.conditional else Episode(None, episode.query)
-        with failures_as_values(), pyro.validation_enabled(False):  # which refuses NaN
+        with nan_on_failure(), pyro.validation_enabled(False):  # which refuses NaN
             return predict(poutine.condition(self.model, latents), blank, samples)["x"].mean(0)
 
 
@@ -188,7 +189,7 @@ def learnt(
             cost.write_text(json.dumps(seconds))
     out = Trained(model, made.eval(), guide.eval(), fit, seconds)
     final = (
-        Linearised(case.final.iterations, segments=case.final.segments) if fast else case.final
+        GaussNewton(case.final.iterations, segments=case.final.segments) if fast else case.final
     )  # no restarts
     if model in (OURS, DEAF):
         made.settle(learn[:200])

@@ -18,7 +18,7 @@ from pyro_hybrid.dynamics.rk4 import Path, Slope, fixed_steps, grown
 from pyro_hybrid.errors import fail, require, require_floating
 from pyro_hybrid.shapes import State, Times
 
-__all__ = ["Field", "SolverError", "failures_as_values", "solve", "standing_still"]
+__all__ = ["Field", "SolverError", "nan_on_failure", "solve", "skip_integration"]
 
 Field = Callable[[Tensor, State], State]
 
@@ -46,12 +46,12 @@ class SolverError(RuntimeError):
         )
 
 
-def failures_as_values() -> AbstractContextManager[None]:
+def nan_on_failure() -> AbstractContextManager[None]:
     """Inside, a diverging trajectory comes back as NaN or Inf instead of raising; others are untouched."""
     return inside(_raise_failures, False)
 
 
-def standing_still() -> AbstractContextManager[None]:
+def skip_integration() -> AbstractContextManager[None]:
     """Inside, solve integrates nothing: states keep their initial value. For learning what sites a program has."""
     return inside(_still, True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pyro
@@ -9,10 +10,10 @@ from pyro.nn import PyroModule
 from pyro.nn.module import _PyroModuleMeta
 from torch import nn
 
+from pyro_hybrid.data.episode import Episode
 from pyro_hybrid.errors import fail, require
-from pyro_hybrid.inference.prior import Prior
 
-__all__ = ["HybridModel", "local_parameters", "require_local"]
+__all__ = ["HybridModel", "local_parameters", "require_local", "with_belief"]
 
 
 def local_parameters() -> Any:
@@ -50,16 +51,28 @@ class _Local(_PyroModuleMeta):
 class HybridModel(PyroModule, metaclass=_Local):
     """A PyroModule whose parameters belong to the instance, not to Pyro's global store, where names collide.
 
-    Write the model in ``forward(self, episode)``. A prior assigned to an attribute learns which program it belongs to,
-    so that its evidence can be computed from it.
+    Write the model in ``forward(self, episode)``. If its attribute ``prior`` is a :class:`~pyro_hybrid.SupportPrior`,
+    the belief given the support is computed once, before the program runs, and passed on as ``episode.belief``.
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with local_parameters():
+            if args and isinstance(args[0], Episode):
+                args = (self.with_belief(args[0]), *args[1:])
             return super().__call__(*args, **kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
         with local_parameters():
             super().__setattr__(name, value)
-        if isinstance(value, Prior):
-            value.bind(self)
+
+    def with_belief(self, episode: Episode) -> Episode:
+        """Compute the belief of the tasks' latents given the support, unless the episode has one already."""
+        prior = getattr(self, "prior", None)
+        if episode.support is None or episode.belief is not None or not hasattr(prior, "belief"):
+            return episode
+        return replace(episode, belief=prior.belief(episode.support, self))
+
+
+def with_belief(program: object, episode: Episode) -> Episode:
+    """Compute the belief of an episode if the program has a prior for it."""
+    return program.with_belief(episode) if isinstance(program, HybridModel) else episode

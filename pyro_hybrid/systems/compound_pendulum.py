@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyro_hybrid.data.segments import truncate
 from pyro_hybrid.data.tasks import Tasks
-from pyro_hybrid.dynamics.solve import Field, failures_as_values, solve
+from pyro_hybrid.dynamics.solve import Field, nan_on_failure, solve
 from pyro_hybrid.errors import fail, require
 from pyro_hybrid.shapes import State
 
@@ -103,7 +103,7 @@ def open_loop(
     steps = min(seconds / float(shots.times[1] - shots.times[0]), float(len(shots.times)))
     few = truncate(shots, max(1, round(steps)))
     initial = few.measured_initial.unbind(-1)
-    with failures_as_values():
+    with nan_on_failure():
         states = solve(
             model(parameters, tasks.true_latents["scale"].double()), initial, few.times, substeps=2
         )

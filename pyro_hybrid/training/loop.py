@@ -19,7 +19,7 @@ from pyro_hybrid.data.episode import Episode
 from pyro_hybrid.data.segments import select_segments, to_segments, truncate
 from pyro_hybrid.data.tasks import Tasks
 from pyro_hybrid.dynamics.rk4 import seconds_compiling
-from pyro_hybrid.dynamics.solve import SolverError, failures_as_values
+from pyro_hybrid.dynamics.solve import SolverError, nan_on_failure
 from pyro_hybrid.training.checkpoint import Checkpoints, Fit, Parameters, parameters, put_back
 from pyro_hybrid.training.guards import Ending, Lost, Terms, seeded
 from pyro_hybrid.training.step_error import step_error
@@ -227,7 +227,7 @@ class Loop:
         with (
             self._drawn(step, episode) as (sampled, _),
             Lost(sampled.query.shape[0]) as found,
-            failures_as_values(),
+            nan_on_failure(),
             pyro.validation_enabled(False),
             contextlib.suppress(SolverError, ValueError, torch.linalg.LinAlgError),
         ):

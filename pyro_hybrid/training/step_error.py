@@ -11,9 +11,10 @@ from torch import Tensor
 
 from pyro_hybrid.data.episode import Episode
 from pyro_hybrid.dynamics.rk4 import steps_halved
-from pyro_hybrid.dynamics.solve import failures_as_values
+from pyro_hybrid.dynamics.solve import nan_on_failure
 from pyro_hybrid.errors import require
-from pyro_hybrid.evidence.gauss_newton import Program, observed, random_sites
+from pyro_hybrid.programs.run import Program, run_at
+from pyro_hybrid.programs.sites import random_sites
 
 __all__ = ["StepError", "step_error"]
 
@@ -52,14 +53,14 @@ def step_error(program: Program, episode: Episode) -> StepError:
     >>> step_error(swing, ph.Episode(None, shots)).typical > 1.0  # steps of a sixth of a period are too long
     True
     """
-    with poutine.block(), failures_as_values():
+    with poutine.block(), nan_on_failure():
         trace = poutine.trace(program).get_trace(episode)
     latents = {
         name: site["value"] for name, site in random_sites(trace).items() if not site["is_observed"]
     }
-    now = observed(program, episode, latents)[0]
+    now = run_at(program, episode, latents).observations
     with steps_halved():
-        finer = observed(program, episode, latents)[0]
+        finer = run_at(program, episode, latents).observations
     require(
         bool(now),
         "a program that observes something",

@@ -10,9 +10,10 @@ from pyro.infer import TraceMeanField_ELBO
 from pyro.optim import PyroOptim
 from torch import Tensor, nn
 
+from pyro_hybrid.data.episode import Episode
 from pyro_hybrid.errors import require
-from pyro_hybrid.nets.encoders import reading_once
-from pyro_hybrid.programs.module import local_parameters, require_local
+from pyro_hybrid.inference.prior import Prior
+from pyro_hybrid.programs.module import local_parameters, require_local, with_belief
 
 __all__ = ["SVI"]
 
@@ -47,8 +48,8 @@ class SVI(PyroSVI):
     def backward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The loss, with its gradients left on the parameters."""
         self.optim.zero_grad(set_to_none=True)
-        with local_parameters(), reading_once():
-            loss = self.elbo(*args, **kwargs)
+        with local_parameters():
+            loss = self._loss(*args, **kwargs)
             if loss.requires_grad:
                 loss.backward()
         return loss.detach()
@@ -62,8 +63,20 @@ class SVI(PyroSVI):
     @torch.no_grad()
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
         """The loss, with no step taken."""
-        with local_parameters(), reading_once():
-            return float(self.elbo(*args, **kwargs))
+        with local_parameters():
+            return float(self._loss(*args, **kwargs))
+
+    def _loss(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The negative ELBO, plus a loss of value zero that trains what no gradient of the ELBO reaches."""
+        if not args or not isinstance(args[0], Episode):
+            return self.elbo(*args, **kwargs)
+        episode = with_belief(self.model, args[0])
+        loss = self.elbo(episode, *args[1:], **kwargs)
+        prior = getattr(self.model, "prior", None)
+        if episode.belief is None or not isinstance(prior, Prior):
+            return loss
+        auxiliary = prior.amortization_loss(episode.support, episode.belief)
+        return loss + auxiliary - auxiliary.detach()
 
 
 def _torchs(optim: Any, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:

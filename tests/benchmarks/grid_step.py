@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 import pyro_hybrid as ph
 from pyro_hybrid.dynamics.rk4 import seconds_compiling
-from pyro_hybrid.dynamics.solve import failures_as_values
+from pyro_hybrid.dynamics.solve import nan_on_failure
 from pyro_hybrid.programs.module import local_parameters
 
 SYSTEM = ph.systems.AdvectionDiffusion()
@@ -171,7 +171,7 @@ def errors(problem: Problem, steps: list[float]) -> dict[str, float | None]:
     def reference(field: grid_rivals.Field, y: Tensor, times: Tensor) -> Tensor:
         return torchdiffeq.odeint(field, y, times, method="dopri8", rtol=1e-10, atol=1e-10)
 
-    with failures_as_values():
+    with nan_on_failure():
         paths = {
             "dopri5 1e-5": rivals.dopri5(plain, start[:, 0], times).transpose(0, 1),
             "rk4": ph.solve(field, start, times)[:, 0],
