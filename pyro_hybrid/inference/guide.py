@@ -13,11 +13,12 @@ from pyro_hybrid.beliefs.belief import Belief, Gaussian
 from pyro_hybrid.beliefs.quadratic import Quadratic
 from pyro_hybrid.data.episode import Episode
 from pyro_hybrid.dynamics.solve import skip_integration
-from pyro_hybrid.errors import require
+from pyro_hybrid.errors import fail
 from pyro_hybrid.evidence.protocol import Evidence
 from pyro_hybrid.evidence.settings import encoder_of
 from pyro_hybrid.inference.prior import Prior, SupportPrior, as_evidence, update
 from pyro_hybrid.programs.run import run_at
+from pyro_hybrid.shapes import Stock
 
 __all__ = ["AmortizedGuide"]
 
@@ -40,13 +41,13 @@ class AmortizedGuide(nn.Module):
     def __init__(self, model: nn.Module, evidence: Evidence | nn.Module) -> None:
         super().__init__()
         prior = getattr(model, "prior", None)
-        require(
-            isinstance(prior, Prior),
-            "a model whose attribute `prior` is a SupportPrior or an UnconditionalPrior",
-            f"{type(model).__name__} with prior = {type(prior).__name__}",
-            "Pass the model, and assign self.prior in its __init__.",
-            TypeError,
-        )
+        if not isinstance(prior, Prior):
+            fail(
+                "a model whose attribute `prior` is a SupportPrior or an UnconditionalPrior",
+                f"{type(model).__name__} with prior = {type(prior).__name__}",
+                "Pass the model, and assign self.prior in its __init__.",
+                TypeError,
+            )
         self.model = model
         own = encoder_of(prior.evidence) if isinstance(prior, SupportPrior) else None
         context = None if own is None else own.encoder
@@ -85,9 +86,7 @@ class AmortizedGuide(nn.Module):
         with plate:
             return values | {name: pyro.sample(name, fn) for name, fn in latents.items()}
 
-    def _prior_of_shots(
-        self, episode: Episode, values: dict[str, Tensor]
-    ) -> dict[str, dist.TorchDistribution]:
+    def _prior_of_shots(self, episode: Episode, values: dict[str, Tensor]) -> dict[str, Stock]:
         """Distributions that the program itself gives the latents of shots."""
         query = episode.query
         if query.values is None:  # what would be observed isn't a latent
