@@ -57,12 +57,11 @@ def main() -> None:
     )
 
     # For the final answer, a few more iterations than training needed, and intervals that halves of a task agree on.
-    model.to("cpu")
-    model.prior.evidence, guide.evidence = ph.GaussNewton(3, segments=(7, 7)), ph.GaussNewton(2)
-    ph.calibrate(model, train)
-    habits.export(
-        choice, model, guide, held_out, habits.judge(model, guide, train, held_out), fit, started
-    )
+    posterior = ph.Posterior(model.to("cpu"), guide.to("cpu"))
+    support = ph.GaussNewton(3, segments=(7, 7))
+    posterior = ph.compute_evidence(posterior, support, ph.GaussNewton(2))
+    posterior = ph.rescale_intervals(posterior, train)
+    habits.export(choice, posterior, train, held_out, fit, started)
 
 
 def real(choice: argparse.Namespace) -> None:

@@ -11,6 +11,7 @@ from pyro_hybrid.dynamics.solve import SolverError, solve
 from pyro_hybrid.evidence.encoder import Encoder
 from pyro_hybrid.evidence.gauss_newton import GaussNewton
 from pyro_hybrid.fitting.posterior import Posterior
+from pyro_hybrid.fitting.report import Report
 from pyro_hybrid.fitting.stages import (
     compute_evidence,
     fix_gauge,
@@ -51,6 +52,7 @@ __all__ = [
     "HybridModel",
     "Mixing",
     "Posterior",
+    "Report",
     "Residual",
     "SetEncoder",
     "Shots",

@@ -37,7 +37,7 @@ class IncrementNetwork(nn.Module):
         self.context = context
         self.families = dict(families)
         readers = [encoder] if context is None else [encoder, context]
-        num_inputs = sum(int(reader.features) for reader in readers)  # type: ignore[arg-type]
+        num_inputs = sum(int(getattr(reader, "features")) for reader in readers)  # noqa: B009 - a module attribute
         num_outputs = sum(family.n * family.k for family in families.values())
         self.head = nn.Sequential(nn.SiLU(), nn.Linear(num_inputs, num_outputs))
 

@@ -14,7 +14,7 @@ from pyro_hybrid.data.shots import Shots
 from pyro_hybrid.errors import require
 from pyro_hybrid.programs.run import Program
 
-__all__ = ["Evidence", "Then"]
+__all__ = ["Evidence", "Fixed", "Then"]
 
 
 @runtime_checkable
@@ -103,3 +103,35 @@ class Then:
             "Let the encoder come first: ph.Encoder(...).then(ph.GaussNewton(...)).",
             TypeError,
         )
+
+
+@dataclass(frozen=True, eq=False)
+class Fixed:
+    """Evidence that was computed before: the same increment, whatever the shots.
+
+    Arguments:
+        increment: natural parameters, ``(task, ...)``.
+    """
+
+    increment: Belief
+
+    @property
+    def network(self) -> nn.Module | None:
+        return None
+
+    def __call__(
+        self,
+        belief: Belief,
+        shots: Shots,
+        program: Program | None,
+        *,
+        start: Belief | None = None,
+        given: Shots | None = None,
+    ) -> Belief:
+        return self.increment
+
+    def bind(self, families: Mapping[str, Family], context: nn.Module | None = None) -> Fixed:
+        return self
+
+    def propose(self, belief: Belief, shots: Shots) -> Belief | None:
+        return None

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from pyro_hybrid.data.episode import Episode
 from pyro_hybrid.data.tasks import Tasks
 from pyro_hybrid.errors import require
 from pyro_hybrid.evidence.settings import describe, restore
+from pyro_hybrid.fitting.report import Report, report
 from pyro_hybrid.identifiability.certificate import Certificate
 from pyro_hybrid.identifiability.certify import certify
 from pyro_hybrid.inference.arviz_data import Grouped
@@ -26,6 +27,9 @@ from pyro_hybrid.inference.to_arviz import to_arviz
 from pyro_hybrid.programs.module import HybridModel
 from pyro_hybrid.training.checkpoint import parameters, put_back
 from pyro_hybrid.training.storage import CheckpointError, Stored, read, write
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["Latents", "Posterior", "Stage"]
 
@@ -142,6 +146,74 @@ class Posterior:
             names=names,
             certificate=certificate,
         )
+
+    def report(
+        self,
+        train: Tasks,
+        held_out: Tasks,
+        *,
+        neural: Sequence[str] = ("unknown",),
+        names: Sequence[str] | None = None,
+        bound: Tensor | None = None,
+        noise: Sequence[float] | None = None,
+        observation: str = "x",
+        certify: bool = True,
+        num_samples: int = 400,
+    ) -> Report:
+        """Score the posterior on held-out tasks, and certify it on the training tasks.
+
+        Arguments:
+            train: training tasks.
+            held_out: tasks that training never saw.
+            neural: names of the sites of neural latents; all others are physics latents.
+            names: names of the latents, physics first; by default those of the sites.
+            bound: Cramér-Rao bound of each latent, ``(task, latent)``, if it is known.
+            noise: standard deviation of each sensor's noise; by default the model's ``noise``.
+            observation: name of the observed site.
+            certify: whether to certify, which takes a minute or so.
+            num_samples: number of draws of each task.
+        """
+        return report(
+            self.model,
+            self.guide,
+            train,
+            held_out,
+            neural=neural,
+            names=names,
+            bound=bound,
+            noise=noise,
+            observation=observation,
+            certify=certify,
+            num_samples=num_samples,
+        )
+
+    def plot(
+        self,
+        tasks: Tasks,
+        *,
+        names: Sequence[str] | None = None,
+        sensors: Sequence[int] | None = None,
+        observation: str = "x",
+    ) -> Figure:
+        """Plot a query shot of three tasks: observed, reconstructed, and predicted from the support alone.
+
+        Arguments:
+            tasks: three tasks or more.
+            names: names of the sensors.
+            sensors: the sensors to show, by default up to four.
+            observation: name of the observed site.
+        """
+        from pyro_hybrid.fitting.plots import trajectories_figure
+
+        return trajectories_figure(
+            self.model, self.guide, tasks, names=names, sensors=sensors, observation=observation
+        )
+
+    def plot_latents(self, tasks: Tasks) -> Figure:
+        """Plot the latents of the first task: given the support alone, and given the query too."""
+        from pyro_hybrid.fitting.plots import prior_posterior_figure
+
+        return prior_posterior_figure(self.model, self.guide, tasks)
 
     def copy(self) -> Posterior:
         """Copy model and guide, so that changing the copy leaves this posterior as it is."""

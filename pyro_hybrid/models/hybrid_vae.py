@@ -288,7 +288,7 @@ class PhysicsGuide(nn.Module):
     def natural(self, episode: Episode) -> dict[str, Natural]:
         """Natural parameters of each site."""
         read = self.read(episode)
-        return self.prior.population().natural if read is None else read.natural
+        return dict(self.prior.population().natural) if read is None else read.natural
 
     def read(self, episode: Episode) -> Reading | None:
         """What it makes of the query; None where there is none."""

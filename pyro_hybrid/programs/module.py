@@ -68,9 +68,10 @@ class HybridModel(PyroModule, metaclass=_Local):
     def with_belief(self, episode: Episode) -> Episode:
         """Compute the belief of the tasks' latents given the support, unless the episode has one already."""
         prior = getattr(self, "prior", None)
-        if episode.support is None or episode.belief is not None or not hasattr(prior, "belief"):
+        belief = getattr(prior, "belief", None)
+        if episode.support is None or episode.belief is not None or belief is None:
             return episode
-        return replace(episode, belief=prior.belief(episode.support, self))
+        return replace(episode, belief=belief(episode.support, self))
 
 
 def with_belief(program: object, episode: Episode) -> Episode:
