@@ -38,24 +38,22 @@ def main() -> None:
     )
 
     # The last digits come from whole trajectories, by second order; diffusion is credited with all that it explains.
-    model.to("cpu"), guide.to("cpu")
-    ph.sharpen(
-        model,
-        guide,
+    posterior = ph.Posterior(model.to("cpu"), guide.to("cpu"))
+    posterior = ph.refine_weights(
+        posterior,
         train,
-        steps=1 if choice.fast else 6,
+        num_steps=1 if choice.fast else 6,
         batch_size=16,
-        reading=ph.Linearised(2, segments=(7,)),
+        evidence=ph.GaussNewton(2, segments=(7,)),
         seed=choice.seed,
     )
-    ph.fix_gauge(model, train[:200])
+    posterior = ph.fix_gauge(posterior, train[:200])
 
     # What the encoder is blind to, the program itself finds.
-    model.prior.evidence, guide = ph.Linearised(2, segments=(7,)), model.guide(ph.Linearised(1))
-    ph.calibrate(model, train[:100])
-    habits.export(
-        choice, model, guide, held_out, habits.judge(model, guide, train, held_out), fit, started
-    )
+    support = ph.GaussNewton(2, segments=(7,))
+    posterior = ph.compute_evidence(posterior, support, ph.GaussNewton(1))
+    posterior = ph.rescale_intervals(posterior, train[:100])
+    habits.export(choice, posterior, train, held_out, fit, started)
 
 
 if __name__ == "__main__":

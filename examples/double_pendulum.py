@@ -26,8 +26,8 @@ def main() -> None:
 
     # Known equations + a neural torque, linear in its latents; support and query are read by the program itself:
     # first in short segments, from wherever the encoder points, then along the whole trajectory.
-    model = ph.models.MetaHybridVAE(system, ph.Linearised(1, segments=(7, 7)))
-    guide = model.guide(ph.Linearised(1))
+    model = ph.models.MetaHybridVAE(system, ph.GaussNewton(1, segments=(7, 7)))
+    guide = model.guide(ph.GaussNewton(1))
     fit = ph.meta_train(
         model,
         guide,
@@ -43,12 +43,11 @@ def main() -> None:
     )
 
     # For the final answer, a few more iterations than training needed, and intervals that halves of a task agree on.
-    model.to("cpu")
-    model.prior.evidence, guide.evidence = ph.Linearised(3, segments=(7, 7)), ph.Linearised(2)
-    ph.calibrate(model, train)
-    habits.export(
-        choice, model, guide, held_out, habits.judge(model, guide, train, held_out), fit, started
-    )
+    posterior = ph.Posterior(model.to("cpu"), guide.to("cpu"))
+    support = ph.GaussNewton(3, segments=(7, 7))
+    posterior = ph.compute_evidence(posterior, support, ph.GaussNewton(2))
+    posterior = ph.rescale_intervals(posterior, train)
+    habits.export(choice, posterior, train, held_out, fit, started)
 
 
 if __name__ == "__main__":

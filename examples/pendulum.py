@@ -47,28 +47,23 @@ def main() -> None:
 
     # The last digits come from whole trajectories, by second order. For the final answer, credit gravity with all that
     # it explains, consult the program, from several starts, and calibrate the intervals.
-    model.to("cpu"), guide.to("cpu")
+    posterior = ph.Posterior(model.to("cpu"), guide.to("cpu"))
     if not choice.unconditional:
-        ph.sharpen(
-            model,
-            guide,
+        posterior = ph.refine_weights(
+            posterior,
             train,
-            steps=1 if choice.fast else 24,
+            num_steps=1 if choice.fast else 24,
             batch_size=32,
-            memory=0.95,
-            width=0.02,
-            reading=ph.Linearised(2, segments=(2, 2, 7)),
+            forgetting=0.05,
+            prior_sd=0.02,
+            evidence=ph.GaussNewton(2, segments=(2, 2, 7)),
             seed=choice.seed,
         )
-        ph.fix_gauge(model, train[:200])
-        model.prior.evidence, guide = (
-            ph.Linearised(3, segments=(2, 2, 2, 7), restarts=4),
-            model.guide(ph.Linearised(2)),
-        )
-        ph.calibrate(model, train[:300])
-    habits.export(
-        choice, model, guide, held_out, habits.judge(model, guide, train, held_out), fit, started
-    )
+        posterior = ph.fix_gauge(posterior, train[:200])
+        support = ph.GaussNewton(3, segments=(2, 2, 2, 7), num_restarts=4)
+        posterior = ph.compute_evidence(posterior, support, ph.GaussNewton(2))
+        posterior = ph.rescale_intervals(posterior, train[:300])
+    habits.export(choice, posterior, train, held_out, fit, started)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ class Spring(ph.HybridModel):
         self.redundant = redundant
 
     def forward(self, episode: ph.Episode) -> torch.Tensor:
-        p = self.prior(episode.support)
+        p = self.prior(episode)
         with episode.plate:
             if self.redundant:
                 mass, stiffness = (
@@ -104,7 +104,7 @@ def train(
     """Both programs in the same way: first in steps, then in segments, then whole trajectories."""
     torch.manual_seed(seed)
     model = Spring(redundant)
-    guide = ph.AmortizedGuide(model.prior, encoder())
+    guide = ph.AmortizedGuide(model, encoder())
     ph.meta_train(
         model,
         guide,

@@ -13,17 +13,19 @@ class PredatorsAndPrey(ph.HybridModel):
 
     def __init__(self, steps: int) -> None:
         super().__init__()
+        encoder = ph.Encoder(ph.SetEncoder(2, steps, features=32))
         self.prior = ph.SupportPrior(
-            ph.SetEncoder(sensors=2, steps=steps, features=32),
-            evidence=ph.Linearised(2, segments=(5, 5)),  # let the program itself read the support
+            encoder.then(
+                ph.GaussNewton(2, segments=(5, 5))
+            ),  # the program itself reads the support
             growth=ph.families.LogNormal(1),
-            unknown=ph.families.Normal(1),
-        )  # what has a name, and what hasn't
+            unknown=ph.families.Normal(1),  # one latent has a name, and one hasn't
+        )
         self.residual = ph.Residual(inputs=2, latents=1, outputs=2, linear=True)
         self.noise = PyroParam(torch.tensor(0.1), dist.constraints.positive)
 
     def forward(self, episode: ph.Episode) -> torch.Tensor:
-        p = self.prior(episode.support)
+        p = self.prior(episode)
         with episode.plate:
             growth = pyro.sample("growth", p["growth"])[..., None, 0]
             encounters = self.residual.given(pyro.sample("unknown", p["unknown"])[..., None, :])
@@ -62,7 +64,7 @@ def main(steps: int = 300) -> None:
     tasks = ph.Tasks.from_trajectories(times, values, num_support=3, true_latents=truth)
     train, held_out = tasks.split(100)
     model = PredatorsAndPrey(steps=31)
-    guide = ph.AmortizedGuide(model.prior, evidence=ph.Linearised(1))
+    guide = ph.AmortizedGuide(model, ph.GaussNewton(1))
     ph.meta_train(
         model,
         guide,

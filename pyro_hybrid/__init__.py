@@ -8,34 +8,34 @@ from pyro_hybrid.data.tasks import Tasks
 from pyro_hybrid.diagnostics.calibration import Calibration, check_calibration
 from pyro_hybrid.diagnostics.contract import ContractError, check_hybrid_model
 from pyro_hybrid.dynamics.solve import SolverError, solve
-from pyro_hybrid.evidence.gauss_newton import Linearised
+from pyro_hybrid.evidence.encoder import Encoder
+from pyro_hybrid.evidence.gauss_newton import GaussNewton
+from pyro_hybrid.fitting.posterior import Posterior
+from pyro_hybrid.fitting.report import Report
+from pyro_hybrid.fitting.stages import (
+    compute_evidence,
+    fix_gauge,
+    refine_weights,
+    rescale_intervals,
+)
 from pyro_hybrid.identifiability.certificate import Certificate
 from pyro_hybrid.identifiability.certify import certify
+from pyro_hybrid.inference.draws import draws, predict
 from pyro_hybrid.inference.guide import AmortizedGuide
-from pyro_hybrid.inference.posterior import (
-    calibrate,
-    draws,
-    load_arviz,
-    pareto_k,
-    predict,
-    save_arviz,
-    summary,
-    to_arviz,
-)
+from pyro_hybrid.inference.importance import pareto_k
 from pyro_hybrid.inference.prior import SupportPrior, UnconditionalPrior
+from pyro_hybrid.inference.to_arviz import load_arviz, save_arviz, summary, to_arviz
 from pyro_hybrid.nets.correction import projection_penalty
 from pyro_hybrid.nets.encoders import SetEncoder
 from pyro_hybrid.nets.gauge import Gauge
 from pyro_hybrid.nets.hybrid_field import HybridField
 from pyro_hybrid.nets.mixing import Mixing
 from pyro_hybrid.nets.residual import Residual
-from pyro_hybrid.programs.fix_gauge import fix_gauge
 from pyro_hybrid.programs.module import HybridModel
 from pyro_hybrid.scores.mcc import mcc
 from pyro_hybrid.scores.separability import disentangle
 from pyro_hybrid.training.checkpoint import Fit, load
 from pyro_hybrid.training.meta_train import TrainingError, meta_train
-from pyro_hybrid.training.refinement import sharpen
 from pyro_hybrid.training.step_error import step_error
 from pyro_hybrid.training.storage import CheckpointError
 from pyro_hybrid.training.svi import SVI
@@ -49,13 +49,16 @@ __all__ = [
     "Certificate",
     "CheckpointError",
     "ContractError",
+    "Encoder",
     "Episode",
     "Fit",
     "Gauge",
     "HybridField",
+    "GaussNewton",
     "HybridModel",
-    "Linearised",
     "Mixing",
+    "Posterior",
+    "Report",
     "Residual",
     "SetEncoder",
     "Shots",
@@ -64,10 +67,10 @@ __all__ = [
     "Tasks",
     "TrainingError",
     "UnconditionalPrior",
-    "calibrate",
     "certify",
     "check_calibration",
     "check_hybrid_model",
+    "compute_evidence",
     "disentangle",
     "draws",
     "families",
@@ -80,8 +83,9 @@ __all__ = [
     "pareto_k",
     "predict",
     "projection_penalty",
+    "refine_weights",
+    "rescale_intervals",
     "save_arviz",
-    "sharpen",
     "solve",
     "step_error",
     "summary",

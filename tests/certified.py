@@ -16,10 +16,10 @@ from torch import Tensor
 
 import pyro_hybrid as ph
 from pyro_hybrid.beliefs.families import Beta, Family, Gamma, LogNormal, Normal
-from pyro_hybrid.evidence.gauss_newton import Program
 from pyro_hybrid.inference.prior import Prior
+from pyro_hybrid.programs.run import Program
 
-EVIDENCE = ph.Linearised(6, restarts=2)
+EVIDENCE = ph.GaussNewton(6, restarts=2)
 Values = Mapping[str, Tensor]
 Rule = Callable[[Values], Tensor]
 Kind = Literal["real", "positive", "fraction"]
@@ -317,11 +317,11 @@ class Case:
 
             prior.bind(program)
             return program, ph.AmortizedGuide(
-                prior, evidence=EVIDENCE if not self.conditional else ph.Linearised(2)
+                prior, evidence=EVIDENCE if not self.conditional else ph.GaussNewton(2)
             )
         model = Model(self, prior)
         return model, ph.AmortizedGuide(
-            prior, evidence=EVIDENCE if not self.conditional else ph.Linearised(2)
+            prior, evidence=EVIDENCE if not self.conditional else ph.GaussNewton(2)
         )
 
     def data(self, seed: int = 0) -> ph.Tasks:

@@ -202,9 +202,9 @@ def test_bad_data_are_not_inferred_from_and_not_exported(
     figure("bad data", **{"masks" if kind in MASKED else "errors": 1}, poisoned=0)
 
 
-@pytest.mark.parametrize("evidence", [None, ph.Linearised(1)], ids=["learned", "computed"])
+@pytest.mark.parametrize("evidence", [None, ph.GaussNewton(1)], ids=["learned", "computed"])
 def test_where_no_observation_of_a_task_counts_its_posterior_is_its_prior(
-    evidence: ph.Linearised | None,
+    evidence: ph.GaussNewton | None,
 ) -> None:
     model, guide = pair(evidence)
     mask = torch.ones_like(GOOD.query.values, dtype=torch.bool)
@@ -219,10 +219,10 @@ def test_where_no_observation_of_a_task_counts_its_posterior_is_its_prior(
     )
 
 
-@pytest.mark.parametrize("evidence", [None, ph.Linearised(1)], ids=["learned", "computed"])
+@pytest.mark.parametrize("evidence", [None, ph.GaussNewton(1)], ids=["learned", "computed"])
 @pytest.mark.parametrize("door", DOORS)
 def test_whatever_stands_where_nothing_was_seen_is_not_looked_at(
-    door: str, evidence: ph.Linearised | None
+    door: str, evidence: ph.GaussNewton | None
 ) -> None:
     both, gone = pair(evidence), torch.zeros_like(GOOD.query.values, dtype=torch.bool)
     gone[:, :, 2] = True

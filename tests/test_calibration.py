@@ -217,8 +217,8 @@ def test_few_simulations_decide_nothing() -> None:
 
 def test_latents_of_shots_are_ranked_too() -> None:
     torch.manual_seed(0)
-    model = Line(ph.Linearised(6), inferred=True, sites=TOGETHER).double()
-    guide = ph.AmortizedGuide(model.prior, evidence=ph.Linearised(6))
+    model = Line(ph.GaussNewton(6), inferred=True, sites=TOGETHER).double()
+    guide = ph.AmortizedGuide(model.prior, evidence=ph.GaussNewton(6))
     data = make_tasks(25, 4, num_support=2, inferred=True)
     found = ph.check_calibration(model, guide, data, num_draws=199, progress=False)
     assert [latent.name for latent in found.latents] == ["both[0]", "both[1]", "both[2]", "start"]
@@ -227,7 +227,7 @@ def test_latents_of_shots_are_ranked_too() -> None:
 
 def test_segments_restart_from_the_simulated_states() -> None:
     torch.manual_seed(0)
-    evidence, seen = ph.Linearised(3, segments=(2, 2)), []
+    evidence, seen = ph.GaussNewton(3, segments=(2, 2)), []
     model = Line(evidence, sites=TOGETHER).double()
     guide = ph.AmortizedGuide(model.prior, evidence=evidence)
 
@@ -344,8 +344,8 @@ def test_the_same_seed_gives_the_same_and_the_global_random_state_stays() -> Non
 
 
 def test_what_was_trained_is_not_changed() -> None:
-    model = Line(ph.Linearised(1)).double().train()
-    guide = ph.AmortizedGuide(model.prior, evidence=ph.Linearised(1)).train()
+    model = Line(ph.GaussNewton(1)).double().train()
+    guide = ph.AmortizedGuide(model.prior, evidence=ph.GaussNewton(1)).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     ph.check_calibration(
         model, guide, make_tasks(4, 4), simulations=4, num_draws=50, progress=False
@@ -694,7 +694,7 @@ class Decay(ph.HybridModel):
     def __init__(self) -> None:
         super().__init__()
         self.prior = ph.SupportPrior(
-            ph.SetEncoder(1, POINTS, 8), ph.Linearised(4), rate=ph.families.LogNormal(1)
+            ph.SetEncoder(1, POINTS, 8), ph.GaussNewton(4), rate=ph.families.LogNormal(1)
         )
 
     def forward(self, episode: ph.Episode) -> None:
@@ -745,12 +745,12 @@ def solved(model: Line, episode: ph.Episode) -> dict[str, tuple[Tensor, Tensor]]
     ("model", "data", "closed"),
     [
         (
-            lambda: Line(ph.Linearised(6), sites=TOGETHER),
+            lambda: Line(ph.GaussNewton(6), sites=TOGETHER),
             lambda: make_tasks(3, 4, num_support=2),
             solved,
         ),
         (
-            lambda: Line(ph.Linearised(6), sites=TOGETHER, inferred=True),
+            lambda: Line(ph.GaussNewton(6), sites=TOGETHER, inferred=True),
             lambda: make_tasks(3, 4, num_support=2, inferred=True),
             solved,
         ),
@@ -762,7 +762,7 @@ def test_guide_nuts_and_closed_form_agree(model: Any, data: Any, closed: Any, fi
     torch.manual_seed(0)
     model, data = model().double().eval().requires_grad_(False), data()
     guide, episode = (
-        ph.AmortizedGuide(model.prior, evidence=ph.Linearised(6)),
+        ph.AmortizedGuide(model, ph.GaussNewton(6)),
         data.episode().select_tasks(0),
     )
     with local_parameters():

@@ -53,7 +53,7 @@ def steps(folder: Path) -> list[int]:
 # ---- save and load -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("evidence", [None, ph.Linearised(1)], ids=["learned", "computed"])
+@pytest.mark.parametrize("evidence", [None, ph.GaussNewton(1)], ids=["learned", "computed"])
 def test_a_model_that_was_saved_is_loaded_into_another_bit_for_bit(
     tmp_path: Path, evidence: Any
 ) -> None:
@@ -98,7 +98,7 @@ def test_a_compiled_part_has_the_names_of_the_plain_one(tmp_path: Path) -> None:
             {"inferred": False, "sites": {"slope": ph.families.Normal(1)}},
             r"model\.prior.* has shape .* there, .* here",
         ),
-        ({"evidence": ph.Linearised(1)}, r"only the checkpoint has guide\.\S+"),
+        ({"evidence": ph.GaussNewton(1)}, r"only the checkpoint has guide\.\S+"),
     ],
 )
 def test_a_checkpoint_of_another_model_is_refused_and_changes_nothing(

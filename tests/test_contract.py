@@ -45,7 +45,7 @@ def guide_of(model: Any, **changes: Any) -> ph.AmortizedGuide:
 # ---- good programs -------------------------------------------------------------------------------
 
 
-READINGS = {"learned": None, "computed": ph.Linearised(1)}
+READINGS = {"learned": None, "computed": ph.GaussNewton(1)}
 PREFERENCES: dict[str, Any] = {"correction": 1.0, "straightness": 1.0, "linear": False}
 MODELS: list[tuple[str, dict[str, Any]]] = [
     *((name, options) for name in SYSTEMS for options in ({}, PREFERENCES)),

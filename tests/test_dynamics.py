@@ -460,7 +460,7 @@ def test_as_values_a_bad_initial_state_is_lost_alone(method: str) -> None:
     assert_close(states[[0, 2]].squeeze(), torch.exp(-times).expand(2, 4), rtol=0.0, atol=1e-6)
 
 
-def test_standing_still_asks_the_field_nothing() -> None:
+def test_skip_integration_asks_the_field_nothing() -> None:
     y0 = start(2, 3)
     with skip_integration():
         states = solve(lambda t, y: pytest.fail("asked"), y0, grid(1.0, 4))

@@ -111,7 +111,7 @@ def test_the_program_reads_the_exact_posterior_from_wherever_the_encoder_points(
     prior = ph.UnconditionalPrior(slope=Normal(1), bend=Normal(2))
     model = Line(prior=prior).double()
     guide = ph.AmortizedGuide(prior, ph.SetEncoder(1, 6, 8, width=16)).double()
-    found = Trained("any, sets", model, guide, ph.Fit(), 0.0, ph.Linearised(8))
+    found = Trained("any, sets", model, guide, ph.Fit(), 0.0, ph.GaussNewton(8))
     episode = make_tasks(5, 4, num_support=3).episode()
     torch.manual_seed(0)
     read = torch.cat(

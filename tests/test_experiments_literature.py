@@ -95,7 +95,7 @@ def test_reading_from_the_beginning_on_finds_what_reading_it_all_at_once_does_no
     found: dict[str, Tensor] = {}
     for name, evidence in (
         ("grown", Growing(3, horizons=(4, 4, 4, 4, 6, 6, 9, 9, 14, 14, 24, 24))),
-        ("at once", ph.Linearised(12)),
+        ("at once", ph.GaussNewton(12)),
     ):
         model.prior.evidence = evidence
         found[name] = model.prior(tasks.episode().support)["unknown"].mean[:, 2]

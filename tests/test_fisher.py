@@ -192,7 +192,7 @@ def test_masked_observations_say_nothing() -> None:
 
 
 def test_the_program_is_posed_in_float64_with_next_to_no_prior_and_left_as_it_was() -> None:
-    model, tasks = Line(ph.Linearised(1)), make_tasks(3, 4, num_support=2)
+    model, tasks = Line(ph.GaussNewton(1)), make_tasks(3, 4, num_support=2)
     points = population(3, 3)
     problem = posed(model, tasks.episode(), believed(SEPARATE, points), points)
     assert problem.precision.abs().max() < 1e-6 and problem.episode.support is None

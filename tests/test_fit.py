@@ -82,8 +82,8 @@ def test_the_exact_model_holds() -> None:
 
 
 def test_the_library_s_own_guide_does_as_well() -> None:
-    model = Line(ph.Linearised(10), sites=TOGETHER).double()
-    guide = ph.AmortizedGuide(model.prior, evidence=ph.Linearised(10)).double()
+    model = Line(ph.GaussNewton(10), sites=TOGETHER).double()
+    guide = ph.AmortizedGuide(model.prior, evidence=ph.GaussNewton(10)).double()
     assert judge_fit(misfit(model, guide, EPISODE)).value == pytest.approx(1.0, abs=0.15)
 
 
@@ -91,8 +91,8 @@ def test_latents_that_trade_off_against_each_other_do_not_count_against_a_factor
     None
 ):
     """Slope and bend are correlated by -0.99: independent draws of them would miss by twice the noise."""
-    model = Line(ph.Linearised(10)).double()
-    guide = ph.AmortizedGuide(model.prior, evidence=ph.Linearised(10)).double()
+    model = Line(ph.GaussNewton(10)).double()
+    guide = ph.AmortizedGuide(model.prior, evidence=ph.GaussNewton(10)).double()
     check = judge_fit(misfit(model, guide, make_tasks(40, 8, num_support=4).episode()))
     assert check.status == "holds" and check.value < 1.5
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import pyro_hybrid as ph
 from pyro_hybrid.nets.hybrid_field import CollocationPoints
+from pyro_hybrid.programs.fix_gauge import fix_gauge
 
 NUM_TIMES = 15
 OMEGA = 2.0
@@ -156,7 +157,7 @@ def test_the_gauge_of_a_user_s_program_gives_the_physics_what_the_force_did(shar
     omega = torch.full((6, 1), OMEGA)
     truth = tasks.shots(slice(None)).query
     wrong = states_at(model, omega, torch.zeros(6, 1), tasks)
-    ph.fix_gauge(model, tasks)
+    fix_gauge(model, tasks)
     right = states_at(model, omega, torch.zeros(6, 1), tasks)
     assert (right - truth).abs().max() < 0.05 * (wrong - truth).abs().max()
     corrected = model.gauge(model.equations, {"omega": omega}, torch.zeros(6, 1))["omega"]
@@ -166,7 +167,7 @@ def test_the_gauge_of_a_user_s_program_gives_the_physics_what_the_force_did(shar
 
 def test_the_gauge_of_a_field_gives_the_physics_what_the_force_did() -> None:
     model = Rod(0.05)
-    ph.fix_gauge(model, field_tasks())
+    fix_gauge(model, field_tasks())
     rate = torch.tensor([[0.3], [0.5]])
     corrected = model.gauge(model.equations, {"rate": rate}, torch.zeros(2, 1))["rate"]
     assert torch.allclose(corrected, rate - 0.05, atol=1e-5)
@@ -177,7 +178,7 @@ def test_a_fixed_gauge_keeps_every_contract_and_the_state_s_names() -> None:
     guide = ph.AmortizedGuide(model.prior, ph.SetEncoder(2, NUM_TIMES, 8))
     names = list(model.state_dict())
     before = ph.check_hybrid_model(model, guide, tasks.episode())
-    ph.fix_gauge(model, tasks, 32)
+    fix_gauge(model, tasks, 32)
     assert ph.check_hybrid_model(model, guide, tasks.episode()) == before
     assert list(model.state_dict()) == names and "gauge.states" in names
 
@@ -187,7 +188,7 @@ def test_a_model_saved_with_its_gauge_predicts_the_same_in_a_new_process(tmp_pat
     tasks, model = make_tasks(), Spring()
     guide = ph.AmortizedGuide(model.prior, ph.SetEncoder(2, NUM_TIMES, 8))
     fit = ph.meta_train(model, guide, tasks, steps=1, batch_size=4, progress=False)
-    ph.fix_gauge(model, tasks, 64)
+    fix_gauge(model, tasks, 64)
     fit.save(tmp_path / "fit", model, guide)
     latents = torch.full((6, 1), 2.0), torch.randn(6, 1)
     torch.save([*latents, tasks.times, tasks.values], tmp_path / "data.pt")
@@ -217,15 +218,15 @@ def test_a_model_saved_with_its_gauge_predicts_the_same_in_a_new_process(tmp_pat
 
 def test_fixing_a_gauge_again_gives_the_same_points() -> None:
     tasks, model = make_tasks(), Gravity(0.04)
-    ph.fix_gauge(model, tasks)
+    fix_gauge(model, tasks)
     states = model.gauge.states.clone()
-    ph.fix_gauge(model, tasks)
+    fix_gauge(model, tasks)
     assert torch.equal(model.gauge.states, states)
 
 
 def test_points_fill_the_middle_of_what_trajectories_visit() -> None:
     tasks, model = make_tasks(), Gravity(0.0)
-    ph.fix_gauge(model, tasks)
+    fix_gauge(model, tasks)
     visited = states_at(
         model, model.prior(None)["omega"].mean.expand(6, -1), torch.zeros(6, 1), tasks
     )
@@ -239,21 +240,21 @@ def test_points_fill_the_middle_of_what_trajectories_visit() -> None:
 def test_fixing_a_gauge_draws_nothing_and_leaves_no_gradient() -> None:
     tasks, model = make_tasks(), Spring()
     state = torch.get_rng_state()
-    ph.fix_gauge(model, tasks, 64)
+    fix_gauge(model, tasks, 64)
     assert torch.equal(torch.get_rng_state(), state)
     assert not model.gauge.states.requires_grad
 
 
 def test_a_gauge_that_could_not_be_fixed_stays_as_it_was() -> None:
     tasks, model = make_tasks(), Gravity(0.04)
-    ph.fix_gauge(model, tasks, 64)
+    fix_gauge(model, tasks, 64)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     model.share = torch.nan
     with pytest.raises(
         ValueError,
         match="trajectories that stay finite where latents are at their prior means; got none",
     ):
-        ph.fix_gauge(model, tasks)
+        fix_gauge(model, tasks)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 

@@ -16,11 +16,12 @@ from torch.testing import assert_close
 from toys import POINTS, TOGETHER, Line, alone, exact, in_float32, make_tasks, with_query
 
 import pyro_hybrid as ph
+from pyro_hybrid.beliefs.belief import Belief
 from pyro_hybrid.beliefs.families import LogNormal, Normal
-from pyro_hybrid.evidence.gauss_newton import Belief, Problem
+from pyro_hybrid.evidence.least_squares import LeastSquares
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
-EVIDENCE = ph.Linearised(8)
+EVIDENCE = ph.GaussNewton(8)
 READINGS = pytest.mark.parametrize("reading", ["learned", "computed"])
 
 
@@ -219,10 +220,10 @@ def test_no_gradient_flows_through_the_computed_guide() -> None:
     assert not any(value.requires_grad for value in values.values())
 
 
-class Start(ph.Linearised):
+class Start(ph.GaussNewton):
     """Computed evidence that remembers where it began."""
 
-    def __call__(self, problem: Problem, start: Tensor) -> Belief:
+    def __call__(self, problem: LeastSquares, start: Tensor) -> Belief:
         self.start = start
         return super().__call__(problem, start)
 

@@ -14,12 +14,12 @@ from toys import SEPARATE, Line, alone, make_tasks, with_query
 
 import pyro_hybrid as ph
 from pyro_hybrid.beliefs.families import Family, LogNormal, Normal
-from pyro_hybrid.evidence.gauss_newton import Program, information
 from pyro_hybrid.identifiability import injectivity as module
 from pyro_hybrid.identifiability.check import Check
 from pyro_hybrid.identifiability.fisher import Fisher, posed
 from pyro_hybrid.identifiability.injectivity import Twins, judge_twins, twins
 from pyro_hybrid.identifiability.task_beliefs import Reading
+from pyro_hybrid.programs.run import Program
 
 CLOCK = torch.linspace(0.0, 2.0, 9, dtype=torch.float64)
 NAN, INF = torch.nan, torch.inf

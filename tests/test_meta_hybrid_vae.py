@@ -12,6 +12,7 @@ from torch import Tensor
 import pyro_hybrid as ph
 from pyro_hybrid.data.segments import to_segments
 from pyro_hybrid.nets.hybrid_field import Force
+from pyro_hybrid.programs.fix_gauge import fix_gauge
 
 # ---- penalties -----------------------------------------------------------------------------------
 
@@ -87,7 +88,7 @@ def rms(values: Tensor) -> Tensor:
 def test_physics_latents_mean_what_they_say_once_the_gauge_is_fixed() -> None:
     model, tasks = model_and_tasks(0.01)
     before = trajectories(model, tasks)
-    ph.fix_gauge(model, tasks)
+    fix_gauge(model, tasks)
     after = trajectories(model, tasks)
     truth = tasks.values
     assert rms(after - truth) < 0.2 * rms(before - truth)
@@ -95,7 +96,7 @@ def test_physics_latents_mean_what_they_say_once_the_gauge_is_fixed() -> None:
 
 def test_fixing_the_gauge_leaves_the_true_force_as_it_is() -> None:
     model, tasks = model_and_tasks(0.0)
-    ph.fix_gauge(model, tasks)
+    fix_gauge(model, tasks)
     omega, unknown = tasks.true_latents["omega"].double(), tasks.true_latents["unknown"].double()
     assert rms(corrected(model, omega, unknown) / omega - 1.0) < 1e-4
 
@@ -104,7 +105,7 @@ def test_a_model_whose_gauge_is_fixed_trains_saves_and_loads_with_it(tmp_path: P
     system = ph.systems.Pendulum()
     tasks, model = system.simulate(8, 4, 0), ph.models.MetaHybridVAE(system)
     guide = model.guide()
-    ph.fix_gauge(model, tasks, 64)
+    fix_gauge(model, tasks, 64)
     fit = ph.meta_train(model, guide, tasks, steps=1, batch_size=4, progress=False)
     fit.save(tmp_path / "fit", model, guide)
     other = ph.models.MetaHybridVAE(system)
@@ -120,7 +121,7 @@ def test_a_model_whose_gauge_is_fixed_trains_saves_and_loads_with_it(tmp_path: P
 def test_the_gauge_of_fields_has_them_as_they_began() -> None:
     system = ph.systems.AdvectionDiffusion(6)
     tasks, model = system.simulate(3, 4, 0), ph.models.MetaHybridVAE(system)
-    ph.fix_gauge(model, tasks)
+    fix_gauge(model, tasks)
     initial = tasks.shots().initial
     assert torch.equal(model.gauge.states[: int(model.gauge.num_points)], initial.flatten(0, 1))
     states = model.trajectories(
@@ -134,16 +135,16 @@ def test_the_gauge_of_fields_has_them_as_they_began() -> None:
 
 def test_a_belief_from_before_the_gauge_was_fixed_is_computed_again() -> None:
     system = ph.systems.Pendulum()
-    tasks, model = system.simulate(3, 4, 0), ph.models.MetaHybridVAE(system, ph.Linearised(1))
+    tasks, model = system.simulate(3, 4, 0), ph.models.MetaHybridVAE(system, ph.GaussNewton(1))
     support = tasks.episode().support
     before = model.prior.belief(support)
-    ph.fix_gauge(model, tasks, 64)
+    fix_gauge(model, tasks, 64)
     assert not torch.equal(model.prior.belief(support).mean, before.mean)
 
 
 def test_equal_copies_are_corrected_once_and_gradients_stay() -> None:
     model, tasks = model_and_tasks(0.01)
-    ph.fix_gauge(model, tasks, 64)
+    fix_gauge(model, tasks, 64)
     omega, unknown = tasks.true_latents["omega"].double(), tasks.true_latents["unknown"].double()
     moves = torch.tensor([0.0, 0.1, 0.1, 0.0], dtype=torch.float64)[:, None, None]
     copies = (unknown + moves).requires_grad_()
@@ -157,7 +158,7 @@ def test_equal_copies_are_corrected_once_and_gradients_stay() -> None:
 
 def test_draws_of_physics_latents_are_corrected_beside_neural_ones_without() -> None:
     model, tasks = model_and_tasks(0.01)
-    ph.fix_gauge(model, tasks, 64)
+    fix_gauge(model, tasks, 64)
     omega, unknown = tasks.true_latents["omega"].double(), tasks.true_latents["unknown"].double()
     draws = torch.stack([omega, 1.1 * omega])
     together = corrected(model, draws, unknown)

@@ -346,7 +346,7 @@ def test_a_flipped_tanh_unit_is_another_optimum_and_both_are_locally_unique() ->
 class Drift(ph.HybridModel):
     """The toy with a drift that all tasks share, written as one parameter or as a product of two."""
 
-    def __init__(self, evidence: ph.Linearised | None = None) -> None:
+    def __init__(self, evidence: ph.GaussNewton | None = None) -> None:
         super().__init__()
         self.prior = ph.SupportPrior(ph.SetEncoder(1, POINTS, 8, width=16), evidence, **SEPARATE)
         self.left, self.right = (torch.nn.Parameter(torch.tensor(v)) for v in (0.5, 0.4))
@@ -369,7 +369,7 @@ class Drift(ph.HybridModel):
 EPISODE = make_tasks(3, 3, num_support=1).episode()
 
 
-def program(evidence: ph.Linearised | None = None) -> tuple[Drift, ph.AmortizedGuide]:
+def program(evidence: ph.GaussNewton | None = None) -> tuple[Drift, ph.AmortizedGuide]:
     torch.manual_seed(0)
     model = Drift(evidence)
     encoder = None if evidence else ph.SetEncoder(1, POINTS, 8, width=16)
@@ -400,9 +400,9 @@ def test_a_programs_redundant_parameters_are_named_and_one_of_them_alone_has_one
     assert measured(alone, alone.at)[1] == "holds"
 
 
-@pytest.mark.parametrize("evidence", [None, ph.Linearised(2)], ids=["learned", "computed"])
+@pytest.mark.parametrize("evidence", [None, ph.GaussNewton(2)], ids=["learned", "computed"])
 def test_the_hessian_of_a_program_is_the_slope_of_its_gradient(
-    evidence: ph.Linearised | None,
+    evidence: ph.GaussNewton | None,
 ) -> None:
     weights = weights_of(*program(evidence), EPISODE)
     assert weights.names == {"left": (), "right": (), "noise": (), "prior.base": (6,)}

@@ -97,7 +97,7 @@ def test_setting_a_parameter_of_one_instance_leaves_another_as_it_was() -> None:
 
 
 def test_a_deepcopy_is_independent_and_its_prior_belongs_to_it() -> None:
-    model = Line(ph.Linearised())
+    model = Line(ph.GaussNewton())
     model(episode())
     twin = copy.deepcopy(model)
     assert (
@@ -125,9 +125,9 @@ def test_a_copy_through_a_state_dict_says_the_same() -> None:
     assert set(first.state_dict()) >= {"noise_unconstrained", "prior.base"}
 
 
-@pytest.mark.parametrize("evidence", [None, ph.Linearised(1)], ids=["learned", "computed"])
+@pytest.mark.parametrize("evidence", [None, ph.GaussNewton(1)], ids=["learned", "computed"])
 def test_constructing_calling_and_training_change_nothing_global(
-    evidence: ph.Linearised | None,
+    evidence: ph.GaussNewton | None,
 ) -> None:
     before = surroundings()
     model = Line(evidence)
@@ -255,7 +255,7 @@ def test_a_prior_assigned_to_an_attribute_learns_its_program() -> None:
 
 
 def test_a_program_says_what_it_samples_without_handlers() -> None:
-    model = Line(ph.Linearised(1))
+    model = Line(ph.GaussNewton(1))
     assert model(episode().simulation()).shape == (3, 2, POINTS, 1)
     samples = Predictive(model, num_samples=4)(episode().simulation())
     assert samples["x"].shape == (4, 3, 2, POINTS, 1) and samples["slope"].shape == (4, 3, 1)

@@ -36,8 +36,8 @@ NAMES = {"slope": ["rate"], "bend": ["sine", "square"], "x": ["angle"]}
 
 def pair(*, inferred: bool = False, sites: dict | None = None) -> tuple[Line, ph.AmortizedGuide]:
     torch.manual_seed(0)
-    model = Line(ph.Linearised(6), inferred=inferred, sites=sites).double()
-    return model, ph.AmortizedGuide(model.prior, evidence=ph.Linearised(6))
+    model = Line(ph.GaussNewton(6), inferred=inferred, sites=sites).double()
+    return model, ph.AmortizedGuide(model.prior, evidence=ph.GaussNewton(6))
 
 
 def episode(shots: int = 5, *, inferred: bool = False) -> ph.Episode:
@@ -370,7 +370,7 @@ def test_observations_of_another_shape_are_refused_with_their_name() -> None:
                 )
 
     model = Flat().double()
-    guide = ph.AmortizedGuide(model.prior, evidence=ph.Linearised(1))
+    guide = ph.AmortizedGuide(model.prior, evidence=ph.GaussNewton(1))
     with pytest.raises(
         ValueError, match=r"observations 'x' with axes \(task, shot, time, sensor\)"
     ):

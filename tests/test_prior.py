@@ -17,7 +17,7 @@ from pyro_hybrid.data.segments import to_segments
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 READINGS = pytest.mark.parametrize(
-    "evidence", [None, ph.Linearised(2)], ids=["learned", "computed"]
+    "evidence", [None, ph.GaussNewton(2)], ids=["learned", "computed"]
 )
 
 
@@ -30,7 +30,7 @@ def support(shots: int, tasks: int = 3, seed: int = 0) -> ph.Episode:
 
 
 def line(
-    evidence: ph.Linearised | None,
+    evidence: ph.GaussNewton | None,
     *,
     inferred: bool = False,
     sites: dict | None = None,
@@ -45,7 +45,7 @@ def line(
 @pytest.mark.parametrize("inferred", [False, True])
 @pytest.mark.parametrize("shots", [2, 5, 33])
 def test_the_order_of_shots_does_not_matter_to_the_last_bit(
-    evidence: ph.Linearised | None, inferred: bool, shots: int
+    evidence: ph.GaussNewton | None, inferred: bool, shots: int
 ) -> None:
     model, first = line(evidence, inferred=inferred), support(shots)
     expected = flat(model.prior.natural(first))
@@ -56,7 +56,7 @@ def test_the_order_of_shots_does_not_matter_to_the_last_bit(
 
 @READINGS
 def test_the_order_of_shots_does_not_matter_where_observations_are_missing(
-    evidence: ph.Linearised | None,
+    evidence: ph.GaussNewton | None,
 ) -> None:
     mask = torch.rand(3, 6, POINTS, 1, generator=torch.Generator().manual_seed(2)) < 0.5
     mask[:, :, 0] = True
@@ -69,7 +69,7 @@ def test_the_order_of_shots_does_not_matter_where_observations_are_missing(
 
 @READINGS
 def test_the_order_of_shots_does_not_matter_when_they_are_cut_into_segments(
-    evidence: ph.Linearised | None,
+    evidence: ph.GaussNewton | None,
 ) -> None:
     model, first = line(evidence), support(4)
     backwards = first.select_shots(torch.arange(3, -1, -1).expand(3, -1))
@@ -82,7 +82,7 @@ def test_the_order_of_shots_does_not_matter_when_they_are_cut_into_segments(
 @READINGS
 @pytest.mark.parametrize("shots", [1, 2, 7, 100])
 def test_any_number_of_shots_from_one_to_a_hundred_is_read(
-    evidence: ph.Linearised | None, shots: int
+    evidence: ph.GaussNewton | None, shots: int
 ) -> None:
     model = line(evidence)
     p = model.prior(support(shots))
@@ -96,7 +96,7 @@ def test_any_number_of_shots_from_one_to_a_hundred_is_read(
 
 @READINGS
 def test_a_prior_trained_on_some_shots_reads_other_numbers_of_them(
-    evidence: ph.Linearised | None,
+    evidence: ph.GaussNewton | None,
 ) -> None:
     model = line(evidence)
     guide = ph.AmortizedGuide(model.prior, ph.SetEncoder(1, POINTS, 8, width=16))
@@ -113,7 +113,7 @@ def test_a_prior_trained_on_some_shots_reads_other_numbers_of_them(
 
 def test_more_shots_make_a_computed_prior_narrower() -> None:
     model, everything = (
-        line(ph.Linearised(6)),
+        line(ph.GaussNewton(6)),
         make_tasks(3, 101, num_support=100).episode().support,
     )
     model = model.double()
@@ -130,7 +130,7 @@ def test_more_shots_make_a_computed_prior_narrower() -> None:
 @pytest.mark.parametrize("inferred", [False, True])
 def test_declared_families_get_the_marginals_of_the_exact_posterior(inferred: bool) -> None:
     episode = make_tasks(4, 4, num_support=3, inferred=inferred).episode().support
-    p = line(ph.Linearised(8), inferred=inferred).double().prior(episode)
+    p = line(ph.GaussNewton(8), inferred=inferred).double().prior(episode)
     truth = exact(episode, inferred=inferred)
     scale = truth.covariance.diagonal(dim1=-2, dim2=-1).sqrt()
     assert_close(p["slope"].mean, truth.mean[:, :1], **CLOSE)
@@ -141,7 +141,7 @@ def test_declared_families_get_the_marginals_of_the_exact_posterior(inferred: bo
 
 def test_a_declared_full_normal_gets_the_full_covariance() -> None:
     episode = make_tasks(4, 4, num_support=3).episode().support
-    p = line(ph.Linearised(8), sites=TOGETHER).double().prior(episode)["both"]
+    p = line(ph.GaussNewton(8), sites=TOGETHER).double().prior(episode)["both"]
     truth = exact(episode, loc=(0.0, 0.0, 0.0), scale=(1.0, 1.0, 1.0))
     assert_close(p.covariance_matrix, truth.covariance[:, :3, :3], **CLOSE)
     assert_close(p.mean, truth.mean[:, :3], **CLOSE)
@@ -153,7 +153,7 @@ def test_a_declared_full_normal_gets_the_full_covariance() -> None:
 def test_a_full_normal_beside_another_site_gets_its_own_block() -> None:
     episode = make_tasks(4, 4, num_support=3).episode().support
     sites = {"slope": Normal(1), "bend": FullNormal(2)}
-    p = line(ph.Linearised(8), sites=sites).double().prior(episode)
+    p = line(ph.GaussNewton(8), sites=sites).double().prior(episode)
     truth = exact(episode, loc=(0.0, 0.0, 0.0), scale=(1.0, 1.0, 1.0))
     assert_close(p["bend"].covariance_matrix, truth.covariance[:, 1:3, 1:3], **CLOSE)
     assert_close(p["slope"].stddev, truth.covariance[:, 0, 0].sqrt().unsqueeze(-1), **CLOSE)
@@ -161,7 +161,7 @@ def test_a_full_normal_beside_another_site_gets_its_own_block() -> None:
 
 def test_natural_parameters_are_the_populations_plus_what_each_set_of_shots_adds() -> None:
     everything = make_tasks(3, 6, num_support=5).episode().support
-    prior = line(ph.Linearised(8), sites=TOGETHER).double().prior
+    prior = line(ph.GaussNewton(8), sites=TOGETHER).double().prior
     base = prior.natural(None)["both"]
     first, second = (
         everything.select_shots(torch.tensor(rows).expand(3, -1)) for rows in ([0, 1], [2, 3, 4])
@@ -174,7 +174,7 @@ def test_natural_parameters_are_the_populations_plus_what_each_set_of_shots_adds
 
 def test_the_population_is_where_the_computed_evidence_is_added() -> None:
     episode = make_tasks(3, 4, num_support=3).episode().support
-    model = line(ph.Linearised(8)).double()
+    model = line(ph.GaussNewton(8)).double()
     with torch.no_grad():
         model.prior.base.copy_(torch.tensor([0.7, -0.4, -0.2, 0.1, 0.5, -0.3]))
     mean, precision = model.prior.gaussian(None)
@@ -187,7 +187,7 @@ def test_the_population_is_where_the_computed_evidence_is_added() -> None:
 
 @READINGS
 def test_proposals_have_value_zero_and_train_the_population_and_a_proposing_encoder(
-    evidence: ph.Linearised | None,
+    evidence: ph.GaussNewton | None,
 ) -> None:
     model = line(evidence)
     trace = poutine.trace(model).get_trace(in_float32(make_tasks(3, 4)).episode())
@@ -209,7 +209,7 @@ def test_proposals_have_value_zero_and_train_the_population_and_a_proposing_enco
 
 @READINGS
 def test_where_nothing_can_be_trained_there_are_no_proposals(
-    evidence: ph.Linearised | None,
+    evidence: ph.GaussNewton | None,
 ) -> None:
     with torch.no_grad():
         trace = poutine.trace(line(evidence)).get_trace(in_float32(make_tasks(3, 4)).episode())
@@ -217,7 +217,7 @@ def test_where_nothing_can_be_trained_there_are_no_proposals(
 
 
 def test_a_prior_used_by_itself_trains_nothing_and_says_nothing() -> None:
-    model = line(ph.Linearised(2))
+    model = line(ph.GaussNewton(2))
     assert set(model.prior(support(3))) == set(SEPARATE)  # a factor outside of inference would warn
     with poutine.trace() as trace:
         model.prior(None)
@@ -225,13 +225,13 @@ def test_a_prior_used_by_itself_trains_nothing_and_says_nothing() -> None:
 
 
 def test_no_gradient_flows_through_computed_evidence() -> None:
-    model = line(ph.Linearised(2))
+    model = line(ph.GaussNewton(2))
     assert not flat(model.prior.natural(support(3))).requires_grad
     assert not any(x.requires_grad for x in model.prior.gaussian(support(3)))
 
 
 def test_the_encoder_and_the_base_are_trained_towards_the_computed_evidence() -> None:
-    model, episode = line(ph.Linearised(2)), in_float32(make_tasks(16, 4, num_support=3)).episode()
+    model, episode = line(ph.GaussNewton(2)), in_float32(make_tasks(16, 4, num_support=3)).episode()
     prior, goal = model.prior, model.prior.belief(episode.support).mean
 
     def distance() -> float:
@@ -253,7 +253,7 @@ def test_the_encoder_and_the_base_are_trained_towards_the_computed_evidence() ->
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_what_it_remembers_is_forgotten_after_a_step_of_the_optimizer(fused: bool) -> None:
-    model, episode = line(ph.Linearised(2)), in_float32(make_tasks(3, 4, num_support=3)).episode()
+    model, episode = line(ph.GaussNewton(2)), in_float32(make_tasks(3, 4, num_support=3)).episode()
     first = model.prior.belief(episode.support)
     assert model.prior.belief(episode.support) is first  # the same episode isn't computed twice
     optim = torch.optim.Adam(model.parameters(), lr=0.1, fused=fused)
@@ -310,7 +310,7 @@ def test_a_distribution_has_the_natural_parameters_that_the_prior_names() -> Non
 
 
 def test_without_a_support_the_prior_is_the_populations() -> None:
-    prior = line(ph.Linearised()).prior
+    prior = line(ph.GaussNewton()).prior
     p = prior(None)
     assert (
         p["slope"].batch_shape == ()
@@ -351,7 +351,7 @@ def test_a_prior_without_sites_is_refused_with_an_example() -> None:
 
 
 def test_computed_evidence_without_a_program_is_refused_with_what_to_do() -> None:
-    prior = ph.SupportPrior(ph.SetEncoder(1, POINTS, 8), ph.Linearised(), **SEPARATE)
+    prior = ph.SupportPrior(ph.SetEncoder(1, POINTS, 8), ph.GaussNewton(), **SEPARATE)
     with pytest.raises(
         ValueError, match=r"a prior that belongs to a program.*prior\.bind\(program\)"
     ):
@@ -359,7 +359,7 @@ def test_computed_evidence_without_a_program_is_refused_with_what_to_do() -> Non
 
 
 def test_a_prior_bound_to_a_plain_function_reads_it() -> None:
-    model, episode = line(ph.Linearised(2)), support(3)
+    model, episode = line(ph.GaussNewton(2)), support(3)
     prior = copy.deepcopy(model.prior)
     prior.bind(lambda e: model(ph.Episode(None, e.query)))
     assert torch.equal(flat(prior.natural(episode)), flat(model.prior.natural(episode)))

@@ -260,7 +260,7 @@ MISUSES: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "HybridModel": (lambda: Empty()(episode()), 'missing the required "forward" function'),
     "Linearised": (
-        lambda: ph.Linearised(0),
+        lambda: ph.GaussNewton(0),
         r"expected iterations of 1 or more; got 0\. Leave evidence=None",
     ),
     "Mixing": (

@@ -128,7 +128,7 @@ def test_supports_are_as_large_as_in_training_where_two_of_them_fit(
 
 
 def test_a_support_prior_and_the_same_prior_by_hand_give_the_same() -> None:
-    tasks, model = make_tasks(6, 8, num_support=4), Line(ph.Linearised(3)).double()
+    tasks, model = make_tasks(6, 8, num_support=4), Line(ph.GaussNewton(3)).double()
 
     def by_hand(episode: ph.Episode) -> None:
         natural = model.prior.natural(episode.support)
@@ -145,7 +145,7 @@ def test_a_support_prior_and_the_same_prior_by_hand_give_the_same() -> None:
 
 def test_a_module_with_latents_of_shots_is_read_like_any_other() -> None:
     found = quietly(
-        Line(ph.Linearised(3), inferred=True).double(),
+        Line(ph.GaussNewton(3), inferred=True).double(),
         make_tasks(4, 4, num_support=2, inferred=True),
     )
     assert list(found.natural) == ["slope", "bend"]
@@ -154,7 +154,7 @@ def test_a_module_with_latents_of_shots_is_read_like_any_other() -> None:
 def test_masked_values_are_not_read() -> None:
     mask = torch.rand(6, 8, 6, 1, generator=torch.Generator().manual_seed(1)) < 0.7
     mask[:, :, 0] = True
-    tasks, model = make_tasks(6, 8, num_support=4, mask=mask), Line(ph.Linearised(3)).double()
+    tasks, model = make_tasks(6, 8, num_support=4, mask=mask), Line(ph.GaussNewton(3)).double()
     wild = ph.Tasks.from_trajectories(
         tasks.times, tasks.values.where(mask, 1e6), num_support=4, observed=mask
     )
@@ -187,7 +187,7 @@ def test_a_module_s_own_word_on_its_family_counts() -> None:
 
 @pytest.mark.parametrize("batch", [1, 4, 9])
 def test_batches_do_not_matter(monkeypatch: pytest.MonkeyPatch, batch: int) -> None:
-    lines, model = make_tasks(9, 4, num_support=2), Line(ph.Linearised(3)).double()
+    lines, model = make_tasks(9, 4, num_support=2), Line(ph.GaussNewton(3)).double()
     whole, exact = quietly(model, lines), quietly(stated, data())
     monkeypatch.setattr(module, "BATCH", batch)
     assert_close(quietly(model, lines).flat, whole.flat, rtol=1e-6, atol=1e-6)

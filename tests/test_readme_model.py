@@ -38,7 +38,7 @@ class ComputedPendulum(DampedPendulum):
 
     def __init__(self, steps: int) -> None:
         super().__init__(steps)
-        self.prior = ph.SupportPrior(self.prior.encoder, ph.Linearised(1), **self.prior.sites)
+        self.prior = ph.SupportPrior(self.prior.encoder, ph.GaussNewton(1), **self.prior.sites)
 
 
 def make_tasks(tasks: int = 4, shots: int = 4) -> ph.Tasks:

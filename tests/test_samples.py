@@ -116,7 +116,7 @@ def test_held_out_tasks_are_read_from_their_own_support() -> None:
 
 def test_more_shots_are_as_much_better_as_the_exact_posterior_says() -> None:
     tasks = make_tasks(TASKS, 8, num_support=2, noise=1.0)
-    model = Line(ph.Linearised(6), noise=1.0).double()
+    model = Line(ph.GaussNewton(6), noise=1.0).double()
     found = shots_curve(model, tasks, progress=False)
     assert (
         found.of == "shots"

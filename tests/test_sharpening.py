@@ -8,12 +8,6 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from torch import Tensor, nn
-from toys import NOISE, POINTS, START_NOISE, TIMES, Line, features, make_tasks
-
-import pyro_hybrid as ph
-from pyro_hybrid.beliefs.families import Normal
-from pyro_hybrid.evidence.gauss_newton import Linearised, Point, Problem
 from pyro_hybrid.training.refinement import (
     _by_call,
     _by_weight,
@@ -22,6 +16,13 @@ from pyro_hybrid.training.refinement import (
     _pushed,
     _read,
 )
+from torch import Tensor, nn
+from toys import NOISE, POINTS, START_NOISE, TIMES, Line, alone, features, make_tasks
+
+import pyro_hybrid as ph
+from pyro_hybrid.beliefs.families import Normal
+from pyro_hybrid.evidence.gauss_newton import GaussNewton
+from pyro_hybrid.evidence.least_squares import Iterate, LeastSquares
 
 BEND = torch.tensor([[0.7, -0.4]], dtype=torch.float64)
 SITES = {"slope": Normal(1, loc=0.5, scale=2.0)}
@@ -36,8 +37,8 @@ class Shared(Line):
 
     def forward(self, episode: ph.Episode) -> Tensor:
         p = self.prior(episode.support)
-        start = torch.stack(episode.initial, -1)
-        grown = features(episode.times) - features(episode.times[..., :1])
+        start = torch.stack(episode.query.initial, -1)
+        grown = features(episode.query.times) - features(episode.query.times[..., :1])
         with episode.plate:
             slope = pyro.sample("slope", p["slope"])
             if self.inferred:
@@ -45,8 +46,8 @@ class Shared(Line):
             mean = (
                 start + grown[..., 0] * slope[..., None] + self.residual(grown[..., 1:]).squeeze(-1)
             )
-            x = dist.Normal(mean.unsqueeze(-1), self.noise).mask(episode.mask)
-            return pyro.sample("x", x.to_event(3), obs=episode.query)
+            x = dist.Normal(mean.unsqueeze(-1), self.noise).mask(episode.query.scored)
+            return pyro.sample("x", x.to_event(3), obs=episode.query.values)
 
 
 def shared(number: int, shots: int = 3, *, inferred: bool = False) -> ph.Tasks:
@@ -60,15 +61,15 @@ def shared(number: int, shots: int = 3, *, inferred: bool = False) -> ph.Tasks:
 
 def ready(**options: bool | float) -> tuple[Shared, ph.AmortizedGuide]:
     model = Shared(**options).double()
-    return model, ph.AmortizedGuide(model.prior, evidence=ph.Linearised(2))
+    return model, ph.AmortizedGuide(model.prior, evidence=ph.GaussNewton(2))
 
 
 def posterior(model: Shared, tasks: ph.Tasks, width: float) -> Tensor:
     """Mean of the weights given all shots, slopes and starts integrated out: generalised least squares."""
-    everything, times = tasks.shots(slice(None)), features(TIMES)[1:] - features(TIMES)[:1]
-    y = (everything.query[..., 0] - everything.initial[0].unsqueeze(-1))[..., 1:] - 0.5 * times[
-        :, 0
-    ]
+    everything, times = tasks.shots(), features(TIMES)[1:] - features(TIMES)[:1]
+    y = (everything.query.values[..., 0] - everything.initial[0].unsqueeze(-1))[
+        ..., 1:
+    ] - 0.5 * times[:, 0]
     shots, design = y.shape[1], times[:, 1:]
     block = NOISE**2 * torch.eye(POINTS - 1).double() + (START_NOISE**2 if model.inferred else 0.0)
     covariance = torch.block_diag(*[block] * shots)
@@ -144,8 +145,8 @@ def test_a_task_that_cannot_be_read_teaches_nothing() -> None:
     values[7] = 1e3 * torch.randn(values[7].shape).double()
     spoilt = ph.Tasks.from_trajectories(TIMES, values, num_support=1)
     with torch.no_grad():
-        problem, point = _read(model, guide, spoilt, ph.Linearised(2))
-    assert isinstance(problem, Problem)
+        problem, point = _read(model, guide, spoilt, ph.GaussNewton(2))
+    assert isinstance(problem, LeastSquares)
     with torch.no_grad():
         kept = _evidence(problem, point, model.residual, 10.0).kept
     assert (~kept).nonzero().flatten().tolist() == [7]
@@ -160,7 +161,7 @@ def test_how_much_worse_a_task_may_be_is_the_users_choice() -> None:
     values[7, 1:] += 3.0 * features(TIMES)[:, :1]  # its shots are of two systems
     mixed = ph.Tasks.from_trajectories(TIMES, values, num_support=1)
     with torch.no_grad():
-        problem, point = _read(model, guide, mixed, ph.Linearised(2))
+        problem, point = _read(model, guide, mixed, ph.GaussNewton(2))
         ratio = float(point.cost[7] / point.cost.median())
         dropped = [
             (~_evidence(problem, point, model.residual, misread).kept).nonzero().flatten().tolist()
@@ -186,23 +187,23 @@ def forced(
     system: ph.systems.System,
     *,
     points: int = 5,
-    gauge_fixed: bool = False,
+    settled: bool = False,
     **options: Any,
-) -> tuple[Any, Problem, Point]:
+) -> tuple[Any, LeastSquares, Iterate]:
     torch.manual_seed(0)
     system.points = points
     model, tasks = (
         ph.models.MetaHybridVAE(system, **options).double(),
         system.simulate(3, 2, seed=0),
     )
-    if gauge_fixed:
-        ph.fix_gauge(model, tasks, 64)
-    start = tuple(part.double() for part in tasks.shots(slice(None)).initial)
-    episode = ph.Episode(tasks.times.double(), tasks.values.double(), start)
+    if settled:
+        model.settle(tasks, 64)
+    start = tuple(part.double() for part in tasks.shots().initial)
+    episode = alone(tasks.times.double(), tasks.values.double(), start)
     mean, precision = model.prior.gaussian(None)
     mean = mean + 0.3 * torch.randn(3, mean.shape[-1]).double()
-    problem = Problem(model, episode, model.prior.sites, mean, precision.expand(3, -1, -1))
-    return model, problem, Linearised(1).descend(problem, mean, 1, problem.shot_mean)
+    problem = LeastSquares(model, episode, model.prior.sites, mean, precision.expand(3, -1, -1))
+    return model, problem, GaussNewton(1).descend(problem, mean, 1, problem.shot_mean)
 
 
 @pytest.mark.parametrize("system", [ph.systems.Pendulum, ph.systems.DoublePendulum])
@@ -223,7 +224,7 @@ def test_derivatives_by_what_a_term_returns_are_those_by_its_weights(
     assert "given" not in vars(model.residual)
 
 
-@pytest.mark.parametrize("options", [{"width": 1, "points": 9}, {"width": 9, "gauge_fixed": True}])
+@pytest.mark.parametrize("options", [{"width": 1, "points": 9}, {"width": 9, "settled": True}])
 @torch.no_grad()
 def test_a_term_of_few_weights_or_called_elsewhere_too_is_moved_weight_by_weight(
     options: dict[str, Any],
@@ -277,7 +278,7 @@ def test_what_it_cannot_do_is_said(options: dict, message: str) -> None:
 
 def test_a_program_without_a_residual_must_say_what_its_network_is() -> None:
     model = Line(sites=SITES).double()
-    guide = ph.AmortizedGuide(model.prior, evidence=ph.Linearised(2))
+    guide = ph.AmortizedGuide(model.prior, evidence=ph.GaussNewton(2))
     with pytest.raises(
         ValueError, match=r"expected a network; got Line without a residual\. Pass network="
     ):

@@ -31,13 +31,13 @@ from pyro_hybrid.training import svi as svi_module
 TASKS = in_float32(make_tasks(20, 4, num_support=2))
 SHORT = {"steps": 6, "batch_size": 8, "progress": False, "curriculum": {0.0: None}}
 READINGS = pytest.mark.parametrize(
-    "evidence", [None, ph.Linearised(1)], ids=["learned", "computed"]
+    "evidence", [None, ph.GaussNewton(1)], ids=["learned", "computed"]
 )
 quiet = pytest.mark.filterwarnings("ignore:Encountered NaN:UserWarning")
 
 
 def pair(
-    evidence: ph.Linearised | None = None, model: type[Line] = Line, seed: int = 0, **options: Any
+    evidence: ph.GaussNewton | None = None, model: type[Line] = Line, seed: int = 0, **options: Any
 ) -> tuple[Line, ph.AmortizedGuide]:
     torch.manual_seed(seed)
     program = model(evidence, **options)
@@ -59,7 +59,7 @@ def same(first: list[Tensor], second: list[Tensor]) -> bool:
 
 
 @READINGS
-def test_the_same_seed_gives_the_same_result_bit_for_bit(evidence: ph.Linearised | None) -> None:
+def test_the_same_seed_gives_the_same_result_bit_for_bit(evidence: ph.GaussNewton | None) -> None:
     results = []
     for disturbance in (0, 123):
         both = pair(evidence)
@@ -106,7 +106,7 @@ class Stepper:
 
 @READINGS
 def test_two_trainings_step_by_step_in_turns_equal_two_apart_bit_for_bit(
-    evidence: ph.Linearised | None,
+    evidence: ph.GaussNewton | None,
 ) -> None:
     apart = [pair(evidence, seed=s) for s in (1, 2)]
     alone = [Stepper(both, seed) for seed, both in enumerate(apart)]
@@ -125,7 +125,7 @@ def test_two_trainings_step_by_step_in_turns_equal_two_apart_bit_for_bit(
 
 @READINGS
 def test_a_training_inside_the_steps_of_another_equals_two_apart_bit_for_bit(
-    evidence: ph.Linearised | None,
+    evidence: ph.GaussNewton | None,
 ) -> None:
     apart = [pair(evidence, seed=s) for s in (1, 2, 3)]
     fits = [ph.meta_train(*apart[i], TASKS, seed=i, **SHORT) for i in (0, 1)]
@@ -155,7 +155,7 @@ def test_a_training_inside_the_steps_of_another_equals_two_apart_bit_for_bit(
 
 @READINGS
 def test_training_lowers_the_loss_and_keeps_a_record_of_every_step(
-    evidence: ph.Linearised | None,
+    evidence: ph.GaussNewton | None,
 ) -> None:
     both, seen = pair(evidence), []
     fit = ph.meta_train(
@@ -263,7 +263,7 @@ def test_the_weight_of_the_kl_rises_to_one_over_the_warm_up() -> None:
 class Recorder(Line):
     """Notes the lengths of the trajectories that it is trained on."""
 
-    def __init__(self, evidence: ph.Linearised | None) -> None:
+    def __init__(self, evidence: ph.GaussNewton | None) -> None:
         super().__init__(prior=ph.UnconditionalPrior(**SEPARATE))
         self.lengths: list[tuple[int, int]] = []
 
@@ -274,7 +274,7 @@ class Recorder(Line):
 
 
 def lengths(points: int, **options: Any) -> list[tuple[int, int]]:
-    both = pair(ph.Linearised(1), Recorder)
+    both = pair(ph.GaussNewton(1), Recorder)
     times = torch.linspace(0, 1, points)
     tasks = ph.Tasks.from_trajectories(times, torch.randn(6, 4, points, 1), num_support=2)
     ph.meta_train(*both, tasks, **{**SHORT, "steps": 8, **options})
@@ -483,7 +483,7 @@ def test_what_belongs_to_shots_is_scaled_up_and_what_belongs_to_tasks_is_not(
 
 
 @pytest.mark.parametrize(
-    ("segments", "evidence", "got"), [(0, None, "0 and"), (2, ph.Linearised(1), "2 and Amor")]
+    ("segments", "evidence", "got"), [(0, None, "0 and"), (2, ph.GaussNewton(1), "2 and Amor")]
 )
 def test_segments_of_nothing_or_with_computed_evidence_are_refused(
     segments: int, evidence: Any, got: str
@@ -499,7 +499,7 @@ def test_segments_of_nothing_or_with_computed_evidence_are_refused(
 
 @READINGS
 def test_a_step_reads_every_episode_once_and_the_next_step_reads_again(
-    evidence: ph.Linearised | None, monkeypatch: pytest.MonkeyPatch
+    evidence: ph.GaussNewton | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     both, readings, plain = pair(evidence), [], ph.SetEncoder._features
     svi, episode = ph.SVI(*both, pyro.optim.SGD({"lr": 1e-4})), TASKS.episode()
@@ -527,7 +527,7 @@ def test_a_step_reads_every_episode_once_and_the_next_step_reads_again(
 @READINGS
 @pytest.mark.parametrize("particles", [1, 3])
 def test_reading_once_changes_no_loss_and_no_gradient(
-    evidence: ph.Linearised | None, particles: int, monkeypatch: pytest.MonkeyPatch
+    evidence: ph.GaussNewton | None, particles: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     results = []
     for reading in (svi_module.reading_once, contextlib.nullcontext):
@@ -1024,7 +1024,7 @@ def test_an_optimizer_of_another_library_is_refused() -> None:
 )
 @pytest.mark.parametrize("inferred", [False, True])
 def test_it_steps_with_pyros_losses_and_with_torchs_and_pyros_optimizers(
-    evidence: ph.Linearised | None, optim: str, loss: Any, inferred: bool
+    evidence: ph.GaussNewton | None, optim: str, loss: Any, inferred: bool
 ) -> None:
     both = pair(evidence, inferred=inferred)
     parameters = {id(p): p for m in both for p in m.parameters()}.values()
@@ -1044,7 +1044,7 @@ def test_it_steps_with_pyros_losses_and_with_torchs_and_pyros_optimizers(
 
 
 @READINGS
-def test_more_particles_estimate_the_same_loss(evidence: ph.Linearised | None) -> None:
+def test_more_particles_estimate_the_same_loss(evidence: ph.GaussNewton | None) -> None:
     both, episode = pair(evidence, inferred=True), TASKS.episode()
     optim = torch.optim.SGD(both[0].parameters(), 0.0)
     single = ph.SVI(*both, optim)
@@ -1059,7 +1059,7 @@ def test_more_particles_estimate_the_same_loss(evidence: ph.Linearised | None) -
 def test_a_gradient_of_vectorised_particles_trains_the_proposals_as_one_particle_does() -> None:
     gradients = []
     for particles in (1, 5):
-        model, guide = pair(ph.Linearised(1))
+        model, guide = pair(ph.GaussNewton(1))
         loss = TraceMeanField_ELBO(num_particles=particles, vectorize_particles=True)
         ph.SVI(model, guide, torch.optim.SGD(model.parameters(), 0.0), loss).backward(
             TASKS.episode()

@@ -95,7 +95,7 @@ def test_natural_parameters_are_those_of_the_normal_equations() -> None:
     tasks, times = make_tasks(40, 8, num_support=4), np.asarray(TIMES)
     design = np.stack([times, np.sin(3.0 * times), times**2], -1)
     design[1:] -= design[0]
-    reading = read(Line(ph.Linearised(10)).double(), tasks, progress=False)
+    reading = read(Line(ph.GaussNewton(10)).double(), tasks, progress=False)
     values = tasks.values.squeeze(-1).numpy()
     expected = np.stack(
         [normal_equations(values[:, :4], design), normal_equations(values[:, 4:], design)]

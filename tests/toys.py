@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
+import jaxtyping
 import pyro
 import pyro.distributions as dist
 import torch
@@ -15,6 +18,7 @@ from torch import Tensor
 
 import pyro_hybrid as ph
 from pyro_hybrid.beliefs.families import Family, FullNormal, Normal
+from pyro_hybrid.evidence.protocol import Evidence
 from pyro_hybrid.inference.prior import Prior, SupportPrior
 
 POINTS = 6
@@ -25,31 +29,39 @@ TOGETHER = {"both": FullNormal(3)}
 
 
 def features(times: Tensor) -> Tensor:
-    """Everything that a unit of each latent adds to the observation, (..., time, 3)."""
+    """Change of the observation by one unit of each latent, (..., time, 3)."""
     return torch.stack([times, torch.sin(3.0 * times), times**2], -1)
 
 
+def encoder() -> ph.SetEncoder:
+    """A small encoder of the toy's trajectories."""
+    return ph.SetEncoder(1, POINTS, 8, width=16)
+
+
 class Line(ph.HybridModel):
-    """x = start + slope t + bend · (sin 3t, t²) + noise: linear and Gaussian, with the starts known or inferred."""
+    """x = start + slope t + bend · (sin 3t, t²) + noise: linear and Gaussian, its starts known or inferred."""
 
     def __init__(
         self,
-        evidence: ph.Linearised | None = None,
+        evidence: Evidence | None = None,
         *,
         inferred: bool = False,
         sites: dict[str, Family] | None = None,
         prior: Prior | None = None,
         noise: float = NOISE,
     ) -> None:
+        """Read the support with an encoder; with Gauss-Newton from where it points; or with other evidence alone."""
         super().__init__()
-        self.prior = prior or SupportPrior(
-            ph.SetEncoder(1, POINTS, 8, width=16), evidence, **(sites or SEPARATE)
-        )
+        if evidence is None:
+            evidence = ph.Encoder(encoder())
+        elif isinstance(evidence, ph.GaussNewton):
+            evidence = ph.Encoder(encoder()).then(evidence)
+        self.prior = prior or SupportPrior(evidence, **(sites or SEPARATE))
         self.noise = PyroParam(torch.tensor(noise), constraints.positive)
         self.inferred = inferred
 
     def forward(self, episode: ph.Episode) -> Tensor:
-        p = self.prior(episode.support)
+        p = self.prior(episode)
         start = episode.query.initial
         with episode.plate:
             z = torch.cat([pyro.sample(name, p[name]) for name in p], -1)
@@ -94,17 +106,17 @@ def make_tasks(
 
 
 def in_float32(tasks: ph.Tasks) -> ph.Tasks:
-    """The same tasks as training sees them."""
+    """Convert tasks to the precision of training."""
     return ph.Tasks.from_trajectories(
         tasks.times.float(), tasks.values.float(), num_support=tasks.num_support
     )
 
 
 def system(kind: type[ph.systems.System], points: int = 6, **options: Any) -> Any:
-    """One of the library's, with few times."""
-    made = kind(**options)
-    made.points = points
-    return made
+    """Build a system of the library, observed at few times."""
+    short = kind(**options)
+    short.points = points
+    return short
 
 
 SYSTEMS = {
@@ -164,3 +176,13 @@ def exact(
     precision = torch.diag(weight) + torch.einsum("tn,ni,nj->tij", w, design, design)
     right = weight * centre + torch.einsum("tn,ni,tn->ti", w, design, x.flatten(1))
     return Exact(torch.linalg.solve(precision, right), torch.linalg.inv(precision))
+
+
+@contextmanager
+def without_type_checks() -> Iterator[None]:
+    """Run the library as users do: only its own messages refuse a wrong type."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        yield
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)

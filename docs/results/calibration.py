@@ -26,7 +26,7 @@ POINTS, NOISE, SEED = 25, 0.05, 0
 class Spring(ph.HybridModel):
     """x'' = -rate x - drag x', both known to be positive."""
 
-    def __init__(self, evidence: ph.Linearised | None) -> None:
+    def __init__(self, evidence: ph.GaussNewton | None) -> None:
         super().__init__()
         self.prior = ph.SupportPrior(
             encoder(), evidence, rate=ph.families.LogNormal(1), drag=ph.families.LogNormal(1)
@@ -70,7 +70,7 @@ def springs(systems: int) -> ph.Tasks:
 def train(computed: bool, tasks: ph.Tasks, steps: int) -> tuple[Spring, ph.AmortizedGuide]:
     """One of the two ways to read them."""
     torch.manual_seed(SEED)
-    evidence = ph.Linearised(3) if computed else None
+    evidence = ph.GaussNewton(3) if computed else None
     model = Spring(evidence)
     guide = ph.AmortizedGuide(model.prior, None if computed else encoder(), evidence)
     ph.meta_train(model, guide, tasks, steps=steps, batch_size=32, learning_rate=5e-3, seed=SEED)
@@ -128,7 +128,7 @@ def main() -> None:
     check("encoder", *train(False, tasks, 1 if choice.fast else 300))
     model, guide = train(True, tasks, 1 if choice.fast else 100)
     check("computed", model, guide)
-    model.prior.evidence = guide.evidence = ph.Linearised(5, restarts=8)
+    model.prior.evidence = guide.evidence = ph.GaussNewton(5, restarts=8)
     check("restarts", model, guide)
     numbers |= {
         "seed": SEED,

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyro_hybrid.beliefs.belief import Belief
 from pyro_hybrid.data.segments import truncate
-from pyro_hybrid.evidence.gauss_newton import Belief, Linearised, Problem, _better
+from pyro_hybrid.evidence.gauss_newton import GaussNewton
+from pyro_hybrid.evidence.least_squares import LeastSquares
 from pyro_hybrid.models import MetaHybridVAE
 from pyro_hybrid.nets.correction import projection_penalty
 from pyro_hybrid.nets.hybrid_field import Force
@@ -78,7 +80,7 @@ class Driven(MetaHybridVAE):
     def __init__(
         self,
         system: ForcedPendulum,
-        evidence: Linearised | None = None,
+        evidence: GaussNewton | None = None,
         *,
         units: int = 1,
         size: float = 20.0,
@@ -109,7 +111,7 @@ class Driven(MetaHybridVAE):
         )
 
 
-class Growing(Linearised):
+class Growing(GaussNewton):
     """Computed evidence for a fast oscillation: on the beginnings of trajectories first, then on more and more of them.
 
     Of a short time the frequency is known roughly, and found from far away; with it, that of a longer one is near.
@@ -127,11 +129,11 @@ class Growing(Linearised):
         self.horizons = tuple(horizons)
 
     @torch.no_grad()
-    def __call__(self, problem: Problem, start: Tensor) -> Belief:
+    def __call__(self, problem: LeastSquares, start: Tensor) -> Belief:
         """The posterior of a problem's latents to second order."""
         last = problem.episode.query.times.shape[-1] - 1
         for horizon, group in itertools.groupby(h for h in self.horizons if h < last):
-            part = Problem(
+            part = LeastSquares(
                 problem.program,
                 problem.episode.map_shots(partial(truncate, num_intervals=horizon)),
                 problem.families,

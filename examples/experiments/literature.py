@@ -25,7 +25,7 @@ from experiments.tables import markdown, spread
 from experiments.trained import HELD_OUT, HELD_OUT_SEED, SHOTS, Trained, exactly
 from pyro_hybrid.data.episode import Episode
 from pyro_hybrid.data.tasks import Tasks
-from pyro_hybrid.evidence.gauss_newton import Linearised
+from pyro_hybrid.evidence.gauss_newton import GaussNewton
 from pyro_hybrid.scores.mcc import mcc
 from pyro_hybrid.scores.separability import disentangle
 from pyro_hybrid.systems import ForcedPendulum
@@ -120,7 +120,7 @@ def _run(seed: int, choice: Choice) -> Result:
 
 
 def _trained(
-    system: ForcedPendulum, learn: Tasks, stages: Sequence[Stage], seed: int, final: Linearised
+    system: ForcedPendulum, learn: Tasks, stages: Sequence[Stage], seed: int, final: GaussNewton
 ) -> Trained:
     """From beginnings to whole trajectories.
 
@@ -130,7 +130,7 @@ def _trained(
     began = time.process_time()
     torch.manual_seed(seed)
     model = Driven(system, correction=CORRECTION, noise=NOISE)
-    guide = model.guide(Linearised(1))
+    guide = model.guide(GaussNewton(1))
     model.prior.spread.fill_(0.1)
     for stage in stages:
         model.prior.evidence = Growing(stage.iterations, horizons=BEGINNINGS)
@@ -148,7 +148,7 @@ def _trained(
             progress=False,
         )
     model.prior.spread.fill_(1.0)
-    model.prior.evidence, guide.evidence = final, Linearised(2)
+    model.prior.evidence, guide.evidence = final, GaussNewton(2)
     return Trained(OURS, model.eval(), guide.eval(), fit, time.process_time() - began)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_hybrid.data.tasks import Tasks
-from pyro_hybrid.evidence.gauss_newton import Linearised
+from pyro_hybrid.evidence.gauss_newton import GaussNewton
 from pyro_hybrid.inference.guide import AmortizedGuide
 from pyro_hybrid.models import MetaHybridVAE
 from pyro_hybrid.nets.residual import Residual
@@ -77,10 +77,10 @@ def trained(
     torch.manual_seed(seed)
     model = MetaHybridVAE(
         RecordedDoublePendulum(float(classical.point_mass[1])),
-        Linearised(1, segments=(7, 7)),
+        GaussNewton(1, segments=(7, 7)),
         noise=1.0,
     )
-    guide = model.guide(Linearised(1))
+    guide = model.guide(GaussNewton(1))
     _for_friction_alone(model.residual)
 
     def credit(
@@ -101,7 +101,7 @@ def trained(
         progress=progress,
         callback=credit,
     )
-    model.prior.evidence = Linearised(3, segments=(7, 7))  # for the final answer
+    model.prior.evidence = GaussNewton(3, segments=(7, 7))  # for the final answer
     return model, guide, fit
 
 

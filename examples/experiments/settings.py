@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from pyro_hybrid.evidence.gauss_newton import Linearised
+from pyro_hybrid.evidence.gauss_newton import GaussNewton
 from pyro_hybrid.systems import AdvectionDiffusion, DoublePendulum, Pendulum, System
 from pyro_hybrid.training.loop import Length
 
@@ -22,7 +22,7 @@ class Sharpening(NamedTuple):
     steps: int
     batch_size: int
     width: float
-    reading: Linearised
+    reading: GaussNewton
     memory: float = 0.9
     misread: float = 10.0
 
@@ -41,7 +41,7 @@ class Setting(NamedTuple):
     average: float = 0.2
     segments: int | None = None
     correction: float = 0.0
-    evidence: tuple[Linearised, Linearised] | None = None
+    evidence: tuple[GaussNewton, GaussNewton] | None = None
     sharpening: Sharpening | None = None
 
 
@@ -56,8 +56,8 @@ class Case(NamedTuple):
     ours: Setting
     vae: Setting
     aphynity: Setting
-    final: Linearised
-    query: Linearised
+    final: GaussNewton
+    query: GaussNewton
 
     def setting(self, model: str) -> Setting:
         """What a model is trained with."""
@@ -82,7 +82,7 @@ CASES = {
             {0.0: 1},
             segments=8,
             correction=30.0,
-            sharpening=Sharpening(24, 32, 0.02, Linearised(2, segments=(2, 2, 7)), 0.95),
+            sharpening=Sharpening(24, 32, 0.02, GaussNewton(2, segments=(2, 2, 7)), 0.95),
         ),
         vae=Setting({"latents": 4, "noise": 10.0}, 1500, 48, 3e-3, {0.0: 1}, segments=8),
         aphynity=Setting(
@@ -93,8 +93,8 @@ CASES = {
             {0.0: 1},
             segments=8,
         ),
-        final=Linearised(3, segments=(2, 2, 2, 7), restarts=4),
-        query=Linearised(2),
+        final=GaussNewton(3, segments=(2, 2, 2, 7), restarts=4),
+        query=GaussNewton(2),
     ),
     "double pendulum": Case(
         DoublePendulum,
@@ -107,15 +107,15 @@ CASES = {
             {0.0: 7, 0.4: 14},
             0.3,
             correction=1000.0,
-            evidence=(Linearised(1, segments=(7, 7)), Linearised(1)),
-            sharpening=Sharpening(6, 32, 0.1, Linearised(2, segments=(7, 7))),
+            evidence=(GaussNewton(1, segments=(7, 7)), GaussNewton(1)),
+            sharpening=Sharpening(6, 32, 0.1, GaussNewton(2, segments=(7, 7))),
         ),
         vae=Setting({"linear": True, "noise": 10.0}, 1500, 48, 3e-3, {0.0: 1, 0.5: 7}, segments=8),
         aphynity=Setting(
             {"noise": 10.0, "growth": 100.0}, 3000, 48, 3e-3, {0.0: 1, 0.5: 7}, segments=8
         ),
-        final=Linearised(3, segments=(7, 7)),
-        query=Linearised(2),
+        final=GaussNewton(3, segments=(7, 7)),
+        query=GaussNewton(2),
     ),
     "rod": Case(
         AdvectionDiffusion,
@@ -128,11 +128,11 @@ CASES = {
             {0.0: 7},
             segments=8,
             correction=1e5,
-            sharpening=Sharpening(6, 16, 0.1, Linearised(2, segments=(7,))),
+            sharpening=Sharpening(6, 16, 0.1, GaussNewton(2, segments=(7,))),
         ),
         vae=Setting({"linear": True, "noise": 10.0}, 1000, 16, 3e-3, {0.0: 7}, segments=8),
         aphynity=Setting({"noise": 10.0, "growth": 100.0}, 2000, 16, 3e-3, {0.0: 7}, segments=8),
-        final=Linearised(2, segments=(7,)),
-        query=Linearised(1),
+        final=GaussNewton(2, segments=(7,)),
+        query=GaussNewton(1),
     ),
 }

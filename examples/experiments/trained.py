@@ -13,6 +13,7 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
+from pyro_hybrid.training.refinement import sharpen
 from torch import Tensor
 
 from experiments.run import Choice, slug
@@ -21,8 +22,9 @@ from pyro_hybrid.data.episode import Episode
 from pyro_hybrid.data.shots import Shots
 from pyro_hybrid.data.tasks import Tasks
 from pyro_hybrid.dynamics.modes import nan_on_failure
-from pyro_hybrid.evidence.gauss_newton import Linearised, Problem
-from pyro_hybrid.inference.posterior import calibrate, draws, predict
+from pyro_hybrid.evidence.gauss_newton import GaussNewton
+from pyro_hybrid.evidence.least_squares import LeastSquares
+from pyro_hybrid.inference.draws import draws, predict
 from pyro_hybrid.inference.prior import SupportPrior, handed_out
 from pyro_hybrid.models import APHYNITY, HybridVAE, MetaHybridVAE
 from pyro_hybrid.programs.fix_gauge import fix_gauge
@@ -31,7 +33,6 @@ from pyro_hybrid.shapes import Stock
 from pyro_hybrid.systems import System
 from pyro_hybrid.training.checkpoint import Fit, load
 from pyro_hybrid.training.meta_train import meta_train
-from pyro_hybrid.training.refinement import sharpen
 
 __all__ = ["Trained", "data", "exactly", "learnt", "sharpened", "taught", "trained"]
 
@@ -68,7 +69,7 @@ class Trained:
     guide: Any
     fit: Fit
     processor_seconds: float  # of its training
-    reading: Linearised | None = None
+    reading: GaussNewton | None = None
 
     @property
     def system(self) -> System:
@@ -111,7 +112,7 @@ class Trained:
                 x.expand(support.shape[0], *x.shape[-n:])
                 for n, x in enumerate(prior.gaussian(None), 1)
             )
-            problem = Problem(self.model, Episode(None, support), prior.sites, mean, precision)
+            problem = LeastSquares(self.model, Episode(None, support), prior.sites, mean, precision)
             start = torch.cat(
                 [prior.sites[name].unconstrained(x) for name, x in found.items()], -1
             ).mean(0)
@@ -189,7 +190,7 @@ def learnt(
             cost.write_text(json.dumps(seconds))
     out = Trained(model, made.eval(), guide.eval(), fit, seconds)
     final = (
-        Linearised(case.final.iterations, segments=case.final.segments) if fast else case.final
+        GaussNewton(case.final.iterations, segments=case.final.segments) if fast else case.final
     )  # no restarts
     if model in (OURS, DEAF):
         fix_gauge(made, learn[:200])

@@ -33,7 +33,7 @@ from experiments.settings import CASES, OURS, Sharpening
 from experiments.tables import grouped, markdown, spread
 from experiments.trained import SHOTS, Trained, data, learnt, sharpened, taught, trained
 from pyro_hybrid.data.tasks import Tasks
-from pyro_hybrid.evidence.gauss_newton import Linearised
+from pyro_hybrid.evidence.gauss_newton import GaussNewton
 from pyro_hybrid.models import MetaHybridVAE
 from pyro_hybrid.scores.mcc import mcc
 from pyro_hybrid.scores.separability import disentangle
@@ -47,12 +47,12 @@ PAIRED = CASE.ours._replace(
     batch_size=192, sharpening=None
 )  # of two trajectories: one shot to explain, not four
 # What isn't of one system costs more than three times what others do, and teaches nothing.
-BETTER = Sharpening(4, 128, 0.05, Linearised(2, segments=(2, 2, 7)), misread=3.0)
+BETTER = Sharpening(4, 128, 0.05, GaussNewton(2, segments=(2, 2, 7)), misread=3.0)
 CAREFUL = CASE._replace(
     ours=CASE.ours._replace(sharpening=(CASE.ours.sharpening or BETTER)._replace(misread=3.0))
 )
-READING = Linearised(3, segments=(2, 2, 2, 7))
-TINY = Linearised(1)
+READING = GaussNewton(3, segments=(2, 2, 2, 7))
+TINY = GaussNewton(1)
 INDEPENDENCE = 30.0
 PIECES = 2
 

@@ -116,6 +116,19 @@ class Family(ABC):
     def gaussian(self, natural: Natural) -> tuple[Latent, Latent]:
         """Mean and standard deviation of u: (..., n, k) -> (..., n) twice."""
 
+    def information(self, natural: Natural) -> tuple[Latent, Tensor]:
+        """Mean and precision of u, in float64: (..., n, k) -> (..., n) and (..., n, n)."""
+        mean, scale = self.gaussian(natural)
+        return mean.double(), torch.diag_embed(scale.double() ** -2)
+
+    def from_covariance(self, mean: Latent, covariance: Tensor) -> Natural:
+        """The member with these moments of u: (..., n) and (..., n, n) -> (..., n, k).
+
+        Families of independent components take the diagonal.
+        """
+        scale = covariance.diagonal(dim1=-2, dim2=-1).sqrt()
+        return self.from_gaussian(mean, scale.to(mean.dtype))
+
     def distribution(self, natural: Natural) -> Stock:
         """The stock Pyro distribution with parameter λ: (..., n, k) -> batch shape (...), event shape (n,)."""
         self._require_shape(natural)
@@ -470,6 +483,14 @@ class FullNormal(Family):
         """Mean and standard deviation of each component's marginal: (..., n, 1 + n) -> (..., n) twice."""
         mean, covariance = _moments(natural)
         return mean, covariance.diagonal(dim1=-2, dim2=-1).sqrt()
+
+    def information(self, natural: Natural) -> tuple[Latent, Tensor]:
+        precision = _precision(natural.double())
+        return torch.linalg.solve(precision, natural[..., 0].double()), precision
+
+    def from_covariance(self, mean: Latent, covariance: Tensor) -> Natural:
+        precision = torch.cholesky_inverse(torch.linalg.cholesky(covariance))
+        return self.from_precision(mean, precision.to(mean.dtype))
 
     def from_raw(self, raw: Natural) -> Natural:
         r"""Any reals -> λ of a proper member that float32 can factorise: (..., n, 1 + n) -> (..., n, 1 + n).

@@ -19,10 +19,10 @@ from pyro_hybrid.diagnostics import simulate
 from pyro_hybrid.diagnostics.ranks import Array, Latent, judge, share
 from pyro_hybrid.dynamics.modes import nan_on_failure
 from pyro_hybrid.errors import require
-from pyro_hybrid.evidence.gauss_newton import Program
 from pyro_hybrid.identifiability.check import Check, Status, Threshold, judged
-from pyro_hybrid.inference.posterior import pareto_k
+from pyro_hybrid.inference.importance import pareto_k
 from pyro_hybrid.programs.module import local_parameters
+from pyro_hybrid.programs.run import Program
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from pyro_hybrid.data.episode import Episode
 from pyro_hybrid.data.shots import Shots
 from pyro_hybrid.errors import require
-from pyro_hybrid.evidence.gauss_newton import Program, Site, random_sites
+from pyro_hybrid.programs.run import Program
+from pyro_hybrid.programs.sites import Site, random_sites
 
 __all__ = [
     "ROUNDING",

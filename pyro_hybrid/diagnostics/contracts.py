@@ -34,7 +34,7 @@ from pyro_hybrid.diagnostics.case import (
     sites_of,
     support_of,
 )
-from pyro_hybrid.inference.posterior import to_arviz
+from pyro_hybrid.inference.to_arviz import to_arviz
 from pyro_hybrid.programs.module import require_local
 
 __all__ = ["STAGES", "Contract"]

@@ -20,9 +20,10 @@ from pyro_hybrid.data.shots import Shots
 from pyro_hybrid.data.tasks import Tasks
 from pyro_hybrid.diagnostics.ranks import Array
 from pyro_hybrid.errors import require
-from pyro_hybrid.evidence.gauss_newton import Program, Site, bare, random_sites
 from pyro_hybrid.identifiability.task_beliefs import names_of
-from pyro_hybrid.inference.posterior import draws
+from pyro_hybrid.inference.draws import draws
+from pyro_hybrid.programs.run import Program
+from pyro_hybrid.programs.sites import Site, random_sites, unwrap
 from pyro_hybrid.shapes import Stock
 
 __all__ = ["BATCH", "Scores", "batches", "simulations"]
@@ -164,7 +165,7 @@ def _ranked(values: Tensor) -> Tensor:
 
 def _uncoiled(values: Tensor, fn: Stock) -> Tensor:
     """Angles as numbers: their circle is cut opposite to their mean."""
-    if not isinstance(bare(fn, None)[0], dist.VonMises):
+    if not isinstance(unwrap(fn, None)[0], dist.VonMises):
         return values
     centre = torch.atan2(values.sin().mean(0), values.cos().mean(0))
     return torch.remainder(values - centre + math.pi, 2 * math.pi) - math.pi

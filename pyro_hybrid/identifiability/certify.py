@@ -13,7 +13,6 @@ from tqdm.auto import tqdm
 
 from pyro_hybrid.data.tasks import Tasks
 from pyro_hybrid.errors import require
-from pyro_hybrid.evidence.gauss_newton import Program
 from pyro_hybrid.identifiability.certificate import Certificate
 from pyro_hybrid.identifiability.check import Check, unchecked
 from pyro_hybrid.identifiability.efficiency import efficiency, judge_efficiency
@@ -29,6 +28,7 @@ from pyro_hybrid.identifiability.variability import (
     too_few,
     variability,
 )
+from pyro_hybrid.programs.run import Program
 from pyro_hybrid.scores.ambiguity import ambiguity, judge_ambiguity
 from pyro_hybrid.scores.separability import judge_separability, separable
 

@@ -11,10 +11,11 @@ from torch import Tensor
 from pyro_hybrid.data.episode import Episode
 from pyro_hybrid.data.tasks import Tasks
 from pyro_hybrid.errors import require
-from pyro_hybrid.evidence.gauss_newton import Program, information
+from pyro_hybrid.evidence.least_squares import fisher_information
 from pyro_hybrid.identifiability.check import Check, Interval, Threshold, judged, unchecked
 from pyro_hybrid.identifiability.fisher import posed
 from pyro_hybrid.identifiability.task_beliefs import Reading, names_of
+from pyro_hybrid.programs.run import Program
 
 __all__ = ["Efficiency", "efficiency", "judge_efficiency"]
 
@@ -73,7 +74,7 @@ def efficiency(
     )
     support = tasks.shots(slice(0, reading.shots))
     problem = posed(program, Episode(support, support), reading, mean[0])
-    fisher, spread = information(problem, mean[0]), reading.spread()[1]
+    fisher, spread = fisher_information(problem, mean[0]), reading.spread()[1]
     inverse = torch.linalg.pinv(fisher, hermitian=True)
     blind = torch.linalg.eigvalsh(fisher * spread * spread.unsqueeze(-1))[:, 0] < BLIND**2
     if truth is None:
@@ -150,6 +151,6 @@ def judge_efficiency(found: Efficiency) -> Check:
         interval,
         RATIO,
         why,
-        "Read supports with evidence=ph.Linearised(...), with restarts for tasks in a wrong optimum; "
+        "Read supports with evidence=ph.GaussNewton(...), with restarts for tasks in a wrong optimum; "
         "what remains is the neural term's own error.",
     )

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from pyro_hybrid.beliefs.belief import Gaussian
 from pyro_hybrid.data.episode import Episode
-from pyro_hybrid.evidence.gauss_newton import Problem, Program, information
+from pyro_hybrid.evidence.least_squares import LeastSquares, fisher_information
 from pyro_hybrid.identifiability.check import Check, Threshold, judged
 from pyro_hybrid.identifiability.task_beliefs import Reading, in_double
 from pyro_hybrid.identifiability.variability import culprits
-from pyro_hybrid.inference.posterior import draws
-from pyro_hybrid.inference.prior import SupportPrior
+from pyro_hybrid.inference.draws import draws
+from pyro_hybrid.programs.run import Program
 
 __all__ = ["Fisher", "fisher", "judge_fisher", "posed"]
 
@@ -40,18 +40,15 @@ class Fisher(NamedTuple):
     weakest: Tensor
 
 
-def posed(program: Program, episode: Episode, reading: Reading, points: Tensor) -> Problem:
+def posed(program: Program, episode: Episode, reading: Reading, points: Tensor) -> LeastSquares:
     """The program on these trajectories as a least-squares problem in float64, around points (task, latent).
 
     There is no prior in it, or hardly any: a billionth of a latent's spread over systems.
     """
-    modules = program.modules() if isinstance(program, nn.Module) else ()
-    if any(isinstance(module, SupportPrior) and module.evidence for module in modules):
-        episode = replace(
-            episode, support=None
-        )  # latents are given, and reading it again would take longest
-    flat = torch.diag_embed(1e-9 * reading.spread()[1].square().reciprocal().expand_as(points))
-    return Problem(in_double(program), episode.double(), reading.families, points, flat)
+    spread = reading.spread()[1]
+    flat = torch.diag_embed((1e-9 / spread.square()).expand_as(points))
+    belief = Gaussian.around(reading.families, points, flat)
+    return LeastSquares(in_double(program), episode.query.double(), belief, spread)
 
 
 @torch.no_grad()
@@ -77,7 +74,7 @@ def fisher(model: Program, guide: Program, episode: Episode, reading: Reading) -
     spread = reading.spread()[1]
     problem = posed(model, episode, reading, points[0])
     scaled = (
-        torch.stack([information(problem, point) for point in points])
+        torch.stack([fisher_information(problem, point) for point in points])
         * spread
         * spread.unsqueeze(-1)
     )

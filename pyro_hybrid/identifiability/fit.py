@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from pyro_hybrid.data.episode import Episode
-from pyro_hybrid.evidence.gauss_newton import Program, observed
 from pyro_hybrid.identifiability.check import Check, Threshold, judged, unchecked
-from pyro_hybrid.inference.posterior import draws
+from pyro_hybrid.inference.draws import draws
 from pyro_hybrid.programs.module import local_parameters
+from pyro_hybrid.programs.run import Program, run_at
 
 __all__ = ["Misfit", "judge_fit", "misfit"]
 
@@ -51,7 +51,7 @@ def misfit(model: Program, guide: Program, episode: Episode, *, num_samples: int
     }
     total, count = torch.zeros(2, episode.query.shape[0], dtype=torch.float64)
     with local_parameters():
-        sites = observed(model, episode, middle)[0]
+        sites = run_at(model, episode, middle).observations
     for site in sites:
         error = ((site.value - site.mean) / site.scale).square().double().expand(site.value.shape)
         counts = site.mask.expand_as(error)

@@ -10,10 +10,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_hybrid.data.episode import Episode
-from pyro_hybrid.evidence.gauss_newton import Linearised, Point, Problem, Program
+from pyro_hybrid.evidence.gauss_newton import GaussNewton
+from pyro_hybrid.evidence.least_squares import Iterate, LeastSquares
 from pyro_hybrid.identifiability.check import Check, Interval, Threshold, judged
 from pyro_hybrid.identifiability.fisher import Fisher, posed
 from pyro_hybrid.identifiability.task_beliefs import Reading
+from pyro_hybrid.programs.run import Program
 
 __all__ = ["Twins", "judge_twins", "twins"]
 
@@ -47,30 +49,32 @@ class Twins(NamedTuple):
     hunts: int
 
 
-class _Against(Problem):
+class _Against(LeastSquares):
     """A problem whose observations are the program's own noise-free trajectories at a point."""
 
-    def __init__(self, problem: Problem, task: Tensor) -> None:
-        self.__dict__.update(problem.__dict__)
-        self._there, self._shot = (
-            problem.errors(task.unsqueeze(0), problem.shot_mean.unsqueeze(0)),
-            problem.shot_mean,
-        )
+    def __init__(self, problem: LeastSquares, task: Tensor) -> None:
+        super().__init__(problem.program, problem.shots, problem.belief, problem.unit)
+        self._there = problem.residuals(task.unsqueeze(0), problem.shot_mean.unsqueeze(0))
+        self._shot = problem.shot_mean
         self._held = problem.m > HELD
         if self._held:
-            self.m, self.shot_mean, self.shot_weight = (
-                0,
-                self.shot_mean[..., :0],
-                self.shot_weight[..., :0],
-            )
+            self.m = 0
+            self.shot_mean = self.shot_mean[..., :0]
+            self.shot_precision = self.shot_precision[..., :0]
 
-    def errors(self, task: Tensor, shot: Tensor) -> Tensor:
-        return super().errors(task, self._shot.unsqueeze(0) if self._held else shot) - self._there
+    def values(self, task: Tensor, shot: Tensor) -> dict[str, Tensor]:
+        if not self._held:
+            return super().values(task, shot)
+        parts = self._shot.split(list(self.shot_sizes.values()), -1)
+        return super().values(task, shot) | dict(zip(self.shot_sizes, parts, strict=True))
+
+    def residuals(self, task: Tensor, shot: Tensor) -> Tensor:
+        return super().residuals(task, shot) - self._there
 
     def distance(self, task: Tensor) -> Tensor:
         """Between the trajectories there and at the point, in standard deviations of the noise."""
         return (
-            self.errors(task.unsqueeze(0), self.shot_mean.unsqueeze(0))[0]
+            self.residuals(task.unsqueeze(0), self.shot_mean.unsqueeze(0))[0]
             .square()
             .sum((1, 2))
             .sqrt()
@@ -118,9 +122,9 @@ def twins(
     )
 
 
-def _descend(problem: Problem, start: Tensor) -> Point:
+def _descend(problem: LeastSquares, start: Tensor) -> Iterate:
     """To a minimum, or for so many rounds: those that return to the point itself are quick."""
-    hunter = Linearised()
+    hunter = GaussNewton()
     end = hunter.descend(problem, start, ITERATIONS)
     for _ in range(ROUNDS - 1):
         before, end = end, hunter.descend(problem, end.task, ITERATIONS, end.shot)

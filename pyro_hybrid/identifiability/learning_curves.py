@@ -13,8 +13,8 @@ from tqdm.auto import tqdm
 
 from pyro_hybrid.data.tasks import Tasks
 from pyro_hybrid.errors import require
-from pyro_hybrid.evidence.gauss_newton import Program
 from pyro_hybrid.identifiability.task_beliefs import names_of, read
+from pyro_hybrid.programs.run import Program
 from pyro_hybrid.scores.mcc import mcc
 
 __all__ = ["Curve", "how_many", "shots_curve", "tasks_curve"]

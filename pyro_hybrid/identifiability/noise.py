@@ -12,9 +12,10 @@ from torch import distributions as td
 
 from pyro_hybrid.data.episode import Episode
 from pyro_hybrid.dynamics.modes import nan_on_failure
-from pyro_hybrid.evidence.gauss_newton import Program, bare, random_sites
 from pyro_hybrid.identifiability.check import Check, unchecked
 from pyro_hybrid.programs.module import local_parameters
+from pyro_hybrid.programs.run import Program
+from pyro_hybrid.programs.sites import random_sites, unwrap
 
 __all__ = ["CHARACTERISTIC", "Noise", "judge_noise", "noise"]
 
@@ -72,7 +73,7 @@ def _observed(program: Program, episode: Episode) -> dict[str, td.Distribution]:
     with local_parameters(), nan_on_failure(), poutine.block():
         trace = poutine.trace(program).get_trace(episode)
     return {
-        name: bare(site["fn"], None)[0]
+        name: unwrap(site["fn"], None)[0]
         for name, site in random_sites(trace).items()
         if site["is_observed"]
     }

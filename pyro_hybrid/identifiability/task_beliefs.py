@@ -18,9 +18,10 @@ from pyro_hybrid.data.episode import Episode
 from pyro_hybrid.data.tasks import Tasks
 from pyro_hybrid.dynamics.modes import nan_on_failure
 from pyro_hybrid.errors import fail, require
-from pyro_hybrid.evidence.gauss_newton import Program, bare, random_sites
 from pyro_hybrid.inference.prior import Prior
 from pyro_hybrid.programs.module import local_parameters
+from pyro_hybrid.programs.run import Program
+from pyro_hybrid.programs.sites import random_sites, unwrap
 from pyro_hybrid.shapes import Stock
 
 __all__ = ["Reading", "in_double", "names_of", "read"]
@@ -181,9 +182,9 @@ def _task_sites(program: Program, episode: Episode) -> dict[str, Stock]:
 def _family(program: Program, name: str, fn: Stock) -> Family:
     """What the program's own prior says the site's family is; without one, what its distribution's type says."""
     for module in program.modules() if isinstance(program, nn.Module) else ():
-        if isinstance(module, Prior) and name in module.sites:
-            return module.sites[name]
-    stock, components = bare(fn, None)[0], int((fn.batch_shape + fn.event_shape)[-1])
+        if isinstance(module, Prior) and name in module.families:
+            return module.families[name]
+    stock, components = unwrap(fn, None)[0], int((fn.batch_shape + fn.event_shape)[-1])
     for family in KNOWN:
         if isinstance(stock, family._stock.__bases__[0]):
             return family(components)

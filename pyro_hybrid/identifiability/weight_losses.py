@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import pyro
 import torch
 from pyro.infer import TraceMeanField_ELBO
+from pyro.infer.elbo import ELBOModule
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from pyro_hybrid.data.episode import Episode
 from pyro_hybrid.errors import require
+from pyro_hybrid.evidence.protocol import Evidence, Fixed
+from pyro_hybrid.evidence.settings import encoder_of
 from pyro_hybrid.identifiability.meta_parameters import Losses, Shapes, require_few
 from pyro_hybrid.inference.guide import AmortizedGuide
 from pyro_hybrid.inference.prior import SupportPrior
-from pyro_hybrid.programs.module import local_parameters, require_local
+from pyro_hybrid.programs.module import local_parameters, require_local, with_belief
 
 __all__ = ["Weights", "weights_of"]
 
@@ -75,8 +77,9 @@ def weights_of(
     )
     require_few(sum(sizes), shapes)
     module.requires_grad_(False)
-    _freeze(module)
-    tasks = [episode.double().select_tasks(i) for i in range(episode.query.shape[0])]
+    episodes = [episode.double().select_tasks(i) for i in range(episode.query.shape[0])]
+    with torch.no_grad(), local_parameters():
+        tasks = [_freeze(module, one) for one in episodes]
 
     def losses(flat: Tensor) -> Tensor:
         values = {
@@ -86,14 +89,12 @@ def weights_of(
         devices = range(torch.cuda.device_count())
         with local_parameters(), pyro.validation_enabled(False), torch.random.fork_rng(devices):
             torch.manual_seed(seed)
-            return torch.stack([functional_call(module, values, (task,)) for task in tasks])
+            return torch.stack([_loss(module, values, *task) for task in tasks])
 
     at, others = (
         torch.cat([p.detach().flatten() for p in chosen.values()]),
         len(trained) - len(chosen),
     )
-    with torch.no_grad():
-        losses(at)  # computed evidence is that of this point from now on
     return Weights(
         losses, at, shapes, f"{others} other parameter tensors of model and guide" if others else ""
     )
@@ -109,7 +110,8 @@ def _chosen(
             id(p)
             for prior in module.modules()
             if isinstance(prior, SupportPrior)
-            for p in (*prior.encoder.parameters(), *prior.head.parameters())
+            if prior.network is not None
+            for p in prior.network.parameters()
         }
         chosen = {
             name: p
@@ -140,13 +142,37 @@ def _chosen(
     return chosen
 
 
-def _freeze(module: nn.Module) -> None:
-    """Computed evidence stays as of its first use: no gradient flows through it, so its values mustn't move either."""
-    for part in module.modules():
-        if isinstance(part, SupportPrior) and part.evidence is not None:
-            part.__dict__["belief"] = functools.cache(part.belief)
-        if isinstance(part, AmortizedGuide) and part.evidence is not None:
-            part.__dict__["_computed"] = functools.cache(part._computed)
+def _freeze(module: ELBOModule, episode: Episode) -> tuple[Episode, Evidence | None]:
+    """Compute evidence once: no gradient flows through it, so its values mustn't move either.
+
+    Returns the episode with its belief if the prior's evidence is computed, and the guide's increment as fixed evidence
+    if the guide's is.
+    """
+    model, guide = module.model, module.guide
+    before = with_belief(model, episode)
+    fixed = None
+    if isinstance(guide, AmortizedGuide) and encoder_of(guide.evidence) is not guide.evidence:
+        belief = before.belief if before.belief is not None else guide.prior.population()
+        belief = belief.expand(episode.query.shape[0])
+        fixed = Fixed(guide.evidence(belief, episode.query, model, given=episode.support))
+    prior = getattr(model, "prior", None)
+    is_computed = (
+        isinstance(prior, SupportPrior) and encoder_of(prior.evidence) is not prior.evidence
+    )
+    return (before if is_computed else episode), fixed
+
+
+def _loss(
+    module: ELBOModule, values: dict[str, Tensor], episode: Episode, fixed: Evidence | None
+) -> Tensor:
+    if fixed is None:
+        return functional_call(module, values, (episode,))
+    own = module.guide.evidence
+    module.guide.evidence = fixed
+    try:
+        return functional_call(module, values, (episode,))
+    finally:
+        module.guide.evidence = own
 
 
 def _short(name: str) -> str:

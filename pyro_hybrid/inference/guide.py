@@ -1,4 +1,4 @@
-"""AmortizedGuide: the prior's natural parameters plus the query's evidence."""
+"""AmortizedGuide: the prior's belief plus the evidence of the query."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyro_hybrid.data.tasks import Episode
+from pyro_hybrid.beliefs.belief import Belief, Gaussian
+from pyro_hybrid.beliefs.quadratic import Quadratic
+from pyro_hybrid.data.episode import Episode
 from pyro_hybrid.dynamics.modes import skip_integration
-from pyro_hybrid.errors import require
-from pyro_hybrid.evidence.gauss_newton import Belief, Linearised, Problem, observed
-from pyro_hybrid.inference.prior import Prior, SupportPrior, handed_out
-from pyro_hybrid.nets.encoders import SetEncoder
-from pyro_hybrid.shapes import Natural, Stock
+from pyro_hybrid.errors import fail
+from pyro_hybrid.evidence.protocol import Evidence
+from pyro_hybrid.evidence.settings import encoder_of
+from pyro_hybrid.inference.prior import Prior, SupportPrior, as_evidence, update
+from pyro_hybrid.programs.run import run_at
+from pyro_hybrid.shapes import Stock
 
 __all__ = ["AmortizedGuide"]
 
@@ -25,144 +28,92 @@ class AmortizedGuide(nn.Module):
 
     .. math:: q(z \mid S, x) \propto \exp \langle T(z), \lambda(S) + \eta(x, S) \rangle
 
-    With ``evidence``, :math:`\eta` is computed from the program, linearised where the encoder points or, without one,
-    around the prior's mean, and the latents of shots (initial states) are drawn from their Gaussian posterior given the
-    task's. Without, the encoder says :math:`\eta`, and the shots' latents keep their prior. Where nothing is observed
-    the guide is the prior.
+    With an encoder, :math:`\eta` is learned, and the latents of shots (such as initial states) keep their prior. With
+    :class:`~pyro_hybrid.GaussNewton`, :math:`\eta` is computed from the program, and the latents of shots are drawn
+    from their Gaussian posterior given the task's. If nothing is observed, the guide is the prior.
 
     Arguments:
-        prior: the model's own prior.
-        encoder: reads the query; not needed with ``evidence``.
-        evidence: :class:`~pyro_hybrid.Linearised`, or None for the encoder alone. It can be set after a training with
-            the encoder, and trains no encoder itself.
+        model: the program, whose attribute ``prior`` is a :class:`~pyro_hybrid.SupportPrior` or an
+            :class:`~pyro_hybrid.UnconditionalPrior`.
+        evidence: how the query is read: an encoder, :class:`~pyro_hybrid.GaussNewton`, or one after the other.
     """
 
-    def __init__(
-        self, prior: Prior, encoder: SetEncoder | None = None, evidence: Linearised | None = None
-    ) -> None:
+    def __init__(self, model: nn.Module, evidence: Evidence | nn.Module) -> None:
         super().__init__()
-        require(
-            encoder is not None or evidence is not None,
-            "an encoder or evidence=ph.Linearised(...)",
-            "neither",
-            "Pass what the query should be read with.",
-        )
-        self.prior, self.encoder, self.evidence = prior, encoder, evidence
-        if encoder is not None:
-            features = encoder.features * (2 if isinstance(prior, SupportPrior) else 1)
-            self.head = nn.Sequential(nn.SiLU(), nn.Linear(features, prior.base.numel()))
+        prior = getattr(model, "prior", None)
+        if not isinstance(prior, Prior):
+            fail(
+                "a model whose attribute `prior` is a SupportPrior or an UnconditionalPrior",
+                f"{type(model).__name__} with prior = {type(prior).__name__}",
+                "Pass the model, and assign self.prior in its __init__.",
+                TypeError,
+            )
+        self.model = model
+        own = encoder_of(prior.evidence) if isinstance(prior, SupportPrior) else None
+        context = None if own is None else own.encoder
+        self.evidence: Evidence = as_evidence(evidence).bind(prior.families, context)
+        self.network = self.evidence.network
 
-    def natural(self, episode: Episode) -> dict[str, Natural]:
-        """Natural parameters λ(S) + η(x, S) of each site."""
-        if episode.query is None:
-            return self.prior.natural(episode.support)
-        if self.evidence is not None:
-            return handed_out(self.prior.sites, self._computed(episode)[1])
-        return self._learned(episode)
+    @property
+    def prior(self) -> Prior:
+        """The model's prior."""
+        return self.model.prior  # type: ignore[return-value]
+
+    def belief(self, episode: Episode) -> Belief:
+        """Belief about the tasks given support and query."""
+        before = episode.belief
+        if before is None:
+            before = self.prior.belief(episode.support, self.model)
+        if episode.query.values is None:
+            return before
+        before = before.expand(episode.query.shape[0])
+        scale = self.prior.interval_scale
+        return update(
+            before, self.evidence, episode.query, self.model, scale, given=episode.support
+        )
 
     def forward(self, episode: Episode) -> dict[str, Tensor]:
         """Sample every latent site of the program."""
-        computed = None
-        if episode.query is None or self.evidence is None:
-            naturals = self.natural(episode)
-        else:
-            computed = self._computed(episode)
-            naturals = handed_out(self.prior.sites, computed[1])
+        belief = self.belief(episode)
         plate = episode.plate
         with plate:
-            values = {
-                name: pyro.sample(name, self.prior.sites[name].distribution(natural))
-                for name, natural in naturals.items()
-            }
-        shots = {} if computed else self._prior_shots(episode, values)
+            values = {name: pyro.sample(name, fn) for name, fn in belief.distributions().items()}
+        if isinstance(belief, Gaussian) and belief.shots is not None:
+            given = belief.shots_given(belief.unconstrained(values))
+            with plate:
+                return values | _sample_shots(given, belief)
+        latents = self._prior_of_shots(episode, values)
         with plate:
-            if computed:
-                return values | self._shots(values, *computed)
-            return values | {name: pyro.sample(name, fn) for name, fn in shots.items()}
+            return values | {name: pyro.sample(name, fn) for name, fn in latents.items()}
 
-    def _learned(self, episode: Episode) -> dict[str, Natural]:
-        assert self.encoder is not None
-        features = self.encoder(episode.canonical)
-        if isinstance(self.prior, SupportPrior):
-            assert episode.support is not None
-            features = torch.cat([features, self.prior.encoder(episode.support.canonical)], -1)
-        naturals = self.prior.natural(episode.support)
-        counts = torch.as_tensor((episode.whole or episode).mask, device=features.device)
-        some = counts.reshape(*counts.shape[:1], -1).any(-1)[
-            ..., None, None
-        ]  # by task, where it isn't said for all
-        return {
-            name: naturals[name] + self.prior.sites[name].evidence(piece).where(some, 0.0)
-            for name, piece in self.prior.pieces(self.head(features)).items()
-        }
-
-    @torch.no_grad()
-    def _computed(self, episode: Episode) -> tuple[Problem, Belief]:
-        assert self.evidence is not None
-        mean, precision = self.prior.gaussian(episode.support)
-        mean, precision = (
-            mean.expand(episode.shape[0], -1),
-            precision.expand(episode.shape[0], -1, -1),
-        )
-        problem = Problem(
-            self.prior.program, replace(episode, support=None), self.prior.sites, mean, precision
-        )
-        start = (
-            mean if self.encoder is None else self.prior.unconstrained(self._learned(episode))[0]
-        )
-        return problem, self.prior.tempered(self.evidence(problem, start), precision)
-
-    def _shots(
-        self, values: dict[str, Tensor], problem: Problem, belief: Belief
-    ) -> dict[str, Tensor]:
-        """Latents of shots, site by site, each given the task's and the sites before it."""
-        if not problem.m:
-            return {}
-        task = torch.cat(
-            [self.prior.sites[name].unconstrained(value) for name, value in values.items()], -1
-        )
-        mean, precision = belief.shots_given(task)
-        drawn = {}
-        for name, size in problem.sizes.items():
-            covariance = torch.linalg.inv(precision)[..., :size, :size]
-            fn = dist.MultivariateNormal(
-                mean[..., :size], scale_tril=_root(covariance).to(mean.dtype)
-            ).to_event(1)
-            drawn[name] = pyro.sample(name, fn)
-            away, cross = drawn[name] - mean[..., :size], precision[..., size:, :size]
-            precision = precision[..., size:, size:]
-            if precision.shape[-1]:
-                shift = torch.linalg.solve(
-                    precision, cross @ away.unsqueeze(-1).to(cross.dtype)
-                ).squeeze(-1)
-                mean = mean[..., size:] - shift.to(mean.dtype)
-        return drawn
-
-    def _prior_shots(self, episode: Episode, values: dict[str, Tensor]) -> dict[str, Stock]:
-        """What the program itself says of its shots' latents."""
-        program = getattr(self.prior, "_program", None)
-        if program is None:
-            return {}
-        episode, values = (
-            replace(episode, support=None),
-            {name: value.detach() for name, value in values.items()},
-        )
+    def _prior_of_shots(self, episode: Episode, values: dict[str, Tensor]) -> dict[str, Stock]:
+        """Distributions that the program itself gives the latents of shots."""
+        query = episode.query
+        if query.values is None:  # what would be observed isn't a latent
+            query = replace(query, values=torch.zeros(query.scored.shape).to(query.times))
+        values = {name: value.detach() for name, value in values.items()}
         with torch.no_grad(), skip_integration():
-            free = single = observed(program, episode, values)[1]
-            if episode.query is None:  # what would be observed is free too, but it has a time axis
-                one = {
-                    name: value.reshape(-1, *value.shape[-2:])[0] for name, value in values.items()
-                }
-                single = observed(program, episode, one)[1]
-        return {
-            name: dist.Normal(*site).to_event(2)
-            for name, site in free.items()
-            if episode.query is not None or single[name].dim() == 4
-        }
+            latents = run_at(self.model, Episode(None, query), values).latents
+        return {name: dist.Normal(*moments).to_event(2) for name, moments in latents.items()}
+
+
+def _sample_shots(given: Quadratic, belief: Gaussian) -> dict[str, Tensor]:
+    """Sample the latents of shots site by site, each given the sites before it."""
+    sizes = belief.shot_sizes or {}
+    draws = {}
+    for name, size in sizes.items():
+        marginal = given.marginal(size)
+        factor = _root(marginal.covariance)
+        fn = dist.MultivariateNormal(
+            marginal.mean.to(belief.dtype), scale_tril=factor.to(belief.dtype)
+        )
+        draws[name] = pyro.sample(name, fn.to_event(1))
+        given = given.condition(draws[name].double())
+    return draws
 
 
 def _root(covariance: Tensor) -> Tensor:
-    """Its Cholesky factor; where rounding has cost it its positive definiteness, that of its diagonal."""
-    root, failed = torch.linalg.cholesky_ex(0.5 * (covariance + covariance.mT))
-    spread = covariance.diagonal(dim1=-2, dim2=-1).abs().sqrt()
-    return torch.where((failed > 0)[..., None, None], torch.diag_embed(spread), root)
+    """Cholesky factor; that of the diagonal if rounding has left the matrix indefinite."""
+    root, failed = torch.linalg.cholesky_ex(covariance)
+    deviations = covariance.diagonal(dim1=-2, dim2=-1).abs().sqrt()
+    return torch.where((failed > 0)[..., None, None], torch.diag_embed(deviations), root)

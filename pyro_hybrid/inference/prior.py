@@ -1,43 +1,43 @@
-"""SupportPrior, conditioned on a few trajectories of the same system, and UnconditionalPrior, deaf to them."""
+"""Priors of a task's latents: a population, and what the support adds to it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
-import pyro
 import torch
-from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor, nn
 
-from pyro_hybrid.beliefs.families import Family, FullNormal
+from pyro_hybrid.beliefs.belief import Belief, Factorized, Gaussian, rescale
+from pyro_hybrid.beliefs.families import Family
 from pyro_hybrid.data.episode import Episode
 from pyro_hybrid.data.shots import Shots
-from pyro_hybrid.errors import fail, require
-from pyro_hybrid.evidence.gauss_newton import Belief, Linearised, Problem, Program
-from pyro_hybrid.nets.encoders import SetEncoder, once
-from pyro_hybrid.shapes import Natural, Stock
+from pyro_hybrid.errors import require
+from pyro_hybrid.evidence.encoder import Encoder
+from pyro_hybrid.evidence.protocol import Evidence
+from pyro_hybrid.programs.run import Program
+from pyro_hybrid.shapes import Stock
 
-__all__ = ["Prior", "SupportPrior", "UnconditionalPrior"]
+__all__ = ["Prior", "SupportPrior", "UnconditionalPrior", "as_evidence", "update"]
 
 
 class Prior(nn.Module):
-    """The common face: natural parameters of every task-level site, as distributions or as one Gaussian.
+    """A learned population of tasks: one exponential family for each site of the program.
 
     Arguments:
-        sites: one exponential family for each Pyro site, by name.
+        families: the family of each Pyro site, by name.
     """
 
-    spread: Tensor
+    interval_scale: Tensor
 
-    def __init__(self, sites: Mapping[str, Family]) -> None:
+    def __init__(self, families: Mapping[str, Family]) -> None:
         super().__init__()
         require(
-            bool(sites),
+            bool(families),
             "at least one site",
             "none",
-            "Name one: SupportPrior(encoder, omega=ph.families.LogNormal(1)).",
+            "Name one: SupportPrior(evidence, omega=ph.families.LogNormal(1)).",
         )
-        for name, family in sites.items():
+        for name, family in families.items():
             require(
                 isinstance(family, Family),
                 f"a family from ph.families for {name!r}",
@@ -45,198 +45,170 @@ class Prior(nn.Module):
                 f"For example {name}=ph.families.Normal(2).",
                 TypeError,
             )
-        self.sites = dict(sites)
-        self.base = nn.Parameter(torch.zeros(sum(f.n * f.k for f in sites.values())))
-        self.register_buffer("spread", torch.ones(sum(f.n for f in sites.values())))
-        self._program: Program | None = None
+        self.families = dict(families)
+        self.raw = nn.Parameter(torch.zeros(sum(f.n * f.k for f in families.values())))
+        self.register_buffer("interval_scale", torch.ones(sum(f.n for f in families.values())))
 
-    def bind(self, program: Program) -> None:
-        """Tell the prior which program to linearise; a HybridModel does so when the prior becomes its attribute."""
-        object.__setattr__(self, "_program", program)
-
-    @property
-    def program(self) -> Program:
-        """The program that this prior belongs to."""
-        if self._program is None:
-            fail(
-                "a prior that belongs to a program",
-                "one that doesn't",
-                "Assign it in a HybridModel (self.prior = ...), or call prior.bind(program).",
-            )
-        return self._program
-
-    def natural(self, support: Shots | None) -> dict[str, Natural]:
-        """Natural parameters λ(S) of each site, ``(task, component, statistic)``; of the population where S is None."""
-        return self._split(self.base)
-
-    def forward(self, support: Shots | None) -> dict[str, Stock]:
-        """The prior's distributions, one for each site."""
-        return {
-            name: self.sites[name].distribution(natural)
-            for name, natural in self.natural(support).items()
+    def population(self) -> Factorized:
+        """Belief about any task, before anything was observed of it."""
+        sizes = [family.n * family.k for family in self.families.values()]
+        pieces = zip(self.families.items(), self.raw.split(sizes), strict=True)
+        natural = {
+            name: family.from_raw(piece.unflatten(-1, (family.n, family.k)))
+            for (name, family), piece in pieces
         }
+        return Factorized(self.families, natural)
 
-    def gaussian(self, support: Shots | None) -> tuple[Tensor, Tensor]:
-        """Mean (task, d) and precision (task, d, d) of all sites in unconstrained coordinates."""
-        mean, scale = (x.detach() for x in self.unconstrained(self.natural(support)))
-        if support is not None and mean.dim() == 1:
-            mean, scale = (x.expand(support.shape[0], -1) for x in (mean, scale))
-        return mean, torch.diag_embed(scale.square().reciprocal())
+    def belief(self, support: Shots | None, program: Program | None = None) -> Belief:
+        """Belief about the tasks of a support; about any task if there is none."""
+        return self.population()
 
-    def tempered(self, belief: Belief, before: Tensor) -> Belief:
-        """A belief whose evidence, beyond the precision before it, counts as ``spread`` says: see ph.calibrate."""
-        weight = self.spread.double().reciprocal()
-        evidence = weight.unsqueeze(-1) * (belief.precision - before) * weight
-        return belief._replace(precision=before + evidence)
+    def forward(self, episode: Episode) -> dict[str, Stock]:
+        """Distributions of the sites, given the support."""
+        belief = episode.belief
+        if belief is None:
+            belief = self.belief(episode.support)
+        return belief.distributions()
 
-    def pieces(self, raw: Tensor) -> dict[str, Tensor]:
-        """As many numbers as ``base`` has in the last axis, dealt out to the sites: ``(..., component, statistic)``."""
-        pieces = raw.split([f.n * f.k for f in self.sites.values()], -1)
-        return {
-            name: piece.unflatten(-1, (f.n, f.k))
-            for (name, f), piece in zip(self.sites.items(), pieces, strict=True)
-        }
+    @torch.enable_grad()
+    def fit_population(self, mean: Tensor, scale: Tensor) -> None:
+        r"""Set the population to the one nearest to what was inferred of many tasks.
 
-    def _split(self, raw: Tensor) -> dict[str, Natural]:
-        return {name: self.sites[name].from_raw(piece) for name, piece in self.pieces(raw).items()}
+        .. math:: \min_{\lambda_0} \sum_t \mathrm{KL}\bigl(\mathrm{Normal}(m_t, s_t) \,\|\, \lambda_0\bigr)
 
-    def unconstrained(self, naturals: Mapping[str, Natural]) -> tuple[Tensor, Tensor]:
-        """Means and standard deviations of all sites side by side, in unconstrained coordinates."""
-        parts = [self.sites[name].gaussian(natural) for name, natural in naturals.items()]
-        mean, scale = (torch.cat(part, -1) for part in zip(*parts, strict=True))
-        return mean, scale
+        Arguments:
+            mean, scale: moments of each task in unconstrained coordinates, ``(task, d)``.
+        """
+        is_usable = torch.isfinite(mean + scale).all(-1)
+        mean, scale = mean[is_usable].detach(), scale[is_usable].detach()
+        optimizer = torch.optim.LBFGS([self.raw], max_iter=100, line_search_fn="strong_wolfe")
+
+        def loss() -> Tensor:
+            optimizer.zero_grad()
+            total = _divergence(mean, scale, *self.population().moments()) / len(mean)
+            total.backward()
+            return total
+
+        if len(mean):
+            optimizer.step(loss)
+            self.raw.grad = None
+
+    def amortization_loss(self, support: Shots | None, belief: Belief) -> Tensor:
+        """Loss that trains what no gradient of the ELBO reaches; zero where there is nothing to train."""
+        return self.raw.new_zeros(())
 
 
 class UnconditionalPrior(Prior):
-    """The same face, deaf to the support: one learned distribution for all tasks. Not identifiable, says the theory."""
+    """One learned distribution for all tasks, whatever their support. Latents then aren't identified.
 
-    def __init__(self, encoder: SetEncoder | None = None, **sites: Family) -> None:
-        super().__init__(sites)
+    Arguments:
+        families: one family for each Pyro site.
+    """
+
+    def __init__(self, **families: Family) -> None:
+        super().__init__(families)
 
 
 class SupportPrior(Prior):
-    r"""A factorised exponential family whose natural parameters come from a task's support trajectories.
+    r"""A population plus the evidence of a task's support trajectories.
 
-    .. math:: p(z \mid S) \propto \exp \langle T(z), \lambda(S) \rangle
+    .. math:: p(z \mid S) \propto \exp \langle T(z), \lambda_0 + \eta(S) \rangle
 
-    Without ``evidence``, :math:`\lambda(S)` is the encoder's word: the purely amortised form. With it, the encoder only
-    proposes; the program itself, linearised there, gives the support's evidence, which is added to what the
-    population of tasks says (``base``). No gradient flows through it; the encoder is trained towards the result. So is
-    the population, either way. Both by a factor whose value is zero, so that the ELBO stays the ELBO.
-
-    Shots enter in a canonical order: the result doesn't depend on theirs, to the last bit.
+    With an encoder, :math:`\eta` is learned. With :class:`~pyro_hybrid.GaussNewton` it is computed from the program,
+    linearized on the support; no gradient flows through it. The order of shots doesn't matter, to the last bit.
 
     Arguments:
-        encoder: reads the support.
-        evidence: :class:`~pyro_hybrid.Linearised`, or None for the encoder alone.
-        sites: one family for each Pyro site.
+        evidence: how the support is read: an encoder such as :class:`~pyro_hybrid.SetEncoder`,
+            :class:`~pyro_hybrid.GaussNewton`, or ``ph.Encoder(...).then(ph.GaussNewton(...))``.
+        families: one family for each Pyro site.
 
     >>> import pyro_hybrid as ph
-    >>> prior = ph.SupportPrior(ph.SetEncoder(sensors=1, steps=3, features=8), omega=ph.families.LogNormal(1))
+    >>> prior = ph.SupportPrior(ph.SetEncoder(1, 3), omega=ph.families.LogNormal(1))
     >>> support = ph.Shots.from_tensors(torch.arange(3.0), torch.zeros(5, 4, 3, 1))
-    >>> prior(support)["omega"].batch_shape, prior(support)["omega"].event_shape
-    (torch.Size([5]), torch.Size([1]))
+    >>> prior.belief(support).distributions()["omega"].batch_shape
+    torch.Size([5])
     """
 
-    def __init__(
-        self, encoder: SetEncoder, evidence: Linearised | None = None, **sites: Family
-    ) -> None:
-        super().__init__(sites)
-        self.encoder, self.evidence = encoder, evidence
-        self.head = nn.Sequential(nn.SiLU(), nn.Linear(encoder.features, self.base.numel()))
-        self._last: tuple[Shots, tuple[float, ...], Belief] | None = None
+    def __init__(self, evidence: Evidence | nn.Module, **families: Family) -> None:
+        super().__init__(families)
+        self.evidence: Evidence = as_evidence(evidence).bind(families)
+        self.network = self.evidence.network
 
-    def natural(self, support: Shots | None) -> dict[str, Natural]:
+    def belief(self, support: Shots | None, program: Program | None = None) -> Belief:
+        """Belief about the tasks of a support.
+
+        Arguments:
+            support: the shots that condition the prior, or None for the population.
+            program: the program that explains them, which computed evidence linearizes.
+        """
+        population = self.population()
         if support is None:
-            return super().natural(None)
-        if self.evidence is None:
-            return once(self, "natural", support, lambda: self._split(self.propose(support)))
-        return handed_out(self.sites, self.belief(support))
+            return population
+        before = population.detach().expand(support.shape[0])
+        return update(before, self.evidence, support.sorted_shots, program, self.interval_scale)
 
-    def forward(self, support: Shots | None) -> dict[str, Stock]:
-        if support is not None and am_i_wrapped() and torch.is_grad_enabled():
-            self._train_aside(support)
-        return super().forward(support)
+    def amortization_loss(self, support: Shots | None, belief: Belief) -> Tensor:
+        r"""Train the population, and an encoder that only proposes, towards what was inferred of these tasks.
 
-    def gaussian(self, support: Shots | None) -> tuple[Tensor, Tensor]:
-        if support is None or self.evidence is None:
-            return super().gaussian(support)
-        belief = self.belief(support)
-        return belief.mean, belief.precision
+        .. math:: \sum_t \mathrm{KL}\bigl(q_t \,\|\, \text{population}\bigr) + \mathrm{KL}\bigl(q_t \,\|\, \text{proposal}_t\bigr)
 
-    def propose(self, support: Shots) -> Tensor:
-        """What the encoder alone says, as raw numbers."""
-        return self.head(self.encoder(support.sorted_shots))
+        in unconstrained coordinates, where every belief counts as a Normal with its mean and standard deviation.
 
-    @torch.no_grad()
-    def belief(self, support: Shots) -> Belief:
-        """The support's posterior by computed evidence, with its full precision; the last one is remembered."""
-        assert self.evidence is not None
-        owner = self.program if isinstance(self.program, nn.Module) else self
-        state = id(self.evidence), *_state([*owner.parameters(), *owner.buffers(), self.spread])
-        if self._last is None or self._last[0] is not support or self._last[1] != state:
-            with torch.random.fork_rng(
-                range(torch.cuda.device_count())
-            ):  # a remembered belief draws nothing either
-                self._last = support, state, self._computed(support)
-        return self._last[2]
-
-    def _computed(self, support: Shots) -> Belief:
-        assert self.evidence is not None
-        mean, precision = super().gaussian(None)
-        tasks = support.shape[0]
-        problem = Problem(
-            self.program,
-            Episode(None, support.sorted_shots),
-            self.sites,
-            mean.expand(tasks, -1),
-            precision.expand(tasks, -1, -1),
-        )
-        start = self.unconstrained(self._split(self.propose(support)))[0]
-        return self.tempered(self.evidence(problem, start), problem.precision)
-
-    def _train_aside(self, support: Shots) -> None:
-        """Train the population, and the encoder where it only proposes, towards what is believed of these tasks."""
-        proposed = self.unconstrained(self._split(self.propose(support)))
-        targets = [self.unconstrained(self._split(self.base))]
-        if self.evidence is None:
-            mean, scale = (x.detach() for x in proposed)
-        else:
-            belief = self.belief(support)
-            mean, scale = (
-                belief.mean,
-                belief.covariance.diagonal(dim1=-2, dim2=-1).sqrt().to(belief.mean.dtype),
-            )
-            targets.append(proposed)
-        loss = torch.stack([_divergence(mean, scale, *target) for target in targets]).sum()
-        pyro.factor("proposals", loss.detach() - loss)
-
-    def __getstate__(self) -> dict[str, object]:
-        return self.__dict__ | {"_last": None}
+        Arguments:
+            support: the shots that conditioned the prior.
+            belief: the result, :meth:`belief` of this support.
+        """
+        if support is None:
+            return super().amortization_loss(support, belief)
+        population = self.population()
+        mean, scale = (x.detach() for x in belief.moments())
+        loss = _divergence(mean, scale, *population.moments())
+        before = population.detach().expand(support.shape[0])
+        increment = self.evidence.propose(before, support.sorted_shots)
+        if increment is None:
+            return loss
+        return loss + _divergence(mean, scale, *(before + increment).moments())
 
 
-def handed_out(sites: Mapping[str, Family], belief: Belief) -> dict[str, Natural]:
-    """The declared families' members with the right marginals."""
-    covariance, dtype, at, naturals = belief.covariance, belief.mean.dtype, 0, {}
-    for name, family in sites.items():
-        part = slice(at, at + family.n)
-        mean, block = belief.mean[..., part], covariance[..., part, part]
-        if isinstance(family, FullNormal):
-            naturals[name] = family.from_precision(mean, torch.linalg.inv(block).to(dtype))
-        else:
-            naturals[name] = family.from_gaussian(
-                mean, block.diagonal(dim1=-2, dim2=-1).sqrt().to(dtype)
-            )
-        at += family.n
-    return naturals
+def as_evidence(evidence: Evidence | nn.Module) -> Evidence:
+    """Wrap a bare encoder; refuse what is no evidence."""
+    if isinstance(evidence, Evidence) and not isinstance(evidence, nn.Module):
+        return evidence
+    require(
+        isinstance(evidence, nn.Module),
+        "evidence: an encoder, ph.GaussNewton(...), or ph.Encoder(...).then(ph.GaussNewton(...))",
+        type(evidence).__name__,
+        "Pass ph.SetEncoder(num_sensors, num_times) to begin with.",
+        TypeError,
+    )
+    return Encoder(evidence)  # type: ignore[arg-type]
 
 
-def _state(tensors: Sequence[Tensor]) -> tuple[float, ...]:
-    """What changes when a tensor does: a fused optimizer's steps leave its version as it was, but not its norm."""
-    norms = torch.stack([torch.linalg.vector_norm(x.detach().double()) for x in tensors])
-    return *(float(x._version) for x in tensors), *norms.tolist()
+def update(
+    before: Belief,
+    evidence: Evidence,
+    shots: Shots,
+    program: Program | None,
+    interval_scale: Tensor,
+    given: Shots | None = None,
+) -> Belief:
+    """Add the evidence of some shots to a belief; intervals of computed evidence are scaled.
+
+    Arguments:
+        before: the belief before.
+        evidence: how the shots are read.
+        shots: the trajectories.
+        program: the program that explains them.
+        interval_scale: a factor for the standard deviation of each latent, 1 to leave it.
+        given: the shots whose evidence ``before`` contains already.
+    """
+    after = before + evidence(before, shots, program, given=given)
+    if isinstance(after, Gaussian):
+        return rescale(after, before.gaussian(), interval_scale)
+    return after
 
 
-def _divergence(mean: Tensor, scale: Tensor, to_mean: Tensor, to_scale: Tensor) -> Tensor:
-    ratio = (scale / to_scale).square()
-    return 0.5 * (ratio + ((mean - to_mean) / to_scale).square() - 1.0 - ratio.log()).sum()
+def _divergence(mean: Tensor, scale: Tensor, other_mean: Tensor, other_scale: Tensor) -> Tensor:
+    ratio = (scale / other_scale).square()
+    distance = ((mean - other_mean) / other_scale).square()
+    return 0.5 * (ratio + distance - 1.0 - ratio.log()).sum()

@@ -87,7 +87,7 @@ class APHYNITY(HybridModel):
         self.system = system
         self.steps: dict[str, Any] = {"substeps": substeps, "step": step, "compile": compile}
         sites = {**system.physics, "unknown": Normal(latents or len(system.unknown))}
-        self.prior = UnconditionalPrior(None, **sites)
+        self.prior = UnconditionalPrior(**sites)
         self.residual = Residual(
             len(system.inputs),
             sites["unknown"].n,
@@ -105,11 +105,11 @@ class APHYNITY(HybridModel):
     def guide(self) -> AmortizedGuide:
         """A guide that reads the query, one trajectory or a set of them."""
         return AmortizedGuide(
-            self.prior, SetEncoder(self.system.sensors, self.system.points, features=64)
+            self, SetEncoder(self.system.sensors, self.system.points, features=64)
         )
 
     def forward(self, episode: Episode) -> Tensor:
-        p = self.prior(None)
+        p = self.prior(episode)
         with episode.plate:
             physics = {
                 name: pyro.sample(name, p[name])[..., None, 0] for name in self.system.physics

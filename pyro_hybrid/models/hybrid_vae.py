@@ -17,7 +17,7 @@ from pyro_hybrid.data.shots import Shots
 from pyro_hybrid.dynamics.solve import solve
 from pyro_hybrid.errors import require
 from pyro_hybrid.inference.prior import Prior, UnconditionalPrior
-from pyro_hybrid.nets.encoders import SetEncoder, once
+from pyro_hybrid.nets.encoders import SetEncoder
 from pyro_hybrid.nets.hybrid_field import Force
 from pyro_hybrid.nets.residual import Residual
 from pyro_hybrid.programs.module import HybridModel
@@ -97,7 +97,7 @@ class HybridVAE(HybridModel):
         self.discrepancy, self.unmixing, self.recovery = discrepancy, unmixing, recovery
         sites = {**system.physics, "unknown": Normal(latents or len(system.unknown))}
         self.prior = UnconditionalPrior(
-            None, **sites, **({"outside": Normal(outside)} if outside else {})
+            **sites, **({"outside": Normal(outside)} if outside else {})
         )
         self.residual = Residual(
             len(system.inputs),
@@ -118,7 +118,7 @@ class HybridVAE(HybridModel):
         return self.encoder
 
     def forward(self, episode: Episode) -> Tensor:
-        p, read = self.prior(episode.support), self.to_answer_for(episode)
+        p, read = self.prior(episode), self.to_answer_for(episode)
         with episode.plate:
             physics = {
                 name: pyro.sample(name, p[name])[..., None, 0] for name in self.system.physics
@@ -258,19 +258,19 @@ class PhysicsGuide(nn.Module):
         super().__init__()
         self.prior = prior
         self.physics = tuple(system.physics)
-        self.neural = tuple(name for name in prior.sites if name not in self.physics)
+        self.neural = tuple(name for name in prior.families if name not in self.physics)
         self.first, self.second = (
             SetEncoder(system.sensors, system.points, FEATURES, WIDTH) for _ in range(2)
         )
         self.heads = nn.ModuleDict(
             {
                 name: nn.Sequential(nn.SiLU(), nn.Linear(FEATURES, f.n * f.k))
-                for name, f in prior.sites.items()
+                for name, f in prior.families.items()
             }
         )
         size, latents = (
             system.points * system.sensors,
-            sum(prior.sites[name].n for name in self.neural),
+            sum(prior.families[name].n for name in self.neural),
         )
         self.unmixer = nn.Sequential(
             nn.Linear(2 * size + latents, WIDTH), nn.SiLU(), nn.Linear(WIDTH, size)
@@ -281,27 +281,27 @@ class PhysicsGuide(nn.Module):
         naturals = self.natural(episode)
         with episode.plate:
             return {
-                name: pyro.sample(name, self.prior.sites[name].distribution(natural))
+                name: pyro.sample(name, self.prior.families[name].distribution(natural))
                 for name, natural in naturals.items()
             }
 
     def natural(self, episode: Episode) -> dict[str, Natural]:
         """Natural parameters of each site."""
         read = self.read(episode)
-        return self.prior.natural(None) if read is None else read.natural
+        return dict(self.prior.population().natural) if read is None else read.natural
 
     def read(self, episode: Episode) -> Reading | None:
         """What it makes of the query; None where there is none."""
         whole = episode.query.whole or episode.query
         if whole.values is None:
             return None
-        return once(self, "shots", episode, lambda: self._read(whole))
+        return self._read(whole)
 
     def recovered(self, values: Trajectories) -> dict[str, Latent]:
         """Unconstrained physics latents that it sees in unmixed trajectories, (task, shot, component)."""
         features = self._features(self.second, values, None)
         return {
-            name: self.prior.sites[name].gaussian(self._evidence(name, features))[0]
+            name: self.prior.families[name].gaussian(self._evidence(name, features))[0]
             for name in self.physics
         }
 
@@ -309,7 +309,7 @@ class PhysicsGuide(nn.Module):
         values, seen, counts = torch.as_tensor(shots.values), shots.observed, shots.scored
         neural = self._believed(self.neural, self._features(self.first, values, seen), counts)
         latents = torch.cat(
-            [self.prior.sites[name].gaussian(neural[name])[0] for name in self.neural], -1
+            [self.prior.families[name].gaussian(neural[name])[0] for name in self.neural], -1
         )
         unmixed = self._unmixed(values, seen, latents)
         physics = self._believed(self.physics, self._features(self.second, unmixed, None), counts)
@@ -325,14 +325,14 @@ class PhysicsGuide(nn.Module):
     def _believed(
         self, names: tuple[str, ...], features: Tensor, counts: Tensor
     ) -> dict[str, Natural]:
-        some, before = counts.flatten(2).any(-1)[..., None, None], self.prior.natural(None)
+        some, before = counts.flatten(2).any(-1)[..., None, None], self.prior.population().natural
         return {
             name: before[name] + self._evidence(name, features).where(some, 0.0).sum(-3)
             for name in names
         }
 
     def _evidence(self, name: str, features: Tensor) -> Natural:
-        family = self.prior.sites[name]
+        family = self.prior.families[name]
         return family.evidence(self.heads[name](features).unflatten(-1, (family.n, family.k)))
 
     def _features(self, encoder: SetEncoder, values: Trajectories, seen: Tensor | None) -> Tensor:

@@ -14,7 +14,9 @@ from torch import Tensor
 from pyro_hybrid.beliefs.families import Normal
 from pyro_hybrid.data.episode import Episode
 from pyro_hybrid.dynamics.solve import solve
-from pyro_hybrid.evidence.gauss_newton import Linearised
+from pyro_hybrid.evidence.encoder import Encoder
+from pyro_hybrid.evidence.gauss_newton import GaussNewton
+from pyro_hybrid.evidence.protocol import Evidence
 from pyro_hybrid.inference.guide import AmortizedGuide
 from pyro_hybrid.inference.prior import SupportPrior, UnconditionalPrior
 from pyro_hybrid.nets.encoders import SetEncoder
@@ -60,7 +62,7 @@ class MetaHybridVAE(HybridModel):
     def __init__(
         self,
         system: System,
-        evidence: Linearised | None = None,
+        evidence: GaussNewton | None = None,
         *,
         latents: int | None = None,
         linear: bool = True,
@@ -80,9 +82,9 @@ class MetaHybridVAE(HybridModel):
         self.correction, self.straightness = correction, straightness
         sites = {**system.physics, "unknown": Normal(latents or len(system.unknown))}
         self.prior = (
-            SupportPrior(self.encoder(), evidence, **sites)
+            SupportPrior(self._reads_with(evidence), **sites)
             if conditional
-            else UnconditionalPrior(None, **sites)
+            else UnconditionalPrior(**sites)
         )
         self.residual = Residual(
             len(system.inputs),
@@ -98,16 +100,20 @@ class MetaHybridVAE(HybridModel):
         self.noise = PyroParam(noise * torch.tensor(system.noise), constraints.positive)
         self.start_noise = PyroParam(torch.tensor(system.start_noise), constraints.positive)
 
+    def _reads_with(self, evidence: GaussNewton | None) -> Evidence:
+        encoder = Encoder(self.encoder())
+        return encoder if evidence is None else encoder.then(evidence)
+
     def encoder(self) -> SetEncoder:
         """An encoder that fits the system's trajectories."""
         return SetEncoder(self.system.sensors, self.system.points, features=64)
 
-    def guide(self, evidence: Linearised | None = None) -> AmortizedGuide:
+    def guide(self, evidence: GaussNewton | None = None) -> AmortizedGuide:
         """A guide for this model, of the same kind as its prior."""
-        return AmortizedGuide(self.prior, None if evidence else self.encoder(), evidence)
+        return AmortizedGuide(self, evidence or self.encoder())
 
     def forward(self, episode: Episode) -> Tensor:
-        p = self.prior(episode.support)
+        p = self.prior(episode)
         with episode.plate:
             physics = {
                 name: pyro.sample(name, p[name])[..., None, 0] for name in self.system.physics

@@ -2,40 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, TypeVar
-
 import torch
 from torch import Tensor, nn
 
-from pyro_hybrid.dynamics.modes import inside
+from pyro_hybrid.data.shots import Shots
 from pyro_hybrid.errors import fail, require
 
-if TYPE_CHECKING:
-    from pyro_hybrid.data.shots import Shots
-
-__all__ = ["SetEncoder", "once", "reading_once"]
-
-_T = TypeVar("_T")
-_Read = dict[tuple[int, str, int, bool], tuple[object, Any]]
-_read: ContextVar[_Read | None] = ContextVar("read", default=None)
-
-
-def reading_once() -> AbstractContextManager[None]:
-    """Inside, nothing is read off an episode twice. For one evaluation of an ELBO, between two steps."""
-    return inside(_read, {})
-
-
-def once(reader: object, what: str, episode: object, read: Callable[[], _T]) -> _T:
-    """What a reader reads off an episode, remembered inside :func:`reading_once`."""
-    known, key = _read.get(), (id(reader), what, id(episode), torch.is_grad_enabled())
-    if known is None:
-        return read()
-    if key not in known:
-        known[key] = (reader, episode), read()  # with the two, lest their ids be given away
-    return known[key][1]
+__all__ = ["SetEncoder"]
 
 
 class SetEncoder(nn.Module):
@@ -56,7 +29,7 @@ class SetEncoder(nn.Module):
         width: size of the hidden layers.
     """
 
-    def __init__(self, sensors: int, steps: int, features: int, width: int = 128) -> None:
+    def __init__(self, sensors: int, steps: int, features: int = 64, width: int = 128) -> None:
         super().__init__()
         self.sensors, self.steps, self.features = sensors, steps, features
         self.register_buffer("centre", torch.zeros(sensors))
@@ -97,9 +70,6 @@ class SetEncoder(nn.Module):
 
     def forward(self, shots: Shots) -> Tensor:
         """Features of the set, ``(task, features)``."""
-        return once(self, "features", shots, lambda: self._features(shots))
-
-    def _features(self, shots: Shots) -> Tensor:
         each = self.shots(shots)
         size = each.new_full((*each.shape[:-2], 1), each.shape[-2]).log()
         return self.joint(torch.cat([each.mean(-2), size], -1))

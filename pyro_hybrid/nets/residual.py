@@ -72,6 +72,7 @@ class Residual(nn.Module):
         self.first = nn.Linear(features, width)
         self.hidden = nn.ModuleList(nn.Linear(width, width) for _ in range(depth - 1))
         self.last = nn.Linear(width, outputs * (latents + 1))
+        self.output = ForceOutput()
         self.straight = nn.Parameter(0.1 * torch.randn(self.last.out_features, features))
         with torch.no_grad():
             self.last.weight.mul_(0.1)
@@ -111,7 +112,7 @@ class Residual(nn.Module):
             for weight, bias in hidden:
                 h = unit(torch.addmm(bias, weight, h))
             out = torch.addmm(straight @ u, last, h).view(self.latents + 1, self.outputs, *shape)
-            out = (weights * out).sum(0)
+            out = self.output((weights * out).sum(0), z, inputs)
             return out[0] if self.outputs == 1 else out.unbind(0)
 
         return term
@@ -141,6 +142,14 @@ class Residual(nn.Module):
         x, z, zx = weight.split([self.inputs, self.latents, self.latents * self.inputs], 1)
         rows = torch.cat([z.unsqueeze(2), zx.unflatten(1, (self.latents, self.inputs)) / scale], 2)
         return torch.cat([constant, x / scale, rows.flatten(1)], 1)
+
+
+class ForceOutput(nn.Module):
+    """Pass a force on unchanged: a forward hook here sees every evaluation and may change it."""
+
+    def forward(self, force: Tensor, latents: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
+        """Return ``force (output, ...)``, computed from ``latents (latent, ...)`` and inputs."""
+        return force
 
 
 def _like(target: Tensor, values: Tensor) -> Tensor:

@@ -11,7 +11,8 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
-from pyro_hybrid.data.tasks import Episode, Tasks
+from pyro_hybrid.data.episode import Episode
+from pyro_hybrid.data.tasks import Tasks
 from pyro_hybrid.dynamics.modes import (
     Solution,
     nan_on_failure,
@@ -58,7 +59,7 @@ def fix_gauge(model: nn.Module, tasks: Tasks, num_points: int | None = None) -> 
     previous_size = int(gauge.num_points)
     gauge.clear()
     try:
-        solution = _solution_at_means(model, tasks.shots(slice(None)), gauge)
+        solution = _solution_at_means(model, Episode(None, tasks.shots()), gauge)
         points = _first_fields(solution, size) if gauge.grid else _spread(solution, size)
     except BaseException:
         gauge.num_points.fill_(previous_size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pyro
@@ -13,10 +14,17 @@ from pyro.nn import PyroModule
 from pyro.nn.module import _PyroModuleMeta
 from torch import nn
 
+from pyro_hybrid.data.episode import Episode
 from pyro_hybrid.errors import fail, require
-from pyro_hybrid.inference.prior import Prior
 
-__all__ = ["HybridModel", "local_parameters", "one_thread", "owns_parameters", "require_local"]
+__all__ = [
+    "HybridModel",
+    "local_parameters",
+    "one_thread",
+    "owns_parameters",
+    "require_local",
+    "with_belief",
+]
 
 _process = threading.RLock()  # Pyro's settings and handlers belong to the process, not to a thread
 
@@ -95,18 +103,29 @@ class _LocalModule(_PyroModuleMeta):
 class HybridModel(PyroModule, metaclass=_LocalModule):
     """A PyroModule whose parameters belong to the instance, not to Pyro's global store.
 
-    In the global store, parameters of two instances of one class have the same name, and collide.
-
-    Write the model in ``forward(self, episode)``. A prior that is assigned to an attribute is bound to the program, so
-    that evidence can be computed from it.
+    Write the model in ``forward(self, episode)``. If its attribute ``prior`` is a :class:`~pyro_hybrid.SupportPrior`,
+    the belief given the support is computed once, before the program runs, and passed on as ``episode.belief``.
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with local_parameters():
+            if args and isinstance(args[0], Episode):
+                args = (self.with_belief(args[0]), *args[1:])
             return super().__call__(*args, **kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
         with local_parameters():
             super().__setattr__(name, value)
-        if isinstance(value, Prior):
-            value.bind(self)
+
+    def with_belief(self, episode: Episode) -> Episode:
+        """Compute the belief of the tasks' latents given the support, unless the episode has one already."""
+        prior = getattr(self, "prior", None)
+        belief = getattr(prior, "belief", None)
+        if episode.support is None or episode.belief is not None or belief is None:
+            return episode
+        return replace(episode, belief=belief(episode.support, self))
+
+
+def with_belief(program: object, episode: Episode) -> Episode:
+    """Compute the belief of an episode if the program has a prior for it."""
+    return program.with_belief(episode) if isinstance(program, HybridModel) else episode

@@ -11,13 +11,14 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from pyro_hybrid.beliefs.belief import Gaussian
 from pyro_hybrid.beliefs.families import Family, Normal
 from pyro_hybrid.data.episode import Episode
 from pyro_hybrid.data.shots import Shots
 from pyro_hybrid.data.tasks import Tasks
 from pyro_hybrid.dynamics.solve import Field, solve
 from pyro_hybrid.errors import require
-from pyro_hybrid.evidence.gauss_newton import Problem, information
+from pyro_hybrid.evidence.least_squares import LeastSquares, fisher_information
 from pyro_hybrid.nets.hybrid_field import Force
 from pyro_hybrid.shapes import State
 
@@ -132,9 +133,12 @@ class System(ABC):
         )
         families = {name: Normal(value.shape[-1]) for name, value in truth.items()}
         latents = torch.cat(list(truth.values()), -1).double()
-        flat = latents.new_zeros(*latents.shape, latents.shape[-1])
-        problem = Problem(self.program, Episode(None, support).double(), families, latents, flat)
-        return torch.linalg.inv(information(problem, latents)).diagonal(dim1=-2, dim2=-1)
+        unit = latents.abs().mean(0).clamp(min=1e-12)
+        flat = torch.diag_embed((1e-9 / unit.square()).expand_as(latents))
+        belief = Gaussian.around(families, latents, flat)
+        problem = LeastSquares(self.program, support.double(), belief, unit)
+        information = fisher_information(problem, latents)
+        return torch.linalg.inv(information).diagonal(dim1=-2, dim2=-1)
 
     def simulate(
         self, tasks: int, shots: int, seed: int, *, num_support: int | None = None

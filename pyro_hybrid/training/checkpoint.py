@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from pyro_hybrid.data.tasks import Tasks
 from pyro_hybrid.errors import require
 from pyro_hybrid.programs.module import require_local
 from pyro_hybrid.training.storage import ASIDE, CheckpointError, Stored, discard, read, write
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["Checkpoints", "Fit", "Parameters", "digest", "load", "parameters", "put_back"]
 
@@ -43,6 +46,12 @@ class Fit:
     seconds_compiling: float = 0.0
     step_error: float = 0.0
     stopped_early: bool = False
+
+    def plot(self) -> Figure:
+        """Plot the loss of every step."""
+        from pyro_hybrid.training.plots import loss_figure
+
+        return loss_figure(self.loss)
 
     def save(self, folder: str | os.PathLike[str], model: nn.Module, guide: nn.Module) -> None:
         """Write this record and the parameters into a folder of their own, for :func:`~pyro_hybrid.load`."""

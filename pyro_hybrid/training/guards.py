@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from pyro.poutine.messenger import Messenger
 
-from pyro_hybrid.evidence.gauss_newton import is_random
+from pyro_hybrid.programs.sites import is_random
 
 __all__ = ["Ending", "Lost", "Terms", "seeded"]
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from pyro_hybrid.data.episode import Episode
 from pyro_hybrid.dynamics.modes import halve_steps, nan_on_failure
 from pyro_hybrid.errors import require
-from pyro_hybrid.evidence.gauss_newton import Program, observed, random_sites
+from pyro_hybrid.programs.run import Program, run_at
+from pyro_hybrid.programs.sites import random_sites
 
 __all__ = ["StepError", "step_error"]
 
@@ -56,9 +57,9 @@ def step_error(program: Program, episode: Episode) -> StepError:
     latents = {
         name: site["value"] for name, site in random_sites(trace).items() if not site["is_observed"]
     }
-    now = observed(program, episode, latents)[0]
+    now = run_at(program, episode, latents).observations
     with halve_steps():
-        finer = observed(program, episode, latents)[0]
+        finer = run_at(program, episode, latents).observations
     require(
         bool(now),
         "a program that observes something",

@@ -13,9 +13,10 @@ from pyro.infer.util import torch_item
 from pyro.optim import PyroOptim
 from torch import Tensor, nn
 
+from pyro_hybrid.data.episode import Episode
 from pyro_hybrid.errors import fail, require
-from pyro_hybrid.nets.encoders import reading_once
-from pyro_hybrid.programs.module import local_parameters, require_local
+from pyro_hybrid.inference.prior import Prior
+from pyro_hybrid.programs.module import local_parameters, require_local, with_belief
 
 __all__ = ["SVI", "OwnedOptim"]
 
@@ -92,17 +93,29 @@ class SVI(PyroSVI):
     def differentiable_loss(
         self, model: nn.Module, guide: nn.Module, *args: Any, **kwargs: Any
     ) -> Tensor:
-        """Return the loss of one step, the negative ELBO, as a tensor with gradients."""
-        return self.objective(model, guide, *args, **kwargs)
+        """Return the negative ELBO of one step, with gradients.
+
+        The belief given the support is computed once, for program and guide. A loss of value zero trains what no
+        gradient of the ELBO reaches.
+        """
+        if not args or not isinstance(args[0], Episode):
+            return self.objective(model, guide, *args, **kwargs)
+        episode = with_belief(model, args[0])
+        loss = self.objective(model, guide, episode, *args[1:], **kwargs)
+        prior = getattr(model, "prior", None)
+        if episode.belief is None or not isinstance(prior, Prior):
+            return loss
+        auxiliary = prior.amortization_loss(episode.support, episode.belief)
+        return loss + auxiliary - auxiliary.detach()
 
     def _loss(self, model: nn.Module, guide: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-        with local_parameters(), reading_once():
+        with local_parameters():
             return self.differentiable_loss(model, guide, *args, **kwargs)
 
     def _loss_and_grads(
         self, model: nn.Module, guide: nn.Module, *args: Any, **kwargs: Any
     ) -> Tensor:
-        with local_parameters(), reading_once():
+        with local_parameters():
             loss = self.differentiable_loss(model, guide, *args, **kwargs)
             if loss.requires_grad:
                 loss.backward()

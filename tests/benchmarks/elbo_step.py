@@ -257,7 +257,7 @@ def errors(problem: Problem) -> dict[str, float]:
 
 
 def evidence(problem: Problem, compile: bool) -> Step:
-    """Computed evidence of all four latents from the same trajectories: one iteration of ph.Linearised."""
+    """Computed evidence of all four latents from the same trajectories: one iteration of ph.GaussNewton."""
     from pyro_hybrid.evidence.gauss_newton import Problem as LeastSquares
 
     residual, encoder = problem.fresh()
@@ -270,7 +270,7 @@ def evidence(problem: Problem, compile: bool) -> Step:
     def step() -> float:
         with pyro.validation_enabled(False):
             squares = LeastSquares(model, problem.episode, families, mean, precision)
-            return float(ph.Linearised(1)(squares, mean).mean.sum())
+            return float(ph.GaussNewton(1)(squares, mean).mean.sum())
 
     return step
 

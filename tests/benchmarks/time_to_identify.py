@@ -114,7 +114,7 @@ class Entry:
 
 @torch.no_grad()
 def read(
-    prior: ph.SupportPrior, support: ph.Episode, evidence: ph.Linearised | None = None
+    prior: ph.SupportPrior, support: ph.Episode, evidence: ph.GaussNewton | None = None
 ) -> Tensor:
     """Prior means in unconstrained coordinates, (task, latent)."""
     prior.evidence = evidence
@@ -124,7 +124,7 @@ def read(
         prior.evidence = None
 
 
-def library(entry: Entry, evidence: ph.Linearised | None = None) -> None:
+def library(entry: Entry, evidence: ph.GaussNewton | None = None) -> None:
     prior, support = entry.model.prior, entry.support
     entry.fit(
         entry.model,
@@ -166,7 +166,7 @@ def numpyro(entry: Entry) -> None:
 
 
 ROWS: dict[str, Callable[[Entry], None]] = {
-    "library": lambda entry: library(entry, ph.Linearised(1, segments=(7, 7))),
+    "library": lambda entry: library(entry, ph.GaussNewton(1, segments=(7, 7))),
     "encoder alone": library,
     "naive": naive,
     "numpyro": numpyro,

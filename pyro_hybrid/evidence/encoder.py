@@ -1,0 +1,122 @@
+"""Learned evidence: a network's increment of natural parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from pyro_hybrid.beliefs.belief import Belief, Factorized
+from pyro_hybrid.beliefs.families import Family
+from pyro_hybrid.data.shots import Shots
+from pyro_hybrid.errors import fail, require
+from pyro_hybrid.evidence.protocol import Evidence, Then
+from pyro_hybrid.programs.run import Program
+
+__all__ = ["Encoder", "IncrementNetwork"]
+
+
+class IncrementNetwork(nn.Module):
+    r"""Map trajectories to an increment of natural parameters.
+
+    .. math:: \eta(x, S) = \mathrm{head}\bigl(\mathrm{encoder}(x), \mathrm{context}(S)\bigr)
+
+    Arguments:
+        encoder: maps shots to ``(task, features)``; its attribute ``features`` is their number.
+        families: the family of each site.
+        context: maps the shots that came before in the same way, or None.
+    """
+
+    def __init__(
+        self, encoder: nn.Module, families: Mapping[str, Family], context: nn.Module | None = None
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.context = context
+        self.families = dict(families)
+        readers = [encoder] if context is None else [encoder, context]
+        num_inputs = sum(int(getattr(reader, "features")) for reader in readers)  # noqa: B009 - a module attribute
+        num_outputs = sum(family.n * family.k for family in families.values())
+        self.head = nn.Sequential(nn.SiLU(), nn.Linear(num_inputs, num_outputs))
+
+    def forward(self, shots: Shots, given: Shots | None) -> dict[str, Tensor]:
+        """Raw numbers of each site, ``(task, component, statistic)``."""
+        features = self.encoder(shots)
+        if self.context is not None:
+            if given is None:
+                fail(
+                    "the support, which this encoder's evidence depends on",
+                    "none",
+                    "Pass an episode with a support.",
+                )
+            features = torch.cat([features, self.context(given)], -1)
+        raw = self.head(features)
+        sizes = [family.n * family.k for family in self.families.values()]
+        pieces = zip(self.families.items(), raw.split(sizes, -1), strict=True)
+        return {name: piece.unflatten(-1, (family.n, family.k)) for (name, family), piece in pieces}
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Learned evidence: an encoder reads the shots, and those that the belief contains already.
+
+    A task of which nothing was observed gets no evidence. The order of shots doesn't matter, to the last bit.
+
+    Arguments:
+        encoder: such as :class:`~pyro_hybrid.SetEncoder`.
+
+    >>> import pyro_hybrid as ph
+    >>> ph.Encoder(ph.SetEncoder(2, 50)).then(ph.GaussNewton(2)).second
+    GaussNewton(num_iterations=2, segments=(), num_restarts=0, damping=0.001, max_step_sd=1.0)
+    """
+
+    encoder: nn.Module
+    network: IncrementNetwork | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        require(
+            isinstance(self.encoder, nn.Module) and hasattr(self.encoder, "features"),
+            "an encoder: a module with the attribute `features` that maps shots to (task, features)",
+            type(self.encoder).__name__,
+            "Pass ph.SetEncoder(num_sensors, num_times).",
+            TypeError,
+        )
+
+    def bind(self, families: Mapping[str, Family], context: nn.Module | None = None) -> Encoder:
+        """Return the encoder with a head for these families."""
+        return Encoder(self.encoder, IncrementNetwork(self.encoder, families, context))
+
+    def __call__(
+        self,
+        belief: Belief,
+        shots: Shots,
+        program: Program | None = None,
+        *,
+        start: Belief | None = None,
+        given: Shots | None = None,
+    ) -> Belief:
+        """Return the increment of the shots, with gradients."""
+        network = self.network
+        if network is None:
+            fail(
+                "an encoder that belongs to a prior or a guide",
+                "one that doesn't",
+                "Pass it to SupportPrior or AmortizedGuide, which give it a head for their latents.",
+            )
+        scored = (shots.whole or shots).scored
+        is_informed = scored.flatten(1).any(1)[:, None, None]
+        increments = {
+            name: network.families[name].evidence(raw).where(is_informed, 0.0)
+            for name, raw in network(shots.sorted_shots, given and given.sorted_shots).items()
+        }
+        return Factorized(belief.families, increments)
+
+    def propose(self, belief: Belief, shots: Shots) -> Belief | None:
+        """Return None: the encoder's increment is the result."""
+        return None
+
+    def then(self, second: Evidence) -> Then:
+        """Return evidence that goes on from the encoder's proposal, such as Gauss-Newton."""
+        return Then(self, second)

@@ -1,0 +1,144 @@
+"""Derivatives of a program's residuals by the weights of its network."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from pyro_hybrid.evidence.least_squares import Iterate, LeastSquares
+from pyro_hybrid.nets.residual import Residual
+
+__all__ = ["evaluate_force", "slopes_by_force", "slopes_by_weight", "weight_slopes"]
+
+CHUNK = 32  # number of changes that are evaluated at once
+
+
+def weight_slopes(
+    problem: LeastSquares, iterate: Iterate, network: nn.Module, residuals: Tensor
+) -> Tensor:
+    """Differentiate residuals by every weight that is trained, (task, shot, weight, number).
+
+    A :class:`~pyro_hybrid.Residual` that is evaluated less often than it has weights is differentiated by way of what
+    it returns; all other networks weight by weight.
+    """
+    if isinstance(network, Residual):
+        calls = evaluate_force(problem, iterate, network, None)[1]
+        is_by_trajectory = {call.shape[1:-1] for call in calls} == {residuals.shape[:2]}
+        num_weights = sum(weight.numel() for weight in trained_weights(network).values())
+        if is_by_trajectory and len(calls) * network.outputs < num_weights:
+            return slopes_by_force(problem, iterate, network, residuals, torch.stack(calls)[:, 0])
+    return slopes_by_weight(problem, iterate, network, residuals)
+
+
+def trained_weights(network: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters that are not frozen, by name."""
+    return {name: weight for name, weight in network.named_parameters() if weight.requires_grad}
+
+
+def slopes_by_weight(
+    problem: LeastSquares, iterate: Iterate, network: nn.Module, residuals: Tensor
+) -> Tensor:
+    """Run the program once for each weight, many at a time."""
+    program = _Residuals(network, problem)
+    step = 10.0 * math.sqrt(torch.finfo(residuals.dtype).eps)
+    weights = {f"network.{name}": weight for name, weight in trained_weights(network).items()}
+    sizes = [weight.numel() for weight in weights.values()]
+
+    def moved(move: Tensor) -> Tensor:
+        pieces = zip(weights.items(), move.split(sizes), strict=True)
+        values = {name: weight + piece.view_as(weight) for (name, weight), piece in pieces}
+        return torch.func.functional_call(program, values, (iterate,))
+
+    moves = step * torch.eye(sum(sizes), dtype=residuals.dtype, device=residuals.device)
+    changed = _evaluate_many(moved, moves)
+    return ((changed - residuals) / step).permute(1, 2, 0, 3)
+
+
+def slopes_by_force(
+    problem: LeastSquares, iterate: Iterate, network: Residual, residuals: Tensor, calls: Tensor
+) -> Tensor:
+    """Run the program once for each evaluation of the force, and differentiate the force by its weights.
+
+    Arguments:
+        calls: latents and inputs of each evaluation, ``(call, task, shot, latent + input)``.
+    """
+    num_calls = len(calls)
+    outputs = network.outputs
+    step = 10.0 * math.sqrt(num_calls * torch.finfo(residuals.dtype).eps)  # of one call of many
+    identity = torch.eye(num_calls * outputs, dtype=residuals.dtype, device=residuals.device)
+    pushes = (step * identity).view(-1, num_calls, outputs)
+
+    def pushed(push: Tensor) -> Tensor:
+        return evaluate_force(problem, iterate, network, push)[0]
+
+    by_output = (_evaluate_many(pushed, pushes) - residuals) / step
+    term = _Term(network)
+    weights = {f"network.{name}": weight for name, weight in trained_weights(network).items()}
+    force = partial(torch.func.functional_call, term)
+    slopes = torch.vmap(torch.func.jacrev(force), (None, 0))
+    by_task = []
+    for task in range(len(residuals)):
+        samples = calls[:, task].transpose(0, 1).flatten(0, 1)  # (shot and call, latent and input)
+        parts = [part.flatten(2) for part in slopes(weights, samples).values()]
+        by_weight = torch.cat(parts, -1).unflatten(0, (-1, num_calls)).flatten(1, 2)
+        by_task.append(by_weight.mT @ by_output[:, task].transpose(0, 1))
+    return torch.stack(by_task)
+
+
+def evaluate_force(
+    problem: LeastSquares, iterate: Iterate, network: Residual, push: Tensor | None
+) -> tuple[Tensor, list[Tensor]]:
+    """Residuals if ``push (call, output)`` is added to the force, and each call's latents and inputs."""
+    calls: list[Tensor] = []
+
+    def record(module: nn.Module, arguments: tuple[object, ...], force: Tensor) -> Tensor:
+        latents, inputs = arguments[1:]
+        index = len(calls)
+        parts = torch.broadcast_tensors(force[0], *latents, *inputs)  # type: ignore[misc]
+        calls.append(torch.stack(parts[1:], -1))
+        if push is None:
+            return force
+        return force + push[index].view(-1, *[1] * (force.dim() - 1))
+
+    with network.output.register_forward_hook(record):
+        residuals = problem.residuals(iterate.task[None], iterate.shot[None])[0]
+    return residuals, calls
+
+
+class _Residuals(nn.Module):
+    """A problem's residuals as a function that owns the network."""
+
+    def __init__(self, network: nn.Module, problem: LeastSquares) -> None:
+        super().__init__()
+        self.network = network
+        self.problem = problem
+
+    def forward(self, iterate: Iterate) -> Tensor:
+        return self.problem.residuals(iterate.task[None], iterate.shot[None])[0]
+
+
+class _Term(nn.Module):
+    """A force as a function of one latent vector and its inputs, side by side in one tensor."""
+
+    def __init__(self, network: Residual) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, sample: Tensor) -> Tensor:
+        z, x = sample.split([self.network.latents, self.network.inputs])
+        force = self.network.given(z.view(1, 1, -1))(*x.view(-1, 1, 1))
+        return torch.stack(force if isinstance(force, tuple) else (force,)).flatten()
+
+
+def _evaluate_many(function: Callable[[Tensor], Tensor], changes: Tensor) -> Tensor:
+    """Evaluate many changes at once; one by one if the program's solver can't be vectorized."""
+    try:
+        return torch.cat([torch.vmap(function)(chunk) for chunk in changes.split(CHUNK)])
+    except RuntimeError:
+        # An adaptive solver chooses its steps by the values, which torch.vmap refuses. A failure that has another
+        # cause happens again here.
+        return torch.stack([function(change) for change in changes])
