@@ -85,7 +85,8 @@ def real(choice: argparse.Namespace) -> None:
 
     # Gravity's truth is known up to a factor; the rival's is as good as any.
     few = real_learned.tasks(judge, 4, 8, choice.seed)
-    few = replace(few, truth={"gravity": rivals.compound[2].float() * few.truth["gravity"]})
+    gravity = rivals.compound[2].float() * few.true_latents["gravity"]
+    few = replace(few, true_latents={"gravity": gravity})
     for name, figure in (
         ("loss", habits.loss_figure(fit)),
         ("trajectories", habits.trajectories_figure(model, guide, few)),

@@ -104,20 +104,20 @@ def recover(
     model: ph.models.MetaHybridVAE, guide: ph.AmortizedGuide, tasks: ph.Tasks, samples: int = 400
 ) -> Recovered:
     """Read the tasks' support shots, a hundred tasks at a time: with the prior, or the guide where the prior can't."""
-    assert tasks.truth is not None
+    assert tasks.true_latents is not None
     sites, pieces = list(model.system.physics) + ["unknown"], []
     for start in tqdm(
         range(0, len(tasks), 100), desc="reading supports", unit="batch", leave=False
     ):
         support = tasks[start : start + 100].episode().support
         if isinstance(model.prior, ph.UnconditionalPrior):
-            found = ph.draws(model, guide, support, samples)
+            found = ph.draws(model, guide, ph.Episode(None, support), samples)
         else:
             found = {name: fn.sample((samples,)) for name, fn in model.prior(support).items()}
         pieces.append(torch.cat([found[name] for name in sites], -1).cpu())
     draws = torch.cat(pieces, 1)
     names = [*model.system.physics, *model.system.unknown]
-    truth = torch.cat([tasks.truth[name] for name in sites], -1)
+    truth = torch.cat([tasks.true_latents[name] for name in sites], -1)
     return Recovered(names, truth, draws.mean(0), draws, len(model.system.physics))
 
 
@@ -143,7 +143,7 @@ def judge(
     plain = ph.mcc(new.mean, new.truth)
     unmixed = ph.disentangle(new.mean, fit=seen.mean)
     alone = ph.disentangle(new.mean[:, new.neural], fit=seen.mean[:, seen.neural])
-    bound = model.system.cramer_rao(held_out.episode().support, held_out.truth).mean(0)
+    bound = model.system.cramer_rao(held_out.episode().support, held_out.true_latents).mean(0)
     after = torch.cat([new.mean[:, new.physics], alone], -1)
     disentangled = ph.mcc(after, new.truth)
     neural = ph.mcc(alone, new.truth[:, new.known :])
@@ -196,10 +196,10 @@ def trajectory_errors(
     """Mean squared errors of held-out query shots, in units of the noise variance."""
     episode = tasks[:100].episode()
     noise = torch.tensor(model.system.noise)
-    counts = torch.as_tensor(episode.mask).expand_as(episode.query)
+    counts, values = episode.query.scored, episode.query.values
 
     def error(draws: Tensor) -> float:
-        return round(float(((draws.mean(0) - episode.query) / noise).square()[counts].mean()), 3)
+        return round(float(((draws.mean(0) - values) / noise).square()[counts].mean()), 3)
 
     posterior = ph.draws(model, guide, episode, 20)
     conditioned = pyro.poutine.condition(model, posterior)
@@ -372,18 +372,24 @@ def trajectories_figure(
                 ahead[:, column, :, s].quantile(0.95, 0),
             )
             axis.fill_between(
-                episode.times, low, high, color=ORANGE, alpha=0.3, lw=0, label="prediction, 90%"
+                episode.query.times,
+                low,
+                high,
+                color=ORANGE,
+                alpha=0.3,
+                lw=0,
+                label="prediction, 90%",
             )
             axis.plot(
-                episode.times,
+                episode.query.times,
                 rebuilt[:, column, :, s].mean(0),
                 color=BLUE,
                 lw=1.2,
                 label="reconstruction",
             )
             axis.plot(
-                episode.times,
-                episode.query[column, 0, :, s],
+                episode.query.times,
+                episode.query.values[column, 0, :, s],
                 ".",
                 color="black",
                 ms=2.5,
@@ -425,7 +431,9 @@ def prior_posterior_figure(
                 label=label,
             )
         if name in model.system.physics:
-            axis.axvline(float(held_out.truth[name][0, i]), color="black", lw=1, label="truth")
+            axis.axvline(
+                float(held_out.true_latents[name][0, i]), color="black", lw=1, label="truth"
+            )
         axis.set(title=name if before[name].shape[-1] == 1 else f"{name}[{i}]", yticks=[])
     axes[0, 0].legend(fontsize=7)
     return figure

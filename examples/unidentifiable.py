@@ -55,11 +55,12 @@ class Spring(ph.HybridModel):
                 place, speed = state
                 return speed, -rate * place + friction(speed)
 
-            states = ph.solve(field, episode.initial, episode.times)
+            shots = episode.query
+            states = ph.solve(field, shots.initial.unbind(-1), shots.times)
             return pyro.sample(
                 "x",
-                dist.Normal(states, self.noise).mask(episode.mask).to_event(3),
-                obs=episode.query,
+                dist.Normal(states, self.noise).mask(shots.scored).to_event(3),
+                obs=shots.values,
             )
 
 
@@ -87,13 +88,14 @@ def springs(systems: int) -> ph.Tasks:
     )
     values = states + NOISE * torch.randn_like(states)
     truth = {"mass": mass, "stiffness": stiffness, "rate": stiffness / mass, "drag": drag}
-    return ph.Tasks.from_trajectories(times, values, num_support=4, truth=truth)
+    return ph.Tasks.from_trajectories(times, values, num_support=4, true_latents=truth)
 
 
 def asked_for(tasks: ph.Tasks, redundant: bool) -> ph.Tasks:
     """The same tasks, with the truth of what the program asks for."""
     names = ("mass", "stiffness", "drag") if redundant else ("rate", "drag")
-    return dataclasses.replace(tasks, truth={name: tasks.truth[name] for name in names})
+    asked = {name: tasks.true_latents[name] for name in names}
+    return dataclasses.replace(tasks, true_latents=asked)
 
 
 def train(
@@ -121,7 +123,7 @@ def train(
 def prediction_error(model: Spring, tasks: ph.Tasks) -> float:
     """Typical error of trajectories never seen, their latents from the support alone, in noises."""
     episode = tasks.episode()
-    error = (ph.predict(model, episode, 50)["x"].mean(0) - episode.query)[:, :, 1:] / NOISE
+    error = (ph.predict(model, episode, 50)["x"].mean(0) - episode.query.values)[:, :, 1:] / NOISE
     return float(error.square().mean((1, 2, 3)).sqrt().median())
 
 
@@ -163,7 +165,7 @@ def main() -> None:
         )
 
         # What nobody can look at with real data: the truth.
-        true = held_out.truth[site]
+        true = held_out.true_latents[site]
         found = ph.draws(model, guide, held_out.episode(), 100)[site].mean(0)
         r = float(ph.mcc(found, true).linear_r[0])
         axis.plot(true, found, ".", color="#c0392b" if redundant else "#2a6fbb", ms=4)

@@ -32,11 +32,12 @@ class PredatorsAndPrey(ph.HybridModel):
                 eaten, fed = encounters(*state)
                 return growth - eaten, fed - 0.6
 
-            states = ph.solve(field, episode.initial, episode.times)
+            shots = episode.query
+            states = ph.solve(field, shots.initial.unbind(-1), shots.times)
             return pyro.sample(
                 "x",
-                dist.Normal(states, self.noise).mask(episode.mask).to_event(3),
-                obs=episode.query,
+                dist.Normal(states, self.noise).mask(shots.scored).to_event(3),
+                obs=shots.values,
             )
 
 
@@ -58,9 +59,8 @@ def measurements(
 def main(steps: int = 300) -> None:
     torch.manual_seed(0)
     times, values, truth = measurements(systems=300, shots=6, steps=31)
-    train, held_out = ph.Tasks.from_trajectories(times, values, num_support=3, truth=truth).split(
-        100
-    )
+    tasks = ph.Tasks.from_trajectories(times, values, num_support=3, true_latents=truth)
+    train, held_out = tasks.split(100)
     model = PredatorsAndPrey(steps=31)
     guide = ph.AmortizedGuide(model.prior, evidence=ph.Linearised(1))
     ph.meta_train(
@@ -75,7 +75,7 @@ def main(steps: int = 300) -> None:
     found = ph.draws(model, guide, held_out.episode(), 100)
     for name, site in {"growth": "growth", "appetite": "unknown"}.items():
         print(
-            f"{name}: linear R = {ph.mcc(found[site].mean(0), held_out.truth[name]).linear_r[0]:.3f}"
+            f"{name}: linear R = {ph.mcc(found[site].mean(0), held_out.true_latents[name]).linear_r[0]:.3f}"
         )
 
 

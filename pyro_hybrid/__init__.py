@@ -2,7 +2,9 @@
 
 from pyro_hybrid import models, systems
 from pyro_hybrid.beliefs import families
-from pyro_hybrid.data.tasks import Episode, Tasks
+from pyro_hybrid.data.episode import Episode
+from pyro_hybrid.data.shots import Shots
+from pyro_hybrid.data.tasks import Tasks
 from pyro_hybrid.diagnostics.calibration import Calibration, check_calibration
 from pyro_hybrid.diagnostics.contract import ContractError, check_hybrid_model
 from pyro_hybrid.dynamics.solve import SolverError, solve
@@ -49,6 +51,7 @@ __all__ = [
     "Mixing",
     "Residual",
     "SetEncoder",
+    "Shots",
     "SolverError",
     "SupportPrior",
     "Tasks",

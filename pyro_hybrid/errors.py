@@ -51,5 +51,5 @@ def require_finite(name: str, value: Tensor, mask: Tensor | None = None) -> None
         fail(
             f"finite {name}",
             f"{value[where].item()} at index {where} ({int(bad.sum())} such entries)",
-            "Drop them, or pass mask= with False where an observation is missing.",
+            "Drop them, or pass observed= with False where a value is missing.",
         )

@@ -293,13 +293,13 @@ class Case:
         p = prior(episode.support)
         with episode.plate:
             latents = {name: pyro.sample(name, p[name]) for name in self.sites}
-            start = episode.measured
+            start = episode.query.initial
             if self.start_noise:
                 start = pyro.sample("initial", dist.Normal(start, self.start_noise).to_event(2))
-            x = dist.Normal(self.states(latents, start, episode.times), self.noise).mask(
-                episode.mask
+            x = dist.Normal(self.states(latents, start, episode.query.times), self.noise).mask(
+                episode.query.scored
             )
-            return pyro.sample("x", x.to_event(3), obs=episode.query)
+            return pyro.sample("x", x.to_event(3), obs=episode.query.values)
 
     def build(self, seed: int = 0) -> tuple[Program, ph.AmortizedGuide]:
         """The program and its guide, both by computed evidence, so that nothing needs training."""
@@ -360,9 +360,9 @@ class Case:
             times.to(self.dtype),
             values.to(self.dtype),
             num_support=self.support,
-            initial=start.to(self.dtype).unbind(-1),
-            mask=None if mask.all() else mask,
-            truth={name: value.to(self.dtype) for name, value in truth.items()},
+            initial=start.to(self.dtype),
+            observed=None if mask.all() else mask,
+            true_latents={name: value.to(self.dtype) for name, value in truth.items()},
         )
 
     def _seen(self, uniform: Callable[..., Tensor]) -> Tensor:
@@ -686,23 +686,21 @@ def functions(varies: Literal["both", "means", "variances"] = "both") -> tuple[P
     of its own, with ``variances`` the population's means.
     """
 
-    def posterior(*episodes: ph.Episode | None) -> tuple[Tensor, Tensor]:
+    def posterior(*parts: ph.Shots | None) -> tuple[Tensor, Tensor]:
         precision, right = torch.eye(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
-        for episode in episodes:
-            if episode is None or episode.query is None:
+        for shots in parts:
+            if shots is None or shots.values is None:
                 continue
-            lines = torch.stack([1.0 - episode.times, episode.times], -1)
-            counts = (
-                torch.as_tensor(episode.mask).expand_as(episode.query)[..., 0].double() / 0.1**2
-            )
+            lines = torch.stack([1.0 - shots.times, shots.times], -1)
+            counts = shots.scored[..., 0].double() / 0.1**2
             precision = precision + torch.einsum("tsn,ni,nj->tij", counts, lines, lines)
-            right = right + torch.einsum("tsn,tsn,ni->ti", counts, episode.query[..., 0], lines)
+            right = right + torch.einsum("tsn,tsn,ni->ti", counts, shots.values[..., 0], lines)
         covariance = torch.linalg.inv(precision)
         return (covariance @ right.unsqueeze(-1)).squeeze(-1), covariance.diagonal(
             dim1=-2, dim2=-1
         ).sqrt()
 
-    def prior(support: ph.Episode | None) -> tuple[Tensor, Tensor]:
+    def prior(support: ph.Shots | None) -> tuple[Tensor, Tensor]:
         mean, scale = posterior(support)
         return mean * (varies != "variances"), scale if varies != "means" else torch.full_like(
             scale, 0.1
@@ -711,17 +709,17 @@ def functions(varies: Literal["both", "means", "variances"] = "both") -> tuple[P
     def program(episode: ph.Episode) -> Tensor:
         with episode.plate:
             weights = pyro.sample("weights", dist.Normal(*prior(episode.support)).to_event(1))
-            lines = torch.stack([1.0 - episode.times, episode.times], -1)
+            lines = torch.stack([1.0 - episode.query.times, episode.query.times], -1)
             states = (lines * weights[..., None, None, :]).sum(
                 -1, keepdim=True
-            ) + 0.0 * episode.measured.unsqueeze(-2)
-            x = dist.Normal(states, 0.1).mask(episode.mask)
-            return pyro.sample("x", x.to_event(3), obs=episode.query)
+            ) + 0.0 * episode.query.initial.unsqueeze(-2)
+            x = dist.Normal(states, 0.1).mask(episode.query.scored)
+            return pyro.sample("x", x.to_event(3), obs=episode.query.values)
 
     def guide(episode: ph.Episode) -> Tensor:
         with episode.plate:
             return pyro.sample(
-                "weights", dist.Normal(*posterior(episode.support, episode)).to_event(1)
+                "weights", dist.Normal(*posterior(episode.support, episode.query)).to_event(1)
             )
 
     return program, guide
@@ -737,7 +735,12 @@ def lines(tasks: int, seed: int = 0) -> ph.Tasks:
         tasks, 4, 10, 1, generator=generator, dtype=torch.float64
     )
     mask = times[:, None] <= 0.3 + torch.rand(tasks, 1, 1, 1, generator=generator)
-    start, mask = (values[:, :, 0, 0],), mask.expand_as(values)
+    start, mask = values[:, :, 0], mask.expand_as(values)
     return ph.Tasks.from_trajectories(
-        times, values, num_support=2, initial=start, mask=mask, truth={"weights": weights}
+        times,
+        values,
+        num_support=2,
+        initial=start,
+        observed=mask,
+        true_latents={"weights": weights},
     )

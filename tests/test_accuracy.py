@@ -10,19 +10,20 @@ import pyro.distributions as dist
 import pytest
 import torch
 from torch import Tensor
+from toys import alone
 
 import pyro_hybrid as ph
 
 NOISE, POINTS = 0.01, 9
 
 
-def episode(points: int = POINTS, mask: Tensor | bool = True) -> ph.Episode:
+def episode(points: int = POINTS, scored: Tensor | None = None) -> ph.Episode:
     times, one = (
         torch.linspace(0.0, 2.0, points, dtype=torch.float64),
         torch.ones(3, 1, dtype=torch.float64),
     )
     query = torch.zeros(3, 1, points, 2, dtype=torch.float64)
-    return ph.Episode(times, query, (one, 0.0 * one), mask=mask)
+    return alone(times, query, (one, 0.0 * one), scored=scored)
 
 
 class Swing(ph.HybridModel):
@@ -34,20 +35,25 @@ class Swing(ph.HybridModel):
         self.share = torch.nn.Parameter(torch.zeros(()))
 
     def forward(self, episode: ph.Episode) -> Tensor:
-        rate = (2.0 * torch.arange(3.0, dtype=episode.times.dtype).unsqueeze(-1)) ** 2
+        rate = (2.0 * torch.arange(3.0, dtype=episode.query.times.dtype).unsqueeze(-1)) ** 2
         with episode.plate:
             x = ph.solve(
-                lambda t, y: (y[1], -rate * y[0]), episode.initial, episode.times, **self.options
+                lambda t, y: (y[1], -rate * y[0]),
+                episode.query.initial.unbind(-1),
+                episode.query.times,
+                **self.options,
             )
             self.states = x
-            fn = dist.Normal(x + self.share, NOISE).mask(episode.mask)
-            return pyro.sample("x", fn.to_event(3), obs=episode.query)
+            fn = dist.Normal(x + self.share, NOISE).mask(episode.query.scored)
+            return pyro.sample("x", fn.to_event(3), obs=episode.query.values)
 
 
 def true_error(model: Swing) -> Tensor:
     """Largest error in standard deviations of the noise, by task, against the closed form."""
     few, omega = episode(), 2.0 * torch.arange(3.0, dtype=torch.float64).view(3, 1, 1)
-    exact = torch.stack([torch.cos(omega * few.times), -omega * torch.sin(omega * few.times)], -1)
+    exact = torch.stack(
+        [torch.cos(omega * few.query.times), -omega * torch.sin(omega * few.query.times)], -1
+    )
     model(few)
     return ((model.states - exact) / NOISE).abs().flatten(1).amax(1)
 
@@ -64,7 +70,7 @@ def test_it_is_the_true_error_but_for_a_sixteenth(options: dict[str, float]) -> 
 def test_what_is_masked_does_not_count() -> None:
     late = torch.zeros(3, 1, POINTS, 2, dtype=torch.bool)
     late[:, :, 0] = True  # the initial state is exact
-    assert ph.step_error(Swing(), episode(mask=late))[:2] == (0.0, 0.0)
+    assert ph.step_error(Swing(), episode(scored=late))[:2] == (0.0, 0.0)
 
 
 def test_adaptive_steps_have_none() -> None:
@@ -82,8 +88,11 @@ class Exploding(Swing):
 
     def forward(self, episode: ph.Episode) -> Tensor:
         with episode.plate:
-            x = ph.solve(lambda t, y: (-1e200 * y[0] ** 3, y[1]), episode.initial, episode.times)
-            return pyro.sample("x", dist.Normal(x, NOISE).to_event(3), obs=episode.query)
+            shots = episode.query
+            x = ph.solve(
+                lambda t, y: (-1e200 * y[0] ** 3, y[1]), shots.initial.unbind(-1), shots.times
+            )
+            return pyro.sample("x", dist.Normal(x, NOISE).to_event(3), obs=shots.values)
 
 
 @pytest.mark.parametrize(("options", "warns"), [({}, True), ({"substeps": 20}, False)])
@@ -92,7 +101,7 @@ def test_training_warns_of_steps_that_are_too_long(
 ) -> None:
     few = episode()
     tasks = ph.Tasks.from_trajectories(
-        few.times, few.query.expand(3, 2, -1, -1).contiguous(), num_support=1
+        few.query.times, few.query.values.expand(3, 2, -1, -1).contiguous(), num_support=1
     )
     model = Swing(**options)
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from pyro import poutine
 from torch import Tensor
+from toys import with_query
 
 import pyro_hybrid as ph
 from pyro_hybrid.models import APHYNITY, OriginalAPHYNITY
@@ -73,9 +74,9 @@ def error_of(model: APHYNITY, guide: Any, data: ph.Episode) -> float:
             data
         )
     x = run.nodes["x"]["fn"].base_dist.base_dist
-    counts = torch.as_tensor(data.mask).expand_as(data.query)
+    counts = data.query.scored
     return float(
-        x.scale.square().mean() * ((data.query - x.mean) / x.scale).square()[counts].mean()
+        x.scale.square().mean() * ((data.query.values - x.mean) / x.scale).square()[counts].mean()
     )
 
 
@@ -184,9 +185,9 @@ def test_the_objective_is_the_published_one_times_half_the_observations_over_lam
     model = OriginalAPHYNITY(system, weight=3.0, width=4)
     data = system.simulate(1, 4, seed=0, num_support=1).episode()
     states = model.trajectories(data)
-    norm = squared_norm(system, model.physics(), model.force(), data.times, states)
+    norm = squared_norm(system, model.physics(), model.force(), data.query.times, states)
     n = 3 * 5 * 2  # what is measured at the first time is where trajectories begin
-    mean_square = (states - data.query).square()[:, :, 1:].mean()
+    mean_square = (states - data.query.values).square()[:, :, 1:].mean()
     published = 3.0 * mean_square + norm.sum()
     constant = 0.5 * n * torch.log(torch.tensor(2.0 * torch.pi))
     assert torch.allclose(
@@ -226,7 +227,7 @@ def test_lambda_of_the_original_grows_by_exactly_the_mean_squared_error() -> Non
     model = OriginalAPHYNITY(system, weight=1.0, growth=0.25, width=4).double()
     data = system.simulate(1, 4, seed=0, num_support=1).episode().double()
     with torch.no_grad():
-        squares = (model.trajectories(data) - data.query).square()[:, :, 1:]
+        squares = (model.trajectories(data) - data.query.values).square()[:, :, 1:]
     loss_of(model, model.guide(), data).backward()
     assert float(model.constraint.weight) == pytest.approx(
         1.0 + 0.25 * float(squares.mean()), rel=1e-14
@@ -253,7 +254,7 @@ def test_lambda_ignores_a_run_that_is_not_finite() -> None:
         system.simulate(1, 4, seed=0, num_support=1).episode(),
     )
     loss = loss_of(
-        model, model.guide(), replace(data, query=torch.full_like(data.query, torch.inf))
+        model, model.guide(), with_query(data, values=torch.full_like(data.query.values, torch.inf))
     )
     loss.backward()
     assert not loss.isfinite() and float(model.constraint.weight) == 1.0
@@ -319,7 +320,7 @@ def trained(damping: float, weight: float) -> tuple[OriginalAPHYNITY, Tensor, Te
         curriculum={0.0: 3},
         progress=False,
     )
-    angle, speed = system.simulate(1, 9, seed=1, num_support=1).episode().query.unbind(-1)
+    angle, speed = system.simulate(1, 9, seed=1, num_support=1).episode().query.values.unbind(-1)
     with torch.no_grad(), local_parameters():
         return model, model.force()(torch.tensor(1.0), angle, speed), -damping * speed
 

@@ -13,7 +13,7 @@ import torch
 from conftest import Note
 from test_training import SHORT, TASKS, pair, state
 from torch import Tensor
-from toys import Line
+from toys import Line, with_query
 
 import pyro_hybrid as ph
 
@@ -59,12 +59,12 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
     "an empty support": (
         {"num_support": 0},
         r"num_support from 1 to 3 .*The support can't be empty",
-        "one task and one shot or more; got 20 and 0. An empty query",
+        "one task and one shot or more; got 20 and 0. Pass at least one",
     ),
     "an empty query": (
         {"num_support": 4},
         r"num_support from 1 to 3 .*the query needs a shot too",
-        "one task and one shot or more; got 20 and 0. An empty query",
+        "one task and one shot or more; got 20 and 0. Pass at least one",
     ),
     "one time point": ({"times": TIMES[:1], "values": VALUES[:, :, :1]}, "two times; got .*", ""),
     "unsorted times": (
@@ -98,8 +98,8 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
         "",
     ),
     "all masked": (
-        {"mask": hidden()},
-        "an observation in every task; got none in task 3, which is masked",
+        {"observed": hidden()},
+        "an observation in every task; got none in task 3. Drop the task",
         "",
     ),
     "sensors that change": (
@@ -145,17 +145,15 @@ def episode(
     times: Tensor = TIMES,
     values: Tensor = VALUES,
     num_support: int = 2,
-    mask: Tensor | bool = True,
+    observed: Tensor | None = None,
 ) -> ph.Episode:
     """Put together by hand, past the checks of Tasks."""
 
-    def part(which: slice) -> ph.Episode:
-        counts = mask if isinstance(mask, bool) else mask[:, which]
-        return ph.Episode(
-            times, values[:, which], (values[:, which, 0, 0],), mask=counts, seen=counts
-        )
+    def part(which: slice) -> ph.Shots:
+        counts = None if observed is None else observed[:, which]
+        return ph.Shots.from_tensors(times, values[:, which], values[:, which, 0], observed=counts)
 
-    return replace(part(slice(num_support, None)), support=part(slice(0, num_support)))
+    return ph.Episode(part(slice(0, num_support)), part(slice(num_support, None)))
 
 
 @pytest.mark.parametrize("kind", BAD)
@@ -171,7 +169,7 @@ def test_bad_data_are_not_trained_on(
         fit = ph.meta_train(*both, tasks(**changes), **SHORT)
         assert (
             fit.skipped == 0
-            and "Nothing ever changes in task 3. It can be trained on" in caplog.text
+            and "Nothing ever changes in task 3. Such a task says little" in caplog.text
         )
     assert all(torch.isfinite(value).all() for value in state(*both))
     figure("bad data", **{"errors" if words else "masks": 1}, poisoned=0)
@@ -197,7 +195,8 @@ def test_bad_data_are_not_inferred_from_and_not_exported(
         assert torch.isfinite(found).all() and found.shape[-2] == len(VALUES)
     else:
         with pytest.raises(
-            (ValueError, TypeError), match=for_episodes or words.replace("values", "query")
+            (ValueError, TypeError),
+            match=for_episodes or words.replace("values", "(query|support)"),
         ):
             DOORS[door](trained, bad)
     figure("bad data", **{"masks" if kind in MASKED else "errors": 1}, poisoned=0)
@@ -208,10 +207,10 @@ def test_where_no_observation_of_a_task_counts_its_posterior_is_its_prior(
     evidence: ph.Linearised | None,
 ) -> None:
     model, guide = pair(evidence)
-    mask = torch.ones_like(GOOD.query, dtype=torch.bool)
+    mask = torch.ones_like(GOOD.query.values, dtype=torch.bool)
     mask[3] = False
     natural, prior = (
-        guide.natural(replace(GOOD, mask=mask))["slope"],
+        guide.natural(with_query(GOOD, scored=mask))["slope"],
         model.prior.natural(GOOD.support)["slope"],
     )
     assert (
@@ -225,20 +224,22 @@ def test_where_no_observation_of_a_task_counts_its_posterior_is_its_prior(
 def test_whatever_stands_where_nothing_was_seen_is_not_looked_at(
     door: str, evidence: ph.Linearised | None
 ) -> None:
-    both, gone = pair(evidence), torch.zeros_like(GOOD.query, dtype=torch.bool)
+    both, gone = pair(evidence), torch.zeros_like(GOOD.query.values, dtype=torch.bool)
     gone[:, :, 2] = True
-    clean = replace(GOOD, mask=GOOD.mask & ~gone, seen=~gone)
+    clean = with_query(GOOD, scored=GOOD.query.scored & ~gone, observed=~gone)
     found = []
     for value in (0.0, torch.nan):
         torch.manual_seed(0)
-        found.append(DOORS[door](both, replace(clean, query=GOOD.query.masked_fill(gone, value))))
+        found.append(
+            DOORS[door](both, with_query(clean, values=GOOD.query.values.masked_fill(gone, value)))
+        )
     assert torch.isfinite(found[0]).all() and torch.equal(*found)
 
 
 @pytest.mark.parametrize("door", DOORS)
 def test_a_support_of_other_tasks_is_noticed(door: str, trained: Any) -> None:
     with pytest.raises(ValueError, match="a support of the same 20 tasks; got one of 5"):
-        DOORS[door](trained, replace(GOOD, support=GOOD.support.only(torch.arange(5))))
+        DOORS[door](trained, replace(GOOD, support=GOOD.support.select_tasks(torch.arange(5))))
 
 
 def test_good_data_say_nothing(caplog: pytest.LogCaptureFixture) -> None:

@@ -58,7 +58,7 @@ def test_the_naive_program_has_the_librarys_loss(scripts: Any) -> None:
     torch.manual_seed(0)
     model = ph.models.MetaHybridVAE(system, latents=4, linear=False, substeps=4).double()
     guide, episode = model.guide().double(), system.simulate(3, 4, seed=0).episode().double()
-    sizes = {"omega": (3, 1), "unknown": (3, 4), "initial": episode.measured.shape}
+    sizes = {"omega": (3, 1), "unknown": (3, 4), "initial": episode.query.initial.shape}
     noise = {name: torch.randn(size, dtype=torch.float64) for name, size in sizes.items()}
     rival = rivals.Naive(model, 1e-8)
     ours, theirs = (

@@ -40,9 +40,9 @@ SEEN = DESIGN.square().sum(0) / NOISE**2  # information of one shot
 SHOTS, SUPPORT = 4, 2
 
 
-def believed(*episodes: ph.Episode, noise: float = NOISE) -> tuple[Tensor, Tensor]:
-    """Means and standard deviations of two latents, standard normal before, from all shots of some episodes."""
-    errors = torch.cat([e.query.squeeze(-1) - e.initial[0].unsqueeze(-1) for e in episodes], 1)
+def believed(*parts: ph.Shots, noise: float = NOISE) -> tuple[Tensor, Tensor]:
+    """Means and standard deviations of two latents, standard normal before, from all these shots."""
+    errors = torch.cat([shots.values.squeeze(-1) - shots.initial for shots in parts], 1)
     precision = 1.0 + DESIGN.square().sum(0) * errors.shape[1] / noise**2
     return errors.sum(1) @ DESIGN / noise**2 / precision, precision.rsqrt().expand(len(errors), 2)
 
@@ -52,9 +52,9 @@ def program(episode: ph.Episode) -> None:
     loc, scale = believed(episode.support)
     with episode.plate:
         z = pyro.sample("z", dist.Normal(loc, scale).to_event(1))
-        mean = episode.initial[0].unsqueeze(-1) + (z @ DESIGN.T).unsqueeze(-2)
-        x = dist.Normal(mean.unsqueeze(-1), NOISE).mask(episode.mask)
-        pyro.sample("x", x.to_event(3), obs=episode.query)
+        mean = episode.query.initial + (z @ DESIGN.T).unsqueeze(-2)
+        x = dist.Normal(mean.unsqueeze(-1), NOISE).mask(episode.query.scored)
+        pyro.sample("x", x.to_event(3), obs=episode.query.values)
 
 
 def posterior(
@@ -180,8 +180,8 @@ def test_real_queries_whose_k_hat_is_large_are_named() -> None:
     strange = tasks(199).values[[20, 50, 120], SUPPORT:, 1:]
 
     def guide(episode: ph.Episode) -> None:
-        there = (episode.query[:, None, :, 1:] == strange).flatten(2).all(2).any(1)
-        loc, scale = believed(episode.support, episode)
+        there = (episode.query.values[:, None, :, 1:] == strange).flatten(2).all(2).any(1)
+        loc, scale = believed(episode.support, episode.query)
         with episode.plate:
             pyro.sample(
                 "z", dist.Normal(loc + 4.0 * scale * there.unsqueeze(-1), scale).to_event(1)
@@ -200,7 +200,7 @@ def test_what_only_the_real_queries_show_is_in_the_k_hats_alone() -> None:
     real = tasks().values[:, SUPPORT:, 1:]
 
     def guide(episode: ph.Episode) -> None:
-        measured = bool((episode.query[:, :, 1:, None].squeeze(-1) == real).all())
+        measured = bool((episode.query.values[:, :, 1:, None].squeeze(-1) == real).all())
         posterior(0.2 if measured else 1.0)(episode)
 
     found = checked(guide, simulations=500)
@@ -240,12 +240,10 @@ def test_segments_restart_from_the_simulated_states() -> None:
     data = make_tasks(20, 4, num_support=2, mask=mask)
     found = ph.check_calibration(model, spy, data, simulations=500, num_draws=199, progress=False)
     assert found.verdict == "holds"
-    (states,), episode = seen[0].states, data.episode()
-    there = torch.as_tensor(episode.seen)[..., 0]
-    assert torch.equal(states[there], seen[0].query[..., 0][there])
-    assert torch.equal(states[:, :, 0], episode.initial[0]) and not torch.equal(
-        states, episode.states[0]
-    )
+    states, query = seen[0].query.states, data.episode().query
+    there = query.observed
+    assert torch.equal(states[there], seen[0].query.values[there])
+    assert torch.equal(states[:, :, 0], query.initial) and not torch.equal(states, query.states)
 
 
 def angle(natural: Tensor) -> Tensor:
@@ -262,15 +260,19 @@ ABOUT_PI = torch.tensor([-2.0, 0.0], dtype=torch.float64).expand(25, 2)
 def circle(episode: ph.Episode) -> None:
     """An angle that is seen through its cosine and sine."""
     with episode.plate:
-        z = angle(ABOUT_PI[: episode.shape[0]])[..., None, None, :]
+        z = angle(ABOUT_PI[: episode.query.shape[0]])[..., None, None, :]
         mean = torch.cat([z.cos(), z.sin()], -1) + torch.zeros(2, POINTS, 2, dtype=torch.float64)
-        pyro.sample("x", dist.Normal(mean, 1.0).mask(episode.mask).to_event(3), obs=episode.query)
+        pyro.sample(
+            "x",
+            dist.Normal(mean, 1.0).mask(episode.query.scored).to_event(3),
+            obs=episode.query.values,
+        )
 
 
 def around(episode: ph.Episode) -> None:
     """Its posterior: a von Mises prior stays one, with x / σ² added to λ."""
     with episode.plate:
-        angle(ABOUT_PI + (episode.query * episode.mask).sum((1, 2)))
+        angle(ABOUT_PI + (episode.query.values * episode.query.scored).sum((1, 2)))
 
 
 def test_an_angle_about_pi_is_judged_on_its_circle() -> None:
@@ -305,14 +307,13 @@ def test_only_what_counts_as_an_observation_is_simulated() -> None:
     checked(spy, simulations=50)
     first, *_, last = seen
     for episode in (first, last):
-        for name in ("times", "mask", "seen"):
-            assert torch.equal(
-                torch.as_tensor(getattr(episode, name)), torch.as_tensor(getattr(data, name))
-            )
-        assert torch.equal(episode.support.query, data.support.query)
-        assert torch.equal(episode.initial[0], data.initial[0])
-    assert torch.equal(first.query[:, :, 0], data.query[:, :, 0])
-    assert (first.query != data.query)[:, :, 1:].all() and torch.equal(last.query, data.query)
+        for name in ("times", "scored", "observed", "initial"):
+            assert torch.equal(getattr(episode.query, name), getattr(data.query, name))
+        assert torch.equal(episode.support.values, data.support.values)
+    assert torch.equal(first.query.values[:, :, 0], data.query.values[:, :, 0])
+    assert (first.query.values != data.query.values)[:, :, 1:].all() and torch.equal(
+        last.query.values, data.query.values
+    )
 
 
 @pytest.mark.parametrize(
@@ -358,12 +359,16 @@ def test_what_diverges_is_left_out_and_counted() -> None:
         loc, scale = believed(episode.support)
         with episode.plate:
             z = pyro.sample("z", dist.Normal(loc, scale).to_event(1))
-            mean = (episode.initial[0].unsqueeze(-1) + (z @ DESIGN.T).unsqueeze(-2)).unsqueeze(-1)
+            mean = (
+                episode.query.initial[0].unsqueeze(-1) + (z @ DESIGN.T).unsqueeze(-2)
+            ).unsqueeze(-1)
             mean = mean.where(
                 z[..., :1, None, None] < loc[:, :1, None, None] + scale[0, 0], torch.inf
             )
             pyro.sample(
-                "x", dist.Normal(mean, NOISE).mask(episode.mask).to_event(3), obs=episode.query
+                "x",
+                dist.Normal(mean, NOISE).mask(episode.query.scored).to_event(3),
+                obs=episode.query.values,
             )
 
     found = ph.check_calibration(blows_up, posterior(), tasks(), num_draws=99, progress=False)
@@ -561,20 +566,20 @@ def test_short_checks_show_no_bar(capfd: pytest.CaptureFixture[str]) -> None:
 
 def unnamed(episode: ph.Episode) -> None:
     with episode.plate:
-        pyro.sample("other", dist.Normal(torch.zeros(episode.shape[0], 2), 1.0).to_event(1))
+        pyro.sample("other", dist.Normal(torch.zeros(episode.query.shape[0], 2), 1.0).to_event(1))
 
 
 def lost(episode: ph.Episode) -> None:
     with episode.plate:
-        loc = torch.full((episode.shape[0], 2), torch.nan)
+        loc = torch.full((episode.query.shape[0], 2), torch.nan)
         pyro.sample("z", dist.Normal(loc, 1.0, validate_args=False).to_event(1))
 
 
 def scalar(episode: ph.Episode) -> None:
     with episode.plate:
-        z = pyro.sample("z", dist.Normal(torch.zeros(episode.shape[0]), 1.0))
+        z = pyro.sample("z", dist.Normal(torch.zeros(episode.query.shape[0]), 1.0))
         x = dist.Normal(z[..., None, None, None].expand(*z.shape, 2, POINTS, 1), 1.0)
-        pyro.sample("x", x.to_event(3), obs=episode.query)
+        pyro.sample("x", x.to_event(3), obs=episode.query.values)
 
 
 def twice(episode: ph.Episode) -> None:
@@ -584,14 +589,14 @@ def twice(episode: ph.Episode) -> None:
 
 def unseeing(episode: ph.Episode) -> None:
     with episode.plate:
-        pyro.sample("z", dist.Normal(torch.zeros(episode.shape[0], 2), 1.0).to_event(1))
+        pyro.sample("z", dist.Normal(torch.zeros(episode.query.shape[0], 2), 1.0).to_event(1))
 
 
 def endless(episode: ph.Episode) -> None:
     with episode.plate:
-        z = pyro.sample("z", dist.Normal(torch.zeros(episode.shape[0], 2), 1.0).to_event(1))
+        z = pyro.sample("z", dist.Normal(torch.zeros(episode.query.shape[0], 2), 1.0).to_event(1))
         mean = torch.inf * z[..., :1, None, None].expand(*z.shape[:-1], 2, POINTS, 1)
-        pyro.sample("x", dist.Normal(mean, 1.0).to_event(3), obs=episode.query)
+        pyro.sample("x", dist.Normal(mean, 1.0).to_event(3), obs=episode.query.values)
 
 
 @pytest.mark.parametrize(
@@ -615,7 +620,7 @@ def endless(episode: ph.Episode) -> None:
         (
             twice,
             posterior(),
-            r"expected a program that observes episode\.query as it is, at one site; got \['sum', 'x'\]",
+            r"expected a program that observes episode\.query\.values as it is, at one site; got \['sum', 'x'\]",
         ),
         (unseeing, posterior(), r"at one site; got nothing observed\. Write obs=episode\.query"),
         (
@@ -696,9 +701,10 @@ class Decay(ph.HybridModel):
         p = self.prior(episode.support)
         with episode.plate:
             rate = pyro.sample("rate", p["rate"])
-            states = ph.solve(lambda t, y: (-rate * y[0],), episode.initial, episode.times)
+            shots = episode.query
+            states = ph.solve(lambda t, y: (-rate * y[0],), shots.initial.unbind(-1), shots.times)
             pyro.sample(
-                "x", dist.Normal(states, 0.1).mask(episode.mask).to_event(3), obs=episode.query
+                "x", dist.Normal(states, 0.1).mask(shots.scored).to_event(3), obs=shots.values
             )
 
 
@@ -715,10 +721,10 @@ def decays() -> ph.Tasks:
 
 def integrated(model: Decay, episode: ph.Episode) -> dict[str, tuple[Tensor, Tensor]]:
     grid = torch.linspace(0.02, 6.0, 6000, dtype=torch.float64)
-    expected = episode.initial[0][..., None, None] * torch.exp(
+    expected = episode.query.initial[..., None] * torch.exp(
         -grid[:, None] * TIMES
     )  # (task, shot, grid, time)
-    errors = (episode.query[..., 0].unsqueeze(2) - expected)[..., 1:] / 0.1
+    errors = (episode.query.values[..., 0].unsqueeze(2) - expected)[..., 1:] / 0.1
     prior = model.prior(episode.support)["rate"].log_prob(grid[:, None, None]).T
     weight = torch.softmax(prior - 0.5 * errors.square().sum((1, 3)), 1)
     mean = weight @ grid
@@ -757,7 +763,7 @@ def test_guide_nuts_and_closed_form_agree(model: Any, data: Any, closed: Any, fi
     model, data = model().double().eval().requires_grad_(False), data()
     guide, episode = (
         ph.AmortizedGuide(model.prior, evidence=ph.Linearised(6)),
-        data.episode().only(0),
+        data.episode().select_tasks(0),
     )
     with local_parameters():
         nuts = NUTS(model, full_mass=True, max_tree_depth=5)

@@ -305,7 +305,7 @@ def test_another_training_becomes_a_row_of_its_own(good: ph.Certificate) -> None
 
 
 def test_without_truth_or_restarts_there_is_nothing_to_compare_with() -> None:
-    tasks = replace(replace(ONE, tasks=100).data(), truth=None)
+    tasks = replace(replace(ONE, tasks=100).data(), true_latents=None)
     certificate = ph.certify(*ONE.build(), tasks, progress=False)
     check = certificate["residual ambiguity"]
     assert check.status == "not checked" and "restarts=[model]" in check.remedy
@@ -376,9 +376,9 @@ def test_tasks_of_one_shot_are_refused() -> None:
     tasks = replace(
         tasks,
         values=tasks.values[:, :1],
-        states=tuple(part[:, :1] for part in tasks.states),
-        mask=tasks.mask[:, :1],
-        seen=tasks.seen[:, :1],
+        initial=tasks.initial[:, :1],
+        scored=tasks.scored[:, :1],
+        observed=tasks.observed[:, :1],
     )
     with pytest.raises(
         ValueError, match="expected two shots or more of every task; got 1. One support alone"
@@ -390,23 +390,25 @@ def test_systems_of_which_only_the_support_was_observed_are_left_out_of_what_loo
     None
 ):
     tasks = replace(ONE, tasks=60).data()
-    mask = tasks.mask.clone()
+    mask = tasks.scored.clone()
     mask[::2, 1:] = False
-    certificate = ph.certify(*ONE.build(), replace(tasks, mask=mask, seen=mask), progress=False)
+    certificate = ph.certify(
+        *ONE.build(), replace(tasks, scored=mask, observed=mask), progress=False
+    )
     assert len(certificate.numbers["fit"].error) == 30 and certificate["fit"].status == "holds"
     assert certificate[LOCAL].status == "holds" and certificate[GLOBAL].value == 1.0
     mask[:, 1:] = False
     with pytest.raises(
         ValueError, match="expected systems with observations beside their support; got none. Take"
     ):
-        ph.certify(*ONE.build(), replace(tasks, mask=mask, seen=mask), progress=False)
+        ph.certify(*ONE.build(), replace(tasks, scored=mask, observed=mask), progress=False)
 
 
 def sampling(shape: str) -> object:
     """A program with a latent that can't be certified."""
 
     def program(episode: ph.Episode) -> None:
-        zeros = episode.measured[:, 0, :1] * 0.0
+        zeros = episode.query.initial[:, 0, :1] * 0.0
         with episode.plate:
             if shape == "uniform":
                 pyro.sample("z", dist.Uniform(zeros, zeros + 1.0).to_event(1))

@@ -19,9 +19,10 @@ from pyro.nn import PyroModule, PyroParam
 from pyro.poutine.mask_messenger import MaskMessenger
 from test_readme_model import ComputedPendulum, DampedPendulum
 from torch import Tensor, nn
-from toys import POINTS, SYSTEMS, Line, features, in_float32, make_tasks
+from toys import POINTS, SYSTEMS, Line, features, in_float32, make_tasks, with_query
 
 import pyro_hybrid as ph
+from pyro_hybrid.data.segments import to_segments
 from pyro_hybrid.diagnostics.contracts import STAGES
 
 EPISODE = in_float32(make_tasks(3, 5, num_support=2)).episode()
@@ -125,15 +126,15 @@ class Program:
         return slope
 
     def start(self, episode: ph.Episode) -> Tensor:
-        return torch.stack(episode.initial, -1)
+        return episode.query.initial
 
     def mean(self, z: Tensor, episode: ph.Episode) -> Tensor:
-        grown = features(episode.times) - features(episode.times[..., :1])
+        grown = features(episode.query.times) - features(episode.query.times[..., :1])
         return self.start(episode) + self.gain * (grown * z[..., None, None, :]).sum(-1)
 
     def observe(self, mean: Tensor, episode: ph.Episode) -> Tensor:
-        x = dist.Normal(mean, self.noise).mask(episode.mask)
-        return pyro.sample("x", x.to_event(3), obs=episode.query)
+        x = dist.Normal(mean, self.noise).mask(episode.query.scored)
+        return pyro.sample("x", x.to_event(3), obs=episode.query.values)
 
 
 class Good(Program, ph.HybridModel):
@@ -156,8 +157,8 @@ class SharesByName(Program, PyroModule):
 
 class InTheStore(Program, nn.Module):
     def observe(self, mean: Tensor, episode: ph.Episode) -> Tensor:
-        x = dist.Normal(mean, pyro.param("spread", torch.tensor(0.3))).mask(episode.mask)
-        return pyro.sample("x", x.to_event(3), obs=episode.query)
+        x = dist.Normal(mean, pyro.param("spread", torch.tensor(0.3))).mask(episode.query.scored)
+        return pyro.sample("x", x.to_event(3), obs=episode.query.values)
 
 
 class AsksTheStore(Good):
@@ -195,16 +196,18 @@ class KnowsNoPlate(Good):
 
 class ObservesByAFactor(Good):
     def observe(self, mean: Tensor, episode: ph.Episode) -> Tensor:
-        x = dist.Normal(mean, self.noise).mask(episode.mask).to_event(3)
-        if episode.query is None:
+        x = dist.Normal(mean, self.noise).mask(episode.query.scored).to_event(3)
+        if episode.query.values is None:
             return pyro.sample("x", x)
-        return pyro.factor("x", x.log_prob(episode.query))
+        return pyro.factor("x", x.log_prob(episode.query.values))
 
 
 class ObservesHalfOfIt(Good):
     def observe(self, mean: Tensor, episode: ph.Episode) -> Tensor:
         x = dist.Normal(mean[..., 1:, :], self.noise).to_event(3)
-        return pyro.sample("x", x, obs=None if episode.query is None else episode.query[..., 1:, :])
+        return pyro.sample(
+            "x", x, obs=None if episode.query.values is None else episode.query.values[..., 1:, :]
+        )
 
 
 class KeepsAConstant(Good):
@@ -230,19 +233,18 @@ class ChangesASetting(Good):
 
 class MasksInPlace(Good):
     def forward(self, episode: ph.Episode) -> Tensor:
-        if isinstance(episode.mask, Tensor):
-            episode.mask[:, :, 1] = False
+        episode.query.scored[:, :, 1] = False
         return super().forward(episode)
 
 
 class ForgetsTheMask(Good):
     def observe(self, mean: Tensor, episode: ph.Episode) -> Tensor:
-        return pyro.sample("x", dist.Normal(mean, self.noise).to_event(3), obs=episode.query)
+        return pyro.sample("x", dist.Normal(mean, self.noise).to_event(3), obs=episode.query.values)
 
 
 class MasksBySight(Good):
     def observe(self, mean: Tensor, episode: ph.Episode) -> Tensor:
-        return super().observe(mean, replace(episode, mask=episode.seen))
+        return super().observe(mean, with_query(episode, scored=episode.query.observed))
 
 
 class LosesItsLoss(Good):
@@ -278,8 +280,8 @@ class Numpy(dist.Normal):
 
 class DrawsWithNumpy(Good):
     def observe(self, mean: Tensor, episode: ph.Episode) -> Tensor:
-        x = Numpy(mean, self.noise.expand(mean.shape)).mask(episode.mask)
-        return pyro.sample("x", x.to_event(3), obs=episode.query)
+        x = Numpy(mean, self.noise.expand(mean.shape)).mask(episode.query.scored)
+        return pyro.sample("x", x.to_event(3), obs=episode.query.values)
 
 
 class BelievesTheFirstShot(Good):
@@ -287,7 +289,7 @@ class BelievesTheFirstShot(Good):
         return (
             slope
             if episode.support is None
-            else slope + 0.1 * episode.support.query[:, 0].mean((-1, -2))[:, None]
+            else slope + 0.1 * episode.support.values[:, 0].mean((-1, -2))[:, None]
         )
 
 
@@ -322,7 +324,8 @@ class DividesByTasks(Good):
 class ObservesItsMean(Good):
     def observe(self, mean: Tensor, episode: ph.Episode) -> Tensor:
         return super().observe(
-            mean, replace(episode, query=mean.detach()) if episode.query is None else episode
+            mean,
+            with_query(episode, values=mean.detach()) if episode.query.values is None else episode,
         )
 
 
@@ -335,7 +338,7 @@ class Endless(dist.Normal):
 
 class SimulatesTheEndless(Good):
     def observe(self, mean: Tensor, episode: ph.Episode) -> Tensor:
-        if episode.query is not None:
+        if episode.query.values is not None:
             return super().observe(mean, episode)
         return pyro.sample(
             "x", Endless(mean, self.noise.expand(mean.shape), validate_args=False).to_event(3)
@@ -361,7 +364,7 @@ class HidesItsNoise(Good):
 
 class KnowsOneClock(Good):
     def start(self, episode: ph.Episode) -> Tensor:
-        assert episode.times.shape == (POINTS,)
+        assert episode.query.times.shape == (POINTS,)
         return super().start(episode)
 
 
@@ -399,8 +402,8 @@ class TakesANameOfArviZ(Good):
 class Blind(ph.SetEncoder):
     """It reads what wasn't seen."""
 
-    def shots(self, episode: ph.Episode) -> Tensor:
-        return super().shots(replace(episode, seen=True))
+    def shots(self, shots: ph.Shots) -> Tensor:
+        return super().shots(replace(shots, observed=torch.ones_like(shots.observed)))
 
 
 def another_guide(**sites: ph.families.Family) -> ph.AmortizedGuide:
@@ -455,10 +458,14 @@ BROKEN: dict[str, list[Broken]] = {
         (InTheStore, guide_of, r"got changes of \[\"parameters in Pyro's store\"\]"),
         (CountsItsRuns, guide_of, r"got changes of \['model\.runs'\]"),
         (ChangesASetting, guide_of, r"got changes of \['cholesky_relative_jitter'\]"),
-        (MasksInPlace, guide_of, r"got changes of \['episode\.mask'\]"),
+        (MasksInPlace, guide_of, r"got changes of \['query\.scored'\]"),
     ],
     "mask": [
-        (ForgetsTheMask, guide_of, r"in the program's\. Observe .*\.mask\(episode\.mask\)"),
+        (
+            ForgetsTheMask,
+            guide_of,
+            r"in the program's\. Observe .*\.mask\(episode\.query\.scored\)",
+        ),
         (MasksBySight, guide_of, "in the program's"),
         (
             Good,
@@ -526,7 +533,7 @@ def test_who_breaks_a_contract_is_refused_by_its_name(
 class SimulatesMore(Good):
     def observe(self, mean: Tensor, episode: ph.Episode) -> Tensor:
         return super().observe(
-            torch.cat([mean, mean], -1) if episode.query is None else mean, episode
+            torch.cat([mean, mean], -1) if episode.query.values is None else mean, episode
         )
 
 
@@ -581,7 +588,7 @@ def test_what_cannot_be_checked_is_said_in_its_line() -> None:
         "not checked, one shot has no order"
     )
     assert lines_of(tasks[:1].episode())["tasks"].startswith("not checked, there is one task only")
-    uncut = replace(EPISODE, states=None)
+    uncut = with_query(EPISODE, states=None)
     assert lines_of(uncut)["segments"].startswith("not checked, the episode can't be cut")
 
 
@@ -590,7 +597,7 @@ def test_what_the_docs_show_is_what_is_said() -> None:
     program, check = re.findall(r"```python\n(.*?)```", page, re.DOTALL)[:2]
     (shown,) = re.findall(r"```text\nContractError: (.*?)```", page, re.DOTALL)
     with pytest.raises(ph.ContractError) as caught:
-        exec(program.replace(".mask(episode.mask)", "") + check, {"__name__": "page"})
+        exec(program.replace(".mask(shots.scored)", "") + check, {"__name__": "page"})
     texts = (" ".join(text.split()) for text in (str(caught.value), shown))
     assert len({re.sub(r"difference of \S+", "difference", text) for text in texts}) == 1
 
@@ -630,8 +637,8 @@ def test_nothing_is_changed_by_the_check_not_even_by_a_broken_program(
                 torch.equal(value, before[name]) for name, value in module.state_dict().items()
             )
             assert all(p.grad is None for p in module.parameters())
-        for name in ("query", "mask", "measured"):
-            assert torch.equal(getattr(episode, name), getattr(EPISODE, name))
+        for name in ("values", "scored", "initial"):
+            assert torch.equal(getattr(episode.query, name), getattr(EPISODE.query, name))
 
 
 def test_it_says_the_same_again() -> None:
@@ -649,7 +656,7 @@ def test_it_says_the_same_again() -> None:
     [
         (EPISODE.simulation(), "query: NoneType"),
         (replace(EPISODE, support=None), "support: NoneType"),
-        (EPISODE.cut(2), r"times: \(9, 3\)"),
+        (EPISODE.map_shots(lambda shots: to_segments(shots, 2)), r"times: \(9, 3\)"),
     ],
 )
 def test_an_episode_that_says_too_little_is_refused(episode: ph.Episode, came: str) -> None:

@@ -30,8 +30,8 @@ def least_squares(
     halves = tasks.shots(slice(0, SHOTS // 2)), tasks.shots(slice(SHOTS // 2, None))
     parts: list[tuple[Tensor, Tensor]] = []
     for half in halves:
-        grown = (half.query - half.initial[0][..., None, None]).squeeze(-1)
-        weight = torch.as_tensor(half.mask).expand_as(half.query).squeeze(-1).double() / noise**2
+        grown = (half.values - half.initial.unsqueeze(-2)).squeeze(-1)
+        weight = half.scored.squeeze(-1).double() / noise**2
         precision = torch.einsum("tsn,ni,nj->tij", weight, DESIGN, DESIGN)
         mean = torch.linalg.solve(precision, torch.einsum("tsn,ni,tsn->ti", weight, DESIGN, grown))
         scale = torch.linalg.inv(precision).diagonal(dim1=-2, dim2=-1).sqrt()
@@ -67,7 +67,7 @@ def test_least_squares_reach_it(known: bool) -> None:
     noise = 0.02  # small beside the differences of systems, so that a regression on estimates has their slope
     tasks, model = data(noise), Line(noise=noise).double()
     found = efficiency(
-        model, tasks, least_squares(tasks, noise), truth=tasks.truth if known else None
+        model, tasks, least_squares(tasks, noise), truth=tasks.true_latents if known else None
     )
     low, high = interval(found)
     assert found.against == ("truth" if known else "halves")
@@ -101,7 +101,7 @@ def test_the_truth_may_come_in_other_units_and_mixed() -> None:
         torch.tensor([[300.0, 1.0, 0.0], [0.0, 0.01, 1.0], [100.0, 0.0, 2.0]]).double(),
     )
     tasks, model = data(noise), Line(noise=noise).double()
-    mixed = torch.cat(list((tasks.truth or {}).values()), -1) @ turn + 7.0
+    mixed = torch.cat(list((tasks.true_latents or {}).values()), -1) @ turn + 7.0
     found = efficiency(model, tasks, least_squares(tasks, noise), truth={"other": mixed})
     low, high = interval(found)
     assert found.names == ["other[0]", "other[1]", "other[2]"]
@@ -120,15 +120,17 @@ def test_of_a_positive_latent_the_bound_is_mapped_to_its_own_units() -> None:
     z = torch.exp(0.5 * torch.randn(TASKS, 1, generator=random, dtype=torch.float64))
     clean = z.view(-1, 1, 1, 1) * clock.view(-1, 1)
     values = clean + noise * torch.randn(TASKS, 2, 6, 1, generator=random, dtype=torch.float64)
-    start = torch.zeros(TASKS, 2, dtype=torch.float64)
-    tasks = ph.Tasks.from_trajectories(clock, values, num_support=1, initial=(start,))
+    start = torch.zeros(TASKS, 2, 1, dtype=torch.float64)
+    tasks = ph.Tasks.from_trajectories(clock, values, num_support=1, initial=start)
 
     def program(episode: ph.Episode) -> None:
         with episode.plate:
             prior = dist.LogNormal(torch.zeros(TASKS, 1).double(), 1.0).to_event(1)
             rate = pyro.sample("z", prior)[..., None, None, :]
-            mean = rate * episode.times.unsqueeze(-1) + torch.zeros(TASKS, episode.shape[1], 6, 1)
-            pyro.sample("x", dist.Normal(mean, noise).to_event(3), obs=episode.query)
+            mean = rate * episode.query.times.unsqueeze(-1) + torch.zeros(
+                TASKS, episode.query.shape[1], 6, 1
+            )
+            pyro.sample("x", dist.Normal(mean, noise).to_event(3), obs=episode.query.values)
 
     weight = clock / clock.square().sum()
     estimate = torch.einsum("tsno,n->st", values, weight).unsqueeze(-1)
@@ -149,7 +151,7 @@ def test_a_noisy_reading_is_called_inefficient_and_the_latent_named(known: bool)
     noise = 0.02
     tasks, model = data(noise), Line(noise=noise).double()
     reading = least_squares(tasks, noise, spoil=(0.0, 5.0, 0.0))
-    found = efficiency(model, tasks, reading, truth=tasks.truth if known else None)
+    found = efficiency(model, tasks, reading, truth=tasks.true_latents if known else None)
     check = judge_efficiency(found)
     assert check.status == "fails" and check.value == pytest.approx(26.0, rel=0.35)
     assert int((found.error / found.bound).argmax()) == 1
@@ -184,7 +186,10 @@ def test_what_both_halves_have_in_common_is_seen_against_the_truth_alone() -> No
         }
     )
     assert judge_efficiency(efficiency(model, tasks, reading)).status == "holds"
-    assert judge_efficiency(efficiency(model, tasks, reading, truth=tasks.truth)).status == "fails"
+    assert (
+        judge_efficiency(efficiency(model, tasks, reading, truth=tasks.true_latents)).status
+        == "fails"
+    )
 
 
 def test_a_reading_of_nothing_but_noise_is_not_saved_by_the_regression() -> None:
@@ -192,7 +197,7 @@ def test_a_reading_of_nothing_but_noise_is_not_saved_by_the_regression() -> None
     tasks, model = data(noise), Line(noise=noise).double()
     reading = least_squares(tasks, noise)
     order = torch.randperm(TASKS, generator=torch.Generator().manual_seed(1))
-    shuffled = {name: value[order] for name, value in (tasks.truth or {}).items()}
+    shuffled = {name: value[order] for name, value in (tasks.true_latents or {}).items()}
     assert judge_efficiency(efficiency(model, tasks, reading, truth=shuffled)).status == "fails"
 
 
@@ -201,15 +206,15 @@ def test_a_reading_of_nothing_but_noise_is_not_saved_by_the_regression() -> None
 
 def program(states: Callable[[Tensor, Tensor], Tensor]) -> Callable[[ph.Episode], None]:
     def model(episode: ph.Episode) -> None:
-        tasks, shots = episode.shape
+        tasks, shots = episode.query.shape
         with episode.plate:
             z = pyro.sample("z", dist.Normal(torch.zeros(tasks, 2).double(), 1.0).to_event(1))[
                 ..., None, None, :
             ]
-            mean = states(z, episode.times.unsqueeze(-1)) + torch.zeros(
-                tasks, shots, len(episode.times), 1
+            mean = states(z, episode.query.times.unsqueeze(-1)) + torch.zeros(
+                tasks, shots, len(episode.query.times), 1
             )
-            pyro.sample("x", dist.Normal(mean, 0.1).to_event(3), obs=episode.query)
+            pyro.sample("x", dist.Normal(mean, 0.1).to_event(3), obs=episode.query.values)
 
     return model
 
@@ -244,7 +249,7 @@ def test_without_truth_one_support_of_each_task_is_refused() -> None:
     tasks = data()
     reading = least_squares(tasks)
     one = reading._replace(natural={name: value[:1] for name, value in reading.natural.items()})
-    assert efficiency(MODEL, tasks, one, truth=tasks.truth).against == "truth"
+    assert efficiency(MODEL, tasks, one, truth=tasks.true_latents).against == "truth"
     with pytest.raises(
         ValueError,
         match="expected two supports or more of each task, or the truth; got one support",

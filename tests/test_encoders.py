@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import pyro_hybrid as ph
+from pyro_hybrid.data.segments import to_segments, truncate
 from pyro_hybrid.nets.encoders import reading_once
 
 SENSORS, STEPS, FEATURES = 2, 5, 6
@@ -24,8 +25,8 @@ def encoder() -> ph.SetEncoder:
     return ph.SetEncoder(SENSORS, STEPS, FEATURES, width=16)
 
 
-def episode(values: Tensor, seen: Tensor | bool = True) -> ph.Episode:
-    return ph.Episode(TIMES.to(values.dtype), values, values[:, :, 0].unbind(-1), seen=seen)
+def shots_of(values: Tensor, observed: Tensor | None = None) -> ph.Shots:
+    return ph.Shots.from_tensors(TIMES.to(values.dtype), values, observed=observed)
 
 
 def trajectories(tasks: int, shots: int) -> Tensor:
@@ -42,7 +43,7 @@ def without_jaxtyping() -> Iterator[None]:
 
 @pytest.mark.parametrize("shots", [1, 2, 4, 13, 100])
 def test_any_number_of_shots_gives_features_of_the_same_shape(shots: int) -> None:
-    features = encoder()(episode(trajectories(3, shots)))
+    features = encoder()(shots_of(trajectories(3, shots)))
     assert features.shape == (3, FEATURES) and features.isfinite().all()
 
 
@@ -52,9 +53,9 @@ def test_the_order_of_shots_changes_no_bit(shots: int, seed: int) -> None:
     torch.manual_seed(seed)
     net, values = encoder(), trajectories(2, shots)
     shuffled = values[:, torch.randperm(shots)]
-    assert torch.equal(net(episode(values).canonical), net(episode(shuffled).canonical))
+    assert torch.equal(net(shots_of(values).sorted_shots), net(shots_of(shuffled).sorted_shots))
     assert_close(
-        net(episode(values)), net(episode(shuffled))
+        net(shots_of(values)), net(shots_of(shuffled))
     )  # without the canonical order: to rounding
 
 
@@ -62,24 +63,24 @@ def test_tasks_don_t_look_at_each_other() -> None:
     net, values = encoder(), trajectories(4, 3)
     changed = values.clone()
     changed[2] += 1.0
-    before, after = net(episode(values)), net(episode(changed))
+    before, after = net(shots_of(values)), net(shots_of(changed))
     assert_close(before[[0, 1, 3]], after[[0, 1, 3]])
     assert (before[2] - after[2]).abs().max() > 1e-3
 
 
 def test_features_of_a_set_are_those_of_the_mean_of_its_shots_and_of_its_size() -> None:
     net, one, other = encoder(), trajectories(1, 1), trajectories(1, 1)
-    each = net.shots(episode(torch.cat([one, other], 1)))
-    assert_close(each, torch.cat([net.shots(episode(one)), net.shots(episode(other))], 1))
+    each = net.shots(shots_of(torch.cat([one, other], 1)))
+    assert_close(each, torch.cat([net.shots(shots_of(one)), net.shots(shots_of(other))], 1))
     size = torch.tensor([[2.0]]).log()
     assert_close(
-        net(episode(torch.cat([one, other], 1))), net.joint(torch.cat([each.mean(1), size], -1))
+        net(shots_of(torch.cat([one, other], 1))), net.joint(torch.cat([each.mean(1), size], -1))
     )
 
 
 def test_a_shot_twice_is_not_a_shot_once() -> None:
     net, once = encoder(), trajectories(3, 1)
-    assert (net(episode(once)) - net(episode(once.repeat(1, 2, 1, 1)))).abs().max() > 1e-3
+    assert (net(shots_of(once)) - net(shots_of(once.repeat(1, 2, 1, 1)))).abs().max() > 1e-3
 
 
 def test_what_is_masked_has_no_influence_but_that_it_is_masked_has() -> None:
@@ -87,12 +88,12 @@ def test_what_is_masked_has_no_influence_but_that_it_is_masked_has() -> None:
     seen = torch.rand(values.shape) < 0.7
     noise = torch.where(seen, values, 1e6 * torch.randn(values.shape))
     unknown = torch.where(seen, values, torch.nan)
-    features = net(episode(values, seen))
-    assert torch.equal(net(episode(noise, seen)), features) and torch.equal(
-        net(episode(unknown, seen)), features
+    features = net(shots_of(values, seen))
+    assert torch.equal(net(shots_of(noise, seen)), features) and torch.equal(
+        net(shots_of(unknown, seen)), features
     )
     zeros = values.where(seen, net.centre)
-    assert (net(episode(zeros)) - features).abs().max() > 1e-3
+    assert (net(shots_of(zeros)) - features).abs().max() > 1e-3
 
 
 def test_a_measured_start_is_read_although_it_counts_as_no_observation() -> None:
@@ -101,29 +102,29 @@ def test_a_measured_start_is_read_although_it_counts_as_no_observation() -> None
     moved = values.clone()
     moved[:, :, 0] += 1.0
     before, after = (
-        net(t.episode()) for t in (tasks, ph.Tasks.from_trajectories(TIMES, moved, num_support=2))
+        net(t.episode().query)
+        for t in (tasks, ph.Tasks.from_trajectories(TIMES, moved, num_support=2))
     )
     assert (before - after).abs().amax(1).min() > 1e-4
 
 
 def test_cut_and_shortened_episodes_are_read_whole() -> None:
     net, values = encoder(), trajectories(3, 4)
-    whole = ph.Tasks.from_trajectories(TIMES, values, num_support=2).episode()
-    for part in (whole.cut(2), whole.until(2), whole.until(3).cut(1)):
-        assert part.query.shape != whole.query.shape
-        assert torch.equal(net(part), net(whole)) and torch.equal(
-            net(part.support), net(whole.support)
-        )
-        assert torch.equal(net(part.canonical), net(whole.canonical))
+    whole = ph.Tasks.from_trajectories(TIMES, values, num_support=2).episode().query
+    parts = (to_segments(whole, 2), truncate(whole, 2), to_segments(truncate(whole, 3), 1))
+    for part in parts:
+        assert part.values.shape != whole.values.shape
+        assert torch.equal(net(part), net(whole))
+        assert torch.equal(net(part.sorted_shots), net(whole.sorted_shots))
 
 
 def test_standardising_makes_the_units_of_sensors_irrelevant() -> None:
     values, unit, zero = trajectories(20, 4), torch.tensor([1e3, 0.01]), torch.tensor([50.0, -3.0])
     net = encoder()
     net.standardise(values, True)
-    features = net(episode(values))
+    features = net(shots_of(values))
     net.standardise(unit * values + zero, True)
-    assert_close(net(episode(unit * values + zero)), features, rtol=0.0, atol=1e-4)
+    assert_close(net(shots_of(unit * values + zero)), features, rtol=0.0, atol=1e-4)
 
 
 def test_standardising_takes_mean_and_spread_of_what_was_seen() -> None:
@@ -145,12 +146,12 @@ def test_a_sensor_that_never_changes_or_is_never_seen_does_no_harm() -> None:
     net = encoder()
     net.standardise(values, seen)
     assert net.centre[0] == 3.0 and (net.scale > 0.0).all()
-    assert net(episode(values, seen)).isfinite().all()
+    assert net(shots_of(values, seen)).isfinite().all()
 
 
 def test_gradients_reach_every_parameter() -> None:
     net = encoder()
-    net(episode(trajectories(3, 4))).square().sum().backward()
+    net(shots_of(trajectories(3, 4))).square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0.0 for p in net.parameters())
 
 
@@ -158,7 +159,7 @@ def test_standardisation_is_saved_with_the_parameters() -> None:
     one, other, values = encoder(), encoder(), 5.0 + trajectories(5, 4)
     one.standardise(values, True)
     other.load_state_dict(one.state_dict())
-    assert torch.equal(one(episode(values)), other(episode(values)))
+    assert torch.equal(one(shots_of(values)), other(shots_of(values)))
 
 
 class Reader(ph.SetEncoder):
@@ -168,23 +169,23 @@ class Reader(ph.SetEncoder):
         super().__init__(SENSORS, STEPS, FEATURES, width=16)
         self.read = 0
 
-    def shots(self, episode: ph.Episode) -> Tensor:
+    def shots(self, shots: ph.Shots) -> Tensor:
         self.read += 1
-        return super().shots(episode)
+        return super().shots(shots)
 
 
 def test_inside_reading_once_an_episode_is_read_once() -> None:
-    net, one, two = Reader(), episode(trajectories(3, 4)), episode(trajectories(3, 4))
+    net, one, two = Reader(), shots_of(trajectories(3, 4)), shots_of(trajectories(3, 4))
     expected = [net(one), net(two)]
     with reading_once():
-        first = [net(one), net(two), net(one.canonical)]
-        again = [net(one), net(two), net(one.canonical)]
+        first = [net(one), net(two), net(one.sorted_shots)]
+        again = [net(one), net(two), net(one.sorted_shots)]
     assert net.read == 2 + 3 and all(a is b for a, b in zip(first, again, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(first, expected, strict=False))
 
 
 def test_encoders_do_not_read_for_each_other() -> None:
-    one, other, values = encoder(), encoder(), episode(trajectories(3, 4))
+    one, other, values = encoder(), encoder(), shots_of(trajectories(3, 4))
     with reading_once():
         assert not torch.equal(one(values), other(values))
 
@@ -193,7 +194,7 @@ def test_encoders_do_not_read_for_each_other() -> None:
 def test_what_was_read_without_gradients_is_not_taken_for_what_was_read_with_them(
     grad_first: bool,
 ) -> None:
-    net, values = Reader(), episode(trajectories(3, 4))
+    net, values = Reader(), shots_of(trajectories(3, 4))
     with reading_once():
         for grad in (grad_first, not grad_first, grad_first):
             with torch.set_grad_enabled(grad):
@@ -204,7 +205,7 @@ def test_what_was_read_without_gradients_is_not_taken_for_what_was_read_with_the
 
 
 def test_outside_of_reading_once_nothing_is_remembered() -> None:
-    net, values = Reader(), episode(trajectories(3, 4))
+    net, values = Reader(), shots_of(trajectories(3, 4))
     with reading_once():
         before = net(values)
     with torch.no_grad():
@@ -225,7 +226,7 @@ def test_episodes_that_come_and_go_are_not_taken_for_each_other() -> None:
     with reading_once():
         for _ in range(20):  # one after the other, at the same place in memory
             values = trajectories(1, 1)
-            assert torch.equal(net(episode(values)), net._features(episode(values)))
+            assert torch.equal(net(shots_of(values)), net._features(shots_of(values)))
 
 
 KIND = (3, 4, STEPS, SENSORS)
@@ -264,16 +265,16 @@ def test_trajectories_of_another_kind_are_refused_with_words(case: str) -> None:
     values, error, message = BAD[case]
     net = encoder()
     with pytest.raises(error, match=message):
-        net(episode(values))
+        net(shots_of(values))
     with pytest.raises(error, match=message):
         net.standardise(values, True)
     assert torch.equal(net.centre, torch.zeros(SENSORS))  # nothing was changed before the check
 
 
 def test_nothing_to_read_is_refused_with_words() -> None:
-    silent = replace(episode(trajectories(3, 4)), query=None)
+    silent = replace(shots_of(trajectories(3, 4)), values=None)
     with pytest.raises(
         ValueError,
-        match="an episode with observations; got query=None. An encoder reads trajectories",
+        match="shots with values; got values=None. An encoder reads trajectories",
     ):
         encoder()(silent)

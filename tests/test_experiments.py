@@ -120,14 +120,14 @@ def test_as_published_one_trajectory_is_read_and_with_sets_all_of_them(
     found = trained(SYSTEM, model, 0, Choice(fast=True, folder=folder))
     support = data(SYSTEM, 0, Choice(fast=True))[1].episode().support
 
-    def read(shots: ph.Episode) -> torch.Tensor:
+    def read(shots: ph.Shots) -> torch.Tensor:
         torch.manual_seed(0)
         return found.read(shots, 3)["unknown"]
 
-    assert support is not None and support.query is not None
-    changed = support.query.clone()
+    assert support is not None and support.values is not None
+    changed = support.values.clone()
     changed[:, 1:] += 0.5
-    same = torch.equal(read(support), read(replace(support, query=changed)))
+    same = torch.equal(read(support), read(replace(support, values=changed)))
     assert same == ("sets" not in model)
 
 
@@ -138,13 +138,13 @@ def test_reconstructions_begin_where_the_shots_say_and_not_where_they_were_measu
     found = trained("double pendulum", model, 0, Choice(fast=True, folder=folder))
     episode, begun = data("double pendulum", 0, Choice(fast=True))[1].episode(), []
 
-    def spy(latents: dict[str, torch.Tensor], shots: ph.Episode, samples: int) -> torch.Tensor:
-        begun.append(latents["initial"] - shots.measured)
+    def spy(latents: dict[str, torch.Tensor], episode: ph.Episode, samples: int) -> torch.Tensor:
+        begun.append(latents["initial"] - episode.query.initial)
         return begun[-1]
 
     monkeypatch.setattr(found, "_run", spy)
     found.reconstructed(episode, 50)
-    found.predicted(episode, episode.initial, 50)
+    found.predicted(episode, episode.query.initial, 50)
     measured = found.model.start_noise.mean()
     assert (
         begun[0].std(0).mean() < 0.8 * measured
@@ -191,7 +191,9 @@ def test_our_own_models_end_by_second_order_and_rivals_as_published(
 def test_exactly_is_what_was_simulated_without_the_noise() -> None:
     system = ph.systems.DoublePendulum()
     seen, clear = system.simulate(30, 4, 0), exactly(system, 30, 4, 0)
-    assert all(torch.equal(value, clear.truth[name]) for name, value in seen.truth.items())
+    assert all(
+        torch.equal(value, clear.true_latents[name]) for name, value in seen.true_latents.items()
+    )
     assert torch.allclose(
         (seen.values - clear.values).std((0, 1, 2)), torch.tensor(system.noise), rtol=0.05
     )
@@ -205,7 +207,7 @@ def test_who_knows_everything_misses_one_noise_variance_and_truth_misses_what_wa
 
     class Knowing(Trained):
         def predicted(self, *whatever: Any) -> Any:
-            return clear.episode().query
+            return clear.episode().query.values
 
         reconstructed = predicted
 

@@ -99,7 +99,7 @@ def test_reading_from_the_beginning_on_finds_what_reading_it_all_at_once_does_no
     ):
         model.prior.evidence = evidence
         found[name] = model.prior(tasks.episode().support)["unknown"].mean[:, 2]
-    true = tasks.truth["unknown"][:, 2]
+    true = tasks.true_latents["unknown"][:, 2]
     missed = {name: ((value - true).abs() > 0.1).float().mean() for name, value in found.items()}
     assert missed["grown"] <= 0.1 < 0.3 < missed["at once"]
 

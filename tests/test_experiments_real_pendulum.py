@@ -187,9 +187,9 @@ class Knowing(ph.models.MetaHybridVAE):
 
 def test_a_model_that_knows_everything_errs_as_the_truth_does() -> None:
     windows = real_learned.tasks(made_up(), 3, 8, 0, points=101)
-    assert windows.truth is not None
+    assert windows.true_latents is not None
     model = Knowing(RecordedDoublePendulum(SHARE))
-    model.prior = Told(windows.truth["scale"])  # type: ignore[assignment]
+    model.prior = Told(windows.true_latents["scale"])  # type: ignore[assignment]
     states, latents = real.predicted(model, windows)
     parameters = torch.stack(
         [SHARE * RODS**2 * ONE, TRUE[1], TRUE[2], TRUE[1] * TRUE[2], TRUE[4], TRUE[5]]
@@ -200,7 +200,7 @@ def test_a_model_that_knows_everything_errs_as_the_truth_does() -> None:
     )
     assert_close(ours[:, :3], theirs[:, :3], rtol=0.01, atol=1e-4)
     assert_close(
-        real.damping(model, latents, windows), windows.truth["scale"] * torch.tensor(DAMPED)
+        real.damping(model, latents, windows), windows.true_latents["scale"] * torch.tensor(DAMPED)
     )
 
 

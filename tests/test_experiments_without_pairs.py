@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -105,10 +106,16 @@ def test_dependence_tells_a_function_of_the_start_from_independence() -> None:
 
 
 def heap(values: Tensor) -> ph.Tasks:
-    return (
-        ph.Tasks.from_trajectories(torch.arange(4.0), values, num_support=1)
-        if values.shape[1] > 1
-        else ph.Tasks(torch.arange(4.0), values, (values[..., 0],), 1)
+    twice = ph.Tasks.from_trajectories(torch.arange(4.0), values.repeat(1, 2, 1, 1), num_support=1)
+    if values.shape[1] > 1:
+        return ph.Tasks.from_trajectories(torch.arange(4.0), values, num_support=1)
+    return replace(
+        twice,
+        values=values,
+        observed=twice.observed[:, :1],
+        scored=twice.scored[:, :1],
+        initial=values[:, :, 0],
+        states=values,
     )
 
 
@@ -126,7 +133,7 @@ def test_sets_are_whole_groups_and_leave_loners_out() -> None:
     labels = torch.tensor([0, 1, 0, 2, 0, 1])
     numbers = torch.arange(6.0).view(6, 1, 1, 1).expand(6, 1, 4, 1)
     tasks = sets(heap(numbers), labels, 4)
-    counts = torch.as_tensor(tasks.mask).expand_as(tasks.values)[:, :, 1:].all((-1, -2))
+    counts = tasks.scored[:, :, 1:].all((-1, -2))
     members = [
         row[some].tolist()
         for row, some in zip(tasks.values[:, :, 0, 0].long(), counts, strict=True)
@@ -169,7 +176,7 @@ def test_pieces_know_what_time_it_is() -> None:
     assert tasks.values.shape == (3, 3, 20, 3) and tasks.num_support == 1
     torch.testing.assert_close(tasks.values[:, 1, :, 2], long.times[20:40].expand(3, 20))
     torch.testing.assert_close(tasks.values[:, 2, :, :2], long.values[:, 0, 40:])
-    assert not torch.as_tensor(tasks.mask)[..., 2].any()
+    assert not tasks.scored[..., 2].any()
 
 
 def test_a_piece_moves_on_as_the_whole_did() -> None:
@@ -177,10 +184,10 @@ def test_a_piece_moves_on_as_the_whole_did() -> None:
     system.noise = (0.0, 0.0)
     system.points = 60
     tasks = cut(system.simulate(3, 2, 0), 3)
-    pieces = tasks.shots(slice(None))
-    assert tasks.truth is not None and isinstance(pieces.initial, tuple)
-    latents = {name: value.double() for name, value in tasks.truth.items()}
-    initial = tuple(part.double() for part in pieces.initial)
+    pieces = tasks.shots()
+    assert tasks.true_latents is not None and pieces.initial is not None
+    latents = {name: value.double() for name, value in tasks.true_latents.items()}
+    initial = pieces.initial.double().unbind(-1)
     torch.testing.assert_close(
         clocked.trajectories(latents, initial, tasks.times.double()).float(),
         tasks.values,
@@ -192,7 +199,7 @@ def test_a_piece_moves_on_as_the_whole_did() -> None:
 def test_ordinary_trajectories_begin_at_zero() -> None:
     tasks = with_clock(ph.systems.Pendulum().simulate(3, 4, 0))
     torch.testing.assert_close(tasks.values[..., 2], tasks.times.expand(3, 4, 50))
-    assert tasks.num_support == 2 and torch.as_tensor(tasks.mask)[..., 1:, :2].all()
+    assert tasks.num_support == 2 and tasks.scored[..., 1:, :2].all()
 
 
 @pytest.mark.filterwarnings("ignore:expected ICA to converge")

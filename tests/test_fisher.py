@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.testing import assert_close
-from toys import NOISE, SEPARATE, START_NOISE, TIMES, Line, make_tasks
+from toys import NOISE, SEPARATE, START_NOISE, TIMES, Line, alone, make_tasks
 
 import pyro_hybrid as ph
 from pyro_hybrid.beliefs.families import Family, LogNormal, Normal
@@ -58,7 +58,7 @@ def observing(
     """x = states(latents, times) + noise."""
 
     def program(episode: ph.Episode) -> None:
-        tasks, shots = episode.shape
+        tasks, shots = episode.query.shape
         with episode.plate:
             raw = {
                 name: torch.zeros(tasks, family.n, family.k).double()
@@ -70,10 +70,10 @@ def observing(
                 ]
                 for name, family in families.items()
             }
-            mean = states(**z, t=episode.times.unsqueeze(-1)) + torch.zeros(
-                tasks, shots, len(episode.times), 1
+            mean = states(**z, t=episode.query.times.unsqueeze(-1)) + torch.zeros(
+                tasks, shots, len(episode.query.times), 1
             )
-            pyro.sample("x", dist.Normal(mean, noise).to_event(3), obs=episode.query)
+            pyro.sample("x", dist.Normal(mean, noise).to_event(3), obs=episode.query.values)
 
     return program
 
@@ -82,7 +82,7 @@ def measured(
     states: Callable[..., Tensor], families: dict[str, Family], points: Tensor, noise: float = 0.1
 ) -> Fisher:
     """Fisher information of such a program at points (task, latent), from three shots of each task."""
-    episode = ph.Episode(
+    episode = alone(
         CLOCK, torch.zeros(len(points), 3, 9, 1).double(), (torch.zeros(len(points), 3).double(),)
     )
     program = observing(states, families, noise)
@@ -154,9 +154,7 @@ def test_units_of_a_latent_do_not_matter() -> None:
         def states(z: Tensor, t: Tensor, u: Tensor = u) -> Tensor:
             return z[..., :1] / u[0] * t + z[..., 1:] / u[1] * t**2
 
-        episode = ph.Episode(
-            CLOCK, torch.zeros(20, 3, 9, 1).double(), (torch.zeros(20, 3).double(),)
-        )
+        episode = alone(CLOCK, torch.zeros(20, 3, 9, 1).double(), (torch.zeros(20, 3).double(),))
         families: dict[str, Family] = {"z": Normal(2)}
         reading = believed(families, points * u, 1e-3 * u)
         singular.append(
@@ -177,13 +175,15 @@ def test_masked_observations_say_nothing() -> None:
             z = pyro.sample("z", dist.Normal(torch.zeros(6, 1).double(), 1.0).to_event(1))[
                 ..., None, None, :
             ]
-            mean = z * episode.times.unsqueeze(-1) + torch.zeros(6, 3, 9, 1)
+            mean = z * episode.query.times.unsqueeze(-1) + torch.zeros(6, 3, 9, 1)
             pyro.sample(
-                "x", dist.Normal(mean, 0.1).mask(episode.mask).to_event(3), obs=episode.query
+                "x",
+                dist.Normal(mean, 0.1).mask(episode.query.scored).to_event(3),
+                obs=episode.query.values,
             )
 
-    episode = ph.Episode(
-        CLOCK, torch.zeros(6, 3, 9, 1).double(), (torch.zeros(6, 3).double(),), mask=mask
+    episode = alone(
+        CLOCK, torch.zeros(6, 3, 9, 1).double(), (torch.zeros(6, 3).double(),), scored=mask
     )
     found = fisher(program, guiding(families, points), episode, believed(families, points))
     spread = float(believed(families, points).spread()[1])

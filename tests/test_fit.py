@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from typing import NamedTuple
 
 import pyro
@@ -14,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
-from toys import NOISE, TIMES, TOGETHER, Line, features, make_tasks
+from toys import NOISE, TIMES, TOGETHER, Line, alone, features, make_tasks, with_query
 
 import pyro_hybrid as ph
 from pyro_hybrid.identifiability.check import Check
@@ -35,11 +34,9 @@ class Exact(NamedTuple):
 def posterior(episode: ph.Episode, noise: float = NOISE) -> Exact:
     """From support and query together, by the normal equations."""
     assert episode.support is not None
-    sides = episode.support, episode
-    grown = torch.cat([side.query - side.initial[0][..., None, None] for side in sides], 1).squeeze(
-        -1
-    )
-    weight = torch.cat([side.mask for side in sides], 1).squeeze(-1).double() / noise**2
+    sides = episode.support, episode.query
+    grown = torch.cat([side.values - side.initial.unsqueeze(-2) for side in sides], 1).squeeze(-1)
+    weight = torch.cat([side.scored for side in sides], 1).squeeze(-1).double() / noise**2
     precision = torch.eye(3).double() + torch.einsum("tsn,ni,nj->tij", weight, DESIGN, DESIGN)
     pull = torch.einsum("tsn,ni,tsn->ti", weight, DESIGN, grown)
     return Exact(torch.linalg.solve(precision, pull), torch.linalg.inv(precision))
@@ -64,7 +61,7 @@ def judged(claimed: float, episode: ph.Episode = EPISODE) -> Check:
 
 def test_errors_at_the_middle_of_the_exact_posterior_are_as_in_closed_form() -> None:
     found = posterior(EPISODE)
-    values = (EPISODE.query - EPISODE.initial[0][..., None, None])[:, :, 1:, 0]
+    values = (EPISODE.query.values - EPISODE.query.initial.unsqueeze(-2))[:, :, 1:, 0]
     away = values - (found.mean @ DESIGN[1:].mT).unsqueeze(1)
     expected = away.square().sum((1, 2)) / (4 * 5) / NOISE**2
     measured = misfit(MODEL, drawing(found), EPISODE, num_samples=4000).error
@@ -114,8 +111,8 @@ def test_a_noise_that_is_too_large_is_to_be_learned() -> None:
 
 
 def test_what_the_program_cannot_express_fails() -> None:
-    query = EPISODE.query + torch.sin(9.0 * TIMES).view(-1, 1)
-    bent = replace(EPISODE, query=query)
+    query = EPISODE.query.values + torch.sin(9.0 * TIMES).view(-1, 1)
+    bent = with_query(EPISODE, values=query)
     assert judged(NOISE, bent).status == "fails"
 
 
@@ -145,7 +142,8 @@ def test_masked_observations_do_not_count_whatever_their_values() -> None:
     mask = torch.rand(30, 8, 6, 1, generator=torch.Generator().manual_seed(1)) < 0.6
     mask[:, :, 0] = True
     episode = make_tasks(30, 8, num_support=4, mask=mask).episode()
-    wild = replace(episode, query=episode.query.where(episode.mask | episode.seen, torch.nan))
+    query = episode.query
+    wild = with_query(episode, values=query.values.where(query.scored | query.observed, torch.nan))
     found = drawing(posterior(episode))
     pyro.set_rng_seed(0)
     clean = misfit(MODEL, found, episode).error
@@ -155,19 +153,19 @@ def test_masked_observations_do_not_count_whatever_their_values() -> None:
 
 
 def test_a_task_of_which_nothing_is_observed_is_left_out() -> None:
-    mask = EPISODE.mask.clone()
+    mask = EPISODE.query.scored.clone()
     mask[3] = False
-    assert not torch.equal(mask, EPISODE.mask)
+    assert not torch.equal(mask, EPISODE.query.scored)
     found = drawing(posterior(EPISODE))
     pyro.set_rng_seed(0)
     whole = misfit(MODEL, found, EPISODE).error
     pyro.set_rng_seed(0)
-    some = misfit(MODEL, found, replace(EPISODE, mask=mask)).error
+    some = misfit(MODEL, found, with_query(EPISODE, scored=mask)).error
     assert_close(some, whole[torch.arange(30) != 3])
 
 
 def test_where_nothing_is_observed_nothing_is_judged() -> None:
-    blind = replace(EPISODE, mask=torch.zeros_like(EPISODE.mask))
+    blind = with_query(EPISODE, scored=torch.zeros_like(EPISODE.query.scored))
     check = judge_fit(misfit(MODEL, drawing(posterior(EPISODE)), blind))
     assert (
         check.status == "not checked"
@@ -201,14 +199,17 @@ def growing(
         with episode.plate:
             z = pyro.sample("z", dist.Normal(torch.zeros_like(rate).unsqueeze(-1), 1.0).to_event(1))
             states = ph.solve(
-                lambda t, y: (z * y[0] ** 2,), episode.initial, episode.times, substeps=40
+                lambda t, y: (z * y[0] ** 2,),
+                episode.query.initial.unbind(-1),
+                episode.query.times,
+                substeps=40,
             )
-            pyro.sample("x", dist.Normal(states, 0.1).to_event(3), obs=episode.query)
+            pyro.sample("x", dist.Normal(states, 0.1).to_event(3), obs=episode.query.values)
 
     query = 1.0 / (1.0 - rate.clamp(max=0.5).view(-1, 1, 1, 1) * times.view(-1, 1)) + torch.zeros(
         len(rate), 2, 5, 1
     )
-    return model, guide, ph.Episode(times, query, (start,))
+    return model, guide, alone(times, query, (start,))
 
 
 def test_a_program_that_diverges_fails_and_does_not_crash() -> None:
@@ -227,7 +228,7 @@ def test_a_task_without_a_prediction_is_as_wrong_as_can_be() -> None:
         with episode.plate:
             z = pyro.sample("z", dist.Normal(torch.zeros(3, 1).double(), 1.0).to_event(1))
             mean = z.sqrt()[..., None, None, :] + torch.zeros(3, 2, 5, 1)
-            pyro.sample("x", dist.Normal(mean, 0.1).to_event(3), obs=episode.query)
+            pyro.sample("x", dist.Normal(mean, 0.1).to_event(3), obs=episode.query.values)
 
     _, guide, episode = growing(torch.tensor([0.25, -1.0, 0.36], dtype=torch.float64))
     error = misfit(model, guide, episode).error

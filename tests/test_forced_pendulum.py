@@ -58,8 +58,8 @@ def test_its_settings_are_the_literature_s() -> None:
 
 def test_tasks_show_the_angle_alone_and_start_at_rest() -> None:
     tasks = ForcedPendulum().simulate(6, 5, seed=0)
-    assert tasks.values.shape == (6, 5, 50, 1) and tasks.truth["unknown"].shape == (6, 3)
-    assert len(tasks.states) == 2 and not tasks.states[1].any()
+    assert tasks.values.shape == (6, 5, 50, 1) and tasks.true_latents["unknown"].shape == (6, 3)
+    assert tasks.states.shape[-1] == 2 and not tasks.states[..., 1].any()
     again = ForcedPendulum().simulate(6, 5, seed=0)
     assert torch.equal(tasks.values, again.values)
 
@@ -101,8 +101,8 @@ def test_the_bound_is_that_of_finite_differences() -> None:
     tasks = system.simulate(2, 2, seed=0)
     support = tasks.episode().support
     assert_close(
-        system.cramer_rao(support, tasks.truth),
-        bound(system, support, tasks.truth),
+        system.cramer_rao(support, tasks.true_latents),
+        bound(system, support, tasks.true_latents),
         rtol=1e-3,
         atol=0.0,
     )
@@ -112,7 +112,9 @@ def test_one_sequence_says_as_much_as_was_published() -> None:
     """MSE of omega 6e-4, correlations of 0.993, without the few systems that are all but at rest or unforced."""
     system = ForcedPendulum()
     tasks = system.simulate(400, 2, seed=0)
-    bounds = system.cramer_rao(tasks.episode().support, tasks.truth).sort(0).values[:396].mean(0)
+    bounds = (
+        system.cramer_rao(tasks.episode().support, tasks.true_latents).sort(0).values[:396].mean(0)
+    )
     spread = torch.tensor(
         [(high - low) ** 2 / 12.0 for high, low in map(system.ranges.get, system.unknown)]
     )

@@ -13,7 +13,7 @@ from pyro import poutine
 from torch import Tensor
 from torch.distributions import kl_divergence
 from torch.testing import assert_close
-from toys import POINTS, TOGETHER, Line, exact, in_float32, make_tasks
+from toys import POINTS, TOGETHER, Line, alone, exact, in_float32, make_tasks, with_query
 
 import pyro_hybrid as ph
 from pyro_hybrid.beliefs.families import LogNormal, Normal
@@ -71,7 +71,7 @@ def test_with_nothing_to_explain_the_guide_is_the_prior_exactly(reading: str) ->
 def test_a_query_that_is_masked_entirely_adds_nothing() -> None:
     _, guide = pair("computed")
     episode = make_tasks(3, 4, num_support=2).episode()
-    silent = replace(episode, mask=torch.zeros_like(episode.mask))
+    silent = with_query(episode, scored=torch.zeros_like(episode.query.scored))
     assert divergence(guide, silent).abs().max() < 1e-12
     assert (divergence(guide, episode) > 1e-3).all()
 
@@ -131,9 +131,8 @@ def test_computed_standard_deviations_are_exact_and_shrink_as_shots_are_added(su
     everything = make_tasks(4, support + 20, num_support=support).episode()
     before = guide.prior(everything.support)["slope"].stddev
     for shots in (1, 2, 5, 20):
-        episode = replace(
-            everything.pick(torch.arange(shots).expand(4, -1)), support=everything.support
-        )
+        query = everything.query.select_shots(torch.arange(shots).expand(4, -1))
+        episode = ph.Episode(everything.support, query)
         scale = guide.prior.sites["slope"].distribution(guide.natural(episode)["slope"]).stddev
         expected = exact(episode.support, episode).covariance[:, :1, 0].sqrt()
         assert ((scale / expected - 1.0).abs() < 1e-3).all() and (scale < before).all()
@@ -177,16 +176,19 @@ def test_several_latents_of_a_shot_are_drawn_jointly() -> None:
         """x = z + a + b t for every shot: a and b share what a short trajectory says."""
         with episode.plate:
             z = pyro.sample("z", dist.Normal(torch.zeros(1, dtype=torch.float64), 1.0).to_event(1))
-            wide = torch.zeros(*episode.shape, 1, dtype=torch.float64)
+            wide = torch.zeros(*episode.query.shape, 1, dtype=torch.float64)
             a = pyro.sample("a", dist.Normal(wide, 1.0).to_event(2))
             b = pyro.sample("b", dist.Normal(wide + 0.5, 2.0).to_event(2))
-            mean = z[..., None, :] + a + b * episode.times
-            pyro.sample("x", dist.Normal(mean.unsqueeze(-1), 0.5).to_event(3), obs=episode.query)
+            mean = z[..., None, :] + a + b * episode.query.times
+            pyro.sample(
+                "x", dist.Normal(mean.unsqueeze(-1), 0.5).to_event(3), obs=episode.query.values
+            )
 
     prior = ph.UnconditionalPrior(z=Normal(1)).double()
     prior.bind(program)
     guide = ph.AmortizedGuide(prior, evidence=EVIDENCE)
-    episode = replace(make_tasks(1, 3).episode(), mask=True, support=None)  # two shots
+    two_shots = make_tasks(1, 3).episode().query
+    episode = alone(two_shots.times, two_shots.values, two_shots.initial)
     torch.manual_seed(2)
     with torch.no_grad(), pyro.plate("draw", 40_000, dim=-2):
         values = guide(episode)
@@ -194,7 +196,7 @@ def test_several_latents_of_a_shot_are_drawn_jointly() -> None:
         [values["z"].squeeze(1), *(values[n][:, 0, :, 0] for n in "ab")], -1
     )  # z, a1, a2, b1, b2
     t, one, nil = (
-        episode.times,
+        episode.query.times,
         torch.ones(POINTS, dtype=torch.float64),
         torch.zeros(POINTS, dtype=torch.float64),
     )
@@ -204,7 +206,8 @@ def test_several_latents_of_a_shot_are_drawn_jointly() -> None:
     weight = torch.tensor([1.0, 1.0, 1.0, 0.25, 0.25], dtype=torch.float64)
     precision = torch.diag(weight) + design.T @ design / 0.25
     right = (
-        weight * torch.tensor([0.0, 0.0, 0.0, 0.5, 0.5]) + design.T @ episode.query.flatten() / 0.25
+        weight * torch.tensor([0.0, 0.0, 0.0, 0.5, 0.5])
+        + design.T @ episode.query.values.flatten() / 0.25
     )
     assert_close(drawn.mean(0), torch.linalg.solve(precision, right), atol=0.03, rtol=0.0)
     assert (precision @ torch.cov(drawn.T) - torch.eye(5)).abs().max() < 0.2
@@ -256,7 +259,11 @@ def test_a_learned_guide_is_the_priors_natural_parameters_plus_what_the_encoder_
     episode = make_tasks(3, 4).episode()
     naturals, prior = guide.natural(episode), model.prior.natural(episode.support)
     features = torch.cat(
-        [guide.encoder(episode.canonical), model.prior.encoder(episode.support.canonical)], -1
+        [
+            guide.encoder(episode.query.sorted_shots),
+            model.prior.encoder(episode.support.sorted_shots),
+        ],
+        -1,
     )
     raw = dict(zip(prior, guide.head(features).split([2, 4], -1), strict=True))
     for name, family in model.prior.sites.items():
@@ -267,9 +274,8 @@ def test_a_learned_guide_is_the_priors_natural_parameters_plus_what_the_encoder_
 def test_a_learned_guide_does_not_depend_on_the_order_of_shots() -> None:
     _, guide = pair("learned")
     episode = make_tasks(3, 7, num_support=3).episode()
-    backwards = replace(
-        episode.pick(torch.arange(3, -1, -1).expand(3, -1)),
-        support=episode.support.pick(torch.arange(2, -1, -1).expand(3, -1)),
+    backwards = episode.map_shots(
+        lambda shots: shots.select_shots(torch.arange(shots.shape[1] - 1, -1, -1).expand(3, -1))
     )
     first, second = guide.natural(episode), guide.natural(backwards)
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -344,7 +350,7 @@ def test_learned_standard_deviations_shrink_as_shots_are_added(
     scales = []
     with torch.no_grad():
         for size in (1, 2, 3, 4):
-            support = shots.support.pick(torch.arange(size).expand(100, -1))
+            support = shots.support.select_shots(torch.arange(size).expand(100, -1))
             scales.append(guide.prior(support)["slope"].stddev.squeeze(-1))
         scales.append(
             guide.prior.sites["slope"]
@@ -385,7 +391,7 @@ def test_a_guide_is_pickier_than_its_prior_on_the_truth() -> None:
     _, guide = pair("computed", sites=TOGETHER)
     tasks = make_tasks(200, 6)
     episode = tasks.episode()
-    truth = torch.cat(list(tasks.truth.values()), -1)
+    truth = torch.cat(list(tasks.true_latents.values()), -1)
     q = TOGETHER["both"].distribution(guide.natural(episode)["both"])
     assert (
         q.log_prob(truth).mean() > guide.prior(episode.support)["both"].log_prob(truth).mean() + 0.5

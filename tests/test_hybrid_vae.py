@@ -12,9 +12,10 @@ import torch
 from pyro import poutine
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
-from toys import SYSTEMS, system
+from toys import SYSTEMS, system, with_query
 
 import pyro_hybrid as ph
+from pyro_hybrid.data.segments import select_segments, to_segments
 from pyro_hybrid.models import HybridVAE
 from pyro_hybrid.programs.module import local_parameters
 
@@ -86,6 +87,16 @@ def evidence(model: HybridVAE, episode: ph.Episode) -> dict[str, Tensor]:
     }
 
 
+def shot_of(episode: ph.Episode, number: int) -> ph.Episode:
+    """The same tasks with one of their query shots."""
+    chosen = torch.full((episode.query.shape[0], 1), number)
+    return replace(episode, query=episode.query.select_shots(chosen))
+
+
+def cut(episode: ph.Episode, num_intervals: int) -> ph.Episode:
+    return episode.map_shots(lambda shots: to_segments(shots, num_intervals))
+
+
 NONE = dict.fromkeys(("omega", "diffusion", "unknown"), torch.zeros(1))
 
 
@@ -97,19 +108,19 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 def test_the_evidence_about_neural_latents_is_the_sum_of_that_of_single_trajectories() -> None:
     model, episode = model_of(), episode_of()
-    shots = [episode.pick(torch.full((3, 1), k)) for k in range(2)]
+    shots = [shot_of(episode, k) for k in range(2)]
     one, other, both = (evidence(model, part)["unknown"] for part in (*shots, episode))
     assert torch.allclose(one + other, both, rtol=1e-4, atol=1e-5) and (both != 0.0).all()
 
 
 def test_it_is_deaf_to_the_support() -> None:
     model, episode = model_of(), episode_of()
-    assert same(evidence(model, episode), evidence(model, replace(episode, support=None)))
+    assert same(evidence(model, episode), evidence(model, ph.Episode(None, episode.query)))
 
 
 def test_cut_trajectories_are_read_whole() -> None:
     model, episode = model_of(), episode_of()
-    assert same(evidence(model, episode.cut(2)), evidence(model, episode))
+    assert same(evidence(model, cut(episode, 2)), evidence(model, episode))
 
 
 @pytest.mark.parametrize("name", ["pendulum", "rod"])
@@ -119,15 +130,15 @@ def test_without_a_query_the_guide_is_the_prior(name: str) -> None:
 
 def test_a_shot_of_which_nothing_counts_is_no_evidence() -> None:
     model, episode = model_of(), episode_of()
-    mask = torch.ones_like(episode.query, dtype=torch.bool)
+    mask = torch.ones_like(episode.query.values, dtype=torch.bool)
     mask[:, 1] = False
-    first = episode.pick(torch.zeros(3, 1, dtype=torch.long))
+    first = shot_of(episode, 0)
     assert torch.allclose(
-        evidence(model, replace(episode, mask=mask))["unknown"],
+        evidence(model, with_query(episode, scored=mask))["unknown"],
         evidence(model, first)["unknown"],
         rtol=1e-4,
     )
-    assert same(evidence(model, replace(episode, mask=mask & False)), NONE)
+    assert same(evidence(model, with_query(episode, scored=mask & False)), NONE)
 
 
 # ---- regularisers --------------------------------------------------------------------------------
@@ -184,10 +195,9 @@ def test_discrepancy_is_the_divergence_from_what_the_physics_alone_predicts(left
 def test_discrepancy_of_segments_is_measured_on_the_scale_of_whole_trajectories() -> None:
     model, episode = model_of(), episode_of()
     values = {name: value.detach() for name, value in model.guide()(episode).items()}
-    pieces = episode.cut(1)
-    some = [
-        factors(model, pieces.some(torch.arange(k, 10, 2)), values)["discrepancy"] for k in range(2)
-    ]
+    pieces = cut(episode, 1)
+    halves = [select_segments(pieces.query, torch.arange(k, 10, 2)) for k in range(2)]
+    some = [factors(model, replace(pieces, query=half), values)["discrepancy"] for half in halves]
     assert torch.allclose(
         0.5 * (some[0] + some[1]), factors(model, pieces, values)["discrepancy"], rtol=1e-4
     )
@@ -197,7 +207,10 @@ def test_nothing_is_left_to_unmix_where_the_physics_alone_made_the_data() -> Non
     model, episode = model_of(unmixing=1.0), episode_of()
     omega = torch.tensor([[1.0], [2.0], [3.0]])
     alone = model.system.known({"omega": omega}, model.nothing)
-    episode = replace(episode, query=ph.solve(alone, episode.initial, episode.times))
+    episode = with_query(
+        episode,
+        values=ph.solve(alone, episode.query.initial.unbind(-1), episode.query.times),
+    )
     values = model.guide()(episode) | {"omega": omega}
     assert (factors(model, episode, values)["unmixing"] < -1e-3).all()
     silent(model.encoder.unmixer)
@@ -263,7 +276,7 @@ def test_a_short_training_lowers_the_loss_and_finds_the_physics(num_support: int
     assert sum(fit.loss[-10:]) < sum(fit.loss[:10]) and not fit.skipped
     found = ph.draws(model, model.guide(), held_out.episode(), 20)["omega"].mean(0)
     assert (
-        torch.corrcoef(torch.cat([found, held_out.truth["omega"]], -1).T)[0, 1] > 0.6
+        torch.corrcoef(torch.cat([found, held_out.true_latents["omega"]], -1).T)[0, 1] > 0.6
     )  # chance: 0.13
 
 

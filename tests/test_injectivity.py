@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import pyro
 import pyro.distributions as dist
@@ -11,7 +10,7 @@ import pytest
 import torch
 from scipy.stats import binomtest
 from torch import Tensor
-from toys import SEPARATE, Line, make_tasks
+from toys import SEPARATE, Line, alone, make_tasks, with_query
 
 import pyro_hybrid as ph
 from pyro_hybrid.beliefs.families import Family, LogNormal, Normal
@@ -54,7 +53,7 @@ def hunt(
     states: Callable[..., Tensor], families: dict[str, Family], points: Tensor, noise: float = 0.05
 ) -> Twins:
     """For twins of these points under x = states(latents, times) + noise."""
-    episode = ph.Episode(
+    episode = alone(
         CLOCK, torch.zeros(len(points), 2, 9, 1).double(), (torch.zeros(len(points), 2).double(),)
     )
 
@@ -70,8 +69,10 @@ def hunt(
                 ]
                 for name, family in families.items()
             }
-            mean = states(**z, t=episode.times.unsqueeze(-1)) + torch.zeros(len(points), 2, 9, 1)
-            pyro.sample("x", dist.Normal(mean, noise).to_event(3), obs=episode.query)
+            mean = states(**z, t=episode.query.times.unsqueeze(-1)) + torch.zeros(
+                len(points), 2, 9, 1
+            )
+            pyro.sample("x", dist.Normal(mean, noise).to_event(3), obs=episode.query.values)
 
     reading = believed(families, points)
     return twins(program, episode, reading, at(program, episode, reading), progress=False)
@@ -159,7 +160,7 @@ def test_a_monotone_map_has_no_twins(states: Callable[..., Tensor]) -> None:
 
 def test_a_linear_program_with_latents_of_shots_has_no_twins() -> None:
     tasks = make_tasks(40, 3, num_support=1, inferred=True)
-    truth = torch.cat(list((tasks.truth or {}).values()), -1)
+    truth = torch.cat(list((tasks.true_latents or {}).values()), -1)
     episode, reading = tasks.episode(), believed(SEPARATE, truth)
     model = Line(inferred=True, noise=0.03).double()
     found = twins(model, episode, reading, at(model, episode, reading), progress=False)
@@ -178,11 +179,11 @@ def test_twins_are_found_past_latents_of_shots_moved_or_held(
             z = pyro.sample("z", dist.Normal(torch.zeros(10, 1).double(), 1.0).to_event(1))[
                 ..., None, None, :
             ]
-            start = pyro.sample("start", dist.Normal(episode.measured, 0.1).to_event(2))
-            mean = start.unsqueeze(-2) + z**2 * episode.times.unsqueeze(-1)
-            pyro.sample("x", dist.Normal(mean, 0.05).to_event(3), obs=episode.query)
+            start = pyro.sample("start", dist.Normal(episode.query.initial, 0.1).to_event(2))
+            mean = start.unsqueeze(-2) + z**2 * episode.query.times.unsqueeze(-1)
+            pyro.sample("x", dist.Normal(mean, 0.05).to_event(3), obs=episode.query.values)
 
-    episode = ph.Episode(CLOCK, torch.zeros(10, 2, 9, 1).double(), (torch.ones(10, 2).double(),))
+    episode = alone(CLOCK, torch.zeros(10, 2, 9, 1).double(), (torch.ones(10, 2).double(),))
     reading = believed({"z": Normal(1)}, points)
     found = twins(program, episode, reading, at(program, episode, reading), progress=False)
     assert (found.second + points).abs().max() < 1e-3 and (found.distance < 1e-2).all()
@@ -196,13 +197,15 @@ def test_what_is_observed_does_not_matter_but_what_could_be() -> None:
             z = pyro.sample("z", dist.Normal(torch.zeros(10, 1).double(), 1.0).to_event(1))[
                 ..., None, None, :
             ]
-            mean = z**2 * episode.times.unsqueeze(-1) + torch.zeros(10, 2, 9, 1)
+            mean = z**2 * episode.query.times.unsqueeze(-1) + torch.zeros(10, 2, 9, 1)
             pyro.sample(
-                "x", dist.Normal(mean, 0.05).mask(episode.mask).to_event(3), obs=episode.query
+                "x",
+                dist.Normal(mean, 0.05).mask(episode.query.scored).to_event(3),
+                obs=episode.query.values,
             )
 
-    episode = ph.Episode(CLOCK, torch.zeros(10, 2, 9, 1).double(), (torch.zeros(10, 2).double(),))
-    other = replace(episode, query=torch.full_like(episode.query, 5.0))
+    episode = alone(CLOCK, torch.zeros(10, 2, 9, 1).double(), (torch.zeros(10, 2).double(),))
+    other = with_query(episode, values=torch.full_like(episode.query.values, 5.0))
     reading = believed(states, points)
     one, two = (
         twins(program, e, reading, at(program, e, reading), progress=False)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -13,9 +11,21 @@ from hypothesis import strategies as st
 from pyro import poutine
 from torch import Tensor
 from torch.testing import assert_close
-from toys import NOISE, SEPARATE, START_NOISE, TIMES, Line, exact, features, make_tasks
+from toys import (
+    NOISE,
+    SEPARATE,
+    START_NOISE,
+    TIMES,
+    Line,
+    alone,
+    exact,
+    features,
+    make_tasks,
+    with_query,
+)
 
 import pyro_hybrid as ph
+from pyro_hybrid.data.segments import to_segments
 from pyro_hybrid.evidence.gauss_newton import Belief, Point, Problem, information, observed
 
 # Forward differences in float64 leave about 1e-8 of relative error.
@@ -25,7 +35,7 @@ FIVE = torch.linspace(0.0, 1.0, 5, dtype=torch.float64)
 
 def posterior(model: Line, episode: ph.Episode, iterations: int = 8) -> Belief:
     mean, precision = model.prior.gaussian(None)
-    tasks = episode.shape[0]
+    tasks = episode.query.shape[0]
     problem = Problem(
         model, episode, model.prior.sites, mean.expand(tasks, -1), precision.expand(tasks, -1, -1)
     )
@@ -39,7 +49,9 @@ def line(*, inferred: bool = False) -> Line:
 @pytest.mark.parametrize("shots", [1, 2, 7])
 @pytest.mark.parametrize("inferred", [False, True])
 def test_a_linear_gaussian_program_gives_the_exact_posterior(inferred: bool, shots: int) -> None:
-    episode = make_tasks(4, shots + 1, num_support=shots, inferred=inferred).episode().support
+    episode = ph.Episode(
+        None, make_tasks(4, shots + 1, num_support=shots, inferred=inferred).episode().support
+    )
     belief, truth = posterior(line(inferred=inferred), episode), exact(episode, inferred=inferred)
     assert_close(belief.mean, truth.mean[:, :3], **CLOSE)
     assert_close(belief.covariance, truth.covariance[:, :3, :3], **CLOSE)
@@ -48,7 +60,7 @@ def test_a_linear_gaussian_program_gives_the_exact_posterior(inferred: bool, sho
 
 
 def test_the_latents_of_shots_have_their_exact_marginals_and_conditionals() -> None:
-    episode = make_tasks(3, 5, num_support=4, inferred=True).episode().support
+    episode = ph.Episode(None, make_tasks(3, 5, num_support=4, inferred=True).episode().support)
     belief, truth = posterior(line(inferred=True), episode), exact(episode, inferred=True)
     assert_close(belief.shot_mean.squeeze(-1), truth.mean[:, 3:], **CLOSE)
     gain = torch.linalg.solve(belief.shot_precision, belief.coupling)
@@ -63,7 +75,7 @@ def test_the_latents_of_shots_have_their_exact_marginals_and_conditionals() -> N
 
 
 def test_the_starts_are_known_better_than_they_were_measured() -> None:
-    episode = make_tasks(3, 5, num_support=4, inferred=True).episode().support
+    episode = ph.Episode(None, make_tasks(3, 5, num_support=4, inferred=True).episode().support)
     belief = posterior(line(inferred=True), episode)
     assert (belief.shot_precision > START_NOISE**-2).all()
 
@@ -72,21 +84,21 @@ def test_the_starts_are_known_better_than_they_were_measured() -> None:
 def test_masked_observations_say_nothing_whatever_their_values(inferred: bool) -> None:
     mask = torch.rand(4, 4, 6, 1, generator=torch.Generator().manual_seed(1)) < 0.6
     mask[:, :, 0] = True
-    episode = make_tasks(4, 4, num_support=3, inferred=inferred, mask=mask).episode().support
+    episode = ph.Episode(
+        None, make_tasks(4, 4, num_support=3, inferred=inferred, mask=mask).episode().support
+    )
     model = line(inferred=inferred)
     belief, truth = posterior(model, episode), exact(episode, inferred=inferred)
     assert_close(belief.mean, truth.mean[:, :3], **CLOSE)
     assert_close(belief.covariance, truth.covariance[:, :3, :3], **CLOSE)
-    wild = replace(episode, query=episode.query.where(episode.mask, 1e6))
+    wild = with_query(episode, values=episode.query.values.where(episode.query.scored, 1e6))
     assert all(torch.equal(a, b) for a, b in zip(belief, posterior(model, wild), strict=True))
 
 
 def test_with_everything_masked_the_posterior_is_the_prior() -> None:
-    episode = make_tasks(2, 3, num_support=2).episode().support
+    episode = ph.Episode(None, make_tasks(2, 3, num_support=2).episode().support)
     model = line()
-    belief = posterior(
-        model, replace(episode, mask=torch.zeros_like(episode.query, dtype=torch.bool))
-    )
+    belief = posterior(model, with_query(episode, scored=torch.zeros_like(episode.query.scored)))
     mean, precision = model.prior.gaussian(None)
     assert torch.equal(belief.mean, mean.expand(2, -1)) and torch.equal(
         belief.precision, precision.expand(2, -1, -1)
@@ -95,13 +107,12 @@ def test_with_everything_masked_the_posterior_is_the_prior() -> None:
 
 def test_evidence_of_two_sets_of_shots_adds_up() -> None:
     episode, model = make_tasks(3, 7).episode(), line()
-    both = replace(episode, support=None)
-    first = episode.support
-    all_of_them = ph.Episode(
-        both.times,
-        torch.cat([first.query, both.query], 1),
-        (torch.cat([first.initial[0], both.initial[0]], 1),),
-        mask=torch.cat([first.mask, both.mask], 1),
+    both, first = ph.Episode(None, episode.query), ph.Episode(None, episode.support)
+    all_of_them = alone(
+        both.query.times,
+        torch.cat([first.query.values, both.query.values], 1),
+        torch.cat([first.query.initial, both.query.initial], 1),
+        scored=torch.cat([first.query.scored, both.query.scored], 1),
     )
     prior = model.prior.gaussian(None)[1]
     parts = [posterior(model, e).precision - prior for e in (first, both)]
@@ -109,22 +120,22 @@ def test_evidence_of_two_sets_of_shots_adds_up() -> None:
 
 
 def test_every_observation_of_a_segmented_problem_counts_once() -> None:
-    pieces = make_tasks(2, 4, num_support=3).episode().support.cut(2)
+    pieces = to_segments(make_tasks(2, 4, num_support=3).episode().support, 2)
     assert pieces.shape == (2, 9)
     grown = features(pieces.times) - features(
         pieces.times[:, :1]
     )  # (shot, time, 3), from each segment's own start
-    counts = pieces.mask.squeeze(-1).double()
+    counts = pieces.scored.squeeze(-1).double()
     assert (counts.unflatten(1, (3, 3)).sum((2, 3)) == len(TIMES) - 1).all()
     expected = (
         torch.diag(torch.tensor([0.25, 1.0, 1.0]))
         + torch.einsum("ksi,ksj,tks->tij", grown, grown, counts) / NOISE**2
     )
-    assert_close(posterior(line(), pieces).precision, expected, **CLOSE)
+    assert_close(posterior(line(), ph.Episode(None, pieces)).precision, expected, **CLOSE)
 
 
 def test_segments_come_first_and_the_whole_trajectories_have_the_last_word() -> None:
-    episode = make_tasks(3, 4, num_support=3).episode().support
+    episode = ph.Episode(None, make_tasks(3, 4, num_support=3).episode().support)
     model, truth = line(), exact(episode)
     mean, precision = (x.expand(3, *x.shape) for x in model.prior.gaussian(None))
     belief = ph.Linearised(6, segments=(2, 2, 3))(
@@ -135,12 +146,12 @@ def test_segments_come_first_and_the_whole_trajectories_have_the_last_word() -> 
 
 
 def test_a_program_is_run_out_of_sight_of_handlers_outside() -> None:
-    episode, model = make_tasks(2, 2).episode().support, line()
+    episode, model = ph.Episode(None, make_tasks(2, 2).episode().support), line()
     with poutine.trace() as trace, pyro.plate("outside", 7, dim=-3):
         sites, free = observed(model, episode, {})
     assert not set(trace.trace.nodes) & {"slope", "bend", "x"}
     assert list(free) == ["slope", "bend"]
-    assert sites[0].mean.shape == episode.query.shape
+    assert sites[0].mean.shape == episode.query.values.shape
     assert_close(sites[0].scale, torch.full_like(sites[0].scale, NOISE), check_dtype=False)
 
 
@@ -153,16 +164,16 @@ def oscillation(episode: ph.Episode) -> None:
         rate = pyro.sample(
             "rate", dist.LogNormal(torch.zeros(1, dtype=torch.float64), 1.0).to_event(1)
         )
-        mean = torch.sin(rate[..., None, :] * 5.0 * episode.times) * episode.initial[0].unsqueeze(
-            -1
+        mean = torch.sin(rate[..., None, :] * 5.0 * episode.query.times) * episode.query.initial
+        pyro.sample(
+            "x", dist.Normal(mean.unsqueeze(-1), 0.05).to_event(3), obs=episode.query.values
         )
-        pyro.sample("x", dist.Normal(mean.unsqueeze(-1), 0.05).to_event(3), obs=episode.query)
 
 
 def swing(rate: Tensor) -> Problem:
     tasks = len(rate)
     query = torch.sin(rate.view(-1, 1, 1, 1) * 5.0 * FIVE.view(-1, 1)).expand(-1, 2, -1, -1)
-    episode = ph.Episode(FIVE, query, (torch.ones(tasks, 2, dtype=torch.float64),))
+    episode = alone(FIVE, query, (torch.ones(tasks, 2, dtype=torch.float64),))
     flat = torch.zeros(tasks, 1, dtype=torch.float64)
     return Problem(
         oscillation,
@@ -174,7 +185,7 @@ def swing(rate: Tensor) -> Problem:
 
 
 def cost(problem: Problem, task: Tensor) -> Tensor:
-    shot = torch.zeros(problem.tasks, problem.episode.shape[1], 0, dtype=task.dtype)
+    shot = torch.zeros(problem.tasks, problem.episode.query.shape[1], 0, dtype=task.dtype)
     return problem.errors(task[None], shot[None])[0].square().sum((1, 2)) + (
         task - problem.mean
     ).square().sum(-1)
@@ -228,11 +239,11 @@ def test_a_latent_of_large_units_is_as_near_as_any_other() -> None:
                 "z", dist.Normal(torch.zeros(1, dtype=torch.float64), 100.0).to_event(1)
             )
             mean = (z * FIVE)[..., None, :, None]
-            pyro.sample("x", dist.Normal(mean, 0.1).to_event(3), obs=episode.query)
+            pyro.sample("x", dist.Normal(mean, 0.1).to_event(3), obs=episode.query.values)
 
     query = 70.0 * FIVE.view(1, 1, -1, 1)
     episode, zero = (
-        ph.Episode(FIVE, query, (torch.zeros(1, 1, dtype=torch.float64),)),
+        alone(FIVE, query, (torch.zeros(1, 1, dtype=torch.float64),)),
         query.new_zeros(1, 1),
     )
     problem = Problem(
@@ -251,8 +262,9 @@ def runaway(episode: ph.Episode) -> None:
         def field(t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             return (z * state[0] ** 2,)
 
-        states = ph.solve(field, episode.initial, episode.times, substeps=20)
-        pyro.sample("x", dist.Normal(states, 0.1).to_event(3), obs=episode.query)
+        shots = episode.query
+        states = ph.solve(field, shots.initial.unbind(-1), shots.times, substeps=20)
+        pyro.sample("x", dist.Normal(states, 0.1).to_event(3), obs=shots.values)
 
 
 def escape(z: list[float]) -> Problem:
@@ -261,7 +273,7 @@ def escape(z: list[float]) -> Problem:
         1.0
         - torch.tensor([0.3, 0.4, 0.5], dtype=torch.float64).view(-1, 1, 1, 1) * FIVE.view(-1, 1)
     )
-    episode = ph.Episode(FIVE, query.expand(-1, 2, -1, -1).contiguous(), (start,))
+    episode = alone(FIVE, query.expand(-1, 2, -1, -1).contiguous(), (start,))
     flat = torch.tensor(z, dtype=torch.float64).unsqueeze(-1)
     return Problem(
         runaway,
@@ -298,7 +310,7 @@ def test_a_step_into_divergence_is_taken_back() -> None:
 
 
 def line_problem(episode: ph.Episode, *, inferred: bool = False, precision: float = 1.0) -> Problem:
-    model, tasks = line(inferred=inferred), episode.shape[0]
+    model, tasks = line(inferred=inferred), episode.query.shape[0]
     weak = precision * torch.eye(3, dtype=torch.float64).expand(tasks, 3, 3)
     return Problem(
         model, episode, model.prior.sites, torch.zeros(tasks, 3, dtype=torch.float64), weak
@@ -314,9 +326,11 @@ def test_information_is_that_of_least_squares_with_the_starts_eliminated_by_hand
         0.6 if masked else 2.0
     )
     mask[:, :, 0] = True
-    episode = make_tasks(4, 4, num_support=3, inferred=inferred, mask=mask).episode().support
+    episode = ph.Episode(
+        None, make_tasks(4, 4, num_support=3, inferred=inferred, mask=mask).episode().support
+    )
     weight = (
-        torch.diag_embed(episode.mask.squeeze(-1).double()) / NOISE**2
+        torch.diag_embed(episode.query.scored.squeeze(-1).double()) / NOISE**2
     )  # (task, shot, time, time)
     if inferred:  # the Schur complement of each shot's start
         pull = weight.sum(-1, keepdim=True)
@@ -330,11 +344,11 @@ def test_information_is_that_of_least_squares_with_the_starts_eliminated_by_hand
 
 
 def test_information_knows_nothing_of_the_prior_nor_of_the_values_observed() -> None:
-    episode = make_tasks(3, 4, num_support=3).episode().support
+    episode = ph.Episode(None, make_tasks(3, 4, num_support=3).episode().support)
     at = torch.zeros(3, 3, dtype=torch.float64)
     faint, strong = (information(line_problem(episode, precision=p), at) for p in (1e-9, 1e3))
     assert_close(faint, strong, **CLOSE)
-    other = replace(episode, query=episode.query + 3.0)
+    other = with_query(episode, values=episode.query.values + 3.0)
     assert_close(information(line_problem(other), at), faint, **CLOSE)
 
 
@@ -355,10 +369,10 @@ def test_latents_of_shots_are_eliminated_at_the_point_that_is_asked_for() -> Non
             gain = pyro.sample(
                 "gain", dist.Normal(torch.ones(2, 3, 1, dtype=torch.float64), 1e-6).to_event(2)
             )
-            mean = gain.unsqueeze(-1) * z[..., None, None, :] * episode.times.unsqueeze(-1)
-            pyro.sample("x", dist.Normal(mean, 0.1).to_event(3), obs=episode.query)
+            mean = gain.unsqueeze(-1) * z[..., None, None, :] * episode.query.times.unsqueeze(-1)
+            pyro.sample("x", dist.Normal(mean, 0.1).to_event(3), obs=episode.query.values)
 
-    episode = ph.Episode(FIVE, torch.zeros(2, 3, 5, 1).double(), (torch.zeros(2, 3).double(),))
+    episode = alone(FIVE, torch.zeros(2, 3, 5, 1).double(), (torch.zeros(2, 3).double(),))
     one = torch.ones(2, 1, dtype=torch.float64)
     problem = Problem(program, episode, {"z": ph.families.Normal(1)}, one, one.unsqueeze(-1))
     expected = 3.0 * float(FIVE.square().sum()) / 0.01
@@ -386,7 +400,7 @@ def cost_without_prior(problem: Problem, end: Point) -> Tensor:
 
 @pytest.mark.parametrize("inferred", [False, True])
 def test_a_descent_ends_at_the_optimum_with_its_cost(inferred: bool) -> None:
-    episode = make_tasks(4, 4, num_support=3, inferred=inferred).episode().support
+    episode = ph.Episode(None, make_tasks(4, 4, num_support=3, inferred=inferred).episode().support)
     problem = line_problem(episode, inferred=inferred, precision=1e-9)
     start = torch.ones(4, 3, dtype=torch.float64)
     end = ph.Linearised(reach=100.0).descend(problem, start, 8)
@@ -398,7 +412,7 @@ def test_a_descent_ends_at_the_optimum_with_its_cost(inferred: bool) -> None:
 
 
 def test_a_descent_goes_on_where_it_is_told_to_latents_of_shots_included() -> None:
-    episode = make_tasks(4, 4, num_support=3, inferred=True).episode().support
+    episode = ph.Episode(None, make_tasks(4, 4, num_support=3, inferred=True).episode().support)
     problem, hunter = line_problem(episode, inferred=True), ph.Linearised(reach=100.0)
     end = hunter.descend(problem, problem.mean, 8)
     again = hunter.descend(problem, end.task, 1, end.shot)
@@ -430,7 +444,7 @@ def test_tasks_descend_each_for_itself() -> None:
 
 
 def test_a_program_that_observes_nothing_is_refused_with_words() -> None:
-    episode = make_tasks(2, 2).episode().support.simulation()
+    episode = ph.Episode(None, make_tasks(2, 2).episode().support.simulation())
     with pytest.raises(
         ValueError, match=r"expected a program that observes something.*obs=episode\.query"
     ):
@@ -444,9 +458,9 @@ def test_a_latent_of_an_odd_shape_is_refused_by_name(event: int) -> None:
             z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
             odd = pyro.sample("odd", dist.Normal(torch.zeros([3] * event), 1.0).to_event(event))
             mean = z[..., None, None, :] + odd.sum() + torch.zeros(2, 2, 6, 1)
-            pyro.sample("x", dist.Normal(mean, 1.0).to_event(3), obs=episode.query)
+            pyro.sample("x", dist.Normal(mean, 1.0).to_event(3), obs=episode.query.values)
 
-    episode = make_tasks(2, 3, num_support=2).episode().support
+    episode = ph.Episode(None, make_tasks(2, 3, num_support=2).episode().support)
     with pytest.raises(
         ValueError, match=r"latent site 'odd' of shape \(task, shot, component\).*SupportPrior"
     ):

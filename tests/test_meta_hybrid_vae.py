@@ -10,6 +10,7 @@ from experiments.trained import exactly
 from torch import Tensor
 
 import pyro_hybrid as ph
+from pyro_hybrid.data.segments import to_segments
 from pyro_hybrid.systems.system import Force
 
 
@@ -19,12 +20,12 @@ def test_the_true_force_of_a_field_overlaps_with_the_physics_along_its_trajector
     system = ph.systems.AdvectionDiffusion()
     tasks = exactly(system, 20, 4, 0)
     model, episode = ph.models.MetaHybridVAE(system, correction=1.0), tasks.episode()
-    physics, unknown = {"diffusion": tasks.truth["diffusion"]}, tasks.truth["unknown"]
+    physics, unknown = {"diffusion": tasks.true_latents["diffusion"]}, tasks.true_latents["unknown"]
     monkeypatch.setattr(
         model, "force", lambda unknown: system.truth(unknown[..., None, None, :].squeeze(-1))
     )
-    along = model.objections(physics, unknown, episode.times, episode.query)
-    began = model.objections(physics, unknown, *model.places(episode, episode.query))
+    along = model.objections(physics, unknown, episode.query.times, episode.query.values)
+    began = model.objections(physics, unknown, *model.places(episode, episode.query.values))
     assert (began.abs() < 1e-3 * along.abs().mean()).all() and (along > 0.0).all()
 
 
@@ -32,16 +33,18 @@ def test_the_true_force_of_a_field_overlaps_with_the_physics_along_its_trajector
 def test_fields_are_judged_at_their_initial_states_cut_or_not(steps: int | None) -> None:
     system = ph.systems.AdvectionDiffusion(6)
     episode = system.simulate(3, 4, 0).episode()
-    model, states = ph.models.MetaHybridVAE(system), episode.cut(steps).query
-    times, places = model.places(episode.cut(steps), states)
-    assert torch.equal(places.squeeze(-2), episode.measured) and float(times) == 0.0
+    model = ph.models.MetaHybridVAE(system)
+    part = episode.map_shots(lambda shots: to_segments(shots, steps))
+    times, places = model.places(part, part.query.values)
+    assert torch.equal(places.squeeze(-2), episode.query.initial) and float(times) == 0.0
 
 
 def test_others_are_judged_along_their_trajectories() -> None:
     system = ph.systems.Pendulum()
-    episode = system.simulate(3, 4, 0).episode().cut(7)
-    times, places = ph.models.MetaHybridVAE(system).places(episode, episode.query)
-    assert times is episode.times and places is episode.query
+    whole = system.simulate(3, 4, 0).episode()
+    episode = whole.map_shots(lambda shots: to_segments(shots, 7))
+    times, places = ph.models.MetaHybridVAE(system).places(episode, episode.query.values)
+    assert times is episode.query.times and places is episode.query.values
 
 
 # ---- settled: what the neural force does in the physics' place counts as physics -----------------
@@ -61,15 +64,15 @@ def pushed(share: float) -> tuple[ph.models.MetaHybridVAE, ph.Tasks]:
 
 
 def trajectories(model: ph.models.MetaHybridVAE, tasks: ph.Tasks) -> Tensor:
-    episode, truth = (
-        tasks.shots(slice(None)),
-        {name: value.double() for name, value in tasks.truth.items()},
+    shots, truth = (
+        tasks.shots(),
+        {name: value.double() for name, value in tasks.true_latents.items()},
     )
     return model.trajectories(
         {"omega": truth["omega"]},
         truth["unknown"],
-        episode.measured.double(),
-        episode.times.double(),
+        shots.initial.double(),
+        shots.times.double(),
     )
 
 
@@ -78,15 +81,15 @@ def test_once_settled_physics_latents_mean_what_they_say() -> None:
     wrong = trajectories(model, tasks)
     model.settle(tasks)
     right = trajectories(model, tasks)
-    truth = tasks.shots(slice(None)).query
+    truth = tasks.values
     assert (right - truth).square().mean().sqrt() < 0.2 * (wrong - truth).square().mean().sqrt()
 
 
 def test_settling_leaves_the_true_force_as_it_is() -> None:
     model, tasks = pushed(0.0)
     model.settle(tasks)
-    omega = tasks.truth["omega"].double()
-    settled = model.settled({"omega": omega}, tasks.truth["unknown"].double())["omega"]
+    omega = tasks.true_latents["omega"].double()
+    settled = model.settled({"omega": omega}, tasks.true_latents["unknown"].double())["omega"]
     assert (settled / omega - 1.0).square().mean().sqrt() < 1e-4
 
 
@@ -106,11 +109,11 @@ def test_fields_are_settled_where_they_began() -> None:
     system = ph.systems.AdvectionDiffusion(6)
     tasks, model = system.simulate(3, 4, 0), ph.models.MetaHybridVAE(system)
     model.settle(tasks)
-    assert torch.equal(model.samples, tasks.shots(slice(None)).measured.flatten(0, 1))
+    assert torch.equal(model.samples, tasks.shots().initial.flatten(0, 1))
     states = model.trajectories(
         {"diffusion": torch.full((3, 1), 0.05)},
         torch.zeros(3, 1),
-        tasks.shots(slice(None)).measured,
+        tasks.shots().initial,
         tasks.times,
     )
     assert states.shape == (3, 4, len(tasks.times), 6) and states.isfinite().all()
@@ -128,7 +131,7 @@ def test_what_was_read_before_settling_is_read_again() -> None:
 def test_copies_that_are_the_same_are_settled_once_and_gradients_stay() -> None:
     model, tasks = pushed(0.01)
     model.settle(tasks, 64)
-    omega, unknown = tasks.truth["omega"].double(), tasks.truth["unknown"].double()
+    omega, unknown = tasks.true_latents["omega"].double(), tasks.true_latents["unknown"].double()
     moved = torch.tensor([0.0, 0.1, 0.1, 0.0], dtype=torch.float64)[:, None, None]
     copies = (unknown + moved).requires_grad_()
     both = model.settled({"omega": omega.expand(4, -1, -1)}, copies)["omega"]
@@ -146,7 +149,7 @@ def test_copies_that_are_the_same_are_settled_once_and_gradients_stay() -> None:
 def test_physics_latents_with_draws_are_settled_beside_neural_ones_without() -> None:
     model, tasks = pushed(0.01)
     model.settle(tasks, 64)
-    omega, unknown = tasks.truth["omega"].double(), tasks.truth["unknown"].double()
+    omega, unknown = tasks.true_latents["omega"].double(), tasks.true_latents["unknown"].double()
     draws = torch.stack([omega, 1.1 * omega])
     both = model.settled({"omega": draws}, unknown)["omega"]
     assert all(

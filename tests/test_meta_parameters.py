@@ -356,12 +356,14 @@ class Drift(ph.HybridModel):
         p = self.prior(episode.support)
         with episode.plate:
             z = torch.cat([pyro.sample(name, p[name]) for name in p], -1)
-            grown = (features(episode.times) * z[..., None, None, :]).sum(-1)
+            grown = (features(episode.query.times) * z[..., None, None, :]).sum(-1)
             mean = (
-                torch.stack(episode.initial, -1) + grown + self.left * self.right * episode.times**3
+                torch.stack(episode.query.initial, -1)
+                + grown
+                + self.left * self.right * episode.query.times**3
             )
-            x = dist.Normal(mean.unsqueeze(-1), self.noise).mask(episode.mask)
-            return pyro.sample("x", x.to_event(3), obs=episode.query)
+            x = dist.Normal(mean.unsqueeze(-1), self.noise).mask(episode.query.scored)
+            return pyro.sample("x", x.to_event(3), obs=episode.query.values)
 
 
 EPISODE = make_tasks(3, 3, num_support=1).episode()
@@ -437,7 +439,7 @@ def test_a_programs_loss_is_its_elbo_and_neither_model_nor_random_state_are_touc
     model, guide = model.double(), guide.double()
     torch.manual_seed(5)
     svi = ph.SVI(model, guide, torch.optim.SGD(model.parameters(), 0.0), elbo)
-    assert values[0].item() == pytest.approx(svi.evaluate_loss(EPISODE.only(0)), rel=1e-12)
+    assert values[0].item() == pytest.approx(svi.evaluate_loss(EPISODE.select_tasks(0)), rel=1e-12)
 
 
 def test_a_residual_inside_a_vector_field_has_second_derivatives() -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from scipy.special import gamma, kv
-from toys import Line, make_tasks
+from toys import Line, alone, make_tasks
 
 import pyro_hybrid as ph
 from pyro_hybrid.identifiability.noise import CHARACTERISTIC, Noise, judge_noise, noise
@@ -126,13 +126,13 @@ def observing(
     """A program whose observations are distributed as ``make(mean, latent)`` says."""
 
     def program(episode: ph.Episode) -> None:
-        tasks, shots = episode.shape
+        tasks, shots = episode.query.shape
         with episode.plate:
             z = pyro.sample("z", dist.Normal(torch.zeros(tasks, 1), 1.0).to_event(1))[
                 ..., None, None, :
             ]
-            fn = make(z + torch.zeros(tasks, shots, len(episode.times), 1), z)
-            pyro.sample("x", fn.to_event(3 - len(fn.event_shape)), obs=episode.query)
+            fn = make(z + torch.zeros(tasks, shots, len(episode.query.times), 1), z)
+            pyro.sample("x", fn.to_event(3 - len(fn.event_shape)), obs=episode.query.values)
 
     return program
 
@@ -143,7 +143,7 @@ def judged(
 ) -> Any:
     values = torch.zeros(3, 2, 6, 1) if values is None else values
     return judge_noise(
-        noise(observing(make), ph.Episode(torch.arange(6.0), values, (torch.zeros(3, 2),)))
+        noise(observing(make), alone(torch.arange(6.0), values, (torch.zeros(3, 2),)))
     )
 
 
@@ -245,9 +245,9 @@ def test_a_run_that_diverges_says_nothing_of_the_noise() -> None:
 
 
 def test_a_program_that_observes_nothing_is_not_checked() -> None:
-    episode = ph.Episode(torch.arange(6.0), None, (torch.zeros(3, 2),))
+    episode = alone(torch.arange(6.0), None, (torch.zeros(3, 2),))
     check = judge_noise(noise(observing(ADDITIVE["Normal"]), episode))
-    assert (check.status, check.remedy) == ("not checked", "Pass obs=episode.query.")
+    assert (check.status, check.remedy) == ("not checked", "Pass obs=episode.query.values.")
 
 
 def test_one_observation_that_cannot_be_judged_is_enough() -> None:

@@ -14,7 +14,18 @@ import pyro.distributions as dist
 import pytest
 import torch
 from torch import Tensor
-from toys import NOISE, POINTS, START_NOISE, TOGETHER, Line, exact, features, in_float32, make_tasks
+from toys import (
+    NOISE,
+    POINTS,
+    START_NOISE,
+    TOGETHER,
+    Line,
+    exact,
+    features,
+    in_float32,
+    make_tasks,
+    with_query,
+)
 
 import pyro_hybrid as ph
 from pyro_hybrid.identifiability.check import Check, Threshold, unchecked
@@ -69,8 +80,8 @@ def test_predictions_come_from_the_support_alone_with_the_exact_spread() -> None
         -1
     )  # (draw, task, shot, time)
     truth = exact(data.support, **STANDARD)
-    grown = features(data.times)
-    centre = data.initial[0].unsqueeze(-1) + (truth.mean[:, :3] @ grown.T).unsqueeze(1)
+    grown = features(data.query.times)
+    centre = data.query.initial + (truth.mean[:, :3] @ grown.T).unsqueeze(1)
     spread = (
         (torch.einsum("si,tij,sj->ts", grown, truth.covariance[:, :3, :3], grown) + NOISE**2)
         .sqrt()
@@ -78,7 +89,9 @@ def test_predictions_come_from_the_support_alone_with_the_exact_spread() -> None
     )
     assert ((values.mean(0) - centre) / spread).abs().max() < 0.05
     assert (values.std(0) / spread - 1.0).abs().max() < 0.04
-    blind = ph.predict(pair(sites=TOGETHER)[0], replace(data, query=data.query + 100.0), 200)["x"]
+    blind = ph.predict(
+        pair(sites=TOGETHER)[0], with_query(data, values=data.query.values + 100.0), 200
+    )["x"]
     assert blind.mean() < 50.0
 
 
@@ -307,7 +320,7 @@ def test_float32_models_and_learned_guides_are_exported_as_well() -> None:
 def test_without_a_query_there_is_no_posterior_to_export() -> None:
     with pytest.raises(
         ValueError,
-        match="expected an episode with a query; got query=None. There is no posterior without data",
+        match="expected a query with values; got values=None. There is no posterior without data",
     ):
         ph.to_arviz(*pair(), episode().simulation())
 
@@ -353,7 +366,7 @@ def test_observations_of_another_shape_are_refused_with_their_name() -> None:
                 return pyro.sample(
                     "x",
                     dist.Normal(mean, START_NOISE).to_event(2),
-                    obs=None if data.query is None else data.query[..., 0],
+                    obs=None if data.query.values is None else data.query.values[..., 0],
                 )
 
     model = Flat().double()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from toys import POINTS, SEPARATE, TOGETHER, Line, exact, in_float32, make_tasks
 
 import pyro_hybrid as ph
 from pyro_hybrid.beliefs.families import FullNormal, LogNormal, Normal
+from pyro_hybrid.data.segments import to_segments
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 READINGS = pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_the_order_of_shots_does_not_matter_to_the_last_bit(
     expected = flat(model.prior.natural(first))
     for seed in range(5):
         order = torch.rand(3, shots, generator=torch.Generator().manual_seed(seed)).argsort(1)
-        assert torch.equal(flat(model.prior.natural(first.pick(order))), expected)
+        assert torch.equal(flat(model.prior.natural(first.select_shots(order))), expected)
 
 
 @READINGS
@@ -62,8 +62,8 @@ def test_the_order_of_shots_does_not_matter_where_observations_are_missing(
     mask[:, :, 0] = True
     first = make_tasks(3, 6, num_support=5, mask=mask).episode().support
     model = line(evidence).double()
-    backwards = first.pick(torch.arange(4, -1, -1).expand(3, -1))
-    assert not torch.equal(backwards.mask, first.mask)
+    backwards = first.select_shots(torch.arange(4, -1, -1).expand(3, -1))
+    assert not torch.equal(backwards.scored, first.scored)
     assert torch.equal(flat(model.prior.natural(backwards)), flat(model.prior.natural(first)))
 
 
@@ -72,9 +72,10 @@ def test_the_order_of_shots_does_not_matter_when_they_are_cut_into_segments(
     evidence: ph.Linearised | None,
 ) -> None:
     model, first = line(evidence), support(4)
-    backwards = first.pick(torch.arange(3, -1, -1).expand(3, -1))
+    backwards = first.select_shots(torch.arange(3, -1, -1).expand(3, -1))
     assert torch.equal(
-        flat(model.prior.natural(backwards.cut(2))), flat(model.prior.natural(first.cut(2)))
+        flat(model.prior.natural(to_segments(backwards, 2))),
+        flat(model.prior.natural(to_segments(first, 2))),
     )
 
 
@@ -119,7 +120,7 @@ def test_more_shots_make_a_computed_prior_narrower() -> None:
     scales = []
     for shots in (1, 3, 10, 100):
         order = torch.arange(shots).expand(3, -1)
-        scales.append(model.prior(everything.pick(order))["slope"].stddev)
+        scales.append(model.prior(everything.select_shots(order))["slope"].stddev)
     assert all((after < before).all() for before, after in zip(scales, scales[1:], strict=False))
 
 
@@ -163,7 +164,7 @@ def test_natural_parameters_are_the_populations_plus_what_each_set_of_shots_adds
     prior = line(ph.Linearised(8), sites=TOGETHER).double().prior
     base = prior.natural(None)["both"]
     first, second = (
-        everything.pick(torch.tensor(rows).expand(3, -1)) for rows in ([0, 1], [2, 3, 4])
+        everything.select_shots(torch.tensor(rows).expand(3, -1)) for rows in ([0, 1], [2, 3, 4])
     )
     gains = [prior.natural(part)["both"] - base for part in (first, second)]
     assert_close(
@@ -269,7 +270,7 @@ def test_what_it_remembers_is_forgotten_after_a_step_of_the_optimizer(fused: boo
 
 def test_without_evidence_the_encoder_says_everything() -> None:
     model, episode = line(None), in_float32(make_tasks(3, 4)).episode()
-    raw = model.prior.head(model.prior.encoder(episode.support.canonical))
+    raw = model.prior.head(model.prior.encoder(episode.support.sorted_shots))
     pieces = dict(zip(SEPARATE, raw.split([2, 4], -1), strict=True))
     naturals = model.prior.natural(episode.support)
     for name, family in SEPARATE.items():
@@ -360,15 +361,13 @@ def test_computed_evidence_without_a_program_is_refused_with_what_to_do() -> Non
 def test_a_prior_bound_to_a_plain_function_reads_it() -> None:
     model, episode = line(ph.Linearised(2)), support(3)
     prior = copy.deepcopy(model.prior)
-    prior.bind(lambda e: model(replace(e, support=None)))
+    prior.bind(lambda e: model(ph.Episode(None, e.query)))
     assert torch.equal(flat(prior.natural(episode)), flat(model.prior.natural(episode)))
 
 
 def test_trajectories_of_another_length_are_refused_with_what_to_do() -> None:
-    episode = in_float32(make_tasks(3, 4)).episode().support
-    short = replace(
-        episode, times=episode.times[:4], query=episode.query[:, :, :4], mask=episode.mask[:, :, :4]
-    )
+    shots = in_float32(make_tasks(3, 4)).episode().support
+    short = ph.Shots.from_tensors(shots.times[:4], shots.values[:, :, :4], shots.initial)
     with pytest.raises(
         ValueError, match=r"trajectories of \(time, sensor\) = \(6, 1\); got \(4, 1\)"
     ):

@@ -20,6 +20,7 @@ import pytest
 import torch
 
 import pyro_hybrid as ph
+from pyro_hybrid.data.segments import to_segments
 from pyro_hybrid.diagnostics.ranks import Latent
 from pyro_hybrid.identifiability.check import Check
 from pyro_hybrid.inference import arviz_data as _arviz
@@ -55,6 +56,10 @@ METHODS = {
     "Episode": ("plate", "times", "support", "query", "initial", "mask"),
     "Fit": ("loss",),
     "SVI": ("step", "evaluate_loss"),
+    "Shots": (
+        lambda: ph.Shots.from_tensors(torch.arange(3.0)),
+        r"expected values, initial states or inputs; got none of them\. Pass one of them",
+    ),
     "SupportPrior": ("natural",),
     "Certificate": ("verdict", "conditions", "plot", "to_dict"),
 }
@@ -202,10 +207,10 @@ print(json.dumps({"changed": changed, "plots": [m for m in ("arviz", "matplotlib
 def episode(**changes: Any) -> ph.Episode:
     given: dict[str, Any] = {
         "times": torch.arange(3.0),
-        "query": torch.zeros(2, 2, 3, 1),
-        "initial": (torch.zeros(2, 2),),
+        "values": torch.zeros(2, 2, 3, 1),
+        "initial": torch.zeros(2, 2, 1),
     }
-    return ph.Episode(**{**given, **changes})
+    return ph.Episode(None, ph.Shots.from_tensors(**{**given, **changes}))
 
 
 def encoder() -> ph.SetEncoder:
@@ -239,7 +244,9 @@ MISUSES: dict[str, tuple[Callable[[], object], str]] = {
         r"'fit' isn't among \['noise \(i\)'\]",
     ),
     "Episode": (
-        lambda: episode(query=torch.zeros(2, 2, 9, 1), times=torch.arange(9.0)).cut(2),
+        lambda: to_segments(
+            episode(values=torch.zeros(2, 2, 9, 1), times=torch.arange(9.0)).query, 2
+        ),
         r"expected measured states at all times.*Pass initial= with a time axis to Tasks",
     ),
     "HybridModel": (lambda: Empty()(episode()), 'missing the required "forward" function'),
@@ -260,8 +267,12 @@ MISUSES: dict[str, tuple[Callable[[], object], str]] = {
         r"expected a model that is an nn\.Module.*got function\. Derive it from ph\.HybridModel",
     ),
     "SetEncoder": (
-        lambda: encoder()(episode(query=torch.zeros(2, 2, 4, 1))),
+        lambda: encoder()(episode(values=torch.zeros(2, 2, 4, 1), times=torch.arange(4.0)).query),
         r"expected trajectories of \(time, sensor\) = \(3, 1\); got \(4, 1\)\. Build the SetEncoder",
+    ),
+    "Shots": (
+        lambda: ph.Shots.from_tensors(torch.arange(3.0)),
+        r"expected values, initial states or inputs; got none of them\. Pass one of them",
     ),
     "SupportPrior": (
         lambda: ph.SupportPrior(encoder()),
@@ -269,7 +280,7 @@ MISUSES: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "Tasks": (
         lambda: tasks(torch.full((2, 3, 3, 1), torch.nan)),
-        r"expected finite values; got nan at index \(0, 0, 0, 0\).*pass mask=",
+        r"expected finite values; got nan at index \(0, 0, 0, 0\).*pass observed=",
     ),
     "UnconditionalPrior": (
         lambda: ph.UnconditionalPrior(omega=torch.distributions.Normal(0.0, 1.0)),
@@ -370,8 +381,8 @@ MISUSES: dict[str, tuple[Callable[[], object], str]] = {
         "expected at least one task of two shots; got 1 of 1",
     ),
     "to_arviz": (
-        lambda: ph.to_arviz(Empty(), Empty(), episode(query=None)),
-        r"expected an episode with a query; got query=None\. There is no posterior without data",
+        lambda: ph.to_arviz(Empty(), Empty(), episode(values=None)),
+        r"expected a query with values; got values=None\. There is no posterior without data",
     ),
 }
 RESULTS = {

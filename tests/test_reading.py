@@ -33,16 +33,16 @@ FAMILIES: list[Callable[[int], Family]] = [Normal, LogNormal, Gamma, Beta, VonMi
 
 def stated(episode: ph.Episode) -> None:
     """A prior by hand: the support's own mean and length; and everything that isn't a task's latent."""
-    assert episode.support is not None and episode.support.query is not None
-    known = episode.support.query.mean((1, 2))
+    assert episode.support is not None and episode.support.values is not None
+    known = episode.support.values.mean((1, 2))
     level = pyro.sample("level", dist.Normal(0.0, 1.0))
     with episode.plate:
         z = pyro.sample("z", dist.Normal(known, 0.5).to_event(1))
         rate = pyro.sample("rate", dist.Gamma(1.0 + known.abs(), 2.0).to_event(1))
-        start = pyro.sample("start", dist.Normal(episode.measured, 0.1).to_event(2))
+        start = pyro.sample("start", dist.Normal(episode.query.initial, 0.1).to_event(2))
         mean = level + z[:, None, None] + rate[:, None, None] + start.unsqueeze(2)
-        x = mean.expand(-1, -1, len(episode.times), -1)
-        pyro.sample("x", dist.Normal(x, 1.0).to_event(3), obs=episode.query)
+        x = mean.expand(-1, -1, len(episode.query.times), -1)
+        pyro.sample("x", dist.Normal(x, 1.0).to_event(3), obs=episode.query.values)
 
 
 def data(tasks: int = 9, shots: int = 6, num_support: int = 2, seed: int = 0) -> ph.Tasks:
@@ -91,7 +91,7 @@ def test_latents_of_no_task_are_not_the_task_s_even_if_they_are_as_many_as_tasks
     make: Callable[[int], dist.Distribution],
 ) -> None:
     def program(episode: ph.Episode) -> None:
-        pyro.sample("shared", make(episode.shape[0]))
+        pyro.sample("shared", make(episode.query.shape[0]))
         stated(episode)
 
     assert set(quietly(program, data()).natural) == {"z", "rate"}
@@ -100,8 +100,8 @@ def test_latents_of_no_task_are_not_the_task_s_even_if_they_are_as_many_as_tasks
 def test_latents_of_shots_in_a_plate_of_their_own_are_not_the_task_s() -> None:
     def program(episode: ph.Episode) -> None:
         with (
-            pyro.plate("system", episode.shape[0], dim=-2),
-            pyro.plate("trial", episode.shape[1], dim=-1),
+            pyro.plate("system", episode.query.shape[0], dim=-2),
+            pyro.plate("trial", episode.query.shape[1], dim=-1),
         ):
             pyro.sample("kick", dist.Normal(0.0, 1.0))
         stated(episode)
@@ -156,7 +156,7 @@ def test_masked_values_are_not_read() -> None:
     mask[:, :, 0] = True
     tasks, model = make_tasks(6, 8, num_support=4, mask=mask), Line(ph.Linearised(3)).double()
     wild = ph.Tasks.from_trajectories(
-        tasks.times, tasks.values.where(mask, 1e6), num_support=4, mask=mask
+        tasks.times, tasks.values.where(mask, 1e6), num_support=4, observed=mask
     )
     assert torch.equal(quietly(model, tasks).flat, quietly(model, wild).flat)
     assert not torch.equal(
@@ -278,9 +278,9 @@ def test_in_double_copies_a_module_and_leaves_a_function_as_it_is() -> None:
 
 def latent(make: Callable[[Tensor], dist.Distribution]) -> Callable[[ph.Episode], None]:
     def program(episode: ph.Episode) -> None:
-        assert episode.support is not None and episode.support.query is not None
+        assert episode.support is not None and episode.support.values is not None
         with episode.plate:
-            pyro.sample("z", make(episode.support.query.mean((1, 2))))
+            pyro.sample("z", make(episode.support.values.mean((1, 2))))
 
     return program
 

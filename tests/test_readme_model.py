@@ -132,7 +132,7 @@ def test_it_simulates_when_there_is_no_query(kind: type[ph.HybridModel]) -> None
     trace = poutine.trace(model).get_trace(TASKS.episode().simulation())
     x = trace.nodes["x"]
     assert not x["is_observed"] and x["value"].shape == (4, 2, POINTS, 2)
-    start = torch.stack(TASKS.episode().initial, -1)
+    start = TASKS.episode().query.initial
     assert (x["value"][:, :, 0] - start).abs().max() < 6 * 0.1
     assert poutine.trace(model).get_trace(TASKS.episode()).nodes["x"]["is_observed"]
 
@@ -149,7 +149,7 @@ def test_it_obeys_handlers(kind: type[ph.HybridModel]) -> None:
     hidden = poutine.trace(poutine.block(model, hide=["unknown"])).get_trace(episode)
     assert "unknown" not in hidden.nodes and "omega" in hidden.nodes
     uncond = poutine.trace(poutine.uncondition(model)).get_trace(episode)
-    assert not torch.equal(uncond.nodes["x"]["value"], episode.query)
+    assert not torch.equal(uncond.nodes["x"]["value"], episode.query.values)
     scaled = poutine.trace(poutine.scale(poutine.replay(model, trace=ours), 0.5)).get_trace(episode)
     assert scaled.log_prob_sum().item() == pytest.approx(
         0.5 * theirs.log_prob_sum().item(), rel=1e-5
@@ -180,7 +180,7 @@ def test_nuts_runs_over_its_latents(kind: type[ph.HybridModel], outside: str) ->
         mcmc.run(episode)
     else:
         model.requires_grad_(False)
-        program = poutine.condition(model, {"x": episode.query})
+        program = poutine.condition(model, {"x": episode.query.values})
         with local_parameters():
             mcmc = MCMC(
                 NUTS(program, **options), num_samples=4, warmup_steps=4, disable_progbar=True
@@ -207,7 +207,7 @@ def test_the_log_density_that_nuts_sees_is_the_programs(kind: type[ph.HybridMode
     prior: Tensor = sum(p[name].log_prob(value).sum() for name, value in values.items())
     seen = poutine.trace(poutine.condition(model, values)).get_trace(episode).nodes["x"]
     assert total.item() == pytest.approx(
-        (prior + seen["fn"].log_prob(episode.query).sum()).item(), rel=1e-5
+        (prior + seen["fn"].log_prob(episode.query.values).sum()).item(), rel=1e-5
     )
 
 

@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -227,17 +228,15 @@ def test_a_clock_that_runs_s_times_as_fast_shows_a_pendulum_of_s_squared_gravity
     None
 ):
     tasks = made_up(3).tasks(8, 6, seed=0, points=40)
-    scale = tasks.truth["scale"]
+    scale = tasks.true_latents["scale"]
     assert 0.7 <= scale.min() < 0.85 and 1.2 < scale.max() <= 1.4
-    assert_close(tasks.truth["gravity"], scale**2)
+    assert_close(tasks.true_latents["gravity"], scale**2)
     states, angles = open_loop(compound, TRUE, tasks)
-    measured = torch.stack(tasks.states, -1)
+    measured = tasks.states
     assert_close(states[..., :2], angles, rtol=0.0, atol=5e-3)  # float32 starts of a chaotic motion
     assert_close(states.float(), measured, rtol=2e-3, atol=2e-2)
-    wrong = dict(tasks.truth) | {"scale": torch.ones(8, 1)}
-    lost, _ = open_loop(
-        compound, TRUE, ph.Tasks(tasks.times, tasks.values, tasks.states, 3, truth=wrong)
-    )
+    wrong = dict(tasks.true_latents) | {"scale": torch.ones(8, 1)}
+    lost, _ = open_loop(compound, TRUE, replace(tasks, true_latents=wrong))
     assert (lost[..., :2] - angles).square().mean().sqrt() > 0.1
     without = TRUE * torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0, 0.0])
     assert (open_loop(compound, without, tasks)[0][..., :2] - angles).abs().max() > 0.02
@@ -251,9 +250,9 @@ def test_tasks_are_what_they_say_and_the_seed_s() -> None:
     assert (
         one.values.shape == (4, 6, 30, 2)
         and one.values.dtype == torch.float32
-        and len(one.states) == 4
+        and one.states.shape[-1] == 4
     )
-    assert one.num_support == 3 and one.timed and torch.equal(one.states[0], one.values[..., 0])
+    assert one.num_support == 3 and torch.equal(one.states[..., :2], one.values)
     assert one.values[:, :, 0].abs().max() <= torch.pi + 1e-5
     assert torch.equal(one.values, same.values) and not torch.equal(one.values, other.values)
     assert recordings.tasks(2, 4, seed=0, num_support=3).num_support == 3
@@ -281,7 +280,7 @@ def test_no_window_of_a_run_is_on_both_sides_of_a_split() -> None:
 
 def test_windows_of_a_task_share_no_frame() -> None:
     tasks = clocks(3, 2000).tasks(10, 12, seed=0, step=0.01, points=41)
-    for values, scale in zip(tasks.values, tasks.truth["scale"], strict=True):
+    for values, scale in zip(tasks.values, tasks.true_latents["scale"], strict=True):
         begin, run = values[:, 0, 0] * 10.0, values[:, 0, 1]
         apart = (
             (begin[:, None] - begin).abs() + 1e3 * (run[:, None] - run).abs() + 1e3 * torch.eye(12)

@@ -28,7 +28,7 @@ def noisy(tasks: int, shots: int = SHOTS, seed: int = 0, *, truth: bool = True) 
         torch.arange(2.0, dtype=torch.float64),
         values,
         num_support=shots // 2,
-        truth={"z": z.squeeze(1)} if truth else None,
+        true_latents={"z": z.squeeze(1)} if truth else None,
     )
 
 
@@ -39,12 +39,12 @@ class Apprentice:
         self.tasks, self.error = tasks, (C / len(tasks)) ** 0.5 if learns else 1.0
 
     def __call__(self, episode: ph.Episode) -> Tensor:
-        signal, noise = episode.support.query[:, :, 0].mean(1).split(2, -1)
+        signal, noise = episode.support.values[:, :, 0].mean(1).split(2, -1)
         with episode.plate:
             z = pyro.sample("z", dist.Normal(signal + self.error * noise, 0.1).to_event(1))
             x = dist.Normal(z[:, None, None, :], 1.0).to_event(3)
             return pyro.sample(
-                "x", x, obs=None if episode.query is None else episode.query[..., :2]
+                "x", x, obs=None if episode.query.values is None else episode.query.values[..., :2]
             )
 
 
@@ -100,7 +100,7 @@ def test_every_training_gets_the_first_so_many_tasks() -> None:
 
 def test_held_out_tasks_are_read_from_their_own_support() -> None:
     few, many = (
-        ph.Tasks.from_trajectories(t.times, t.values, num_support=n, truth=t.truth)
+        ph.Tasks.from_trajectories(t.times, t.values, num_support=n, true_latents=t.true_latents)
         for t in [noisy(TASKS, seed=1)]
         for n in (1, 4)
     )
@@ -141,7 +141,7 @@ def test_shots_are_counted_from_the_first_as_far_as_asked() -> None:
         8,
     ]
     whole = ph.Tasks.from_trajectories(
-        tasks.times, tasks.values[:, :3], num_support=1, truth=tasks.truth
+        tasks.times, tasks.values[:, :3], num_support=1, true_latents=tasks.true_latents
     )
     assert np.allclose(
         shots_curve(model, whole, [3], progress=False).linear_r[0], found.linear_r[1]
@@ -152,13 +152,11 @@ def test_a_prior_that_ignores_its_shots_gains_nothing_by_more_of_them() -> None:
     class Deaf(Apprentice):
         def __call__(self, episode: ph.Episode) -> Tensor:
             return super().__call__(
-                ph.Episode(
-                    episode.times,
-                    episode.query,
-                    episode.initial,
+                replace(
+                    episode,
                     support=episode.support
-                    and episode.support.pick(
-                        torch.zeros(len(episode.support.query), 1, dtype=torch.long)
+                    and episode.support.select_shots(
+                        torch.zeros(len(episode.support.values), 1, dtype=torch.long)
                     ),
                 )
             )
@@ -280,7 +278,7 @@ def test_numbers_of_shots_that_cannot_be_are_refused(sizes: list[int]) -> None:
 
 def test_without_truth_there_is_nothing_to_compare_with() -> None:
     held_out = noisy(50, seed=1, truth=False)
-    message = r"expected held-out tasks with truth; got none\. Pass truth= to Tasks\.from_trajectories, or simulate"
+    message = r"expected held-out tasks with truth; got none\. Pass true_latents= to Tasks\.from_trajectories, or simulate"
     with pytest.raises(ValueError, match=message):
         shots_curve(Apprentice(noisy(10)), held_out, progress=False)
     with pytest.raises(ValueError, match=message):

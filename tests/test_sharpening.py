@@ -9,7 +9,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from torch import Tensor, nn
-from toys import NOISE, POINTS, START_NOISE, TIMES, Line, features, make_tasks
+from toys import NOISE, POINTS, START_NOISE, TIMES, Line, alone, features, make_tasks
 
 import pyro_hybrid as ph
 from pyro_hybrid.beliefs.families import Normal
@@ -36,8 +36,8 @@ class Shared(Line):
 
     def forward(self, episode: ph.Episode) -> Tensor:
         p = self.prior(episode.support)
-        start = torch.stack(episode.initial, -1)
-        grown = features(episode.times) - features(episode.times[..., :1])
+        start = torch.stack(episode.query.initial, -1)
+        grown = features(episode.query.times) - features(episode.query.times[..., :1])
         with episode.plate:
             slope = pyro.sample("slope", p["slope"])
             if self.inferred:
@@ -45,17 +45,15 @@ class Shared(Line):
             mean = (
                 start + grown[..., 0] * slope[..., None] + self.residual(grown[..., 1:]).squeeze(-1)
             )
-            x = dist.Normal(mean.unsqueeze(-1), self.noise).mask(episode.mask)
-            return pyro.sample("x", x.to_event(3), obs=episode.query)
+            x = dist.Normal(mean.unsqueeze(-1), self.noise).mask(episode.query.scored)
+            return pyro.sample("x", x.to_event(3), obs=episode.query.values)
 
 
 def shared(number: int, shots: int = 3, *, inferred: bool = False) -> ph.Tasks:
     """Lines that all bend alike."""
     made = make_tasks(number, shots, inferred=inferred, latents=1)
     values = made.values + (features(TIMES)[:, 1:] @ BEND[0]).view(-1, 1)
-    return ph.Tasks.from_trajectories(
-        TIMES, values, num_support=1, mask=torch.as_tensor(made.seen).expand_as(values)
-    )
+    return ph.Tasks.from_trajectories(TIMES, values, num_support=1, observed=made.observed)
 
 
 def ready(**options: bool | float) -> tuple[Shared, ph.AmortizedGuide]:
@@ -65,10 +63,8 @@ def ready(**options: bool | float) -> tuple[Shared, ph.AmortizedGuide]:
 
 def posterior(model: Shared, tasks: ph.Tasks, width: float) -> Tensor:
     """Mean of the weights given all shots, slopes and starts integrated out: generalised least squares."""
-    everything, times = tasks.shots(slice(None)), features(TIMES)[1:] - features(TIMES)[:1]
-    y = (everything.query[..., 0] - everything.initial[0].unsqueeze(-1))[..., 1:] - 0.5 * times[
-        :, 0
-    ]
+    everything, times = tasks.shots(), features(TIMES)[1:] - features(TIMES)[:1]
+    y = (everything.values[..., 0] - everything.initial)[..., 1:] - 0.5 * times[:, 0]
     shots, design = y.shape[1], times[:, 1:]
     block = NOISE**2 * torch.eye(POINTS - 1).double() + (START_NOISE**2 if model.inferred else 0.0)
     covariance = torch.block_diag(*[block] * shots)
@@ -197,8 +193,8 @@ def forced(
     )
     if settled:
         model.settle(tasks, 64)
-    start = tuple(part.double() for part in tasks.shots(slice(None)).initial)
-    episode = ph.Episode(tasks.times.double(), tasks.values.double(), start)
+    start = tasks.shots().initial.double()
+    episode = alone(tasks.times.double(), tasks.values.double(), start)
     mean, precision = model.prior.gaussian(None)
     mean = mean + 0.3 * torch.randn(3, mean.shape[-1]).double()
     problem = Problem(model, episode, model.prior.sites, mean, precision.expand(3, -1, -1))

@@ -21,6 +21,7 @@ from torch.autograd import gradcheck
 from torch.testing import assert_close
 
 import pyro_hybrid as ph
+from pyro_hybrid.data.segments import to_segments
 from pyro_hybrid.dynamics.rk4 import SEGMENT, steps_halved
 from pyro_hybrid.dynamics.solve import SolverError, failures_as_values, solve
 
@@ -181,15 +182,11 @@ def test_segments_of_measured_trajectories_have_clocks_that_differ_by_an_offset_
     None
 ):
     times = torch.linspace(0.0, 100.0, 1001)
-    episode = (
-        ph.Tasks.from_trajectories(times, torch.rand(2, 3, 1001, 2), num_support=1)
-        .episode()
-        .cut(37)
-    )
-    states = solve(oscillator(1.0), episode.initial, episode.times, step=0.2)
-    truth = oscillation(
-        *(part.double() for part in episode.initial), 1.0, 0.1 * torch.arange(38).double()
-    )
+    tasks = ph.Tasks.from_trajectories(times, torch.rand(2, 3, 1001, 2), num_support=1)
+    shots = to_segments(tasks.episode().query, 37)
+    start = shots.initial.unbind(-1)
+    states = solve(oscillator(1.0), start, shots.times, step=0.2)
+    truth = oscillation(*(part.double() for part in start), 1.0, 0.1 * torch.arange(38).double())
     assert_close(states.double(), truth, rtol=0.0, atol=1e-3)
 
 
@@ -547,6 +544,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 import pyro_hybrid as ph
+from pyro_hybrid.data.segments import to_segments
 from pyro_hybrid.dynamics.solve import rk4 as stepping
 from pyro_hybrid.dynamics.solve import SolverError
 

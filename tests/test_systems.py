@@ -276,8 +276,8 @@ def test_simulated_tasks_have_the_shapes_and_the_truth_that_they_say(name: str) 
     tasks = system.simulate(6, 5, seed=0)
     assert tasks.values.shape == (6, 5, 50, system.sensors) and tasks.values.dtype == torch.float32
     assert_close(tasks.times.double(), system.times, rtol=0.0, atol=1e-6)
-    assert tasks.num_support == 2 and tasks.timed
-    assert {key: tuple(value.shape) for key, value in tasks.truth.items()} == {
+    assert tasks.num_support == 2 and tasks.states is not None
+    assert {key: tuple(value.shape) for key, value in tasks.true_latents.items()} == {
         **{key: (6, 1) for key in system.physics},
         "unknown": (6, len(system.unknown)),
     }
@@ -294,9 +294,9 @@ def test_the_same_seed_gives_the_same_tasks_and_leaves_global_random_numbers_alo
     torch.manual_seed(3)
     assert torch.equal(drawn, torch.rand(3))
     assert torch.equal(one.values, same.values) and not torch.equal(one.values, other.values)
-    for key in one.truth:
-        assert torch.equal(one.truth[key], same.truth[key]) and not torch.equal(
-            one.truth[key], other.truth[key]
+    for key in one.true_latents:
+        assert torch.equal(one.true_latents[key], same.true_latents[key]) and not torch.equal(
+            one.true_latents[key], other.true_latents[key]
         )
 
 
@@ -311,8 +311,8 @@ def noiseless(name: str, tasks: int, shots: int) -> tuple[ph.Tasks, ph.Tasks]:
 @every_system
 def test_truth_and_starts_fill_their_ranges(name: str) -> None:
     system, (_, clean) = SYSTEMS[name](), noiseless(name, 300, 2)
-    drawn = {key: clean.truth[key][:, 0] for key in system.physics}
-    drawn |= dict(zip(system.unknown, clean.truth["unknown"].unbind(-1), strict=True))
+    drawn = {key: clean.true_latents[key][:, 0] for key in system.physics}
+    drawn |= dict(zip(system.unknown, clean.true_latents["unknown"].unbind(-1), strict=True))
     first = clean.values[:, :, 0]
     if name == "advection-diffusion":
         place = torch.sin(torch.pi * torch.linspace(0.0, 1.0, 20))
@@ -348,11 +348,10 @@ def test_angles_only_is_the_same_motion_seen_through_fewer_sensors(
     full.noise, part.noise = tuple(0.0 for _ in full.noise), tuple(0.0 for _ in part.noise)
     all_of_it, angles = full.simulate(3, 2, seed=0), part.simulate(3, 2, seed=0)
     assert torch.equal(angles.values, all_of_it.values[..., : part.sensors])
-    assert len(angles.states) == len(all_of_it.states) == 2 * part.sensors
-    for i in range(2 * part.sensors):
-        assert torch.equal(
-            angles.states[i], all_of_it.states[i] if i < part.sensors else torch.zeros(3, 2, 50)
-        )
+    assert angles.states.shape == all_of_it.states.shape == (3, 2, 50, 2 * part.sensors)
+    known = slice(0, part.sensors)
+    assert torch.equal(angles.states[..., known], all_of_it.states[..., known])
+    assert not angles.states[..., part.sensors :].any()
     low, high = part.ranges["speed"]
     assert all(
         s >= high for s in part.start_noise[part.sensors :]
@@ -424,7 +423,7 @@ def test_the_true_program_expects_the_true_trajectories(name: str) -> None:
     system = SYSTEMS[name]()
     tasks = system.simulate(3, 4, seed=0)
     episode, start = tasks.episode().double(), starts(system, 3, 2)
-    truth = {key: value.double() for key, value in tasks.truth.items()}
+    truth = {key: value.double() for key, value in tasks.true_latents.items()}
     at = truth | {"initial": start if system.grid else torch.stack(start, -1)}
     trace = poutine.trace(poutine.condition(system.program, data=at)).get_trace(episode)
     assert set(trace.observation_nodes) == {*truth, "initial", "x"}
@@ -437,8 +436,8 @@ def test_the_true_program_expects_the_true_trajectories(name: str) -> None:
     assert error.max() < 0.1  # in units of the noise
     assert_close(x.scale, torch.tensor(system.noise, dtype=torch.float64).expand_as(x.scale))
     trace.compute_log_prob()
-    z = ((episode.query - x.loc) / x.scale).where(episode.mask, 0.0)
-    size = episode.mask * (x.scale.log() + 0.5 * math.log(2.0 * math.pi))
+    z = ((episode.query.values - x.loc) / x.scale).where(episode.query.scored, 0.0)
+    size = episode.query.scored * (x.scale.log() + 0.5 * math.log(2.0 * math.pi))
     assert_close(trace.nodes["x"]["log_prob"], -(0.5 * z**2 + size).sum((1, 2, 3)))
 
 
@@ -447,15 +446,15 @@ def test_the_true_program_simulates_where_nothing_is_observed(name: str) -> None
     system = SYSTEMS[name]()
     episode = system.simulate(3, 4, seed=0).episode()
     assert system.program(episode.simulation()).shape == (3, 2, 50, system.sensors)
-    assert torch.equal(system.program(episode), episode.query)
+    assert torch.equal(system.program(episode), episode.query.values)
 
 
-def bound(system: System, support: ph.Episode, truth: Mapping[str, Tensor]) -> Tensor:
+def bound(system: System, support: ph.Shots, truth: Mapping[str, Tensor]) -> Tensor:
     """The Cramér-Rao bound by central differences, task by task, with nothing of the library but the solver."""
-    episode, rows = support.double(), []
-    measured = episode.initial if system.grid else torch.stack(episode.initial, -1)
-    tasks, shots, components = measured.shape
-    spread = torch.tensor(system.start_noise, dtype=torch.float64).repeat(shots)
+    shots, rows = support.double(), []
+    measured = shots.initial
+    tasks, number, components = measured.shape
+    spread = torch.tensor(system.start_noise, dtype=torch.float64).repeat(number)
     for task in range(tasks):
         known = torch.cat([value[task] for value in truth.values()]).double()
 
@@ -493,8 +492,8 @@ def test_the_cramer_rao_bound_is_that_of_finite_differences(name: str) -> None:
     tasks = system.simulate(1, 3, seed=0, num_support=1 if system.grid else 2)
     support = tasks.episode().support
     assert_close(
-        system.cramer_rao(support, tasks.truth),
-        bound(system, support, tasks.truth),
+        system.cramer_rao(support, tasks.true_latents),
+        bound(system, support, tasks.true_latents),
         rtol=1e-3,
         atol=0.0,
     )
@@ -503,13 +502,16 @@ def test_the_cramer_rao_bound_is_that_of_finite_differences(name: str) -> None:
 def test_the_cramer_rao_bound_goes_with_the_noise_and_shrinks_with_shots() -> None:
     system = DoublePendulum()
     tasks = system.simulate(5, 9, seed=0)
-    few, many = (system.cramer_rao(tasks.episode(n).support, tasks.truth) for n in (2, 8))
+    few, many = (system.cramer_rao(tasks.episode(n).support, tasks.true_latents) for n in (2, 8))
     assert (many < few).all() and 0.1 < (many / few).log().mean().exp() < 0.5
     system.noise, system.start_noise = (
         tuple(2.0 * s for s in noise) for noise in (system.noise, system.start_noise)
     )
     assert_close(
-        system.cramer_rao(tasks.episode(2).support, tasks.truth), 4.0 * few, rtol=1e-4, atol=0.0
+        system.cramer_rao(tasks.episode(2).support, tasks.true_latents),
+        4.0 * few,
+        rtol=1e-4,
+        atol=0.0,
     )
 
 
@@ -517,9 +519,9 @@ def test_the_cramer_rao_bound_of_a_system_that_one_can_solve_is_the_closed_form(
     system = Decay()
     system.start_noise = (1e-6,)  # the start is known: two latents, one linear regression
     tasks = system.simulate(4, 3, seed=0)
-    support, truth = tasks.episode().support, {k: v.double() for k, v in tasks.truth.items()}
+    support, truth = tasks.episode().support, {k: v.double() for k, v in tasks.true_latents.items()}
     rate, push, t = truth["rate"].unsqueeze(-1), truth["unknown"].unsqueeze(-1), system.times[1:]
-    y0, decay = support.initial[0].double().unsqueeze(-1), torch.exp(-rate * t)
+    y0, decay = support.initial[..., 0].double().unsqueeze(-1), torch.exp(-rate * t)
     by_rate = -push / rate**2 * (1 - decay) - (y0 - push / rate) * t * decay
     by_push = (1 - decay) / rate
     slopes = torch.stack([by_rate, by_push.expand_as(by_rate)], -2).squeeze(1) / 0.01
@@ -530,6 +532,6 @@ def test_the_cramer_rao_bound_of_a_system_that_one_can_solve_is_the_closed_form(
 def test_a_bound_from_nothing_is_refused_with_words() -> None:
     tasks = Pendulum().simulate(2, 2, seed=0)
     with pytest.raises(
-        ValueError, match="a support with observations; got query=None. Pass tasks.episode"
+        ValueError, match="a support with values; got values=None. Pass tasks.episode"
     ):
-        Pendulum().cramer_rao(tasks.episode().support.simulation(), tasks.truth)
+        Pendulum().cramer_rao(tasks.episode().support.simulation(), tasks.true_latents)

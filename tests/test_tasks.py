@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from itertools import islice
 from typing import Any
 
@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import pyro_hybrid as ph
-from pyro_hybrid import Episode, Tasks
+from pyro_hybrid import Episode, Shots, Tasks
+from pyro_hybrid.data.segments import select_segments, to_segments, truncate
 
 T, SHOTS, POINTS, SENSORS = 4, 5, 11, 2
 TIMES = torch.linspace(0.0, 2.0, POINTS)
@@ -37,23 +38,21 @@ def make(values: Tensor | None = None, **options: Any) -> Tasks:
     return Tasks.from_trajectories(TIMES[: values.shape[2]], values, **{"num_support": 2} | options)
 
 
-def tensors(episode: Episode | None) -> dict[str, Tensor]:
+def tensors(episode: Episode | Shots | None) -> dict[str, Tensor]:
     """Everything in an episode, by path."""
     if episode is None:
         return {}
     out: dict[str, Tensor] = {}
     for f in fields(episode):
         value = getattr(episode, f.name)
-        if isinstance(value, Episode):
+        if isinstance(value, Shots):
             out |= {f"{f.name}.{name}": inner for name, inner in tensors(value).items()}
-        elif isinstance(value, tuple):
-            out |= {f"{f.name}.{i}": part for i, part in enumerate(value)}
         elif isinstance(value, Tensor):
             out[f.name] = value
     return out
 
 
-def assert_same(a: Episode, b: Episode) -> None:
+def assert_same(a: Episode | Shots, b: Episode | Shots) -> None:
     a, b = tensors(a), tensors(b)
     assert a.keys() == b.keys()
     for name in a:
@@ -90,15 +89,15 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "NaN": (
         {"values": spoilt(torch.nan)},
         ValueError,
-        r"finite values; got nan at index \(1, 2, 3, 0\) \(1 such entries, in task 1\). Drop them, or pass mask=",
+        r"finite values; got nan at index \(1, 2, 3, 0\) \(1 such entries, in task 1\). Drop them, or pass observed=",
     ),
     "Inf": (
         {"values": spoilt(-torch.inf)},
         ValueError,
-        r"finite values; got -inf at index \(1, 2, 3, 0\).*pass mask=",
+        r"finite values; got -inf at index \(1, 2, 3, 0\).*pass observed=",
     ),
     "NaN that the mask doesn't cover": (
-        {"values": spoilt(torch.nan), "mask": holes(task=slice(0, 1), shot=slice(0, 1))},
+        {"values": spoilt(torch.nan), "observed": holes(task=slice(0, 1), shot=slice(0, 1))},
         ValueError,
         r"finite values; got nan at index \(1, 2, 3, 0\)",
     ),
@@ -150,7 +149,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "a single time": (
         {"times": TIMES[:1], "values": numbered(points=1)},
         ValueError,
-        "two times; got 1. One time",
+        "two times; got 1. Add time points",
     ),
     "no tasks": (
         {"values": numbered(tasks=0)},
@@ -200,41 +199,31 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     ),
     "lists": ({"times": TIMES.tolist()}, TypeError, "times to be a torch tensor; got list"),
     "a mask of numbers": (
-        {"mask": torch.ones(T, SHOTS, POINTS, SENSORS)},
+        {"observed": torch.ones(T, SHOTS, POINTS, SENSORS)},
         ValueError,
         "a boolean tensor of shape .*got torch.float32",
     ),
     "a mask by time": (
-        {"mask": torch.ones(T, SHOTS, POINTS, dtype=torch.bool)},
+        {"observed": torch.ones(T, SHOTS, POINTS, dtype=torch.bool)},
         ValueError,
-        r"shape \(4, 5, 11, 2\) as mask; got torch.bool of shape \(4, 5, 11\). True where an observation counts",
+        r"shape \(4, 5, 11, 2\) as observed; got one of shape \(4, 5, 11\). Pass True where a value was observed",
     ),
     "a mask in numpy": (
-        {"mask": np.ones((T, SHOTS, POINTS, SENSORS), dtype=bool)},
+        {"observed": np.ones((T, SHOTS, POINTS, SENSORS), dtype=bool)},
         ValueError,
-        "a boolean tensor .*got bool of shape",
+        "a boolean tensor .*got bool",
     ),
     "a task with no observation": (
-        {"mask": holes(task=slice(2, 3))},
+        {"observed": holes(task=slice(2, 3))},
         ValueError,
-        "none in task 2, which is masked entirely. Drop the task",
+        "none in task 2. Drop the task",
     ),
     "initial states of other shots": (
-        {"initial": (torch.zeros(T, 3), torch.zeros(T, 3))},
+        {"initial": torch.zeros(T, 3, 2)},
         ValueError,
-        r"initial states of shape \(4, 5\); got \(4, 3\). Give one state for each shot of each task",
+        r"initial states of shape \(4, 5, component\); got \(4, 3, 2\). Give one state for each shot of each task",
     ),
     "initial states of other times": (
-        {"initial": (torch.zeros(T, SHOTS, 7),)},
-        ValueError,
-        r"shape \(4, 5, 11\); got \(4, 5, 7\)",
-    ),
-    "initial states, one with times": (
-        {"initial": (torch.zeros(T, SHOTS), torch.zeros(T, SHOTS, POINTS))},
-        ValueError,
-        r"shape \(4, 5\); got \(4, 5, 11\)",
-    ),
-    "initial states on a grid of other times": (
         {"initial": torch.zeros(T, SHOTS, 7, 3)},
         ValueError,
         r"shape \(4, 5, 11, component\); got \(4, 5, 7, 3\)",
@@ -245,42 +234,67 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         r"shape \(4, 5, component\); got \(4, 3\)",
     ),
     "no components": (
-        {"initial": ()},
+        {"initial": torch.zeros(T, SHOTS, 0)},
         ValueError,
-        "a component or more in initial; got an empty tuple",
+        r"initial states of shape \(4, 5, component\); got \(4, 5, 0\)",
+    ),
+    "a tuple of components": (
+        {"initial": (torch.zeros(T, SHOTS), torch.zeros(T, SHOTS))},
+        TypeError,
+        r"one tensor \(task, shot, component\); got a tuple of 2. Stack .*torch.stack",
     ),
     "NaN in initial states": (
-        {"initial": (torch.full((T, SHOTS), torch.nan),)},
+        {"initial": torch.full((T, SHOTS, 1), torch.nan)},
         ValueError,
-        r"finite initial; got nan at index \(0, 0\)",
+        r"finite initial; got nan at index \(0, 0, 0\)",
     ),
     "NaN in initial states, whatever the mask": (
-        {"initial": (torch.full((T, SHOTS), torch.nan),), "mask": holes(time=slice(0, 1))},
+        {"initial": torch.full((T, SHOTS, 1), torch.nan), "observed": holes(time=slice(0, 1))},
         ValueError,
-        r"finite initial; got nan at index \(0, 0\)",
+        r"finite initial; got nan at index \(0, 0, 0\)",
     ),
     "integer initial states": (
-        {"initial": (torch.zeros(T, SHOTS, dtype=torch.int64),)},
+        {"initial": torch.zeros(T, SHOTS, 1, dtype=torch.int64)},
         TypeError,
         "initial in float32 or float64",
     ),
     "initial states of another dtype": (
-        {"initial": (torch.zeros(T, SHOTS).double(),)},
+        {"initial": torch.zeros(T, SHOTS, 1).double()},
         TypeError,
         "initial in torch.float32, as the values; got torch.float64. Convert one",
     ),
     "truth of other tasks": (
-        {"truth": {"omega": torch.zeros(3, 1)}},
+        {"true_latents": {"omega": torch.zeros(3, 1)}},
         ValueError,
-        r"truth\['omega'\], a tensor of shape \(4, component\); got \(3, 1\). Give one row for each task",
+        r"true_latents\['omega'\], a tensor of shape \(4, component\); got \(3, 1\). Give one row for each task",
     ),
     "truth without components": (
-        {"truth": {"omega": torch.zeros(T)}},
+        {"true_latents": {"omega": torch.zeros(T)}},
         ValueError,
         r"shape \(4, component\); got \(4,\)",
     ),
+    "NaN in the truth": (
+        {"true_latents": {"omega": torch.tensor([[1.0], [torch.nan], [0.0], [torch.inf]])}},
+        ValueError,
+        r"true_latents\['omega'\] without NaN or Inf; got some in task 1, 3. Leave out",
+    ),
+    "a truth without names": (
+        {"true_latents": torch.zeros(T, 1)},
+        TypeError,
+        "a mapping from names to tensors; got Tensor. Name them",
+    ),
+    "a number of support shots that is no integer": (
+        {"num_support": 1.0},
+        TypeError,
+        r"num_support to be an integer; got 1.0. Convert it with int\(\)",
+    ),
+    "a truth value for a number of support shots": (
+        {"num_support": True},
+        TypeError,
+        "num_support to be an integer; got True",
+    ),
     "truth in numpy": (
-        {"truth": {"omega": np.zeros((T, 1))}},
+        {"true_latents": {"omega": np.zeros((T, 1))}},
         ValueError,
         "a tensor .*; got ndarray",
     ),
@@ -340,25 +354,55 @@ ASKED = {
         r"a slice or a tensor of rows; got 1.*tasks\[3:4\]",
     ),
     "the last task": (
-        lambda tasks: tasks.episode().only(-1),
+        lambda tasks: tasks.episode().select_tasks(-1),
         ValueError,
-        "a task from 0 to 3; got -1",
+        r"a task from 0 to 3; got \[-1\]",
     ),
     "a task too far": (
-        lambda tasks: tasks.episode().only(T),
+        lambda tasks: tasks.episode().select_tasks(T),
         ValueError,
-        "a task from 0 to 3; got 4",
+        r"a task from 0 to 3; got \[4\]",
     ),
     "segments of nothing": (
-        lambda tasks: tasks.episode().cut(0),
+        lambda tasks: to_segments(tasks.shots(), 0),
         ValueError,
-        "segments of 1 step or more; got 0",
+        "segments of 1 interval or more; got 0",
     ),
-    "no time at all": (lambda tasks: tasks.episode().until(0), ValueError, "1 step or more; got 0"),
-    "pieces out of order": (
-        lambda tasks: tasks.episode().cut(3).pick(torch.zeros(T, 1).long()),
+    "no time at all": (
+        lambda tasks: truncate(tasks.shots(), 0),
         ValueError,
-        "one clock for all shots; got a clock for each shot. Pick shots before cutting",
+        "1 interval or more; got 0",
+    ),
+    "rows by name": (lambda tasks: tasks["a"], TypeError, "a slice or a tensor of rows; got 'a'"),
+    "rows by fractions": (
+        lambda tasks: tasks[0.5:2.0],
+        TypeError,
+        r"a slice with integer bounds; got slice\(0.5, 2.0, None\). Convert",
+    ),
+    "rows in floats": (
+        lambda tasks: tasks[torch.tensor([0.0, 1.0])],
+        TypeError,
+        r"a tensor of row numbers.*; got torch.float32 of shape \(2,\)",
+    ),
+    "half a batch": (
+        lambda tasks: next(tasks.batches(0.5, seed=0)),
+        TypeError,
+        "the size of a batch to be an integer; got 0.5",
+    ),
+    "half a task held out": (
+        lambda tasks: tasks.split(0.5),
+        TypeError,
+        "the number of tasks to split off to be an integer; got 0.5",
+    ),
+    "half a shot of support": (
+        lambda tasks: tasks.episode(1.0),
+        TypeError,
+        "num_support to be an integer; got 1.0",
+    ),
+    "pieces out of order": (
+        lambda tasks: to_segments(tasks.shots(), 3).select_shots(torch.zeros(T, 1).long()),
+        ValueError,
+        "whole trajectories with one clock; got segments, .*before you cut",
     ),
 }
 
@@ -372,12 +416,12 @@ def test_what_cannot_be_is_refused_with_words(case: str) -> None:
 
 
 def test_cutting_without_measured_states_is_refused_with_words() -> None:
-    tasks = make(initial=(torch.zeros(T, SHOTS), torch.zeros(T, SHOTS)))
+    tasks = make(initial=torch.zeros(T, SHOTS, 2))
     with pytest.raises(
         ValueError,
-        match="measured states at all times, to restart from; got initial states alone. Pass initial=",
+        match="measured states at all times, where segments can start; got initial states only. Pass initial=",
     ):
-        tasks.episode().cut(3)
+        to_segments(tasks.shots(), 3)
 
 
 # -------------------------------------------------------------------------------------------- masks and initial states
@@ -385,28 +429,24 @@ def test_cutting_without_measured_states_is_refused_with_words() -> None:
 
 def test_by_default_the_first_observation_is_the_initial_state_and_no_longer_counts() -> None:
     episode = make().episode()
-    assert torch.equal(torch.stack(episode.initial, -1), episode.query[:, :, 0])
-    assert not episode.mask[:, :, 0].any() and episode.mask[:, :, 1:].all()
-    assert episode.seen is True  # an encoder may read it
-    assert not episode.support.mask[:, :, 0].any() and episode.support.mask[:, :, 1:].all()
+    assert torch.equal(episode.query.initial, episode.query.values[:, :, 0])
+    assert not episode.query.scored[:, :, 0].any() and episode.query.scored[:, :, 1:].all()
+    assert episode.query.observed.all()  # an encoder may read it
+    assert not episode.support.scored[:, :, 0].any() and episode.support.scored[:, :, 1:].all()
 
 
 def test_given_initial_states_leave_every_observation_to_count() -> None:
-    initial = (torch.randn(T, SHOTS), torch.randn(T, SHOTS), torch.randn(T, SHOTS))
+    initial = torch.randn(T, SHOTS, 3)
     episode = make(initial=initial).episode()
-    assert episode.mask is True and episode.support.mask is True
-    for part, shots in zip(initial, episode.initial, strict=True):
-        assert torch.equal(part[:, 2:], shots)
+    assert episode.query.scored.all() and episode.support.scored.all()
+    assert torch.equal(initial[:, 2:], episode.query.initial)
 
 
-@pytest.mark.parametrize("form", ["tuple", "grid"])
-def test_measured_states_of_all_times_give_the_initial_one(form: str) -> None:
+def test_measured_states_of_all_times_give_the_initial_one() -> None:
     states = torch.randn(T, SHOTS, POINTS, 3)
-    tasks = make(initial=states if form == "grid" else states.unbind(-1))
-    first = tasks.episode().initial
-    assert torch.equal(first if form == "grid" else torch.stack(first, -1), states[:, 2:, 0])
-    assert torch.equal(tasks.episode().measured, states[:, 2:, 0])
-    assert not tasks.episode().mask[:, :, 0].any()
+    query = make(initial=states).episode().query
+    assert torch.equal(query.initial, states[:, 2:, 0])
+    assert not query.scored[:, :, 0].any()
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf, 1e30])
@@ -414,19 +454,19 @@ def test_whatever_stands_where_the_mask_says_missing_it_comes_in_nowhere(bad: fl
     mask = torch.rand(T, SHOTS, POINTS, SENSORS) < 0.6
     mask[:, :, 5] = True
     values = torch.randn(mask.shape)
-    episodes = [make(values.where(mask, filler), mask=mask).episode() for filler in (bad, 0.0)]
+    episodes = [make(values.where(mask, filler), observed=mask).episode() for filler in (bad, 0.0)]
     for name, value in tensors(episodes[0]).items():
         assert value.isfinite().all() and (
             value.dtype == torch.bool or value.abs().max() < 100.0
         ), name
     assert_same(*episodes)
-    assert torch.equal(episodes[0].seen, mask[:, 2:])
+    assert torch.equal(episodes[0].query.observed, mask[:, 2:])
     counts = mask[:, 2:].clone()
     counts[:, :, 0] = False
-    assert torch.equal(episodes[0].mask, counts)
+    assert torch.equal(episodes[0].query.scored, counts)
 
 
-@pytest.mark.parametrize("form", ["sensors", "tuple", "grid"])
+@pytest.mark.parametrize("form", ["sensors", "given"])
 def test_gaps_in_measured_states_are_filled_linearly_in_time(form: str) -> None:
     times = torch.tensor([0.0, 1.0, 3.0, 4.0, 8.0])
     states = (2.0 * times - 1.0).view(1, 1, 5, 1).repeat(1, 3, 1, 1)
@@ -436,22 +476,23 @@ def test_gaps_in_measured_states_are_filled_linearly_in_time(form: str) -> None:
     mask[0, 1, 4] = False  # after the last: the last
     mask[0, 2] = False  # never seen: zero
     gaps = states.where(mask, torch.nan)
-    initial = {"sensors": None, "tuple": gaps.unbind(-1), "grid": gaps}[form]
-    tasks = Tasks.from_trajectories(times, gaps, num_support=1, mask=mask, initial=initial)
-    filled = tasks.states if form == "grid" else torch.stack(tasks.states, -1)
+    initial = {"sensors": None, "given": gaps}[form]
+    tasks = Tasks.from_trajectories(times, gaps, num_support=1, observed=mask, initial=initial)
     assert_close(
-        filled[0, :, :, 0],
+        tasks.states[0, :, :, 0],
         torch.tensor([[-1.0, 1.0, 5.0, 7.0, 15.0], [5.0, 5.0, 5.0, 7.0, 7.0], [0.0] * 5]),
     )
 
 
 def test_a_fully_observed_data_set_is_kept_to_the_last_bit() -> None:
     values = torch.randn(T, SHOTS, POINTS, SENSORS)
-    with_mask, without = make(values, mask=torch.ones(values.shape, dtype=torch.bool)), make(values)
+    with_mask, without = (
+        make(values, observed=torch.ones(values.shape, dtype=torch.bool)),
+        make(values),
+    )
     assert torch.equal(with_mask.values, values) and torch.equal(without.values, values)
-    for a, b in zip(with_mask.states, without.states, strict=True):
-        assert torch.equal(a, b)
-    assert torch.equal(with_mask.mask, without.mask)
+    assert torch.equal(with_mask.states, without.states)
+    assert torch.equal(with_mask.scored, without.scored)
 
 
 # ------------------------------------------------------------------------------------------- rows, splits and roles
@@ -459,14 +500,16 @@ def test_a_fully_observed_data_set_is_kept_to_the_last_bit() -> None:
 
 def test_split_holds_out_the_last_tasks() -> None:
     truth = {"omega": torch.arange(float(T)).unsqueeze(-1)}
-    train, held_out = make(truth=truth, mask=torch.rand(T, SHOTS, POINTS, SENSORS) < 0.9).split(1)
+    train, held_out = make(
+        true_latents=truth, observed=torch.rand(T, SHOTS, POINTS, SENSORS) < 0.9
+    ).split(1)
     assert len(train) == T - 1 and len(held_out) == 1
-    assert train.truth["omega"][:, 0].tolist() == [0.0, 1.0, 2.0] and held_out.truth[
+    assert train.true_latents["omega"][:, 0].tolist() == [0.0, 1.0, 2.0] and held_out.true_latents[
         "omega"
     ].tolist() == [[3.0]]
     assert (
-        held_out.mask.shape
-        == held_out.seen.shape
+        held_out.scored.shape
+        == held_out.observed.shape
         == held_out.values.shape
         == (1, SHOTS, POINTS, SENSORS)
     )
@@ -477,26 +520,25 @@ def test_tasks_are_picked_by_slice_and_by_tensor() -> None:
     assert torch.equal(tasks[rows].values, tasks.values[rows]) and torch.equal(
         tasks[1:3].values, tasks.values[1:3]
     )
-    assert torch.equal(tasks[rows].states[1], tasks.states[1][rows])
+    assert torch.equal(tasks[rows].states, tasks.states[rows])
 
 
 @pytest.mark.parametrize("size", [None, 1, 4])
 def test_the_first_shots_are_the_support_and_the_others_the_query(size: int | None) -> None:
     tasks, n = make(), size or 2
     episode = tasks.episode(size)
-    assert torch.equal(episode.support.query, tasks.values[:, :n]) and torch.equal(
-        episode.query, tasks.values[:, n:]
+    assert torch.equal(episode.support.values, tasks.values[:, :n]) and torch.equal(
+        episode.query.values, tasks.values[:, n:]
     )
-    assert episode.shape == (T, SHOTS - n) and episode.support.shape == (T, n)
-    assert episode.support.support is None
+    assert episode.query.shape == (T, SHOTS - n) and episode.support.shape == (T, n)
 
 
 @pytest.mark.parametrize("which", [slice(0, 2), slice(2, 4), slice(1, None, 2), ALL])
 def test_shots_are_those_shots_of_everything_with_no_support(which: slice) -> None:
     mask = torch.rand(T, SHOTS, POINTS, SENSORS) < 0.8
-    tasks = make(mask=mask)
+    tasks = make(observed=mask)
     shots, everything = tasks.shots(which), tensors(tasks.shots(ALL))
-    assert shots.support is None and shots.whole is None and shots.uncut is None
+    assert shots.whole is None and shots.uncut is None
     assert {name: value.shape for name, value in tensors(shots).items()}.keys() == everything.keys()
     for name, value in tensors(shots).items():
         assert torch.equal(
@@ -505,10 +547,10 @@ def test_shots_are_those_shots_of_everything_with_no_support(which: slice) -> No
 
 
 def test_support_and_query_are_shots() -> None:
-    tasks = make(mask=torch.rand(T, SHOTS, POINTS, SENSORS) < 0.8)
+    tasks = make(observed=torch.rand(T, SHOTS, POINTS, SENSORS) < 0.8)
     episode = tasks.episode(3)
     assert_same(episode.support, tasks.shots(slice(0, 3)))
-    query, rest = tensors(episode), tensors(tasks.shots(slice(3, None)))
+    query, rest = tensors(episode.query), tensors(tasks.shots(slice(3, None)))
     assert all(torch.equal(query[name], rest[name]) for name in rest)
 
 
@@ -529,9 +571,9 @@ def test_the_plate_is_of_tasks() -> None:
     assert (plate.name, plate.size, plate.dim) == ("task", T, -1)
 
 
-def identity(episode: Episode) -> Tensor:
+def identity(shots: Shots) -> Tensor:
     """Which task and shot each trajectory was, from its numbered values."""
-    return episode.query[:, :, 0, 0] // (POINTS * SENSORS)
+    return shots.values[:, :, 0, 0] // (POINTS * SENSORS)
 
 
 def test_batches_are_the_same_for_the_same_seed_and_others_for_another() -> None:
@@ -539,7 +581,10 @@ def test_batches_are_the_same_for_the_same_seed_and_others_for_another() -> None
     one, same, other = (list(islice(tasks.batches(3, seed), 6)) for seed in (1, 1, 2))
     for a, b in zip(one, same, strict=True):
         assert_same(a, b)
-    assert any(not torch.equal(identity(a), identity(b)) for a, b in zip(one, other, strict=True))
+    assert any(
+        not torch.equal(identity(a.query), identity(b.query))
+        for a, b in zip(one, other, strict=True)
+    )
 
 
 def test_batches_leave_the_global_random_numbers_alone() -> None:
@@ -553,7 +598,7 @@ def test_batches_leave_the_global_random_numbers_alone() -> None:
 def test_roles_are_drawn_anew_and_support_and_query_share_no_shot() -> None:
     tasks, roles = make(), set()
     for episode in islice(tasks.batches(T, seed=0), 40):
-        support, query = identity(episode.support), identity(episode)
+        support, query = identity(episode.support), identity(episode.query)
         assert support.shape == (T, 2) and query.shape == (T, 3)
         for s, q in zip(support.tolist(), query.tolist(), strict=True):
             assert len({int(shot) // SHOTS for shot in (*s, *q)}) == 1  # of one task
@@ -566,25 +611,26 @@ def test_an_epoch_shows_every_task_once() -> None:
     tasks = make(numbered(tasks=7))
     batches = tasks.batches(2, seed=0)
     for _ in range(3):
-        shown = [int(row) for _ in range(3) for row in identity(next(batches))[:, 0] // SHOTS]
+        shown = [int(row) for _ in range(3) for row in identity(next(batches).query)[:, 0] // SHOTS]
         assert len(set(shown)) == 6  # the seventh waits for another epoch: batches are of one size
 
 
 def test_a_batch_is_never_larger_than_the_data_set() -> None:
-    assert next(make().batches(1000, seed=0)).shape == (T, 3)
+    assert next(make().batches(1000, seed=0)).query.shape == (T, 3)
 
 
 def test_a_batch_s_parts_belong_together() -> None:
     values = numbered()
-    states = (values[..., 0] + 0.25, values[..., 1] + 0.25, values[..., 0] + 0.5)
+    first, second = values.unbind(-1)
+    states = torch.stack([first + 0.25, second + 0.25, first + 0.5], -1)
     mask = values % 3.0 > 0.0
-    for episode in islice(make(values, mask=mask, initial=states).batches(3, seed=0), 5):
-        for part in (episode, episode.support):
-            assert not part.query[~part.seen].any() and part.query[part.seen].all()
-            known = part.seen[:, :, 0, 0]
-            assert torch.equal(part.initial[0][known], (part.query[:, :, 0, 0] + 0.25)[known])
-            known = part.seen[..., 0]
-            assert torch.equal(part.states[2][known], (part.query[..., 0] + 0.5)[known])
+    for episode in islice(make(values, observed=mask, initial=states).batches(3, seed=0), 5):
+        for part in (episode.query, episode.support):
+            assert not part.values[~part.observed].any() and part.values[part.observed].all()
+            known = part.observed[:, :, 0, 0]
+            assert torch.equal(part.initial[..., 0][known], (part.values[:, :, 0, 0] + 0.25)[known])
+            known = part.observed[..., 0]
+            assert torch.equal(part.states[..., 2][known], (part.values[..., 0] + 0.5)[known])
 
 
 # ---------------------------------------------------------------------------------------------- changing episodes
@@ -592,24 +638,47 @@ def test_a_batch_s_parts_belong_together() -> None:
 
 def whole_episode(masked: bool = False, points: int = POINTS) -> Episode:
     values = numbered(points=points)
-    return make(values, mask=torch.rand(values.shape) < 0.8 if masked else None).episode()
+    observed = torch.rand(values.shape) < 0.8 if masked else None
+    return make(values, observed=observed).episode()
 
 
-def test_only_gives_one_task_of_everything() -> None:
-    episode = whole_episode(masked=True).cut(3)
-    one = episode.only(2)
-    assert one.shape == (1, episode.shape[1])
+def whole_shots(masked: bool = False, points: int = POINTS) -> Shots:
+    return whole_episode(masked, points).query
+
+
+def cut(episode: Episode, num_intervals: int | None) -> Episode:
+    return episode.map_shots(lambda shots: to_segments(shots, num_intervals))
+
+
+def test_selecting_tasks_selects_them_of_everything() -> None:
+    episode = cut(whole_episode(masked=True), 3)
+    one = episode.select_tasks(2)
+    assert one.query.shape == (1, episode.query.shape[1])
     for name, value in tensors(episode).items():
         expected = value if name.endswith("times") else value[2:3]
         assert torch.equal(tensors(one)[name], expected), name
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda episode: episode.select_tasks(0),
+        lambda episode: episode.double(),
+        lambda episode: episode.to("cpu"),
+    ],
+)
+def test_a_belief_is_dropped_with_the_support_that_it_was_about(
+    change: Callable[[Episode], Episode],
+) -> None:
+    episode = replace(whole_episode(), belief="a belief")
+    assert change(episode).belief is None
+    assert episode.simulation().belief == "a belief"
+
+
 def test_to_moves_everything() -> None:
-    for part in (
-        whole_episode(masked=True),
-        whole_episode(masked=True).cut(3),
-        whole_episode().until(4).cut(2),
-    ):
+    whole = whole_episode(masked=True)
+    begun = whole.map_shots(lambda shots: to_segments(truncate(shots, 4), 2))
+    for part in (whole, cut(whole, 3), begun):
         moved = tensors(part.to("meta"))
         assert moved.keys() == tensors(part).keys()
         assert {value.device.type for value in moved.values()} == {"meta"}
@@ -617,45 +686,48 @@ def test_to_moves_everything() -> None:
 
 
 def test_double_is_the_same_in_float64() -> None:
-    for part in (whole_episode(masked=True), whole_episode(masked=True).cut(3)):
+    for part in (whole_episode(masked=True), cut(whole_episode(masked=True), 3)):
         doubled, original = tensors(part.double()), tensors(part)
         assert doubled.keys() == original.keys()
         for name, value in original.items():
-            assert torch.equal(
-                doubled[name], value.double() if value.is_floating_point() else value
-            ), name
+            expected = value.double() if value.is_floating_point() else value
+            assert torch.equal(doubled[name], expected), name
             assert doubled[name].dtype in (torch.float64, torch.bool), name
 
 
 def test_simulation_observes_nothing_and_keeps_support_and_starts() -> None:
     episode = whole_episode(masked=True)
     simulation = episode.simulation()
-    assert (
-        simulation.query is None
-        and simulation.mask is True
-        and simulation.support is episode.support
-    )
-    assert simulation.initial is episode.initial and simulation.shape == episode.shape
-    assert simulation.cut(3) is simulation and simulation.canonical is simulation
+    query = simulation.query
+    assert query.values is None and query.scored.all() and simulation.support is episode.support
+    assert query.initial is episode.query.initial and query.shape == episode.query.shape
+    assert to_segments(query, 3) is query and query.sorted_shots is query
 
 
-def test_until_keeps_the_first_steps_of_everything_but_what_encoders_read() -> None:
-    episode = whole_episode(masked=True)
-    begun = episode.until(4)
-    for part, original in ((begun, episode), (begun.support, episode.support)):
-        assert part.times.shape == (5,) and part.initial == original.initial
-        assert torch.equal(part.query, original.query[:, :, :5]) and torch.equal(
-            part.mask, original.mask[:, :, :5]
-        )
-        assert torch.equal(part.states[1], original.states[1][:, :, :5])
-        assert part.whole is original
-    assert episode.until(POINTS - 1) is episode
+def test_shots_without_values_have_masks_of_one_sensor() -> None:
+    shots = Shots.from_tensors(TIMES, initial=torch.zeros(T, 3, 2))
+    assert shots.shape == (T, 3)
+    assert shots.scored.shape == shots.observed.shape == (T, 3, POINTS, 1)
+    with pytest.raises(ValueError, match="values, initial states or inputs; got none of them"):
+        Shots.from_tensors(TIMES)
 
 
-def test_until_keeps_initial_states_on_a_grid() -> None:
-    episode = make(initial=torch.randn(T, SHOTS, POINTS, 7)).episode()
-    begun = episode.until(2)
-    assert torch.equal(begun.initial, episode.initial) and begun.states.shape == (T, 3, 3, 7)
+def test_shots_without_measured_starts_say_so() -> None:
+    shots = Shots.from_tensors(TIMES, numbered())
+    assert shots.initial is None
+    with pytest.raises(ValueError, match="measured initial states; got initial=None. Pass"):
+        _ = shots.measured_initial
+
+
+def test_truncation_keeps_the_beginning_of_everything_but_what_encoders_read() -> None:
+    original = whole_shots(masked=True)
+    begun = truncate(original, 4)
+    assert begun.times.shape == (5,) and begun.initial is original.initial
+    assert torch.equal(begun.values, original.values[:, :, :5])
+    assert torch.equal(begun.scored, original.scored[:, :, :5])
+    assert torch.equal(begun.states, original.states[:, :, :5])
+    assert begun.whole is original
+    assert truncate(original, POINTS - 1) is original
 
 
 # ------------------------------------------------------------------------------------------------------------------ cut
@@ -663,16 +735,12 @@ def test_until_keeps_initial_states_on_a_grid() -> None:
 cuts = pytest.mark.parametrize("steps", [1, 2, 3, 4, 5, 7, 9])
 
 
-def originals(episode: Episode, whole: Episode) -> tuple[Tensor, Tensor]:
-    """Shot and time index, in the whole trajectories, of every observation of a cut episode."""
-    pieces = episode.shape[1] // whole.shape[1]
-    shot = (
-        torch.arange(whole.shape[1])
-        .repeat_interleave(pieces)
-        .unsqueeze(-1)
-        .expand_as(episode.times)
-    )
-    return shot, torch.searchsorted(whole.times, episode.times.contiguous())
+def originals(shots: Shots, whole: Shots) -> tuple[Tensor, Tensor]:
+    """Shot and time index, in the whole trajectories, of every observation of segments."""
+    pieces = shots.shape[1] // whole.shape[1]
+    shot = torch.arange(whole.shape[1]).repeat_interleave(pieces).unsqueeze(-1)
+    time = torch.searchsorted(whole.times, shots.times.contiguous())
+    return shot.expand(-1, shots.times.shape[-1]), time
 
 
 @cuts
@@ -680,88 +748,85 @@ def originals(episode: Episode, whole: Episode) -> tuple[Tensor, Tensor]:
 def test_segments_are_pieces_of_the_trajectories_with_their_own_clocks(
     steps: int, points: int
 ) -> None:
-    whole = whole_episode(masked=True, points=points)
-    for part, original in ((whole.cut(steps), whole), (whole.cut(steps).support, whole.support)):
-        if steps >= points - 1:
-            assert part is original
-            continue
-        pieces = -(-(points - 1) // steps)
-        assert part.shape == (T, original.shape[1] * pieces) and part.times.shape == (
-            part.shape[1],
-            steps + 1,
-        )
-        shot, time = originals(part, original)
-        assert torch.equal(part.query, original.query[:, shot, time])
-        assert torch.equal(part.times, original.times[time])
-        for start, states in zip(part.initial, original.states, strict=True):
-            assert torch.equal(start, states[:, shot[:, 0], time[:, 0]])
-        assert part.whole is original and part.uncut is original and part.states is None
+    original = whole_shots(masked=True, points=points)
+    part = to_segments(original, steps)
+    if steps >= points - 1:
+        assert part is original
+        return
+    pieces = -(-(points - 1) // steps)
+    assert part.shape == (T, original.shape[1] * pieces)
+    assert part.times.shape == (part.shape[1], steps + 1)
+    shot, time = originals(part, original)
+    assert torch.equal(part.values, original.values[:, shot, time])
+    assert torch.equal(part.observed, original.observed[:, shot, time])
+    assert torch.equal(part.times, original.times[time])
+    assert torch.equal(part.initial, original.states[:, shot[:, 0], time[:, 0]])
+    assert part.whole is original and part.uncut is original and part.states is None
 
 
 @cuts
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("points", [8, 11, 10])
 def test_every_observation_counts_exactly_once(steps: int, masked: bool, points: int) -> None:
-    whole = whole_episode(masked, points)
-    for part, original in ((whole.cut(steps), whole), (whole.cut(steps).support, whole.support)):
-        if part is original:
-            continue
-        shot, time = originals(part, original)
-        counted = torch.zeros(original.query.shape, dtype=torch.int64)
-        for row in range(part.shape[1]):
-            counted[:, shot[row, 0], time[row]] += part.mask[:, row]
-        assert torch.equal(counted, original.mask.long())
-        assert not part.mask[
-            :, :, 0
-        ].any()  # a segment's start is the measurement of its initial state
+    original = whole_shots(masked, points)
+    part = to_segments(original, steps)
+    if part is original:
+        return
+    shot, time = originals(part, original)
+    counted = torch.zeros(original.values.shape, dtype=torch.int64)
+    for row in range(part.shape[1]):
+        counted[:, shot[row, 0], time[row]] += part.scored[:, row]
+    assert torch.equal(counted, original.scored.long())
+    # A segment's start is the measurement of its initial state.
+    assert not part.scored[:, :, 0].any()
 
 
 def test_the_last_segment_ends_with_the_data_and_repeats_nothing() -> None:
-    whole = whole_episode()
-    segments = whole.cut(4)  # of 10 steps: 0-4, 4-8, and 6-10, of which 6-8 has been seen
+    # Of 10 steps: 0-4, 4-8, and 6-10, of which 6-8 has been seen.
+    segments = to_segments(whole_shots(), 4)
     assert_close(
         segments.times[:3],
         TIMES[torch.tensor([[0, 1, 2, 3, 4], [4, 5, 6, 7, 8], [6, 7, 8, 9, 10]])],
     )
-    assert segments.mask[0, 2, :, 0].tolist() == [False, False, False, True, True]
-    assert segments.mask[0, 1, :, 0].tolist() == [False, True, True, True, True]
+    assert segments.scored[0, 2, :, 0].tolist() == [False, False, False, True, True]
+    assert segments.scored[0, 1, :, 0].tolist() == [False, True, True, True, True]
 
 
 def test_a_segment_that_starts_in_a_gap_starts_between_its_neighbours() -> None:
     mask = torch.ones(T, SHOTS, POINTS, SENSORS, dtype=torch.bool)
     mask[:, :, 5] = False
     values = torch.randn(mask.shape)
-    part = make(values.where(mask, torch.nan), mask=mask).episode().cut(5)
+    part = to_segments(make(values.where(mask, torch.nan), observed=mask).episode().query, 5)
     between = 0.5 * (values[:, 2:, 4] + values[:, 2:, 6])
-    assert_close(torch.stack(part.initial, -1)[:, 1::2], between)
+    assert_close(part.initial[:, 1::2], between)
 
 
 def test_a_cut_is_the_same_whatever_was_cut_before() -> None:
-    whole = whole_episode(masked=True)
-    segments = whole.cut(4)
-    assert_same(segments.cut(3), whole.cut(3))
-    assert_same(segments.cut(3).support, whole.support.cut(3))
-    assert (
-        segments.cut(4) is segments and segments.cut(7) is segments
-    )  # they are that short already
-    assert segments.cut(None) is whole
+    whole = whole_shots(masked=True)
+    segments = to_segments(whole, 4)
+    assert_same(to_segments(segments, 3), to_segments(whole, 3))
+    assert to_segments(segments, 4) is segments  # they are that short already
+    assert to_segments(segments, 7) is segments
+    assert to_segments(segments, None) is whole
 
 
-def test_a_trajectory_that_is_short_already_is_not_cut() -> None:
-    whole = whole_episode()
-    assert whole.cut(None) is whole and whole.cut(POINTS - 1) is whole and whole.cut(99) is whole
+@pytest.mark.parametrize("num_intervals", [None, POINTS - 1, 99])
+def test_a_trajectory_that_is_short_already_is_not_cut(num_intervals: int | None) -> None:
+    whole = whole_shots()
+    assert to_segments(whole, num_intervals) is whole
 
 
 def test_a_cut_of_the_first_steps_knows_nothing_of_the_others_but_for_encoders() -> None:
-    whole = whole_episode(masked=True)
-    part = whole.until(6).cut(4)
+    whole = whole_shots(masked=True)
+    begun = truncate(whole, 6)
+    part = to_segments(begun, 4)
     assert float(part.times.max()) == float(TIMES[6]) and part.whole is whole
-    assert_same(part.cut(2), whole.until(6).cut(2))
+    assert_same(to_segments(part, 2), to_segments(begun, 2))
     shot, time = originals(part, whole)
-    counted = torch.zeros(whole.query.shape, dtype=torch.int64)
+    counted = torch.zeros(whole.values.shape, dtype=torch.int64)
     for row in range(part.shape[1]):
-        counted[:, shot[row, 0], time[row]] += part.mask[:, row]
-    expected = whole.mask.long()
+        counted[:, shot[row, 0], time[row]] += part.scored[:, row]
+    expected = whole.scored.long()
     expected[:, :, 7:] = 0
     assert torch.equal(counted, expected)
 
@@ -770,9 +835,9 @@ def test_a_cut_of_the_first_steps_knows_nothing_of_the_others_but_for_encoders()
 @given(points=st.integers(2, 30), steps=st.integers(1, 35))
 def test_for_any_length_every_observation_counts_once(points: int, steps: int) -> None:
     times, values = torch.arange(float(points)), torch.randn(1, 2, points, 1)
-    whole = Tasks.from_trajectories(times, values, num_support=1).episode()
-    part = whole.cut(steps)
-    counted = part.times.expand(part.shape[1], -1)[part.mask[0, :, :, 0]]
+    whole = Tasks.from_trajectories(times, values, num_support=1).episode().query
+    part = to_segments(whole, steps)
+    counted = part.times.expand(part.shape[1], -1)[part.scored[0, :, :, 0]]
     assert sorted(counted.tolist()) == list(range(1, points))
     assert part.times.shape[-1] == min(steps + 1, points)
 
@@ -781,58 +846,59 @@ def test_for_any_length_every_observation_counts_once(points: int, steps: int) -
 
 
 @pytest.mark.parametrize("order", [[0], [2, 0], [1, 2, 0]])
-def test_some_takes_the_same_segments_of_every_task(order: list[int]) -> None:
-    episode, shots = whole_episode(masked=True).cut(4), torch.tensor(order)
-    few = episode.some(shots)
-    assert few.shape == (T, len(order)) and few.support is episode.support
-    assert torch.equal(few.times, episode.times[shots])
-    for name, value in tensors(episode).items():
-        if name.partition(".")[0] not in ("times", "support", "whole", "uncut"):
-            assert torch.equal(tensors(few)[name], value[:, shots]), name
+def test_selected_segments_are_the_same_of_every_task(order: list[int]) -> None:
+    shots, rows = to_segments(whole_shots(masked=True), 4), torch.tensor(order)
+    few = select_segments(shots, rows)
+    assert few.shape == (T, len(order))
+    assert torch.equal(few.times, shots.times[rows])
+    for name, value in tensors(shots).items():
+        if name.partition(".")[0] not in ("times", "whole", "uncut"):
+            assert torch.equal(tensors(few)[name], value[:, rows]), name
 
 
-def test_some_of_what_was_not_cut_is_refused() -> None:
+def test_segments_of_what_was_not_cut_are_refused() -> None:
     with pytest.raises(
-        ValueError,
-        match="an episode that was cut into segments; got whole trajectories. Cut it first",
+        ValueError, match="shots that were cut into segments; got whole trajectories. Cut them"
     ):
-        whole_episode().some(torch.tensor([0]))
+        select_segments(whole_shots(), torch.tensor([0]))
 
 
 @pytest.mark.parametrize("change", ["cut", "until and cut"])
 def test_of_some_segments_encoders_go_on_reading_the_whole_trajectories(change: str) -> None:
-    whole = whole_episode(masked=True)
-    begun = whole.until(6) if "until" in change else whole
-    few = begun.cut(3).some(torch.tensor([1, 0]))
+    whole = whole_shots(masked=True)
+    begun = truncate(whole, 6) if "until" in change else whole
+    few = select_segments(to_segments(begun, 3), torch.tensor([1, 0]))
     assert few.whole is whole and few.uncut is None
     encoder = ph.SetEncoder(SENSORS, POINTS, 3)
     assert torch.equal(encoder(few), encoder(whole))
 
 
-def test_all_segments_in_their_order_are_the_episode() -> None:
-    segments = whole_episode(masked=True).cut(4)
-    everything = segments.some(torch.arange(segments.shape[1]))
+def test_all_segments_in_their_order_are_the_shots() -> None:
+    segments = to_segments(whole_shots(masked=True), 4)
+    everything = select_segments(segments, torch.arange(segments.shape[1]))
     for name, value in tensors(everything).items():
         assert torch.equal(value, tensors(segments)[name]), name
 
 
 def test_some_segments_count_what_they_counted_among_all() -> None:
-    segments = whole_episode(masked=True).cut(4)
-    parts = [segments.some(torch.arange(k, segments.shape[1], 2)) for k in (0, 1)]
-    assert sum(int(part.mask.sum()) for part in parts) == int(segments.mask.sum())
+    segments = to_segments(whole_shots(masked=True), 4)
+    rows = [torch.arange(k, segments.shape[1], 2) for k in (0, 1)]
+    parts = [select_segments(segments, some) for some in rows]
+    assert sum(int(part.scored.sum()) for part in parts) == int(segments.scored.sum())
 
 
-@pytest.mark.parametrize("shots", [[0], [7, 0, 3], [4, 3, 5, 0, 1, 2, 8, 7, 6]])
-def test_the_canonical_order_of_some_segments_keeps_them_and_their_clocks(shots: list[int]) -> None:
-    few = make(torch.randn(T, SHOTS, POINTS, SENSORS)).episode().cut(4).some(torch.tensor(shots))
-    ordered = few.canonical
+@pytest.mark.parametrize("rows", [[0], [7, 0, 3], [4, 3, 5, 0, 1, 2, 8, 7, 6]])
+def test_sorting_some_segments_keeps_them_and_their_clocks(rows: list[int]) -> None:
+    shots = make(torch.randn(T, SHOTS, POINTS, SENSORS)).episode().query
+    few = select_segments(to_segments(shots, 4), torch.tensor(rows))
+    ordered = few.sorted_shots
     assert ordered.shape == few.shape
     for shot in range(few.shape[1]):
         for task in range(T):
             same = [
                 k
                 for k in range(few.shape[1])
-                if torch.equal(few.query[task, k], ordered.query[task, shot])
+                if torch.equal(few.values[task, k], ordered.values[task, shot])
             ]
             assert any(torch.equal(ordered.times[shot], few.times[k]) for k in same)
 
@@ -868,51 +934,47 @@ def test_the_canonical_order_is_the_same_bit_for_bit_whatever_order_shots_came_i
     change: str, data: str
 ) -> None:
     tasks = make(DATA[data]())
-    steps: dict[str, Callable[[Episode], Episode]] = {
-        "whole": lambda episode: episode,
-        "cut": lambda episode: episode.cut(3),
-        "until": lambda episode: episode.until(6),
-        "until and cut": lambda episode: episode.until(6).cut(4),
+    steps: dict[str, Callable[[Shots], Shots]] = {
+        "whole": lambda shots: shots,
+        "cut": lambda shots: to_segments(shots, 3),
+        "until": lambda shots: truncate(shots, 6),
+        "until and cut": lambda shots: to_segments(truncate(shots, 6), 4),
     }
-    expected = steps[change](tasks.shots(slice(None))).canonical
+    expected = steps[change](tasks.shots()).sorted_shots
     for order in ([4, 3, 2, 1, 0], [2, 0, 4, 1, 3]):
-        assert_same(steps[change](shuffled(tasks, order).shots(slice(None))).canonical, expected)
+        assert_same(steps[change](shuffled(tasks, order).shots()).sorted_shots, expected)
 
 
 def test_the_canonical_order_keeps_shots_whole() -> None:
-    episode = make(
-        torch.randn(T, SHOTS, POINTS, SENSORS), mask=torch.rand(T, SHOTS, POINTS, SENSORS) < 0.9
-    ).episode()
-    ordered = episode.canonical
+    observed = torch.rand(T, SHOTS, POINTS, SENSORS) < 0.9
+    shots = make(torch.randn(T, SHOTS, POINTS, SENSORS), observed=observed).episode().query
+    ordered = shots.sorted_shots
     for task in range(T):
-        same = (ordered.query[task].unsqueeze(1) == episode.query[task]).flatten(2).all(-1)
+        same = (ordered.values[task].unsqueeze(1) == shots.values[task]).flatten(2).all(-1)
         rows = same.int().argmax(1).tolist()
         assert same.sum() == 3 and sorted(rows) == [0, 1, 2]
-        assert torch.equal(ordered.mask[task], episode.mask[task, rows])
-        assert torch.equal(ordered.seen[task], episode.seen[task, rows])
-        assert torch.equal(ordered.initial[1][task], episode.initial[1][task, rows])
-        assert torch.equal(ordered.states[0][task], episode.states[0][task, rows])
-    assert_same(ordered.canonical, ordered)
+        for name in ("scored", "observed", "initial", "states"):
+            assert torch.equal(getattr(ordered, name)[task], getattr(shots, name)[task, rows])
+    assert_same(ordered.sorted_shots, ordered)
 
 
 def test_the_canonical_order_of_segments_is_that_of_their_trajectories() -> None:
-    episode = make(torch.randn(T, SHOTS, POINTS, SENSORS)).episode()
-    assert_same(episode.cut(4).canonical, episode.canonical.cut(4))
+    shots = make(torch.randn(T, SHOTS, POINTS, SENSORS)).episode().query
+    assert_same(to_segments(shots, 4).sorted_shots, to_segments(shots.sorted_shots, 4))
 
 
 def test_shots_with_clocks_of_their_own_stay_where_their_clocks_are() -> None:
     clocks = TIMES + torch.arange(3.0).unsqueeze(-1)
-    episode = Episode(clocks, numbered(shots=3), (torch.zeros(T, 3),))
-    assert episode.canonical is episode
-    with pytest.raises(ValueError, match="one clock for all shots; got a clock for each shot"):
-        episode.pick(torch.zeros(T, 2, dtype=torch.int64))
+    shots = Shots.from_tensors(clocks, numbered(shots=3), torch.zeros(T, 3, 1))
+    assert shots.sorted_shots is shots
+    with pytest.raises(ValueError, match="whole trajectories with one clock; got .* a clock for"):
+        shots.select_shots(torch.zeros(T, 2, dtype=torch.int64))
 
 
-def test_pick_takes_shots_task_by_task() -> None:
-    episode, order = whole_episode(masked=True), torch.tensor([[0, 2], [1, 0], [2, 2], [1, 1]])
-    picked = episode.pick(order)
-    for task, (a, b) in enumerate(order.tolist()):
-        assert torch.equal(picked.query[task], episode.query[task, [a, b]])
-        assert torch.equal(picked.mask[task], episode.mask[task, [a, b]])
-        assert torch.equal(picked.initial[0][task], episode.initial[0][task, [a, b]])
-    assert picked.support is episode.support and picked.times is episode.times
+def test_selecting_shots_selects_them_task_by_task() -> None:
+    shots, order = whole_shots(masked=True), torch.tensor([[0, 2], [1, 0], [2, 2], [1, 1]])
+    picked = shots.select_shots(order)
+    for task, rows in enumerate(order.tolist()):
+        for name in ("values", "scored", "observed", "initial", "states"):
+            assert torch.equal(getattr(picked, name)[task], getattr(shots, name)[task, rows])
+    assert picked.times is shots.times

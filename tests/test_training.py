@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from toys import POINTS, SEPARATE, Line, in_float32, make_tasks
 
 import pyro_hybrid as ph
+from pyro_hybrid.data.segments import to_segments
 from pyro_hybrid.training import guards as _watch
 from pyro_hybrid.training import loop
 from pyro_hybrid.training import svi as svi_module
@@ -218,7 +219,7 @@ def test_support_and_query_are_drawn_anew_at_every_step() -> None:
         def forward(self, episode: ph.Episode) -> Tensor:
             if episode.support is not None:
                 self.supports.append(
-                    tuple(sorted(episode.support.query.flatten(2).sum(-1).flatten().tolist()))
+                    tuple(sorted(episode.support.values.flatten(2).sum(-1).flatten().tolist()))
                 )
             return super().forward(episode)
 
@@ -266,7 +267,7 @@ class Recorder(Line):
 
     def forward(self, episode: ph.Episode) -> Tensor:
         if episode.support is not None:
-            self.lengths.append((episode.times.shape[-1] - 1, episode.shape[1]))
+            self.lengths.append((episode.query.times.shape[-1] - 1, episode.query.shape[1]))
         return super().forward(episode)
 
 
@@ -375,7 +376,7 @@ def looked_at(segments: int | None, **options: Any) -> list[tuple[int, ...]]:
     class Watching(Line):
         def forward(self, episode: ph.Episode) -> Tensor:
             if episode.support is not None and torch.is_grad_enabled():
-                starts = episode.times[..., :1].flatten() / float(TASKS.times[1])
+                starts = episode.query.times[..., :1].flatten() / float(TASKS.times[1])
                 seen.append(tuple(starts.round().int().tolist()))
             return super().forward(episode)
 
@@ -416,7 +417,8 @@ def test_over_all_choices_of_segments_loss_and_gradient_are_those_of_all_of_them
     inferred: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, guide = pair(inferred=inferred)
-    svi, segments = ph.SVI(model, guide, pyro.optim.SGD({"lr": 0.0})), TASKS.episode().cut(2)
+    svi = ph.SVI(model, guide, pyro.optim.SGD({"lr": 0.0}))
+    segments = TASKS.episode().map_shots(lambda shots: to_segments(shots, 2))
 
     def looked_at(by_segment: Tensor, episode: ph.Episode, share: float) -> Tensor:
         """Loss, log-likelihood and gradients; the latents are the same whatever segments are chosen."""
@@ -425,7 +427,7 @@ def test_over_all_choices_of_segments_loss_and_gradient_are_those_of_all_of_them
             monkeypatch.setattr(
                 dist.Normal, "rsample", lambda fn, shape=EMPTY: drawn(fn, shape, by_segment)
             )
-        with _watch.Terms(1.0, 1.0 / share, episode.shape[1]) as terms:
+        with _watch.Terms(1.0, 1.0 / share, episode.query.shape[1]) as terms:
             loss = svi.backward(episode)
         gradients = [
             model.noise_unconstrained.grad,
@@ -438,7 +440,7 @@ def test_over_all_choices_of_segments_loss_and_gradient_are_those_of_all_of_them
             ]
         )
 
-    plain, noise = dist.Normal.rsample, torch.randn(20, segments.shape[1], 1)
+    plain, noise = dist.Normal.rsample, torch.randn(20, segments.query.shape[1], 1)
 
     def drawn(fn: Any, shape: torch.Size, by_segment: Tensor) -> Tensor:
         return fn.loc + fn.scale * noise[:, by_segment] if fn.loc.dim() == 3 else plain(fn, shape)
@@ -448,7 +450,7 @@ def test_over_all_choices_of_segments_loss_and_gradient_are_those_of_all_of_them
     for choice in choices:
         monkeypatch.setattr(torch, "randperm", lambda n, choice=choice: torch.tensor(choice))
         episode, share = loop.Loop._sample(SimpleNamespace(segments=1), segments)
-        assert share == pytest.approx(1 / 3) and episode.shape == (20, 2)
+        assert share == pytest.approx(1 / 3) and episode.query.shape == (20, 2)
         total += looked_at(torch.tensor(choice), episode, share) / len(choices)
     torch.testing.assert_close(total, full, rtol=1e-4, atol=1e-4 * float(full[2:].abs().max()))
 
@@ -457,7 +459,7 @@ class Weighed(Line):
     """Each task has been weighed, besides."""
 
     def forward(self, episode: ph.Episode) -> Tensor:
-        zero = torch.zeros(episode.shape[0])
+        zero = torch.zeros(episode.query.shape[0])
         with pyro.plate("scales", len(zero), dim=-1):
             pyro.sample("weight", dist.Normal(zero, 1.0), obs=zero)
         return super().forward(episode)
@@ -472,7 +474,7 @@ def test_what_belongs_to_shots_is_scaled_up_and_what_belongs_to_tasks_is_not(
 ) -> None:
     model, _ = pair(model=Weighed, inferred=True)
     with _watch.Terms(
-        0.5, 4.0, TASKS.episode().shape[1]
+        0.5, 4.0, TASKS.episode().query.shape[1]
     ):  # a KL of half the weight, a quarter of the segments
         trace = pyro.poutine.trace(model).get_trace(TASKS.episode())
     assert trace.nodes[site]["scale"] == scale
@@ -579,8 +581,8 @@ class Allergic(Line):
     """Its density is NaN for tasks whose trajectories are far from zero."""
 
     def forward(self, episode: ph.Episode) -> Tensor:
-        far = (episode.whole or episode).query.abs().amax((1, 2, 3)) > 1e3
-        with pyro.plate("again", episode.shape[0], dim=-1):
+        far = (episode.query.whole or episode.query).values.abs().amax((1, 2, 3)) > 1e3
+        with pyro.plate("again", episode.query.shape[0], dim=-1):
             pyro.factor("allergy", torch.where(far, torch.nan, 0.0) * self.noise)
         return super().forward(episode)
 
@@ -674,11 +676,12 @@ class Explosive(Line):
             def field(t: Tensor, state: tuple[Tensor]) -> tuple[Tensor]:
                 return (slope.abs() * (0.1 * state[0]) ** 5,)
 
-            states = ph.solve(field, episode.initial, episode.times)
+            shots = episode.query
+            states = ph.solve(field, shots.initial.unbind(-1), shots.times)
             return pyro.sample(
                 "x",
-                dist.Normal(states, self.noise).mask(episode.mask).to_event(3),
-                obs=episode.query,
+                dist.Normal(states, self.noise).mask(shots.scored).to_event(3),
+                obs=shots.values,
             )
 
 
@@ -946,10 +949,10 @@ def test_early_stopping_without_held_out_tasks_is_refused() -> None:
 
 def test_segments_without_measured_states_to_start_from_are_refused() -> None:
     tasks = ph.Tasks.from_trajectories(
-        TASKS.times, TASKS.values, num_support=2, initial=(TASKS.values[:, :, 0, 0],)
+        TASKS.times, TASKS.values, num_support=2, initial=TASKS.values[:, :, 0]
     )
     with pytest.raises(
-        ValueError, match=r"measured states at all times, to restart from.*curriculum="
+        ValueError, match=r"measured states at all times, where segments can start.*curriculum="
     ):
         ph.meta_train(*pair(), tasks, **{**SHORT, "curriculum": {0.0: 2}})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -49,15 +50,15 @@ class Line(ph.HybridModel):
 
     def forward(self, episode: ph.Episode) -> Tensor:
         p = self.prior(episode.support)
-        start = torch.stack(episode.initial, -1)
+        start = episode.query.initial
         with episode.plate:
             z = torch.cat([pyro.sample(name, p[name]) for name in p], -1)
             if self.inferred:
                 start = pyro.sample("start", dist.Normal(start, START_NOISE).to_event(2))
-            grown = features(episode.times) - features(episode.times[..., :1])
+            grown = features(episode.query.times) - features(episode.query.times[..., :1])
             mean = start + (grown[..., : z.shape[-1]] * z[..., None, None, :]).sum(-1)
-            x = dist.Normal(mean.unsqueeze(-1), self.noise).mask(episode.mask)
-            return pyro.sample("x", x.to_event(3), obs=episode.query)
+            x = dist.Normal(mean.unsqueeze(-1), self.noise).mask(episode.query.scored)
+            return pyro.sample("x", x.to_event(3), obs=episode.query.values)
 
 
 def make_tasks(
@@ -87,8 +88,8 @@ def make_tasks(
         TIMES,
         values.unsqueeze(-1),
         num_support=num_support,
-        mask=mask,
-        truth={"slope": z[:, :1], "bend": z[:, 1:]},
+        observed=mask,
+        true_latents={"slope": z[:, :1], "bend": z[:, 1:]},
     )
 
 
@@ -114,6 +115,23 @@ SYSTEMS = {
 }
 
 
+def alone(
+    times: Tensor,
+    values: Tensor | None = None,
+    initial: Tensor | tuple[Tensor, ...] | None = None,
+    **masks: Tensor,
+) -> ph.Episode:
+    """An episode without a support; components of the initial states may be given one by one."""
+    if isinstance(initial, tuple):
+        initial = torch.stack(initial, -1)
+    return ph.Episode(None, ph.Shots.from_tensors(times, values, initial, **masks))
+
+
+def with_query(episode: ph.Episode, **changes: Any) -> ph.Episode:
+    """The same episode with changes of its query."""
+    return replace(episode, query=replace(episode.query, **changes))
+
+
 class Exact(NamedTuple):
     """The joint posterior of the task's latents and then its shots' starts, by task."""
 
@@ -122,27 +140,26 @@ class Exact(NamedTuple):
 
 
 def exact(
-    *episodes: ph.Episode,
+    *parts: ph.Shots | ph.Episode,
     inferred: bool = False,
     loc: tuple[float, ...] = (0.5, 0.0, 0.0),
     scale: tuple[float, ...] = (2.0, 1.0, 1.0),
     noise: float = NOISE,
 ) -> Exact:
-    """The posterior of all shots of some episodes together, by the normal equations in float64."""
-    x = torch.cat([e.query for e in episodes], 1).squeeze(-1)
-    start = torch.cat([e.initial[0] for e in episodes], 1)
-    counts = torch.cat([torch.as_tensor(e.mask).expand_as(e.query) for e in episodes], 1).squeeze(
-        -1
-    )
-    shots, design = x.shape[1], features(episodes[0].times)[:, : len(loc)]
+    """The posterior of all these shots, of episodes the query, by the normal equations in float64."""
+    sets = [part.query if isinstance(part, ph.Episode) else part for part in parts]
+    x = torch.cat([shots.values for shots in sets], 1).squeeze(-1)
+    start = torch.cat([shots.initial[..., 0] for shots in sets], 1)
+    counts = torch.cat([shots.scored for shots in sets], 1).squeeze(-1)
+    number, design = x.shape[1], features(sets[0].times)[:, : len(loc)]
     rows = [
-        torch.cat([design, torch.eye(shots, dtype=x.dtype)[k].expand(len(design), -1)], -1)
-        for k in range(shots)
+        torch.cat([design, torch.eye(number, dtype=x.dtype)[k].expand(len(design), -1)], -1)
+        for k in range(number)
     ]
     design = torch.cat(rows)  # (shot * time, latents + shot)
     centre = torch.cat([torch.tensor(loc, dtype=x.dtype).expand(len(x), -1), start], -1)
     free = START_NOISE if inferred else 1e-9
-    weight = torch.tensor([*scale, *[free] * shots], dtype=x.dtype) ** -2
+    weight = torch.tensor([*scale, *[free] * number], dtype=x.dtype) ** -2
     w = counts.flatten(1).to(x.dtype) / noise**2
     precision = torch.diag(weight) + torch.einsum("tn,ni,nj->tij", w, design, design)
     right = weight * centre + torch.einsum("tn,ni,tn->ti", w, design, x.flatten(1))

@@ -102,14 +102,16 @@ def implied(choice: argparse.Namespace, percent: float) -> dict[str, float]:
         field = system.known(
             physics, lambda angle, speed: (torch.zeros_like(angle), torch.zeros_like(speed))
         )
-        states = ph.solve(field, episode.initial, episode.times, substeps=choice.substeps)
-        found.append(float((states - episode.query).square().mean().log10()))
+        shots = episode.query
+        start = shots.initial.unbind(-1)
+        states = ph.solve(field, start, shots.times, substeps=choice.substeps)
+        found.append(float((states - episode.query.values).square().mean().log10()))
     return {"percent": percent, "best": round(min(found), 3), "worst": round(max(found), 3)}
 
 
 def least(choice: argparse.Namespace) -> float:
     """Error of ω², in %, of the objective's own minimum: along the true states friction isn't orthogonal to gravity."""
-    angle, speed = sequences(choice, 2 * choice.seed).episode().query.unbind(-1)
+    angle, speed = sequences(choice, 2 * choice.seed).episode().query.values.unbind(-1)
     credited = FRICTION * (speed * angle.sin()).sum() / angle.sin().square().sum()
     return 100.0 * float(credited) / (2.0 * math.pi / choice.period) ** 2
 
@@ -135,9 +137,9 @@ def run(system: Undamped, choice: argparse.Namespace) -> dict[str, object]:
     episode = held_out.episode()
     with torch.no_grad(), local_parameters():
         states = model.trajectories(episode)
-        norm = squared_norm(system, model.physics(), model.force(), episode.times, states)
+        norm = squared_norm(system, model.physics(), model.force(), episode.query.times, states)
         found = {name: float(value) for name, value in model.physics().items()}
-    square = (states - episode.query).square()
+    square = (states - episode.query.values).square()
     return {
         "log10_mse": round(float(square.mean().log10()), 3),
         "log10_mse_median_sequence": round(float(square.mean((-2, -1)).median().log10()), 3),

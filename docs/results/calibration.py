@@ -37,10 +37,14 @@ class Spring(ph.HybridModel):
         with episode.plate:
             rate, drag = pyro.sample("rate", p["rate"]), pyro.sample("drag", p["drag"])
             states = ph.solve(
-                lambda t, s: (s[1], -rate * s[0] - drag * s[1]), episode.initial, episode.times
+                lambda t, s: (s[1], -rate * s[0] - drag * s[1]),
+                episode.query.initial,
+                episode.query.times,
             )
             return pyro.sample(
-                "x", dist.Normal(states, NOISE).mask(episode.mask).to_event(3), obs=episode.query
+                "x",
+                dist.Normal(states, NOISE).mask(episode.query.scored).to_event(3),
+                obs=episode.query.values,
             )
 
 
@@ -59,7 +63,7 @@ def springs(systems: int) -> ph.Tasks:
     noise = NOISE * torch.randn_like(states)
     noise[:, :, 0] = 0.0
     return ph.Tasks.from_trajectories(
-        times, states + noise, num_support=1, truth={"rate": rate, "drag": drag}
+        times, states + noise, num_support=1, true_latents={"rate": rate, "drag": drag}
     )
 
 
@@ -85,7 +89,7 @@ def suspects(
         {"spring": int(row)}
         | {
             name: {
-                "truth": round(float(tasks.truth[name][row]), 3),
+                "truth": round(float(tasks.true_latents[name][row]), 3),
                 "mean": round(float(values[:, i].mean()), 3),
                 "sd": round(float(values[:, i].std()), 3),
             }

@@ -65,8 +65,8 @@ def beyond(system: System, where: str) -> System:
 
 
 def _error(found: Trained, tasks: Tasks, clear: Tasks) -> Tensor:
-    exact = clear.episode()
-    return relative(found.predicted(tasks.episode(), exact.initial), torch.as_tensor(exact.query))
+    exact = clear.episode().query
+    return relative(found.predicted(tasks.episode(), exact.initial), torch.as_tensor(exact.values))
 
 
 def _mapped(found: Trained, sets: Sequence[Tasks]) -> list[float]:

@@ -48,12 +48,12 @@ def with_clock(tasks: Tasks, clock: Tensor | float = 0.0) -> Tasks:
     made = Tasks.from_trajectories(
         tasks.times,
         values,
-        initial=values.unbind(-1),
+        initial=values,
         num_support=tasks.num_support,
-        truth=tasks.truth,
+        true_latents=tasks.true_latents,
     )
     counts = torch.tensor([True] * tasks.values.shape[-1] + [False])
-    return replace(made, mask=made.mask & counts)
+    return replace(made, scored=made.scored & counts)
 
 
 def cut(long: Tasks, pieces: int) -> Tasks:
@@ -63,8 +63,8 @@ def cut(long: Tasks, pieces: int) -> Tasks:
     tasks = Tasks.from_trajectories(
         long.times[:points],
         values,
-        initial=values.unbind(-1),
+        initial=values,
         num_support=pieces // 2,
-        truth=long.truth,
+        true_latents=long.true_latents,
     )
     return with_clock(tasks, long.times[: pieces * points : points])

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pyro_hybrid.data.segments import truncate
 from pyro_hybrid.evidence.gauss_newton import Belief, Linearised, Problem, _better
 from pyro_hybrid.models import MetaHybridVAE
 from pyro_hybrid.nets.residual import Residual, overlap
@@ -124,12 +126,11 @@ class Growing(Linearised):
     @torch.no_grad()
     def __call__(self, problem: Problem, start: Tensor) -> Belief:
         """The posterior of a problem's latents to second order."""
-        for horizon, group in itertools.groupby(
-            h for h in self.horizons if h < problem.episode.times.shape[-1] - 1
-        ):
+        last = problem.episode.query.times.shape[-1] - 1
+        for horizon, group in itertools.groupby(h for h in self.horizons if h < last):
             part = Problem(
                 problem.program,
-                problem.episode.until(horizon),
+                problem.episode.map_shots(partial(truncate, num_intervals=horizon)),
                 problem.families,
                 problem.mean,
                 problem.precision,

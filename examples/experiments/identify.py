@@ -69,8 +69,8 @@ def scores(found: Trained, learn: Tasks, judge: Tasks, clear: Tasks) -> Result:
     alone = mcc(disentangle(neural[1], components=number, fit=neural[0]), neural[2])
     error = (new[:, :known] - truth[:, :known]).square().mean(0)
     support = judge.episode().support
-    assert support is not None and judge.truth is not None
-    bound = found.system.cramer_rao(support, judge.truth).mean(0)[:known]
+    assert support is not None and judge.true_latents is not None
+    bound = found.system.cramer_rao(support, judge.true_latents).mean(0)[:known]
     return {
         "latents": names,
         "linear_r": [round(float(r), 4) for r in everything.linear_r],
@@ -91,8 +91,8 @@ def scores(found: Trained, learn: Tasks, judge: Tasks, clear: Tasks) -> Result:
 
 def true_latents(found: Trained, tasks: Tasks) -> Tensor:
     """The truth in the order of :meth:`Trained.latents`."""
-    assert tasks.truth is not None
-    return torch.cat([tasks.truth[name] for name in (*found.system.physics, "unknown")], -1)
+    assert tasks.true_latents is not None
+    return torch.cat([tasks.true_latents[name] for name in (*found.system.physics, "unknown")], -1)
 
 
 def errors(found: Trained, tasks: Tasks, clear: Tasks) -> Result:
@@ -101,8 +101,10 @@ def errors(found: Trained, tasks: Tasks, clear: Tasks) -> Result:
     Predictions begin in new initial states, known exactly; and, as a column of their own, measured like the rest, when
     even the true latents would miss by what that error grows to.
     """
-    episode, exact = tasks.episode(), clear.episode().initial
-    with_truth = found.system.trajectories(tasks.truth or {}, episode.initial, episode.times)
+    episode, exact = tasks.episode(), clear.episode().query.initial
+    measured = episode.query.measured_initial
+    start = measured if found.system.grid else measured.unbind(-1)
+    with_truth = found.system.trajectories(tasks.true_latents or {}, start, episode.query.times)
     means = {
         "reconstruction": found.reconstructed(episode),
         "prediction": found.predicted(episode, exact),
@@ -111,9 +113,10 @@ def errors(found: Trained, tasks: Tasks, clear: Tasks) -> Result:
     }
     out: Result = {}
     for name, mean in means.items():
-        shots = episode if mean.shape[1] == episode.shape[1] else found.given(episode)
-        counts = torch.as_tensor(shots.mask).expand_as(mean)
-        error = (mean - torch.as_tensor(shots.query)) / mean.new_tensor(found.system.noise)
+        whole = episode.query
+        shots = whole if mean.shape[1] == whole.shape[1] else found.given(whole)
+        counts = shots.scored
+        error = (mean - torch.as_tensor(shots.values)) / mean.new_tensor(found.system.noise)
         square = error.square().where(counts, 0.0)
         by_task = square.sum((1, 2, 3)) / counts.sum((1, 2, 3))
         out[name] = digits(by_task.mean())

@@ -23,6 +23,7 @@ from experiments.driven import Driven, Growing
 from experiments.run import Choice, Result, Run, digits
 from experiments.tables import markdown, spread
 from experiments.trained import HELD_OUT, HELD_OUT_SEED, SHOTS, Trained, exactly
+from pyro_hybrid.data.episode import Episode
 from pyro_hybrid.data.tasks import Tasks
 from pyro_hybrid.evidence.gauss_newton import Linearised
 from pyro_hybrid.scores.mcc import mcc
@@ -153,10 +154,10 @@ def _trained(
 
 def scores(found: Trained, learn: Tasks, judge: Tasks, clear: Tasks) -> Result:
     """Of latents and trajectories, from the support alone; the unmixing comes from systems trained on."""
-    assert judge.truth is not None
+    assert judge.true_latents is not None
     support = judge.episode().support
     assert support is not None
-    truth = torch.cat([judge.truth["omega"], judge.truth["unknown"]], -1)
+    truth = torch.cat([judge.true_latents["omega"], judge.true_latents["unknown"]], -1)
     seen, new = found.latents(learn), found.latents(judge)
     raw, apart = (
         mcc(new[:, 1:], truth[:, 1:]),
@@ -164,7 +165,7 @@ def scores(found: Trained, learn: Tasks, judge: Tasks, clear: Tasks) -> Result:
     )
     error, bound = (
         (new[:, 0] - truth[:, 0]).square(),
-        found.system.cramer_rao(support, judge.truth)[:, 0],
+        found.system.cramer_rao(support, judge.true_latents)[:, 0],
     )
     return {
         "strong": round(raw.strong, 4),
@@ -186,13 +187,13 @@ def errors(found: Trained, judge: Tasks, clear: Tasks) -> Result:
     Reconstructed are the support's own trajectories. Predicted are others from their initial angles, known exactly or
     measured like the rest, and compared with the truth without noise.
     """
-    episode, exact = judge.episode(), clear.episode()
+    episode, exact = judge.episode(), clear.episode().query
     support = episode.support
     assert support is not None
     pairs = {
-        "reconstruction": (found.predicted(replace(support, support=support)), support.query),
-        "prediction": (found.predicted(episode, exact.initial), exact.query),
-        "prediction_from_measured": (found.predicted(episode), exact.query),
+        "reconstruction": (found.predicted(Episode(support, support)), support.values),
+        "prediction": (found.predicted(episode, exact.initial), exact.values),
+        "prediction_from_measured": (found.predicted(episode), exact.values),
     }
     out: Result = {}
     for name, (mean, truth) in pairs.items():

@@ -17,7 +17,9 @@ from experiments.cases import CASES, MODELS
 from experiments.run import Choice, Result, Run, digits, slug
 from experiments.tables import grouped, markdown, panels, spread
 from experiments.trained import exactly, trained
-from pyro_hybrid.data.tasks import Episode, Tasks
+from pyro_hybrid.data.episode import Episode
+from pyro_hybrid.data.shots import Shots
+from pyro_hybrid.data.tasks import Tasks
 
 __all__ = ["figure", "longer", "relative", "runs", "table"]
 
@@ -37,7 +39,7 @@ def runs(choice: Choice) -> list[Run]:
 def _run(system: str, model: str, seed: int, choice: Choice) -> Result:
     found = trained(system, model, seed, choice)
     episode, seen = longer(system, 12 if choice.fast else 100, seed)
-    means = found.predicted(episode, episode.initial)
+    means = found.predicted(episode, episode.query.initial)
     return {
         "system": system,
         "model": model,
@@ -58,10 +60,9 @@ def longer(system: str, tasks: int, seed: int) -> tuple[Episode, Tensor]:
     short = Tasks.from_trajectories(
         whole.times[:points], values, initial=made.measured(values), num_support=4
     )
-    query = clear.episode()
-    return Episode(
-        whole.times, None, query.initial, support=short.episode().support
-    ), torch.as_tensor(query.query)
+    query = clear.episode().query
+    start = Shots.from_tensors(whole.times, None, query.initial)
+    return Episode(short.episode().support, start), torch.as_tensor(query.values)
 
 
 def by_stretch(means: Tensor, seen: Tensor) -> list[Tensor]:

@@ -59,8 +59,9 @@ def tasks(recordings: Recordings, number: int, shots: int, seed: int, *, points:
     made = recordings.tasks(
         number, shots, seed, step=0.01, points=points, num_support=min(SUPPORT, shots // 2)
     )
-    assert made.truth is not None
-    return replace(made, truth={**made.truth, "unknown": made.truth["scale"]})
+    known = made.true_latents
+    assert known is not None
+    return replace(made, true_latents={**known, "unknown": known["scale"]})
 
 
 def rivals(recordings: Recordings, settings: Settings) -> Rivals:

@@ -70,7 +70,7 @@ def judged(
 ) -> Result:
     """Errors of all on the same windows, and what the latents say of the clock."""
     windows = tasks(recordings, settings.judged, SUPPORT + settings.queries, seed, points=101)
-    assert windows.truth is not None
+    assert windows.true_latents is not None
     predictions, latents = predicted(model, windows)
     ours = errors(predictions, windows)
     theirs = {
@@ -81,7 +81,7 @@ def judged(
     }
     places = stretches(recordings, settings, seed)[:, SUPPORT:].flatten()
     low, high = intervals(ours, theirs["compound"], places, settings.resamples)
-    clock = windows.truth["scale"]
+    clock = windows.true_latents["scale"]
     friction = damping(model, latents, windows)
     return {
         "hybrid": _numbers(ours.median(0).values),
@@ -105,18 +105,20 @@ def judged(
 @torch.no_grad()
 def predicted(model: MetaHybridVAE, windows: Tasks) -> tuple[Tensor, dict[str, Tensor]]:
     """States of the query windows, and the latents' means, read in the first 0.5 s of the support windows alone."""
-    points, parts = model.system.points, tuple(windows.states)
+    points, states = model.system.points, windows.states
+    assert states is not None
     short = Tasks.from_trajectories(
         windows.times[:points],
         windows.values[:, :, :points].contiguous(),
-        initial=tuple(part[:, :, :points].contiguous() for part in parts),
+        initial=states[:, :, :points].contiguous(),
         num_support=SUPPORT,
     )
     latents = {name: fn.mean for name, fn in model.prior(short.episode().support).items()}
     episode = windows.episode()
     field = model.system.known({"gravity": latents["gravity"]}, model.force(latents["unknown"]))
+    start = episode.query.measured_initial.unbind(-1)
     with failures_as_values():
-        return solve(field, episode.initial, episode.times), latents
+        return solve(field, start, episode.query.times), latents
 
 
 def errors(states: Tensor, windows: Tasks) -> Tensor:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from experiments.grouping import concentration, group, misfit
-from pyro_hybrid.data.tasks import Episode, Tasks
+from pyro_hybrid.data.episode import Episode
+from pyro_hybrid.data.tasks import Tasks
 from pyro_hybrid.models import MetaHybridVAE
 from pyro_hybrid.systems import System
 
@@ -51,7 +52,7 @@ class Unpaired(MetaHybridVAE):
             z = (believed - believed.mean(0)) / believed.std(0).clamp(min=1e-6)
             pyro.factor(
                 "independence",
-                -self.independence * len(z) * dependence(z, support.measured.mean(1)),
+                -self.independence * len(z) * dependence(z, support.initial.mean(1)),
             )
         return x
 
@@ -121,18 +122,17 @@ def _dealt(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _together(heap: Tasks, rows: Tensor, num_support: int, counts: Tensor | None = None) -> Tasks:
-    states = heap.states if isinstance(heap.states, tuple) else (heap.states,)
+    states = heap.initial if heap.states is None else heap.states
+    assert states is not None
     made = Tasks.from_trajectories(
         heap.times,
         heap.values[rows, 0],
         num_support=num_support,
-        initial=tuple(part[rows, 0] for part in states),
+        initial=states[rows, 0],
     )
-    return (
-        made
-        if counts is None
-        else replace(made, mask=torch.as_tensor(made.mask) & counts[..., None, None])
-    )
+    if counts is None:
+        return made
+    return replace(made, scored=made.scored & counts[..., None, None])
 
 
 @torch.no_grad()

@@ -17,14 +17,16 @@ from torch import Tensor
 
 from experiments.cases import CASES, DEAF, ONE_BY_ONE, OURS, Case, Setting, Sharpening
 from experiments.run import Choice, slug
-from pyro_hybrid.data.tasks import Episode, Tasks
+from pyro_hybrid.data.episode import Episode
+from pyro_hybrid.data.shots import Shots
+from pyro_hybrid.data.tasks import Tasks
 from pyro_hybrid.dynamics.solve import failures_as_values
 from pyro_hybrid.evidence.gauss_newton import Linearised, Problem
 from pyro_hybrid.inference.posterior import calibrate, draws, predict
 from pyro_hybrid.inference.prior import SupportPrior, handed_out
 from pyro_hybrid.models import APHYNITY, HybridVAE, MetaHybridVAE
 from pyro_hybrid.programs.module import local_parameters
-from pyro_hybrid.shapes import State, Stock
+from pyro_hybrid.shapes import Stock
 from pyro_hybrid.systems import System
 from pyro_hybrid.training.checkpoint import Fit, load
 from pyro_hybrid.training.meta_train import meta_train
@@ -77,29 +79,29 @@ class Trained:
         """Whether its prior looks at the support."""
         return isinstance(self.model.prior, SupportPrior)
 
-    def given(self, support: Episode) -> Episode:
+    def given(self, support: Shots) -> Shots:
         """What it reads of a support: all of it, or as published one trajectory."""
         return (
-            support.pick(torch.zeros(support.shape[0], 1, dtype=torch.long))
+            support.select_shots(torch.zeros(support.shape[0], 1, dtype=torch.long))
             if self.name in ONE_BY_ONE
             else support
         )
 
-    def read(self, support: Episode | None, samples: int = 200) -> dict[str, Tensor]:
+    def read(self, support: Shots | None, samples: int = 200) -> dict[str, Tensor]:
         """Draws of a task's latents from its support alone, (draw, task, component)."""
         assert support is not None
         if self.conditional:
             with local_parameters():
                 found = self.model.prior(support)
             return {name: fn.sample((samples,)) for name, fn in found.items()}
-        support = replace(self.given(support), support=None)
-        found = draws(self.model, self.guide, support, samples)
+        support = self.given(support)
+        found = draws(self.model, self.guide, Episode(None, support), samples)
         found = {name: found[name] for name in self.model.prior.sites}
         if self.reading is None:
             return found
         return {name: fn.sample((samples,)) for name, fn in self._consulted(support, found).items()}
 
-    def _consulted(self, support: Episode, found: dict[str, Tensor]) -> dict[str, Stock]:
+    def _consulted(self, support: Shots, found: dict[str, Tensor]) -> dict[str, Stock]:
         """What the program says, linearised from where the encoder points."""
         assert self.reading is not None
         prior = self.model.prior
@@ -108,7 +110,7 @@ class Trained:
                 x.expand(support.shape[0], *x.shape[-n:])
                 for n, x in enumerate(prior.gaussian(None), 1)
             )
-            problem = Problem(self.model, support, prior.sites, mean, precision)
+            problem = Problem(self.model, Episode(None, support), prior.sites, mean, precision)
             start = torch.cat(
                 [prior.sites[name].unconstrained(x) for name, x in found.items()], -1
             ).mean(0)
@@ -128,26 +130,26 @@ class Trained:
         )
 
     @torch.no_grad()
-    def predicted(self, episode: Episode, exact: State | None = None, samples: int = 20) -> Tensor:
+    def predicted(self, episode: Episode, exact: Tensor | None = None, samples: int = 20) -> Tensor:
         """Mean trajectories from the support and the initial states, measured or known exactly; NaN where it diverged."""
         latents = self.read(episode.support, samples)
         if exact is not None:
-            episode = replace(episode, initial=exact)
-            latents["initial"] = episode.measured.expand(samples, *episode.measured.shape)
+            episode = replace(episode, query=replace(episode.query, initial=exact))
+            latents["initial"] = exact.expand(samples, *exact.shape)
         return self._run(latents, episode, samples)
 
     @torch.no_grad()
     def reconstructed(self, episode: Episode, samples: int = 20) -> Tensor:
         """Mean trajectories of shots that it has read, together with the support if it can."""
         if not self.conditional:
-            episode = replace(self.given(episode), support=None)
+            episode = Episode(None, self.given(episode.query))
         found = draws(self.model, self.guide, episode, samples)
         if self.reading is not None:
-            found |= self.read(episode, samples)
+            found |= self.read(episode.query, samples)
         return self._run(found, episode, samples)
 
     def _run(self, latents: dict[str, Tensor], episode: Episode, samples: int) -> Tensor:
-        blank = episode if self.conditional else replace(episode, support=None)
+        blank = episode if self.conditional else Episode(None, episode.query)
         with failures_as_values(), pyro.validation_enabled(False):  # which refuses NaN
             return predict(poutine.condition(self.model, latents), blank, samples)["x"].mean(0)
 

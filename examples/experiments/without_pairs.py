@@ -100,13 +100,15 @@ def scattered(tasks: Tasks) -> Tasks:
     def apart(part: Tensor) -> Tensor:
         return part.flatten(0, 1).unsqueeze(1)
 
-    assert isinstance(tasks.states, tuple)
+    assert tasks.initial is not None and tasks.states is not None
     return Tasks(
         tasks.times,
         apart(tasks.values),
-        tuple(map(apart, tasks.states)),
-        1,
-        mask=apart(torch.as_tensor(tasks.mask).expand_as(tasks.values)),
+        observed=apart(tasks.observed),
+        scored=apart(tasks.scored),
+        num_support=1,
+        initial=apart(tasks.initial),
+        states=apart(tasks.states),
     )
 
 

@@ -179,7 +179,7 @@ def check_calibration(
         | https://arxiv.org/abs/1507.02646
 
     Arguments:
-        model, guide: any Pyro program that observes ``episode.query``, and its guide; trained.
+        model, guide: any Pyro program that observes ``episode.query.values``, and its guide; trained.
         tasks: their supports condition the prior, and importance weights are of their queries. The truth isn't needed.
         simulations: at least so many; as many for one task as for another.
         num_draws: draws of each posterior.

@@ -11,7 +11,8 @@ from pyro import poutine
 from pyro.infer import TraceMeanField_ELBO
 from torch import Tensor, nn
 
-from pyro_hybrid.data.tasks import Episode
+from pyro_hybrid.data.episode import Episode
+from pyro_hybrid.data.shots import Shots
 from pyro_hybrid.errors import require
 from pyro_hybrid.evidence.gauss_newton import Program, Site, random_sites
 
@@ -91,7 +92,7 @@ def demand_same(before: Tensor, after: Tensor, remedy: str) -> None:
 
 def demand_finite(case: Case, remedy: str) -> None:
     """Of the log densities, one for each task."""
-    density, tasks = log_density(case, drawn(case)), case.episode.shape[0]
+    density, tasks = log_density(case, drawn(case)), case.episode.query.shape[0]
     demand(
         density.shape == (2, tasks) and bool(density.isfinite().all()),
         f"finite log densities of program and guide for each of {tasks} tasks",
@@ -151,7 +152,7 @@ def elbo_of(case: Case, **options: Any) -> Tensor:
 
 def query_of(case: Case) -> tuple[Tensor, list[str]]:
     """The query, and the sites that are observed at it."""
-    query, seen = case.episode.query, sites_of(case.model, case.episode)[1]
+    query, seen = case.episode.query.values, sites_of(case.model, case.episode)[1]
     assert query is not None
     return query, [
         name
@@ -161,7 +162,7 @@ def query_of(case: Case) -> tuple[Tensor, list[str]]:
     ]
 
 
-def support_of(case: Case) -> Episode:
+def support_of(case: Case) -> Shots:
     """The support; check_hybrid_model has seen to it that there is one."""
     assert case.episode.support is not None
     return case.episode.support

@@ -15,7 +15,7 @@ import pyro
 import torch
 from torch import nn
 
-from pyro_hybrid.data.tasks import Episode
+from pyro_hybrid.data.episode import Episode
 from pyro_hybrid.diagnostics.case import Broken, Case, Unchecked, settings
 from pyro_hybrid.diagnostics.contracts import STAGES, Contract
 from pyro_hybrid.errors import require
@@ -50,10 +50,12 @@ def check_hybrid_model(model: nn.Module, guide: nn.Module, episode: Episode) -> 
             are not checked.
     """
     require(
-        episode.query is not None and episode.support is not None and episode.times.dim() == 1,
+        episode.query.values is not None
+        and episode.support is not None
+        and episode.query.times.dim() == 1,
         "an episode of whole trajectories with a query and a support",
-        f"query: {type(episode.query).__name__}, support: {type(episode.support).__name__}, times: "
-        f"{tuple(episode.times.shape)}",
+        f"query: {type(episode.query.values).__name__}, support: {type(episode.support).__name__}, times: "
+        f"{tuple(episode.query.times.shape)}",
         "Pass tasks[:3].episode().",
     )
     given, found = Case(model, guide, episode), list[_Found]()

@@ -15,7 +15,8 @@ from pyro.infer.mcmc.util import initialize_model
 from pyro.ops.integrator import potential_grad
 from torch import Tensor, nn
 
-from pyro_hybrid.data.tasks import Episode
+from pyro_hybrid.data.segments import to_segments
+from pyro_hybrid.data.shots import Shots
 from pyro_hybrid.diagnostics.case import (
     Case,
     Unchecked,
@@ -41,11 +42,11 @@ __all__ = ["STAGES", "Contract"]
 Contract = Callable[[Case], str | None]
 
 
-def another_order(episode: Episode) -> Tensor:
+def another_order(shots: Shots) -> Tensor:
     """Of its shots."""
-    if episode.shape[1] == 1:
+    if shots.shape[1] == 1:
         raise Unchecked("one shot has no order: pass an episode of two or more")
-    return torch.arange(episode.shape[1], device=episode.times.device).roll(1).expand(episode.shape)
+    return torch.arange(shots.shape[1], device=shots.times.device).roll(1).expand(shots.shape)
 
 
 def parameters(case: Case) -> None:
@@ -95,7 +96,7 @@ def latents(case: Case) -> None:
 
 def plates(case: Case) -> None:
     """Sites are in the plate of tasks; values of latents are (task, component) or (task, shot, component)."""
-    tasks, shots = case.episode.shape
+    tasks, shots = case.episode.query.shape
     for latent, seen in (sites_of(program, case.episode) for program in (case.model, case.guide)):
         for name, site in (latent | seen).items():
             value, batch = tuple(site["value"].shape), tuple(site["fn"].batch_shape)
@@ -116,7 +117,7 @@ def observation(case: Case) -> None:
         len(names) == 1,
         f"one of shape {tuple(query.shape)}",
         seen or "none observed",
-        "End the program with pyro.sample(name, distribution, obs=episode.query).",
+        "End the program with pyro.sample(name, distribution, obs=episode.query.values).",
     )
 
 
@@ -138,9 +139,9 @@ def untouched(case: Case) -> None:
 
     def state() -> dict[str, Any]:
         data = {
-            f"{role}.{name}": getattr(episode, name)
-            for name in ("query", "measured", "mask", "seen")
-            for role, episode in (("episode", case.episode), ("support", case.episode.support))
+            f"{role}.{name}": getattr(shots, name)
+            for name in ("values", "initial", "scored", "observed")
+            for role, shots in (("query", case.episode.query), ("support", case.episode.support))
         }
         modules = {
             **case.model.state_dict(prefix="model."),
@@ -177,19 +178,22 @@ def mask(case: Case) -> None:
     episode, values, query = case.episode, drawn(case), query_of(case)[0]
     last = torch.zeros_like(query, dtype=torch.bool)
     last[:, :, -1] = True
-    masked = replace(episode, mask=episode.mask & ~last)
-    unseen = replace(masked, seen=episode.seen & ~last)
+    masked = replace(episode.query, scored=episode.query.scored & ~last)
+    unseen = replace(masked, observed=masked.observed & ~last)
 
     def densities(query: Tensor) -> Tensor:
         pairs = ((case.model, masked), (case.guide, unseen))
         return torch.stack(
-            [density_of(program, replace(data, query=query), values) for program, data in pairs]
+            [
+                density_of(program, replace(episode, query=replace(shots, values=query)), values)
+                for program, shots in pairs
+            ]
         )
 
     demand_same(
         densities(query),
         densities(query + last),
-        "Observe dist.Normal(...).mask(episode.mask); read values only where episode.seen is True.",
+        "Observe dist.Normal(...).mask(episode.query.scored); read values only where episode.query.observed is True.",
     )
 
 
@@ -247,7 +251,7 @@ def support_order(case: Case) -> None:
     """The order of support shots doesn't matter."""
     case = case.double()
     values, order = drawn(case), another_order(support_of(case))
-    other = replace(case.episode, support=support_of(case).pick(order))
+    other = replace(case.episode, support=support_of(case).select_shots(order))
     demand_same(
         log_density(case, values),
         log_density(case.on(other), values),
@@ -258,13 +262,14 @@ def support_order(case: Case) -> None:
 def query_order(case: Case) -> None:
     """The order of query shots doesn't matter."""
     case = case.double()
-    values, order = drawn(case), another_order(case.episode)
+    values, order = drawn(case), another_order(case.episode.query)
+    other = replace(case.episode, query=case.episode.query.select_shots(order))
     moved = {
         name: value[:, order[0]] if value.dim() > 2 else value for name, value in values.items()
     }
     demand_same(
         log_density(case, values),
-        log_density(case.on(case.episode.pick(order)), moved),
+        log_density(case.on(other), moved),
         "Treat all shots alike, and read a set, as ph.SetEncoder does.",
     )
 
@@ -272,14 +277,14 @@ def query_order(case: Case) -> None:
 def tasks(case: Case) -> None:
     """Tasks are independent: their order, their number and the data of others don't matter."""
     case = case.double()
-    own = torch.arange(case.episode.shape[0], device=case.episode.times.device)
+    own = torch.arange(case.episode.query.shape[0], device=case.episode.query.times.device)
     if len(own) == 1:
         raise Unchecked("there is one task only: pass an episode of two or more")
     values = drawn(case)
     before = log_density(case, values)
     for rows in (own.roll(1), torch.cat([own[1:2], own[1:]]), own.repeat(2)):
         others = {name: value[rows] for name, value in values.items()}
-        after = log_density(case.on(case.episode.only(rows)), others)
+        after = log_density(case.on(case.episode.select_tasks(rows)), others)
         demand_same(
             before[:, rows], after, "Mix nothing over the axis of tasks; it has any size and order."
         )
@@ -292,7 +297,10 @@ def simulation(case: Case) -> None:
         sites_of(case.model, case.episode.simulation()),
     )
     demand(
-        not seen, "no observed site", sorted(seen), "Write obs=episode.query, which is None then."
+        not seen,
+        "no observed site",
+        sorted(seen),
+        "Write obs=episode.query.values, which is None then.",
     )
     values = {site: latent[site]["value"] for site in latent}
     x = values.pop(name)
@@ -302,7 +310,11 @@ def simulation(case: Case) -> None:
         tuple(x.shape),
         "Sample as you observe.",
     )
-    density = density_of(case.model, replace(case.episode.simulation(), query=x), values)
+    density = density_of(
+        case.model,
+        replace(case.episode, query=replace(case.episode.query.simulation(), values=x)),
+        values,
+    )
     demand(
         bool(density.isfinite().all()),
         "a finite log density of what it simulated",
@@ -320,7 +332,7 @@ def particles(case: Case) -> None:
     with pyro.plate("particle", 2, dim=-2):
         values = drawn(case)
         together = log_density(case, values)
-    expected = (2, 2, case.episode.shape[0])
+    expected = (2, 2, case.episode.query.shape[0])
     demand(
         together.shape == expected,
         f"log densities {expected[1:]}",
@@ -383,11 +395,12 @@ def nuts(case: Case) -> None:
 
 def segments(case: Case) -> None:
     """It runs on trajectories cut into segments, each a shot with a clock of its own."""
-    if case.episode.states is None or len(case.episode.times) < 3:
+    if case.episode.query.states is None or len(case.episode.query.times) < 3:
         raise Unchecked(
             "the episode can't be cut: it has no measured states at three times or more"
         )
-    pieces = case.episode.cut((len(case.episode.times) - 1) // 2)
+    length = (len(case.episode.query.times) - 1) // 2
+    pieces = case.episode.map_shots(lambda shots: to_segments(shots, length))
     demand_finite(
         case.on(pieces), "Take times of shape (shot, time) too, and no number of shots for granted."
     )
@@ -396,16 +409,17 @@ def segments(case: Case) -> None:
 def one_task(case: Case) -> None:
     """It runs on one task."""
     demand_finite(
-        case.on(case.episode.only(0)), "No squeeze(), and no spread over tasks: there may be one."
+        case.on(case.episode.select_tasks(0)),
+        "No squeeze(), and no spread over tasks: there may be one.",
     )
 
 
 def one_shot(case: Case) -> None:
     """It runs on one shot of each task, given one of support."""
     first = torch.zeros(
-        case.episode.shape[0], 1, dtype=torch.long, device=case.episode.times.device
+        case.episode.query.shape[0], 1, dtype=torch.long, device=case.episode.query.times.device
     )
-    one = replace(case.episode.pick(first), support=support_of(case).pick(first))
+    one = case.episode.map_shots(lambda shots: shots.select_shots(first))
     demand_finite(case.on(one), "No squeeze(), and no spread over shots: there may be one.")
 
 

@@ -15,13 +15,15 @@ from pyro import poutine
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from pyro_hybrid.data.tasks import Episode, Tasks
+from pyro_hybrid.data.episode import Episode
+from pyro_hybrid.data.shots import Shots
+from pyro_hybrid.data.tasks import Tasks
 from pyro_hybrid.diagnostics.ranks import Array
 from pyro_hybrid.errors import require
 from pyro_hybrid.evidence.gauss_newton import Program, Site, bare, random_sites
 from pyro_hybrid.identifiability.task_beliefs import names_of
 from pyro_hybrid.inference.posterior import draws
-from pyro_hybrid.shapes import State, Stock
+from pyro_hybrid.shapes import Stock
 
 __all__ = ["BATCH", "Scores", "batches", "simulations"]
 
@@ -92,30 +94,31 @@ def _simulated(
 ) -> tuple[dict[str, Site], Episode, Tensor]:
     """The latents' sites, the episode that they simulate, and in which tasks it is finite."""
     sites = random_sites(poutine.trace(model).get_trace(episode.simulation()))
-    x, real = sites.pop(query)["value"], episode.query
+    x, real = sites.pop(query)["value"], episode.query.values
     assert real is not None
     finite = torch.isfinite(x).flatten(1).all(1)
     x = x.where(finite.reshape(-1, 1, 1, 1), real)
-    counts, seen = (torch.as_tensor(mask, device=x.device) for mask in (episode.mask, episode.seen))
+    counts, seen = episode.query.scored, episode.query.observed
     # What doesn't count as an observation was given, such as measured initial states, and stays.
-    states = _restarts(episode, x.where(counts | ~seen, real))
-    return sites, replace(episode, query=x.where(counts, real), states=states), finite
+    states = _restarts(episode.query, x.where(counts | ~seen, real))
+    shots = replace(episode.query, values=x.where(counts, real), states=states)
+    return sites, replace(episode, query=shots), finite
 
 
-def _restarts(episode: Episode, simulated: Tensor) -> State | None:
+def _restarts(shots: Shots, simulated: Tensor) -> Tensor | None:
     """States from which segments restart: what was read off the sensors is read off the simulated ones."""
 
     def again(state: Tensor, real: Tensor, new: Tensor, seen: Tensor) -> Tensor:
         return new if state.shape == real.shape and bool(((state == real) | ~seen).all()) else state
 
-    states, real = episode.states, episode.query
+    states, real, seen = shots.states, shots.values, shots.observed
     assert real is not None
-    seen = torch.as_tensor(episode.seen, device=real.device).expand_as(real)
-    if not isinstance(states, tuple):
-        return states if states is None else again(states, real, simulated, seen)
+    if states is None:
+        return None
+    components = states.unbind(-1)
     for sensor in zip(real.unbind(-1), simulated.unbind(-1), seen.unbind(-1), strict=True):
-        states = tuple(again(state, *sensor) for state in states)
-    return states
+        components = tuple(again(state, *sensor) for state in components)
+    return torch.stack(components, -1)
 
 
 def _scores(sites: Mapping[str, Site], found: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -173,10 +176,10 @@ def _query_site(model: Program, tasks: Tasks) -> str:
     sites = random_sites(poutine.trace(model).get_trace(episode))
     seen = {name: site["value"] for name, site in sites.items() if site["is_observed"]}
     require(
-        len(seen) == 1 and all(value is episode.query for value in seen.values()),
-        "a program that observes episode.query as it is, at one site",
+        len(seen) == 1 and all(value is episode.query.values for value in seen.values()),
+        "a program that observes episode.query.values as it is, at one site",
         sorted(seen) or "nothing observed",
-        "Write obs=episode.query: where that is None, it simulates.",
+        "Write obs=episode.query.values: where that is None, it simulates.",
     )
     return next(iter(seen))
 

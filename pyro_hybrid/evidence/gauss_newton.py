@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent
 
 from pyro_hybrid.beliefs.families import Family
-from pyro_hybrid.data.tasks import Episode
+from pyro_hybrid.data.episode import Episode
+from pyro_hybrid.data.segments import to_segments
 from pyro_hybrid.dynamics.solve import failures_as_values, standing_still
 from pyro_hybrid.errors import require
 
@@ -160,9 +161,9 @@ class Problem:
             bool(sites),
             "a program that observes something",
             "no observed sample site with data",
-            "Pass an episode with a query, and obs=episode.query in the program.",
+            "Pass an episode whose query has values, and obs=episode.query.values in the program.",
         )
-        shots = episode.shape[1]
+        shots = episode.query.shape[1]
         for name, site in free.items():
             require(
                 tuple(site.shape[1:3]) == (self.tasks, shots) and site.dim() == 4,
@@ -179,8 +180,8 @@ class Problem:
 
     def cut(self, steps: int) -> Problem:
         """The same problem on trajectories cut into shorter segments; itself where they are that short already."""
-        pieces = self.episode.cut(steps)
-        if pieces is self.episode:
+        pieces = self.episode.map_shots(lambda shots: to_segments(shots, steps))
+        if pieces.query is self.episode.query:
             return self
         return Problem(self.program, pieces, self.families, self.mean, self.precision)
 
@@ -197,7 +198,7 @@ class Problem:
 
     def errors(self, task: Tensor, shot: Tensor) -> Tensor:
         """Whitened errors (copy, task, shot, number) of latents (copy, task, d) and (copy, task, shot, m)."""
-        copies, shots = task.shape[0], self.episode.shape[1]
+        copies, shots = task.shape[0], self.episode.query.shape[1]
         rows = []
         for site in observed(self.program, self.episode, self.values(task, shot))[0]:
             error = ((site.value - site.mean) / site.scale).where(site.mask, 0.0)

@@ -95,7 +95,7 @@ def _certify(
     began, numbers = time.perf_counter(), {}
     model, guide, *restarts = _at_rest(model, guide, *restarts)
     some = _some(tasks, READ)
-    looks = 9 + len(restarts) + (tasks.truth is not None)
+    looks = 9 + len(restarts) + (tasks.true_latents is not None)
     bar = tqdm(total=looks, desc="certify", unit="check", leave=False, disable=not progress)
 
     def look(name: str, measure: Callable[[], Any]) -> Any:
@@ -153,7 +153,7 @@ def _further(
     progress: bool,
 ) -> list[Check]:
     """What the theorem leaves open; with too few tasks for any statistics, nothing."""
-    latents, truth = reading.constrained(reading.coordinates()[0][0]), tasks.truth
+    latents, truth = reading.constrained(reading.coordinates()[0][0]), tasks.true_latents
     known = None if truth is None else torch.cat([value.double() for value in truth.values()], -1)
     others = {}
     for i, restart in enumerate(restarts):
@@ -218,12 +218,7 @@ def _some(tasks: Tasks, most: int) -> Tasks:
 
 def _observed(tasks: Tasks) -> Tasks:
     """Those of which more than the support was observed."""
-    counts = (
-        torch.as_tensor(tasks.mask)
-        .expand_as(tasks.values)[:, tasks.num_support :]
-        .flatten(1)
-        .any(1)
-    )
+    counts = tasks.scored[:, tasks.num_support :].flatten(1).any(1)
     require(
         bool(counts.any()),
         "systems with observations beside their support",

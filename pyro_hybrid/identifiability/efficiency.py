@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from pyro_hybrid.data.episode import Episode
 from pyro_hybrid.data.tasks import Tasks
 from pyro_hybrid.errors import require
 from pyro_hybrid.evidence.gauss_newton import Program, information
@@ -72,7 +72,7 @@ def efficiency(
         "Read smaller supports: read(..., shots=...).",
     )
     support = tasks.shots(slice(0, reading.shots))
-    problem = posed(program, replace(support, support=support), reading, mean[0])
+    problem = posed(program, Episode(support, support), reading, mean[0])
     fisher, spread = information(problem, mean[0]), reading.spread()[1]
     inverse = torch.linalg.pinv(fisher, hermitian=True)
     blind = torch.linalg.eigvalsh(fisher * spread * spread.unsqueeze(-1))[:, 0] < BLIND**2

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pyro_hybrid.data.tasks import Episode
+from pyro_hybrid.data.episode import Episode
 from pyro_hybrid.evidence.gauss_newton import Problem, Program, information
 from pyro_hybrid.identifiability.check import Check, Threshold, judged
 from pyro_hybrid.identifiability.task_beliefs import Reading, in_double

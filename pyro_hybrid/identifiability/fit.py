@@ -8,7 +8,7 @@ import pyro
 import torch
 from torch import Tensor
 
-from pyro_hybrid.data.tasks import Episode
+from pyro_hybrid.data.episode import Episode
 from pyro_hybrid.evidence.gauss_newton import Program, observed
 from pyro_hybrid.identifiability.check import Check, Threshold, judged, unchecked
 from pyro_hybrid.inference.posterior import draws
@@ -49,7 +49,7 @@ def misfit(model: Program, guide: Program, episode: Episode, *, num_samples: int
         name: value.median(0).values
         for name, value in draws(model, guide, episode, num_samples).items()
     }
-    total, count = torch.zeros(2, episode.shape[0], dtype=torch.float64)
+    total, count = torch.zeros(2, episode.query.shape[0], dtype=torch.float64)
     with local_parameters():
         sites = observed(model, episode, middle)[0]
     for site in sites:

@@ -9,7 +9,7 @@ from scipy.stats import beta
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_hybrid.data.tasks import Episode
+from pyro_hybrid.data.episode import Episode
 from pyro_hybrid.evidence.gauss_newton import Linearised, Point, Problem, Program
 from pyro_hybrid.identifiability.check import Check, Interval, Threshold, judged
 from pyro_hybrid.identifiability.fisher import Fisher, posed

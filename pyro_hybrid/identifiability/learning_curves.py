@@ -116,10 +116,10 @@ def shots_curve(
 
 def _require_truth(tasks: Tasks) -> None:
     require(
-        tasks.truth is not None,
+        tasks.true_latents is not None,
         "held-out tasks with truth",
         "none",
-        "Pass truth= to Tasks.from_trajectories, or simulate.",
+        "Pass true_latents= to Tasks.from_trajectories, or simulate.",
     )
 
 
@@ -127,7 +127,7 @@ def _score(
     model: Program, tasks: Tasks, shots: int
 ) -> tuple[tuple[np.ndarray, np.ndarray, float], int]:
     """Linear R, its interval and strong MCC of what is read from so many shots; and how many numbers λ has."""
-    truth = tasks.truth or {}
+    truth = tasks.true_latents or {}
     reading = read(model, tasks, shots=shots, progress=False)
     estimate = reading.constrained(reading.coordinates()[0][0])
     score = mcc(estimate, torch.cat([value.double() for value in truth.values()], -1))
@@ -142,7 +142,7 @@ def _curve(
     scores: Sequence[tuple[np.ndarray, np.ndarray, float]],
     threshold: int | None,
 ) -> Curve:
-    truth: dict[str, Tensor] = dict(held_out.truth or {})
+    truth: dict[str, Tensor] = dict(held_out.true_latents or {})
     linear_r, interval, strong = (np.stack(part) for part in zip(*scores, strict=True))
     return Curve(
         of,

@@ -10,7 +10,7 @@ import torch
 from pyro import poutine
 from torch import distributions as td
 
-from pyro_hybrid.data.tasks import Episode
+from pyro_hybrid.data.episode import Episode
 from pyro_hybrid.dynamics.solve import failures_as_values
 from pyro_hybrid.evidence.gauss_newton import Program, bare, random_sites
 from pyro_hybrid.identifiability.check import Check, unchecked
@@ -104,7 +104,7 @@ def judge_noise(found: Noise) -> Check:
     )
     if not found.kinds:
         return unchecked(
-            name, "the program observes nothing of this episode", "Pass obs=episode.query."
+            name, "the program observes nothing of this episode", "Pass obs=episode.query.values."
         )
     for site, kind in found.kinds.items():
         if kind not in CHARACTERISTIC:

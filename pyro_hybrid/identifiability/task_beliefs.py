@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import NamedTuple, TypeVar
 
 import pyro
@@ -15,7 +14,8 @@ from tqdm.auto import tqdm
 
 from pyro_hybrid.beliefs import families as known
 from pyro_hybrid.beliefs.families import Family
-from pyro_hybrid.data.tasks import Episode, Tasks
+from pyro_hybrid.data.episode import Episode
+from pyro_hybrid.data.tasks import Tasks
 from pyro_hybrid.dynamics.solve import failures_as_values
 from pyro_hybrid.errors import fail, require
 from pyro_hybrid.evidence.gauss_newton import Program, bare, random_sites
@@ -126,7 +126,7 @@ def read(
         by_site: dict[str, list[Tensor]] = {}
         for which in supports:
             support = batch.shots(which)
-            sites = _task_sites(program, replace(support.simulation(), support=support))
+            sites = _task_sites(program, Episode(support, support.simulation()))
             families = families or {name: _family(program, name, fn) for name, fn in sites.items()}
             for name, fn in sites.items():
                 by_site.setdefault(name, []).append(families[name].natural(fn).double())
@@ -156,7 +156,7 @@ def _task_sites(program: Program, episode: Episode) -> dict[str, Stock]:
     """Distributions of the latents that a task has, and not its shots."""
     with local_parameters(), failures_as_values(), poutine.block():
         trace = poutine.trace(program).get_trace(episode)
-    tasks, sites = episode.shape[0], {}
+    tasks, sites = episode.query.shape[0], {}
     for name, site in random_sites(trace).items():
         batch, event = (tuple(shape) for shape in (site["fn"].batch_shape, site["fn"].event_shape))
         plated = any(frame.size == tasks for frame in site["cond_indep_stack"])

@@ -13,7 +13,7 @@ from pyro.infer import TraceMeanField_ELBO
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from pyro_hybrid.data.tasks import Episode
+from pyro_hybrid.data.episode import Episode
 from pyro_hybrid.errors import require
 from pyro_hybrid.identifiability.meta_parameters import Losses, Shapes, require_few
 from pyro_hybrid.inference.guide import AmortizedGuide
@@ -76,7 +76,7 @@ def weights_of(
     require_few(sum(sizes), shapes)
     module.requires_grad_(False)
     _freeze(module)
-    tasks = [episode.double().only(i) for i in range(episode.shape[0])]
+    tasks = [episode.double().select_tasks(i) for i in range(episode.query.shape[0])]
 
     def losses(flat: Tensor) -> Tensor:
         values = {

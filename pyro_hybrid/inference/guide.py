@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyro_hybrid.data.tasks import Episode
+from pyro_hybrid.data.episode import Episode
 from pyro_hybrid.dynamics.solve import standing_still
 from pyro_hybrid.errors import require
 from pyro_hybrid.evidence.gauss_newton import Belief, Linearised, Problem, observed
@@ -54,7 +52,7 @@ class AmortizedGuide(nn.Module):
 
     def natural(self, episode: Episode) -> dict[str, Natural]:
         """Natural parameters λ(S) + η(x, S) of each site."""
-        if episode.query is None:
+        if episode.query.values is None:
             return self.prior.natural(episode.support)
         if self.evidence is not None:
             return handed_out(self.prior.sites, self._computed(episode)[1])
@@ -63,7 +61,7 @@ class AmortizedGuide(nn.Module):
     def forward(self, episode: Episode) -> dict[str, Tensor]:
         """Sample every latent site of the program."""
         computed = None
-        if episode.query is None or self.evidence is None:
+        if episode.query.values is None or self.evidence is None:
             naturals = self.natural(episode)
         else:
             computed = self._computed(episode)
@@ -82,15 +80,12 @@ class AmortizedGuide(nn.Module):
 
     def _learned(self, episode: Episode) -> dict[str, Natural]:
         assert self.encoder is not None
-        features = self.encoder(episode.canonical)
+        features = self.encoder(episode.query.sorted_shots)
         if isinstance(self.prior, SupportPrior):
             assert episode.support is not None
-            features = torch.cat([features, self.prior.encoder(episode.support.canonical)], -1)
+            features = torch.cat([features, self.prior.encoder(episode.support.sorted_shots)], -1)
         naturals = self.prior.natural(episode.support)
-        counts = torch.as_tensor((episode.whole or episode).mask, device=features.device)
-        some = counts.reshape(*counts.shape[:1], -1).any(-1)[
-            ..., None, None
-        ]  # by task, where it isn't said for all
+        some = (episode.query.whole or episode.query).scored.flatten(1).any(-1)[..., None, None]
         return {
             name: naturals[name] + self.prior.sites[name].evidence(piece).where(some, 0.0)
             for name, piece in self.prior.pieces(self.head(features)).items()
@@ -101,11 +96,11 @@ class AmortizedGuide(nn.Module):
         assert self.evidence is not None
         mean, precision = self.prior.gaussian(episode.support)
         mean, precision = (
-            mean.expand(episode.shape[0], -1),
-            precision.expand(episode.shape[0], -1, -1),
+            mean.expand(episode.query.shape[0], -1),
+            precision.expand(episode.query.shape[0], -1, -1),
         )
         problem = Problem(
-            self.prior.program, replace(episode, support=None), self.prior.sites, mean, precision
+            self.prior.program, Episode(None, episode.query), self.prior.sites, mean, precision
         )
         start = (
             mean if self.encoder is None else self.prior.unconstrained(self._learned(episode))[0]
@@ -144,12 +139,14 @@ class AmortizedGuide(nn.Module):
         if program is None:
             return {}
         episode, values = (
-            replace(episode, support=None),
+            Episode(None, episode.query),
             {name: value.detach() for name, value in values.items()},
         )
         with torch.no_grad(), standing_still():
             free = single = observed(program, episode, values)[1]
-            if episode.query is None:  # what would be observed is free too, but it has a time axis
+            if (
+                episode.query.values is None
+            ):  # what would be observed is free too, but it has a time axis
                 one = {
                     name: value.reshape(-1, *value.shape[-2:])[0] for name, value in values.items()
                 }
@@ -157,7 +154,7 @@ class AmortizedGuide(nn.Module):
         return {
             name: dist.Normal(*site).to_event(2)
             for name, site in free.items()
-            if episode.query is not None or single[name].dim() == 4
+            if episode.query.values is not None or single[name].dim() == 4
         }
 
 

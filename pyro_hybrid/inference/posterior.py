@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -15,8 +14,9 @@ from pyro import poutine
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from pyro_hybrid.data.tasks import Episode, Tasks
-from pyro_hybrid.data.validate import checked
+from pyro_hybrid.data.episode import Episode
+from pyro_hybrid.data.tasks import Tasks
+from pyro_hybrid.data.validate import check_episode
 from pyro_hybrid.errors import fail, require
 from pyro_hybrid.evidence.gauss_newton import Program, Site, bare, random_sites
 from pyro_hybrid.inference import arviz_data as _arviz
@@ -54,13 +54,13 @@ summary, save_arviz, load_arviz = _arviz.summary, _arviz.save, _arviz.load
 def draws(model: Program, guide: Program, episode: Episode, num_samples: int) -> dict[str, Tensor]:
     """Posterior draws of every latent site, ``(draw, task, ...)``."""
     _require_some(num_samples)
-    return _latent(_sites(guide, checked(episode), num_samples))
+    return _latent(_sites(guide, check_episode(episode), num_samples))
 
 
 def predict(model: Program, episode: Episode, num_samples: int) -> dict[str, Tensor]:
     """Draws of every site, observations included, from the support and the initial states alone."""
     _require_some(num_samples)
-    return _latent(_sites(model, checked(episode).simulation(), num_samples))
+    return _latent(_sites(model, check_episode(episode).simulation(), num_samples))
 
 
 @torch.no_grad()
@@ -87,9 +87,7 @@ def calibrate(model: HybridModel, tasks: Tasks, prob: float = 0.9) -> Tensor:
     with local_parameters():
         for start in range(0, len(tasks), 100):
             whole = tasks[start : start + 100].episode(tasks.values.shape[1] // 2)
-            one, other = (
-                prior.belief(half) for half in (whole.support, replace(whole, support=None))
-            )
+            one, other = (prior.belief(half) for half in (whole.support, whole.query))
             spread = (one.covariance + other.covariance).diagonal(dim1=-2, dim2=-1).sqrt()
             ratios.append((one.mean - other.mean).abs() / spread)
     expected = torch.special.ndtri(torch.tensor(0.5 + 0.5 * prob, dtype=torch.float64))
@@ -106,13 +104,14 @@ def pareto_k(
     progress: bool = False,
 ) -> NDArray[np.floating]:
     """PSIS k̂ of each task: below 0.7 the guide can be trusted as a proposal for the program's exact posterior."""
-    if episode.query is None:
-        fail("an episode with a query", "query=None", "There is no posterior without data.")
+    episode = check_episode(episode)
+    if episode.query.values is None:
+        fail("a query with values", "values=None", "There is no posterior without data.")
     _require_some(num_samples)
-    size, episode = max(1, AT_ONCE // (num_samples * episode.query[:1].numel())), checked(episode)
-    pieces = torch.arange(episode.shape[0]).split(size)
+    size = max(1, AT_ONCE // (num_samples * episode.query.values[:1].numel()))
+    pieces = torch.arange(episode.query.shape[0]).split(size)
     weights = [
-        _log_weights(model, guide, episode.only(rows), num_samples)
+        _log_weights(model, guide, episode.select_tasks(rows), num_samples)
         for rows in tqdm(
             pieces,
             desc="weighing draws",
@@ -130,7 +129,9 @@ def _log_weights(model: Program, guide: Program, episode: Episode, num_samples: 
     with torch.no_grad(), local_parameters(), pyro.plate("draw", num_samples, dim=-2):
         proposed = poutine.trace(guide).get_trace(episode)
         weighed = poutine.trace(poutine.replay(model, trace=proposed)).get_trace(episode)
-    return (_log_density(weighed) - _log_density(proposed)).expand(num_samples, episode.shape[0])
+    return (_log_density(weighed) - _log_density(proposed)).expand(
+        num_samples, episode.query.shape[0]
+    )
 
 
 def _log_density(trace: poutine.Trace) -> Tensor:
@@ -161,14 +162,14 @@ def to_arviz(
         certificate: what :func:`~pyro_hybrid.certify` said of the program: its verdict becomes the attribute
             ``identified``, and all of it, as JSON, ``certificate``.
     """
+    episode = check_episode(episode)
     require(
-        episode.query is not None,
-        "an episode with a query",
-        "query=None",
+        episode.query.values is not None,
+        "a query with values",
+        "values=None",
         "There is no posterior without data.",
     )
     _require_some(num_samples)
-    episode = checked(episode)
     posterior = draws(model, guide, episode, num_samples)
     prior = predict(model, episode, num_samples)
     again = _sites(poutine.condition(model, posterior), episode.simulation(), num_samples)
@@ -182,12 +183,12 @@ def to_arviz(
         "posterior_predictive": _chained({name: again[name]["value"] for name in sites}),
         "log_likelihood": _chained({name: _by_shot(site) for name, site in sites.items()}),
         "observed_data": {
-            name: _with_gaps(site["value"], episode.seen) for name, site in sites.items()
+            name: _with_gaps(site["value"], episode.query.observed) for name, site in sites.items()
         },
         "constant_data": _constants(episode),
     }
     dims, coords = _labels(groups, names or {})
-    coords["time"] = _numpy(episode.times)
+    coords["time"] = _numpy(episode.query.times)
     num_support = episode.support.shape[1] if episode.support else 0
     attrs: dict[str, str | int | float] = {"num_support": num_support}
     if certificate is not None:
@@ -225,9 +226,11 @@ def _by_shot(site: Site) -> Tensor:
 
 
 def _constants(episode: Episode) -> dict[str, NDArray[np.floating]]:
-    constants = {"initial_measured": _numpy(episode.measured)}
-    if episode.support is not None and episode.support.query is not None:
-        constants["support"] = _with_gaps(episode.support.query, episode.support.seen)
+    constants = {}
+    if episode.query.initial is not None:
+        constants["initial_measured"] = _numpy(episode.query.initial)
+    if episode.support is not None and episode.support.values is not None:
+        constants["support"] = _with_gaps(episode.support.values, episode.support.observed)
     return constants
 
 
@@ -275,8 +278,10 @@ def _chained(values: Mapping[str, Tensor]) -> dict[str, NDArray[np.floating]]:
     return {name: _numpy(value)[None] for name, value in values.items()}
 
 
-def _with_gaps(values: Tensor, seen: Tensor | bool) -> NDArray[np.floating]:
-    return _numpy(values.where(torch.as_tensor(seen, device=values.device), torch.nan))
+def _with_gaps(values: Tensor, seen: Tensor) -> NDArray[np.floating]:
+    if seen.shape != values.shape:
+        return _numpy(values)  # a site of another shape is refused where its axes are named
+    return _numpy(values.where(seen, torch.nan))
 
 
 def _numpy(value: Tensor) -> NDArray[np.floating]:

@@ -10,7 +10,8 @@ from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor, nn
 
 from pyro_hybrid.beliefs.families import Family, FullNormal
-from pyro_hybrid.data.tasks import Episode
+from pyro_hybrid.data.episode import Episode
+from pyro_hybrid.data.shots import Shots
 from pyro_hybrid.errors import fail, require
 from pyro_hybrid.evidence.gauss_newton import Belief, Linearised, Problem, Program
 from pyro_hybrid.nets.encoders import SetEncoder, once
@@ -64,18 +65,18 @@ class Prior(nn.Module):
             )
         return self._program
 
-    def natural(self, support: Episode | None) -> dict[str, Natural]:
+    def natural(self, support: Shots | None) -> dict[str, Natural]:
         """Natural parameters λ(S) of each site, ``(task, component, statistic)``; of the population where S is None."""
         return self._split(self.base)
 
-    def forward(self, support: Episode | None) -> dict[str, Stock]:
+    def forward(self, support: Shots | None) -> dict[str, Stock]:
         """The prior's distributions, one for each site."""
         return {
             name: self.sites[name].distribution(natural)
             for name, natural in self.natural(support).items()
         }
 
-    def gaussian(self, support: Episode | None) -> tuple[Tensor, Tensor]:
+    def gaussian(self, support: Shots | None) -> tuple[Tensor, Tensor]:
         """Mean (task, d) and precision (task, d, d) of all sites in unconstrained coordinates."""
         mean, scale = (x.detach() for x in self.unconstrained(self.natural(support)))
         if support is not None and mean.dim() == 1:
@@ -132,7 +133,7 @@ class SupportPrior(Prior):
 
     >>> import pyro_hybrid as ph
     >>> prior = ph.SupportPrior(ph.SetEncoder(sensors=1, steps=3, features=8), omega=ph.families.LogNormal(1))
-    >>> support = ph.Episode(torch.arange(3.0), torch.zeros(5, 4, 3, 1), (torch.zeros(5, 4),))
+    >>> support = ph.Shots.from_tensors(torch.arange(3.0), torch.zeros(5, 4, 3, 1))
     >>> prior(support)["omega"].batch_shape, prior(support)["omega"].event_shape
     (torch.Size([5]), torch.Size([1]))
     """
@@ -143,32 +144,32 @@ class SupportPrior(Prior):
         super().__init__(sites)
         self.encoder, self.evidence = encoder, evidence
         self.head = nn.Sequential(nn.SiLU(), nn.Linear(encoder.features, self.base.numel()))
-        self._last: tuple[Episode, tuple[float, ...], Belief] | None = None
+        self._last: tuple[Shots, tuple[float, ...], Belief] | None = None
 
-    def natural(self, support: Episode | None) -> dict[str, Natural]:
+    def natural(self, support: Shots | None) -> dict[str, Natural]:
         if support is None:
             return super().natural(None)
         if self.evidence is None:
             return once(self, "natural", support, lambda: self._split(self.propose(support)))
         return handed_out(self.sites, self.belief(support))
 
-    def forward(self, support: Episode | None) -> dict[str, Stock]:
+    def forward(self, support: Shots | None) -> dict[str, Stock]:
         if support is not None and am_i_wrapped() and torch.is_grad_enabled():
             self._train_aside(support)
         return super().forward(support)
 
-    def gaussian(self, support: Episode | None) -> tuple[Tensor, Tensor]:
+    def gaussian(self, support: Shots | None) -> tuple[Tensor, Tensor]:
         if support is None or self.evidence is None:
             return super().gaussian(support)
         belief = self.belief(support)
         return belief.mean, belief.precision
 
-    def propose(self, support: Episode) -> Tensor:
+    def propose(self, support: Shots) -> Tensor:
         """What the encoder alone says, as raw numbers."""
-        return self.head(self.encoder(support.canonical))
+        return self.head(self.encoder(support.sorted_shots))
 
     @torch.no_grad()
-    def belief(self, support: Episode) -> Belief:
+    def belief(self, support: Shots) -> Belief:
         """The support's posterior by computed evidence, with its full precision; the last one is remembered."""
         assert self.evidence is not None
         owner = self.program if isinstance(self.program, nn.Module) else self
@@ -180,13 +181,13 @@ class SupportPrior(Prior):
                 self._last = support, state, self._computed(support)
         return self._last[2]
 
-    def _computed(self, support: Episode) -> Belief:
+    def _computed(self, support: Shots) -> Belief:
         assert self.evidence is not None
         mean, precision = super().gaussian(None)
         tasks = support.shape[0]
         problem = Problem(
             self.program,
-            support.canonical,
+            Episode(None, support.sorted_shots),
             self.sites,
             mean.expand(tasks, -1),
             precision.expand(tasks, -1, -1),
@@ -194,7 +195,7 @@ class SupportPrior(Prior):
         start = self.unconstrained(self._split(self.propose(support)))[0]
         return self.tempered(self.evidence(problem, start), problem.precision)
 
-    def _train_aside(self, support: Episode) -> None:
+    def _train_aside(self, support: Shots) -> None:
         """Train the population, and the encoder where it only proposes, towards what is believed of these tasks."""
         proposed = self.unconstrained(self._split(self.propose(support)))
         targets = [self.unconstrained(self._split(self.base))]

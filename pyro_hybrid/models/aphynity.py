@@ -14,7 +14,7 @@ from pyro.nn import PyroParam
 from torch import Tensor, nn
 
 from pyro_hybrid.beliefs.families import Normal
-from pyro_hybrid.data.tasks import Episode
+from pyro_hybrid.data.episode import Episode
 from pyro_hybrid.dynamics.solve import solve
 from pyro_hybrid.errors import require
 from pyro_hybrid.inference.guide import AmortizedGuide
@@ -49,7 +49,7 @@ class APHYNITY(HybridModel):
     The paper knows one system; latents of many with their KL, a learned noise and inferred initial states are
     additions. The guide reads the query, and never the support. As published, that is one trajectory at a time:
     ``dataclasses.replace(tasks, num_support=shots - 1)`` are tasks whose query is one. A support is read as if it were
-    the query: ``ph.draws(model, guide, episode.support, n)``.
+    the query: ``ph.draws(model, guide, ph.Episode(None, episode.support), n)``.
 
     References:
         Augmenting Physical Models with Deep Networks for Complex Dynamics Forecasting (Yin et al., 2021),
@@ -116,7 +116,7 @@ class APHYNITY(HybridModel):
             }
             unknown = pyro.sample("unknown", p["unknown"])
             start = pyro.sample(
-                "initial", dist.Normal(episode.measured, self.start_noise).to_event(2)
+                "initial", dist.Normal(episode.query.measured_initial, self.start_noise).to_event(2)
             )
 
             force = self.residual.given(
@@ -125,15 +125,15 @@ class APHYNITY(HybridModel):
             states = solve(
                 self.system.known(physics, force),
                 start if self.system.grid else start.unbind(-1),
-                episode.times,
+                episode.query.times,
                 **self.steps,
             )
             mean = self.system.observe(states)
             if self.constraint.applies(episode):
-                norm = squared_norm(self.system, physics, force, episode.times, states)
+                norm = squared_norm(self.system, physics, force, episode.query.times, states)
                 pyro.factor("least", -self.constraint(norm, mean, self.noise, episode))
-            x = dist.Normal(mean, self.noise).mask(episode.mask)
-            return pyro.sample("x", x.to_event(3), obs=episode.query)
+            x = dist.Normal(mean, self.noise).mask(episode.query.scored)
+            return pyro.sample("x", x.to_event(3), obs=episode.query.values)
 
 
 class OriginalAPHYNITY(HybridModel):
@@ -201,10 +201,11 @@ class OriginalAPHYNITY(HybridModel):
 
     def trajectories(self, episode: Episode) -> Tensor:
         """States at all times, from the measured initial ones."""
+        initial = episode.query.measured_initial
         return solve(
             self.system.known(self.physics(), self.force()),
-            episode.initial,
-            episode.times,
+            initial if self.system.grid else initial.unbind(-1),
+            episode.query.times,
             **self.steps,
         )
 
@@ -214,11 +215,11 @@ class OriginalAPHYNITY(HybridModel):
             mean, noise = self.system.observe(states), states.new_ones(())
             if self.constraint.applies(episode):
                 norm = squared_norm(
-                    self.system, self.physics(), self.force(), episode.times, states
+                    self.system, self.physics(), self.force(), episode.query.times, states
                 )
                 pyro.factor("least", -self.constraint(norm, mean, noise, episode))
-            x = dist.Normal(mean, noise).mask(episode.mask)
-            return pyro.sample("x", x.to_event(3), obs=episode.query)
+            x = dist.Normal(mean, noise).mask(episode.query.scored)
+            return pyro.sample("x", x.to_event(3), obs=episode.query.values)
 
 
 class Constraint(nn.Module):
@@ -241,26 +242,22 @@ class Constraint(nn.Module):
 
     def applies(self, episode: Episode) -> bool:
         """Whether a run is one of training, and not a look or a simulation."""
-        return self.training and torch.is_grad_enabled() and episode.query is not None
+        return self.training and torch.is_grad_enabled() and episode.query.values is not None
 
     def forward(self, norm: Tensor, mean: Tensor, noise: Tensor, episode: Episode) -> Tensor:
         r""":math:`n \lVert f_N \rVert^2 / 2 \sigma^2 \lambda` of each task; its gradient makes :math:`\lambda` grow.
 
         A task has the n of its whole trajectories, however many segments of them are looked at.
         """
-        whole = episode.whole or episode
-        assert episode.query is not None and whole.query is not None  # for the type checker
+        whole = episode.query.whole or episode.query
+        values = episode.query.values
+        assert values is not None  # for the type checker
         with torch.no_grad():
             variance = noise.square().mean()
-            counts = torch.as_tensor(episode.mask, device=norm.device).expand_as(episode.query)
-            errors = ((episode.query - mean) / noise).square().where(counts, 0.0)
+            counts = episode.query.scored
+            errors = ((values - mean) / noise).square().where(counts, 0.0)
             loss = variance * errors.sum() / (counts.sum() * errors.numel() / counts.numel())
-            n = (
-                torch.as_tensor(whole.mask, device=norm.device)
-                .expand_as(whole.query)
-                .flatten(1)
-                .sum(1)
-            )
+            n = whole.scored.flatten(1).sum(1)
         if norm.requires_grad:
             norm.register_hook(partial(self._grow, loss))
         return n / (2.0 * variance * self.weight.to(norm)) * norm

@@ -12,7 +12,8 @@ from pyro.nn import PyroParam
 from torch import Tensor, nn
 
 from pyro_hybrid.beliefs.families import Normal
-from pyro_hybrid.data.tasks import Episode
+from pyro_hybrid.data.episode import Episode
+from pyro_hybrid.data.shots import Shots
 from pyro_hybrid.dynamics.solve import solve
 from pyro_hybrid.errors import require
 from pyro_hybrid.inference.prior import Prior, UnconditionalPrior
@@ -51,7 +52,7 @@ class HybridVAE(HybridModel):
 
     The guide reads the query, and never the support. As published, that is one trajectory at a time:
     ``dataclasses.replace(tasks, num_support=shots - 1)`` are tasks whose query is one. A support is read as if it were
-    the query: ``ph.draws(model, guide, episode.support, n)``.
+    the query: ``ph.draws(model, guide, ph.Episode(None, episode.support), n)``.
 
     References:
         Physics-Integrated Variational Autoencoders for Robust and Interpretable Generative Modeling (Takeishi and
@@ -125,11 +126,11 @@ class HybridVAE(HybridModel):
             unknown = pyro.sample("unknown", p["unknown"])
             outside = pyro.sample("outside", p["outside"]) if "outside" in p else None
 
-            inside = self.observed(physics, self.force(unknown), episode)
-            mean = self.corrected(inside, outside, episode.times)
+            inside = self.observed(physics, self.force(unknown), episode.query)
+            mean = self.corrected(inside, outside, episode.query.times)
             if read and self.discrepancy:
-                bare = self.observed(physics, self.nothing, episode)
-                parts = inside, self.corrected(bare, outside, episode.times), bare
+                bare = self.observed(physics, self.nothing, episode.query)
+                parts = inside, self.corrected(bare, outside, episode.query.times), bare
                 pyro.factor(
                     "discrepancy", -self.discrepancy * self.beyond_physics(mean, *parts, read)
                 )
@@ -137,12 +138,12 @@ class HybridVAE(HybridModel):
                 pyro.factor("unmixing", -self.unmixing * self.mixed(physics, read))
             if read and self.recovery:
                 pyro.factor("recovery", -self.recovery * self.misread(read))
-            x = dist.Normal(mean, self.noise).mask(episode.mask)
-            return pyro.sample("x", x.to_event(3), obs=episode.query)
+            x = dist.Normal(mean, self.noise).mask(episode.query.scored)
+            return pyro.sample("x", x.to_event(3), obs=episode.query.values)
 
     def to_answer_for(self, episode: Episode) -> Reading | None:
         """What the guide has read, while training."""
-        training = self.training and torch.is_grad_enabled() and episode.query is not None
+        training = self.training and torch.is_grad_enabled() and episode.query.values is not None
         return self.encoder.read(episode) if training else None
 
     def force(self, unknown: Tensor) -> Force:
@@ -156,12 +157,12 @@ class HybridVAE(HybridModel):
         zero = torch.zeros_like(inputs[-1])
         return zero if self.system.outputs == 1 else (zero,) * self.system.outputs
 
-    def observed(self, physics: dict[str, Tensor], force: Force, episode: Episode) -> Tensor:
+    def observed(self, physics: dict[str, Tensor], force: Force, shots: Shots) -> Tensor:
         """What sensors would show of the equations with this force, without noise."""
         field = self.system.known(physics, force)
-        return self.system.observe(
-            solve(field, episode.initial, episode.times, substeps=self.substeps)
-        )
+        initial = shots.measured_initial
+        start = initial if self.system.grid else initial.unbind(-1)
+        return self.system.observe(solve(field, start, shots.times, substeps=self.substeps))
 
     def corrected(self, sensors: Tensor, outside: Tensor | None, times: Times) -> Tensor:
         """Sensors (..., time, sensor) with the neural correction of the observation, if there is one."""
@@ -234,7 +235,7 @@ def _correction(system: System, latents: int, width: int, depth: int) -> Residua
 class Reading(NamedTuple):
     """What a guide made of the shots that it read, all of them whole."""
 
-    shots: Episode
+    shots: Shots
     natural: dict[str, Natural]
     unmixed: Trajectories
 
@@ -291,31 +292,27 @@ class PhysicsGuide(nn.Module):
 
     def read(self, episode: Episode) -> Reading | None:
         """What it makes of the query; None where there is none."""
-        whole = episode.whole or episode
-        return (
-            None if whole.query is None else once(self, "shots", episode, lambda: self._read(whole))
-        )
+        whole = episode.query.whole or episode.query
+        if whole.values is None:
+            return None
+        return once(self, "shots", episode, lambda: self._read(whole))
 
     def recovered(self, values: Trajectories) -> dict[str, Latent]:
         """Unconstrained physics latents that it sees in unmixed trajectories, (task, shot, component)."""
-        features = self._features(self.second, values, True)
+        features = self._features(self.second, values, None)
         return {
             name: self.prior.sites[name].gaussian(self._evidence(name, features))[0]
             for name in self.physics
         }
 
-    def _read(self, shots: Episode) -> Reading:
-        values = torch.as_tensor(shots.query)
-        seen, counts = (
-            torch.as_tensor(x, device=values.device).expand_as(values)
-            for x in (shots.seen, shots.mask)
-        )
+    def _read(self, shots: Shots) -> Reading:
+        values, seen, counts = torch.as_tensor(shots.values), shots.observed, shots.scored
         neural = self._believed(self.neural, self._features(self.first, values, seen), counts)
         latents = torch.cat(
             [self.prior.sites[name].gaussian(neural[name])[0] for name in self.neural], -1
         )
         unmixed = self._unmixed(values, seen, latents)
-        physics = self._believed(self.physics, self._features(self.second, unmixed, True), counts)
+        physics = self._believed(self.physics, self._features(self.second, unmixed, None), counts)
         return Reading(shots, physics | neural, unmixed)
 
     def _unmixed(self, values: Tensor, seen: Tensor, latents: Tensor) -> Trajectories:
@@ -338,11 +335,12 @@ class PhysicsGuide(nn.Module):
         family = self.prior.sites[name]
         return family.evidence(self.heads[name](features).unflatten(-1, (family.n, family.k)))
 
-    def _features(self, encoder: SetEncoder, values: Trajectories, seen: Tensor | bool) -> Tensor:
+    def _features(self, encoder: SetEncoder, values: Trajectories, seen: Tensor | None) -> Tensor:
         """Every shot as a set of its own: (task, shot, features)."""
         one_by_one = values.flatten(0, 1).unsqueeze(1)
-        seen = seen.flatten(0, 1).unsqueeze(1) if isinstance(seen, Tensor) else seen
-        starts = one_by_one[:, :, 0].unbind(-1)
-        return encoder(Episode(values[0, 0, :, 0], one_by_one, starts, seen=seen)).unflatten(
-            0, values.shape[:2]
+        shots = Shots.from_tensors(
+            values[0, 0, :, 0],  # an encoder reads no times
+            one_by_one,
+            observed=None if seen is None else seen.flatten(0, 1).unsqueeze(1),
         )
+        return encoder(shots).unflatten(0, values.shape[:2])

@@ -12,7 +12,8 @@ from pyro.nn import PyroParam
 from torch import Tensor
 
 from pyro_hybrid.beliefs.families import Normal
-from pyro_hybrid.data.tasks import Episode, Tasks
+from pyro_hybrid.data.episode import Episode
+from pyro_hybrid.data.tasks import Tasks
 from pyro_hybrid.dynamics.solve import solve
 from pyro_hybrid.errors import require
 from pyro_hybrid.evidence.gauss_newton import Linearised
@@ -129,10 +130,10 @@ class MetaHybridVAE(HybridModel):
             }
             unknown = pyro.sample("unknown", p["unknown"])
             start = pyro.sample(
-                "initial", dist.Normal(episode.measured, self.start_noise).to_event(2)
+                "initial", dist.Normal(episode.query.measured_initial, self.start_noise).to_event(2)
             )
 
-            states = self.trajectories(physics, unknown, start, episode.times)
+            states = self.trajectories(physics, unknown, start, episode.query.times)
             if self.training and torch.is_grad_enabled() and (self.correction or self.straightness):
                 latents = (
                     {name: value.detach() for name, value in physics.items()},
@@ -141,8 +142,8 @@ class MetaHybridVAE(HybridModel):
                 pyro.factor(
                     "preference", -self.objections(*latents, *self.places(episode, states.detach()))
                 )
-            x = dist.Normal(self.system.observe(states), self.noise).mask(episode.mask)
-            return pyro.sample("x", x.to_event(3), obs=episode.query)
+            x = dist.Normal(self.system.observe(states), self.noise).mask(episode.query.scored)
+            return pyro.sample("x", x.to_event(3), obs=episode.query.values)
 
     def trajectories(
         self, physics: dict[str, Tensor], unknown: Tensor, start: Tensor, times: Tensor
@@ -203,23 +204,25 @@ class MetaHybridVAE(HybridModel):
             points,
             "Leave points out for as many as are needed.",
         )
-        episode = tasks.shots(slice(None))
+        shots = tasks.shots()
         if self.system.grid:
-            fields = episode.measured.flatten(0, 1)[: points or 512]
-            self.clock, self.samples = episode.times[:1].expand(len(fields)), fields
+            fields = shots.measured_initial.flatten(0, 1)[: points or 512]
+            self.clock, self.samples = shots.times[:1].expand(len(fields)), fields
             return
         self.clock = self.samples = None
         average = {name: fn.mean.expand(len(tasks), -1) for name, fn in self.prior(None).items()}
         unknown = average.pop("unknown")
         physics = {name: value[..., None, 0] for name, value in average.items()}
-        states = self.trajectories(physics, unknown, episode.measured, episode.times).flatten(0, -2)
+        states = self.trajectories(physics, unknown, shots.measured_initial, shots.times).flatten(
+            0, -2
+        )
         states = states[states.isfinite().all(-1)].sort(0).values
         even = torch.quasirandom.SobolEngine(states.shape[-1] + 1, scramble=True, seed=0).draw(
             points or 2048
         )
         rank = (0.05 + 0.9 * even.to(states.device)).to(states.dtype)
         self.samples = states.gather(0, (rank[:, 1:] * (len(states) - 1)).round().long())
-        self.clock = episode.times[0] + rank[:, 0] * (episode.times[-1] - episode.times[0])
+        self.clock = shots.times[0] + rank[:, 0] * (shots.times[-1] - shots.times[0])
 
     def force(self, unknown: Tensor) -> Force:
         """The neural force, given neural latents (..., task, component)."""
@@ -229,11 +232,11 @@ class MetaHybridVAE(HybridModel):
 
     def places(self, episode: Episode, states: Tensor) -> tuple[Tensor, Tensor]:
         """Times and states at which a neural force is judged: along the trajectories; of fields, the initial ones."""
-        whole = episode.whole or episode
+        whole = episode.query.whole or episode.query
         return (
-            (whole.times[:1], whole.measured.unsqueeze(-2))
+            (whole.times[:1], whole.measured_initial.unsqueeze(-2))
             if self.system.grid
-            else (episode.times, states)
+            else (episode.query.times, states)
         )
 
     def objections(

@@ -14,7 +14,7 @@ from pyro_hybrid.dynamics.modes import inside
 from pyro_hybrid.errors import fail, require
 
 if TYPE_CHECKING:
-    from pyro_hybrid.data.tasks import Episode
+    from pyro_hybrid.data.shots import Shots
 
 __all__ = ["SetEncoder", "once", "reading_once"]
 
@@ -80,27 +80,27 @@ class SetEncoder(nn.Module):
             .clamp(min=1e-6)
         )
 
-    def shots(self, episode: Episode) -> Tensor:
+    def shots(self, shots: Shots) -> Tensor:
         """Features of each trajectory by itself, ``(task, shot, features)``."""
-        whole = episode.whole or episode
-        values = whole.query
+        whole = shots.whole or shots
+        values = whole.values
         if values is None:
             fail(
-                "an episode with observations",
-                "query=None",
+                "shots with values",
+                "values=None",
                 "An encoder reads trajectories; simulate from the prior instead.",
             )
         self._check(values)
-        seen = torch.as_tensor(whole.seen, device=values.device).expand_as(values)
+        seen = whole.observed
         standard = ((values - self.centre) / self.scale).where(seen, 0.0)
         return self.each(torch.cat([standard, seen.to(values.dtype)], -1).flatten(-2))
 
-    def forward(self, episode: Episode) -> Tensor:
+    def forward(self, shots: Shots) -> Tensor:
         """Features of the set, ``(task, features)``."""
-        return once(self, "features", episode, lambda: self._features(episode))
+        return once(self, "features", shots, lambda: self._features(shots))
 
-    def _features(self, episode: Episode) -> Tensor:
-        each = self.shots(episode)
+    def _features(self, shots: Shots) -> Tensor:
+        each = self.shots(shots)
         size = each.new_full((*each.shape[:-2], 1), each.shape[-2]).log()
         return self.joint(torch.cat([each.mean(-2), size], -1))
 

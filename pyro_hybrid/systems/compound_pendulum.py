@@ -9,6 +9,7 @@ import torch
 from scipy.optimize import least_squares
 from torch import Tensor
 
+from pyro_hybrid.data.segments import truncate
 from pyro_hybrid.data.tasks import Tasks
 from pyro_hybrid.dynamics.solve import Field, failures_as_values, solve
 from pyro_hybrid.errors import fail, require
@@ -92,18 +93,19 @@ def open_loop(
     model: Model, parameters: Tensor, tasks: Tasks, seconds: float = torch.inf
 ) -> tuple[Tensor, Tensor]:
     """Predicted states from the measured initial ones, and the observed angles, ``(task, shot, time, ...)``."""
-    if tasks.truth is None or "scale" not in tasks.truth:
+    if tasks.true_latents is None or "scale" not in tasks.true_latents:
         fail(
-            "tasks with the scale of their clocks in truth",
-            list(tasks.truth or ()),
+            "tasks with the scale of their clocks in true_latents",
+            list(tasks.true_latents or ()),
             "Make them with Recordings.tasks(...).",
         )
-    episode = tasks.shots(slice(None)).double()
-    steps = min(seconds / float(episode.times[1] - episode.times[0]), float(len(episode.times)))
-    few = episode.until(max(1, round(steps)))
+    shots = tasks.shots().double()
+    steps = min(seconds / float(shots.times[1] - shots.times[0]), float(len(shots.times)))
+    few = truncate(shots, max(1, round(steps)))
+    initial = few.measured_initial.unbind(-1)
     with failures_as_values():
         states = solve(
-            model(parameters, tasks.truth["scale"].double()), few.initial, few.times, substeps=2
+            model(parameters, tasks.true_latents["scale"].double()), initial, few.times, substeps=2
         )
     return states, tasks.values[:, :, : len(few.times)].double()
 

@@ -79,11 +79,7 @@ class DoublePendulum(System):
     def initial(self, draw: Callable[[str], Tensor]) -> State:
         return draw("angle"), draw("angle"), draw("speed"), draw("speed")
 
-    def measured(self, values: Tensor) -> State:
-        angles = values[..., :2].unbind(-1)
-        speeds = (
-            tuple(torch.zeros_like(x) for x in angles)
-            if self.sensors == 2
-            else values[..., 2:].unbind(-1)
-        )
-        return (*angles, *speeds)
+    def measured(self, values: Tensor) -> Tensor:
+        if self.sensors > 2:
+            return values
+        return torch.cat([values, torch.zeros_like(values)], -1)

@@ -72,5 +72,6 @@ class ForcedPendulum(System):
         angle = draw("angle")
         return angle, torch.zeros_like(angle)
 
-    def measured(self, values: Tensor) -> State:
-        return values[..., 0], torch.zeros_like(values[..., 0])
+    def measured(self, values: Tensor) -> Tensor:
+        angle = values[..., :1]
+        return torch.cat([angle, torch.zeros_like(angle)], -1)

@@ -68,9 +68,7 @@ class Pendulum(System):
     def initial(self, draw: Callable[[str], Tensor]) -> State:
         return draw("angle"), draw("speed")
 
-    def measured(self, values: Tensor) -> State:
-        return (
-            (values[..., 0], torch.zeros_like(values[..., 0]))
-            if self.angles_only
-            else values.unbind(-1)
-        )
+    def measured(self, values: Tensor) -> Tensor:
+        if not self.angles_only:
+            return values
+        return torch.cat([values, torch.zeros_like(values)], -1)

@@ -156,9 +156,9 @@ class Recordings:
         return Tasks.from_trajectories(
             clock.float(),
             states[..., :2].contiguous(),
-            initial=states.unbind(-1),
+            initial=states,
             num_support=shots // 2 if num_support is None else num_support,
-            truth=truth,
+            true_latents=truth,
         )
 
     def _windows(

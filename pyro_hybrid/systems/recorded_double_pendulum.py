@@ -123,7 +123,7 @@ class RecordedDoublePendulum(System):
         fail(
             "a system whose torques are known",
             "a real pendulum",
-            "Judge the latents by Tasks.truth: tasks made from recordings know how fast their clocks run.",
+            "Judge the latents by Tasks.true_latents: tasks made from recordings know how fast their clocks run.",
             NotImplementedError,
         )
 
@@ -136,6 +136,5 @@ class RecordedDoublePendulum(System):
             NotImplementedError,
         )
 
-    def measured(self, values: Tensor) -> State:
-        upper, lower = values.unbind(-1)
-        return upper, lower, torch.zeros_like(upper), torch.zeros_like(lower)
+    def measured(self, values: Tensor) -> Tensor:
+        return torch.cat([values, torch.zeros_like(values)], -1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import pyro
@@ -13,7 +12,9 @@ import torch
 from torch import Tensor
 
 from pyro_hybrid.beliefs.families import Family, Normal
-from pyro_hybrid.data.tasks import Episode, Tasks
+from pyro_hybrid.data.episode import Episode
+from pyro_hybrid.data.shots import Shots
+from pyro_hybrid.data.tasks import Tasks
 from pyro_hybrid.dynamics.solve import Field, solve
 from pyro_hybrid.errors import require
 from pyro_hybrid.evidence.gauss_newton import Problem, information
@@ -78,9 +79,9 @@ class System(ABC):
         """States (..., time, component) to noise-free sensors (..., time, sensor): the first components."""
         return states[..., : self.sensors]
 
-    def measured(self, values: Tensor) -> State:
+    def measured(self, values: Tensor) -> Tensor:
         """What sensors say about the state at every time: centres for the inference of initial and restart states."""
-        return values if self.grid else values.unbind(-1)
+        return values
 
     def full(self, latents: Mapping[str, Tensor]) -> Field:
         """The true equations, of latents (..., task, component) by name: the physics ones and ``unknown``."""
@@ -93,7 +94,7 @@ class System(ABC):
 
     def program(self, episode: Episode) -> Tensor:
         """The true system as a Pyro program, with flat priors: for reference posteriors and Cramér-Rao bounds."""
-        measured = episode.measured
+        measured = episode.query.measured_initial
         spread = measured.new_tensor(self.start_noise)
 
         def flat(site: str, *names: str) -> Tensor:
@@ -108,31 +109,29 @@ class System(ABC):
             states = solve(
                 self.full(latents),
                 start if self.grid else start.unbind(-1),
-                episode.times,
+                episode.query.times,
                 substeps=4,
             )
             x = dist.Normal(self.observe(states), measured.new_tensor(self.noise)).mask(
-                episode.mask
+                episode.query.scored
             )
-            return pyro.sample("x", x.to_event(3), obs=episode.query)
+            return pyro.sample("x", x.to_event(3), obs=episode.query.values)
 
-    def cramer_rao(self, support: Episode, truth: Mapping[str, Tensor]) -> Tensor:
+    def cramer_rao(self, support: Shots, truth: Mapping[str, Tensor]) -> Tensor:
         """Smallest variance of an unbiased estimate of every latent from the support, (task, component).
 
         Computed from the true system at the true latents, the initial states being unknown but for their measurement.
         """
         require(
-            support.query is not None,
-            "a support with observations",
-            "query=None",
+            support.values is not None,
+            "a support with values",
+            "values=None",
             "Pass tasks.episode().support.",
         )
         families = {name: Normal(value.shape[-1]) for name, value in truth.items()}
         latents = torch.cat(list(truth.values()), -1).double()
         flat = latents.new_zeros(*latents.shape, latents.shape[-1])
-        problem = Problem(
-            self.program, replace(support, support=None).double(), families, latents, flat
-        )
+        problem = Problem(self.program, Episode(None, support).double(), families, latents, flat)
         return torch.linalg.inv(information(problem, latents)).diagonal(dim1=-2, dim2=-1)
 
     def simulate(
@@ -164,5 +163,5 @@ class System(ABC):
             values,
             initial=self.measured(values),
             num_support=shots // 2 if num_support is None else num_support,
-            truth={name: value.float() for name, value in latents.items()},
+            true_latents={name: value.float() for name, value in latents.items()},
         )

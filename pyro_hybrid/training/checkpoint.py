@@ -124,15 +124,12 @@ def digest(tasks: Tasks | None) -> str | None:
     """What tells a data set from another."""
     if tasks is None:
         return None
-    states = tasks.states if isinstance(tasks.states, tuple) else (tasks.states,)
     found = hashlib.sha256(str(tasks.num_support).encode())
-    for part in (
-        tasks.times,
-        tasks.values,
-        *states,
-        torch.as_tensor(tasks.mask),
-        torch.as_tensor(tasks.seen),
-    ):
+    for name in ("times", "values", "initial", "states", "scored", "observed", "inputs"):
+        part = getattr(tasks, name)
+        if part is None:
+            found.update(f"no {name}".encode())
+            continue
         found.update(f"{tuple(part.shape)} {part.dtype}".encode())
         found.update(part.detach().cpu().contiguous().numpy().tobytes())
     return found.hexdigest()

@@ -8,14 +8,16 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import pyro
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from pyro_hybrid.data.tasks import Episode, Tasks
+from pyro_hybrid.data.episode import Episode
+from pyro_hybrid.data.segments import select_segments, to_segments, truncate
+from pyro_hybrid.data.tasks import Tasks
 from pyro_hybrid.dynamics.rk4 import seconds_compiling
 from pyro_hybrid.dynamics.solve import SolverError, failures_as_values
 from pyro_hybrid.training.checkpoint import Checkpoints, Fit, Parameters, parameters, put_back
@@ -37,7 +39,9 @@ class TrainingError(RuntimeError):
 
 def _shortened(episode: Episode, length: Length) -> Episode:
     steps, horizon = length if isinstance(length, tuple) else (length, None)
-    return (episode if horizon is None else episode.until(horizon)).cut(steps)
+    if horizon is not None:
+        episode = episode.map_shots(lambda shots: truncate(shots, horizon))
+    return episode.map_shots(lambda shots: to_segments(shots, steps))
 
 
 @dataclass
@@ -200,7 +204,7 @@ class Loop:
         if step % 50 == 0:
             self.good = self._state()  # before the step: that of a finite loss
         self.svi.optim.step()
-        self.run_of_skips, size = 0, self.episode.shape[0]
+        self.run_of_skips, size = 0, self.episode.query.shape[0]
         self.fit.loss.append(loss / size)
         log_likelihood = terms.log_likelihood / self.svi.elbo.elbo.num_particles
         self.fit.log_likelihood.append(log_likelihood / size)
@@ -211,9 +215,9 @@ class Loop:
     ) -> tuple[float, Terms]:
         """The loss, its gradients left on the parameters, and what it consists of."""
         with self._drawn(step, episode) as (sampled, share):
-            self.episode = sampled if kept is None else sampled.only(kept)
+            self.episode = sampled if kept is None else sampled.select_tasks(kept)
             self.rows = rows if kept is None else rows[kept]
-            with Terms(weight, 1.0 / share, self.episode.shape[1]) as terms:
+            with Terms(weight, 1.0 / share, self.episode.query.shape[1]) as terms:
                 return self._loss(self.episode, checked=step == 0), terms
 
     def _without_the_lost(
@@ -222,7 +226,7 @@ class Loop:
         """The same again without the tasks whose densities aren't finite, if there are others."""
         with (
             self._drawn(step, episode) as (sampled, _),
-            Lost(sampled.shape[0]) as found,
+            Lost(sampled.query.shape[0]) as found,
             failures_as_values(),
             pyro.validation_enabled(False),
             contextlib.suppress(SolverError, ValueError, torch.linalg.LinAlgError),
@@ -261,12 +265,12 @@ class Loop:
 
     def _sample(self, episode: Episode) -> tuple[Episode, float]:
         """Some of its segments, and their share."""
-        number, shots = episode.shape[1], (episode.uncut or episode).shape[1]
+        number, shots = episode.query.shape[1], (episode.query.uncut or episode.query).shape[1]
         if self.segments is None or self.segments * shots >= number:
             return episode, 1.0
-        return episode.some(
-            torch.randperm(number)[: self.segments * shots]
-        ), self.segments * shots / number
+        chosen = torch.randperm(number)[: self.segments * shots]
+        sample = replace(episode, query=select_segments(episode.query, chosen))
+        return sample, self.segments * shots / number
 
     def _loss(self, episode: Episode, *, checked: bool) -> float:
         """The loss, its gradients left on the parameters; NaN where the numbers are wrong, and not the program."""

@@ -164,7 +164,7 @@ def _adam(
 def _standardise(model: nn.Module, guide: nn.Module, tasks: Tasks) -> None:
     for module in {*model.modules(), *guide.modules()}:
         if isinstance(module, SetEncoder):
-            module.standardise(tasks.values.to(module.centre.device), tasks.seen)
+            module.standardise(tasks.values.to(module.centre.device), tasks.observed)
 
 
 def _plan(curriculum: Mapping[float, Length] | None, tasks: Tasks) -> Plan:
@@ -177,6 +177,6 @@ def _plan(curriculum: Mapping[float, Length] | None, tasks: Tasks) -> Plan:
         )
         return dict(sorted(curriculum.items()))
     last = len(tasks.times) - 1
-    if not tasks.timed or last < 14:
+    if tasks.states is None or last < 14:
         return {0.0: None}
     return {0.0: last // 7, 0.25: 2 * last // 7, 0.5: None}

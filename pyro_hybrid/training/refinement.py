@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from pyro_hybrid.data.episode import Episode
 from pyro_hybrid.data.tasks import Tasks
 from pyro_hybrid.errors import fail, require
 from pyro_hybrid.evidence.gauss_newton import Linearised, Point, Problem, observed
@@ -161,7 +162,7 @@ def _read(
     mean, precision = prior.gaussian(None)
     problem = Problem(
         model,
-        tasks.shots(slice(None)),
+        Episode(None, tasks.shots()),
         prior.sites,
         mean.expand(len(tasks), -1),
         precision.expand(len(tasks), -1, -1),

@@ -9,7 +9,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_hybrid.data.tasks import Episode
+from pyro_hybrid.data.episode import Episode
 from pyro_hybrid.dynamics.rk4 import steps_halved
 from pyro_hybrid.dynamics.solve import failures_as_values
 from pyro_hybrid.errors import require
@@ -43,11 +43,13 @@ def step_error(program: Program, episode: Episode) -> StepError:
     >>> def swing(episode):
     ...     with episode.plate:
     ...         rate = pyro.sample("rate", dist.LogNormal(torch.zeros(1), 0.1).to_event(1))
-    ...         x = ph.solve(lambda t, y: (y[1], -rate * y[0]), episode.initial, episode.times)
-    ...         pyro.sample("x", dist.Normal(x, 0.01).to_event(3), obs=episode.query)
+    ...         shots = episode.query
+    ...         x = ph.solve(lambda t, y: (y[1], -rate * y[0]), shots.initial.unbind(-1), shots.times)
+    ...         pyro.sample("x", dist.Normal(x, 0.01).to_event(3), obs=shots.values)
     >>> still = torch.zeros(3, 1)
-    >>> episode = ph.Episode(torch.arange(10.0), torch.zeros(3, 1, 10, 2), (still + 1.0, still))
-    >>> step_error(swing, episode).typical > 1.0  # steps of a sixth of a period are too long
+    >>> start = torch.tensor([1.0, 0.0]).expand(3, 1, 2)
+    >>> shots = ph.Shots.from_tensors(torch.arange(10.0), torch.zeros(3, 1, 10, 2), start)
+    >>> step_error(swing, ph.Episode(None, shots)).typical > 1.0  # steps of a sixth of a period are too long
     True
     """
     with poutine.block(), failures_as_values():
@@ -62,7 +64,7 @@ def step_error(program: Program, episode: Episode) -> StepError:
         bool(now),
         "a program that observes something",
         "no observed sample site with data",
-        "Pass an episode with a query, and obs=episode.query in the program.",
+        "Pass an episode whose query has values, and obs=episode.query.values in the program.",
     )
     errors = [
         ((a.mean - b.mean) / b.scale).where(b.mask, 0.0).nan_to_num(torch.inf).flatten(1)

@@ -84,9 +84,9 @@ def _queries(tasks: ph.Tasks) -> ph.Episode:
 
 
 def _part(episode: ph.Episode, index: Tensor) -> ph.Episode:
-    return ph.Episode(
-        episode.times, episode.query[index, :1], tuple(x[index, :1] for x in episode.initial)
-    )
+    query = episode.query
+    shots = ph.Shots.from_tensors(query.times, query.values[index, :1], query.initial[index, :1])
+    return ph.Episode(None, shots)
 
 
 def ours(
@@ -149,9 +149,9 @@ def jax_rows(problem: Problem) -> dict[str, Callable[[], Step]]:
 
     episode = problem.episode
     batch = (
-        episode.times.numpy(),
-        torch.cat(episode.initial, -1).numpy(),
-        episode.query[:, 0].numpy(),
+        episode.query.times.numpy(),
+        episode.query.initial[:, 0].numpy(),
+        episode.query.values[:, 0].numpy(),
     )
     start = rivals_jax.weights(*problem.fresh())
     ways = {
@@ -223,9 +223,9 @@ def bound(batch: int, evaluations: int, rounds: int = 50) -> float:
 def errors(problem: Problem) -> dict[str, float]:
     """Root mean square error of each integrator's trajectories, in units of the sensors' noise."""
     residual, encoder = problem.fresh()
-    mean = encoder(problem.episode.query)[0]
+    mean = encoder(problem.episode.query.values)[0]
     rate, z = (2.0 * mean[:, :1]).exp(), mean[:, 1:]
-    start, times = torch.cat(problem.episode.initial, -1), problem.episode.times
+    start, times = problem.episode.query.initial[:, 0], problem.episode.query.times
     plain = rivals.PlainTerm(residual).to(problem.device)
 
     def states(integrate: Callable[..., Tensor], exact: bool = False) -> Tensor:
@@ -264,7 +264,7 @@ def evidence(problem: Problem, compile: bool) -> Step:
     model = rivals.Ours(residual, step=LONGER, compile=compile)
     families = {"log_omega": ph.families.Normal(1), "unknown": ph.families.Normal(rivals.LATENTS)}
     with torch.no_grad():
-        mean = encoder(problem.episode.query)[0]
+        mean = encoder(problem.episode.query.values)[0]
     precision = torch.eye(mean.shape[-1], device=mean.device).expand(len(mean), -1, -1)
 
     def step() -> float:

@@ -36,7 +36,9 @@ def queries(tasks: int, seed: int = 0, size: int = SIZE) -> ph.Episode:
 
 def part(episode: ph.Episode, index: Tensor) -> ph.Episode:
     """The first query shot of some tasks."""
-    return ph.Episode(episode.times, episode.query[index, :1], episode.initial[index, :1])
+    query = episode.query
+    shots = ph.Shots.from_tensors(query.times, query.values[index, :1], query.initial[index, :1])
+    return ph.Episode(None, shots)
 
 
 def residual() -> ph.Residual:
@@ -60,7 +62,7 @@ class Guide(PyroModule):
         self.encoder = encoder
 
     def forward(self, episode: ph.Episode) -> None:
-        mean, scale = self.encoder(episode.query)
+        mean, scale = self.encoder(episode.query.values)
         with episode.plate:
             pyro.sample("log_diffusion", dist.Normal(mean[:, :1], scale[:, :1]).to_event(1))
             pyro.sample("unknown", dist.Normal(mean[:, 1:], scale[:, 1:]).to_event(1))
@@ -86,8 +88,9 @@ class Ours(ph.HybridModel):
             field = self.system.known(
                 {"diffusion": log_diffusion.exp()}, self.residual.given(z[..., None, None, :])
             )
-            states = ph.solve(field, episode.initial, episode.times, **self.options)
-            pyro.sample("x", dist.Normal(states, NOISE).to_event(3), obs=episode.query)
+            shots = episode.query
+            states = ph.solve(field, shots.initial, shots.times, **self.options)
+            pyro.sample("x", dist.Normal(states, NOISE).to_event(3), obs=shots.values)
 
 
 class PlainTerm(nn.Module):
@@ -129,11 +132,11 @@ class Plain(PyroModule):
             z = pyro.sample("unknown", dist.Normal(torch.zeros(LATENTS), 1.0).to_event(1))
             field = plain_field(self.term, log_diffusion.exp(), z)
             states = (
-                self.integrate(field, episode.initial[:, 0], episode.times)
+                self.integrate(field, episode.query.initial[:, 0], episode.query.times)
                 .transpose(0, 1)
                 .unsqueeze(1)
             )
-            pyro.sample("x", dist.Normal(states, NOISE).to_event(3), obs=episode.query)
+            pyro.sample("x", dist.Normal(states, NOISE).to_event(3), obs=episode.query.values)
 
 
 def numpyro_stepper(
@@ -149,7 +152,11 @@ def numpyro_stepper(
     from rivals_jax import network, parameters, posterior, stepping
 
     width = ph.systems.AdvectionDiffusion.width
-    batch = episode.times.numpy(), episode.initial[:, 0].numpy(), episode.query[:, 0].numpy()
+    batch = (
+        episode.query.times.numpy(),
+        episode.query.initial[:, 0].numpy(),
+        episode.query.values[:, 0].numpy(),
+    )
 
     def sites(log_diffusion: Any, z: Any) -> tuple[Any, Any]:
         return (

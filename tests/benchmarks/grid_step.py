@@ -119,7 +119,7 @@ def jax_rows(problem: Problem) -> dict[str, Callable[[], Step]]:
     import rivals_jax
 
     start = rivals_jax.weights(*problem.fresh())
-    number = math.ceil(float(problem.episode.times[-1]) / LONGER - 1e-4)
+    number = math.ceil(float(problem.episode.query.times[-1]) / LONGER - 1e-4)
     ways = {
         "numpyro, scan rk4": rivals_jax.scan_rk4,
         DIFFRAX: rivals_jax.adaptive,
@@ -159,14 +159,14 @@ def errors(problem: Problem, steps: list[float]) -> dict[str, float | None]:
     With the learned term, and with diffusions spread over the system's whole range.
     """
     residual, encoder = problem.fresh()
-    mean, episode = encoder(problem.episode.query)[0].double(), problem.episode.double()
+    mean, episode = encoder(problem.episode.query.values)[0].double(), problem.episode.double()
     low, high = SYSTEM.ranges["diffusion"]
     diffusion, z = torch.linspace(low, high, len(mean)).to(mean).unsqueeze(1), mean[:, 1:]
     plain = grid_rivals.plain_field(
         grid_rivals.PlainTerm(residual).double().to(problem.device), diffusion, z
     )
     field = SYSTEM.known({"diffusion": diffusion}, residual.double().given(z[:, None, None, :]))
-    start, times = episode.initial, episode.times
+    start, times = episode.query.initial, episode.query.times
 
     def reference(field: grid_rivals.Field, y: Tensor, times: Tensor) -> Tensor:
         return torchdiffeq.odeint(field, y, times, method="dopri8", rtol=1e-10, atol=1e-10)

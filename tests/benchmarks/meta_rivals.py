@@ -74,7 +74,7 @@ class Naive(ph.HybridModel):
             omega = pyro.sample("omega", p["omega"])
             unknown = pyro.sample("unknown", p["unknown"])
             start = pyro.sample(
-                "initial", dist.Normal(episode.measured, self.start_noise).to_event(2)
+                "initial", dist.Normal(episode.query.initial, self.start_noise).to_event(2)
             )
             rate, z = (
                 omega.unsqueeze(-2) ** 2,
@@ -88,13 +88,13 @@ class Naive(ph.HybridModel):
             states = torchdiffeq.odeint(
                 field,
                 start,
-                episode.times,
+                episode.query.times,
                 method="dopri5",
                 rtol=self.tolerance,
                 atol=self.tolerance,
             ).movedim(0, -2)
-            x = dist.Normal(states, self.noise).mask(episode.mask)
-            pyro.sample("x", x.to_event(3), obs=episode.query)
+            x = dist.Normal(states, self.noise).mask(episode.query.scored)
+            pyro.sample("x", x.to_event(3), obs=episode.query.values)
 
 
 class Guide(nn.Module):
@@ -116,14 +116,14 @@ class Guide(nn.Module):
             for name, natural in self.amortized.natural(episode).items():
                 pyro.sample(name, self.model.prior.sites[name].distribution(natural))
             start_noise = self.model.start_noise.detach()
-            pyro.sample("initial", dist.Normal(episode.measured, start_noise).to_event(2))
+            pyro.sample("initial", dist.Normal(episode.query.initial, start_noise).to_event(2))
 
 
 def standardise(model: nn.Module, guide: nn.Module, tasks: ph.Tasks) -> None:
     """What ``ph.meta_train`` does first: encoders take centre and scale of each sensor from the training tasks."""
     for module in {*model.modules(), *guide.modules()}:
         if isinstance(module, ph.SetEncoder):
-            module.standardise(tasks.values, tasks.seen)
+            module.standardise(tasks.values, tasks.observed)
 
 
 def named(model: nn.Module, guide: ph.AmortizedGuide) -> dict[str, Tensor]:

@@ -48,7 +48,12 @@ def batch(episode: ph.Episode) -> Batch:
     return Batch(
         *(
             x.numpy()
-            for x in (episode.support.query, episode.query, episode.measured, episode.times)
+            for x in (
+                episode.support.values,
+                episode.query.values,
+                episode.query.initial,
+                episode.query.times,
+            )
         )
     )
 
@@ -245,7 +250,7 @@ def agreement(tasks: int = 8, shots: int = 8, periodic: bool = True) -> dict[str
     standardise(model, guide, data)
     model.double(), guide.double()
     episode, start = data.episode().double(), weights(model, guide)
-    shapes = {"omega": (tasks, 1), "unknown": (tasks, 4), "initial": episode.measured.shape}
+    shapes = {"omega": (tasks, 1), "unknown": (tasks, 4), "initial": episode.query.initial.shape}
     noise = {name: torch.randn(shape, dtype=torch.float64) for name, shape in shapes.items()}
     numbers = {
         "log_omega" if name == "omega" else name: value.numpy() for name, value in noise.items()

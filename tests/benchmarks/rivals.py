@@ -58,7 +58,7 @@ class Guide(PyroModule):
         self.encoder = encoder
 
     def forward(self, episode: ph.Episode) -> None:
-        mean, scale = self.encoder(episode.query)
+        mean, scale = self.encoder(episode.query.values)
         with episode.plate:
             pyro.sample("log_omega", dist.Normal(mean[:, :1], scale[:, :1]).to_event(1))
             pyro.sample("unknown", dist.Normal(mean[:, 1:], scale[:, 1:]).to_event(1))
@@ -66,7 +66,7 @@ class Guide(PyroModule):
 
 def latents(episode: ph.Episode) -> tuple[Tensor, Tensor]:
     """The prior's two sites."""
-    ones = episode.times.new_ones(1 + LATENTS)
+    ones = episode.query.times.new_ones(1 + LATENTS)
     return (
         pyro.sample("log_omega", dist.Normal(0.6 * ones[:1], 0.4).to_event(1)),
         pyro.sample("unknown", dist.Normal(0.0 * ones[1:], 1.0).to_event(1)),
@@ -152,9 +152,9 @@ class Plain(PyroModule):
                 angle, speed = y[:, :1], y[:, 1:]
                 return torch.cat([speed, -rate * torch.sin(angle) + self.term(t, y, z)], -1)
 
-            y = torch.cat(episode.initial, -1)
-            states = self.integrate(field, y, episode.times).transpose(0, 1).unsqueeze(1)
-            pyro.sample("x", dist.Normal(states, NOISE).to_event(3), obs=episode.query)
+            y = episode.query.initial[:, 0]
+            states = self.integrate(field, y, episode.query.times).transpose(0, 1).unsqueeze(1)
+            pyro.sample("x", dist.Normal(states, NOISE).to_event(3), obs=episode.query.values)
 
 
 class Ours(ph.HybridModel):
@@ -173,8 +173,9 @@ class Ours(ph.HybridModel):
                 angle, speed = state
                 return speed, -rate * angle.sin() + push(t, angle, speed)
 
-            states = ph.solve(field, episode.initial, episode.times, **self.options)
-            pyro.sample("x", dist.Normal(states, NOISE).to_event(3), obs=episode.query)
+            shots = episode.query
+            states = ph.solve(field, shots.initial.unbind(-1), shots.times, **self.options)
+            pyro.sample("x", dist.Normal(states, NOISE).to_event(3), obs=shots.values)
 
 
 def residual() -> ph.Residual:

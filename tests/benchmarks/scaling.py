@@ -59,16 +59,15 @@ def episode(sweep: str, size: int) -> ph.Episode:
         few = grid_rivals.queries(64, size=size)
     else:
         full = rivals.data(64, size if sweep == "points" else rivals.POINTS).episode()
-        few = ph.Episode(full.times, full.query[:, :1], tuple(x[:, :1] for x in full.initial))
+        few = part(full, torch.arange(64))
     return part(few, torch.arange(tasks) % 64)
 
 
 def part(of: ph.Episode, index: torch.Tensor) -> ph.Episode:
-    """Some tasks."""
-    initial = (
-        tuple(x[index] for x in of.initial) if isinstance(of.initial, tuple) else of.initial[index]
-    )
-    return ph.Episode(of.times, of.query[index], initial)
+    """The first query shot of some tasks."""
+    query = of.query
+    shots = ph.Shots.from_tensors(query.times, query.values[index, :1], query.initial[index, :1])
+    return ph.Episode(None, shots)
 
 
 def training(sweep: str, size: int, compile: bool) -> ph.SVI:

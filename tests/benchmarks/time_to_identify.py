@@ -150,7 +150,7 @@ def numpyro(entry: Entry) -> None:
     import meta_rivals_jax as rival
 
     standardise(entry.model, entry.guide, entry.train)
-    start, support = rival.weights(entry.model, entry.guide), entry.support.query.numpy()
+    start, support = rival.weights(entry.model, entry.guide), entry.support.values.numpy()
     svi, update = rival.stepper(start, rival.schedule(RATE, entry.steps))
     batches, state = entry.train.batches(BATCH, entry.seed), None
 
@@ -180,7 +180,7 @@ def race(row: str, options: argparse.Namespace) -> dict[str, object]:
     train, held_out = system.simulate(options.tasks + 300, 8, options.seed).split(300)
     torch.manual_seed(options.seed)
     model = ph.models.MetaHybridVAE(system, latents=4, linear=False, noise=10.0)
-    truth = torch.cat([held_out.truth[name] for name in (*system.physics, "unknown")], -1)
+    truth = torch.cat([held_out.true_latents[name] for name in (*system.physics, "unknown")], -1)
     watch = Watch(truth, options.budget, EVERY[row])
     watch.start()
     with contextlib.suppress(Enough):
