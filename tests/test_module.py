@@ -32,7 +32,7 @@ def episode(tasks: int = 3) -> ph.Episode:
 
 
 def guide_of(model: Line) -> ph.AmortizedGuide:
-    return ph.AmortizedGuide(model.prior, ph.SetEncoder(1, POINTS, 8, width=16))
+    return ph.AmortizedGuide(model, ph.SetEncoder(1, POINTS, 8, width=16))
 
 
 def state(*modules: nn.Module) -> list[Tensor]:
@@ -122,7 +122,7 @@ def test_a_copy_through_a_state_dict_says_the_same() -> None:
     assert not same(state(first), state(second))
     second.load_state_dict(first.state_dict())
     assert same(state(first), state(second))
-    assert set(first.state_dict()) >= {"noise_unconstrained", "prior.base"}
+    assert set(first.state_dict()) >= {"noise_unconstrained", "prior.raw"}
 
 
 @pytest.mark.parametrize("evidence", [None, ph.GaussNewton(1)], ids=["learned", "computed"])
@@ -359,7 +359,7 @@ def test_a_model_is_not_built_inside_inference_mode() -> None:
     with pytest.raises(
         RuntimeError, match=r"a guide whose parameters can be trained; got encoder\."
     ):
-        ph.SVI(model, ph.AmortizedGuide(model.prior, encoder), pyro.optim.Adam({"lr": 0.1}))
+        ph.SVI(model, ph.AmortizedGuide(model, encoder), pyro.optim.Adam({"lr": 0.1}))
 
 
 # ---- private names of Pyro -----------------------------------------------------------------------

@@ -31,9 +31,11 @@ DESIGNED = {
     "AmortizedGuide",
     "Certificate",
     "Episode",
+    "Encoder",
+    "GaussNewton",
     "HybridModel",
-    "Linearised",
     "Mixing",
+    "Posterior",
     "Residual",
     "SVI",
     "SetEncoder",
@@ -54,7 +56,8 @@ DESIGNED = {
 FAMILIES = ("Beta", "Gamma", "LogNormal", "Normal", "VonMises")
 METHODS = {
     "Tasks": ("from_trajectories", "split", "batches", "episode"),
-    "Episode": ("plate", "times", "support", "query", "initial", "mask"),
+    "Episode": ("plate", "support", "query", "belief"),
+    "Posterior": ("latents", "draws", "predict", "certify", "to_arviz", "report", "save", "load"),
     "Fit": ("loss",),
     "SVI": ("step", "evaluate_loss"),
     "Shots": (
@@ -237,8 +240,8 @@ def arviz_data() -> Any:
 # What a newcomer gets wrong first, and the words that must come back.
 MISUSES: dict[str, tuple[Callable[[], object], str]] = {
     "AmortizedGuide": (
-        lambda: ph.AmortizedGuide(prior()),
-        r"expected an encoder or evidence=ph\.Linearised",
+        lambda: ph.AmortizedGuide(prior(), encoder()),
+        r"expected a model whose attribute `prior` is a SupportPrior.*got SupportPrior with prior = NoneType",
     ),
     "Certificate": (
         lambda: ph.Certificate([Check("noise (i)", "holds")])["fit"],
@@ -259,9 +262,17 @@ MISUSES: dict[str, tuple[Callable[[], object], str]] = {
         r"expected known and force that are functions; got Tensor and function\. Write known\(physics",
     ),
     "HybridModel": (lambda: Empty()(episode()), 'missing the required "forward" function'),
-    "Linearised": (
+    "Encoder": (
+        lambda: ph.Encoder(lambda shots: shots),  # type: ignore[arg-type]
+        r"expected an encoder: a module with the attribute `features`.*got function\. Pass ph\.SetEncoder",
+    ),
+    "GaussNewton": (
         lambda: ph.GaussNewton(0),
-        r"expected iterations of 1 or more; got 0\. Leave evidence=None",
+        r"expected num_iterations as a whole number of 1 or more; got 0",
+    ),
+    "Posterior": (
+        lambda: ph.Posterior(Empty(), encoder()),  # type: ignore[arg-type]
+        r"expected a guide of this model; got SetEncoder\. Build it with ph\.AmortizedGuide",
     ),
     "Mixing": (
         lambda: ph.Mixing(3, 2)(torch.zeros(4, 2)),

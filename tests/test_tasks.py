@@ -323,7 +323,7 @@ def test_an_encoder_built_for_other_sensors_is_refused_before_anything_trains() 
             pytest.fail("the program was run")
 
     model = Model()
-    guide = ph.AmortizedGuide(model.prior, ph.SetEncoder(sensors=3, steps=POINTS, features=4))
+    guide = ph.AmortizedGuide(model, ph.SetEncoder(sensors=3, steps=POINTS, features=4))
     with pytest.raises(
         ValueError, match=r"\(time, sensor\) = \(11, 3\); got \(11, 2\). Build the SetEncoder with"
     ):

@@ -41,8 +41,7 @@ def pair(
 ) -> tuple[Line, ph.AmortizedGuide]:
     torch.manual_seed(seed)
     program = model(evidence, **options)
-    encoder = None if evidence else ph.SetEncoder(1, POINTS, 8, width=16)
-    return program, ph.AmortizedGuide(program.prior, encoder, evidence)
+    return program, ph.AmortizedGuide(program, evidence or ph.SetEncoder(1, POINTS, 8, width=16))
 
 
 def state(*modules: nn.Module) -> list[Tensor]:
