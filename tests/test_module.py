@@ -7,6 +7,7 @@ import copy
 import re
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -96,15 +97,11 @@ def test_setting_a_parameter_of_one_instance_leaves_another_as_it_was() -> None:
     )  # still a parameter, with its constraint
 
 
-def test_a_deepcopy_is_independent_and_its_prior_belongs_to_it() -> None:
+def test_a_deepcopy_is_independent() -> None:
     model = Line(ph.GaussNewton())
     model(episode())
     twin = copy.deepcopy(model)
-    assert (
-        same(state(twin), state(model))
-        and twin.prior.program is twin
-        and model.prior.program is model
-    )
+    assert same(state(twin), state(model)) and twin.prior is not model.prior
     before = state(model)
     train(twin, guide_of(twin))
     assert same(state(model), before) and not same(state(twin), before)
@@ -246,12 +243,15 @@ def test_an_autoguide_built_with_parameters_of_its_own_trains() -> None:
     assert all(not torch.equal(a, b) for a, b in zip(before, state(model, guide), strict=True))
 
 
-def test_a_prior_assigned_to_an_attribute_learns_its_program() -> None:
-    first, second = Line(), Line()
-    prior = first.prior
-    assert prior.program is first
-    second.prior = prior
-    assert prior.program is second
+def test_a_model_computes_the_belief_once_and_leaves_a_given_one() -> None:
+    model = Line(ph.GaussNewton(1))
+    data = episode()
+    with torch.no_grad(), local_parameters():
+        prepared = model.with_belief(data)
+        assert data.belief is None and prepared.belief is not None
+        assert model.with_belief(prepared) is prepared
+        alone = replace(data, support=None)
+        assert model.with_belief(alone) is alone
 
 
 def test_a_program_says_what_it_samples_without_handlers() -> None:
@@ -357,7 +357,7 @@ def test_a_model_is_not_built_inside_inference_mode() -> None:
         assert model(episode().simulation()).shape == (3, 2, POINTS, 1)
         encoder = ph.SetEncoder(1, POINTS, 8)
     with pytest.raises(
-        RuntimeError, match=r"a guide whose parameters can be trained; got encoder\."
+        RuntimeError, match=r"a guide whose parameters can be trained; got network\.encoder\."
     ):
         ph.SVI(model, ph.AmortizedGuide(model, encoder), pyro.optim.Adam({"lr": 0.1}))
 

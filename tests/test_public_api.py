@@ -60,11 +60,8 @@ METHODS = {
     "Posterior": ("latents", "draws", "predict", "certify", "to_arviz", "report", "save", "load"),
     "Fit": ("loss",),
     "SVI": ("step", "evaluate_loss"),
-    "Shots": (
-        lambda: ph.Shots.from_tensors(torch.arange(3.0)),
-        r"expected values, initial states or inputs; got none of them\. Pass one of them",
-    ),
-    "SupportPrior": ("natural",),
+    "Shots": ("values", "times", "initial", "observed", "scored", "inputs"),
+    "SupportPrior": ("belief", "population"),
     "Certificate": ("verdict", "conditions", "plot", "to_dict"),
 }
 PUBLIC = {
@@ -229,6 +226,19 @@ def tasks(values: torch.Tensor) -> ph.Tasks:
     return ph.Tasks.from_trajectories(torch.arange(3.0), values, num_support=1)
 
 
+class Asked(ph.HybridModel):
+    """A model with a prior and no program."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.prior = prior()
+
+
+def answer() -> ph.Posterior:
+    model = Asked()
+    return ph.Posterior(model, ph.AmortizedGuide(model, encoder()))
+
+
 class Empty(ph.HybridModel):
     """A model whose author forgot the program."""
 
@@ -317,12 +327,6 @@ MISUSES: dict[str, tuple[Callable[[], object], str]] = {
         )["drag"],
         r"'drag' isn't among \['rate'\]",
     ),
-    "calibrate": (
-        lambda: ph.calibrate(
-            ph.models.MetaHybridVAE(ph.systems.Pendulum()), tasks(torch.zeros(2, 3, 3, 1))
-        ),
-        r"expected a SupportPrior with computed evidence; got SupportPrior\. Set model\.prior\.evidence",
-    ),
     "certify": (
         lambda: ph.certify(Empty(), Empty(), tasks(torch.zeros(1, 3, 3, 1))),
         r"expected two tasks or more; got 1\. Identifiability is about what differs between systems",
@@ -341,7 +345,7 @@ MISUSES: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "draws": (
         lambda: ph.draws(Empty(), Empty(), episode(), 0),
-        "expected num_samples of 1 or more; got 0",
+        "expected num_samples as a whole number of 1 or more; got 0",
     ),
     "families": (
         lambda: ph.families.Normal(0),
@@ -353,8 +357,20 @@ MISUSES: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "load_arviz": (lambda: ph.load_arviz("/nowhere/posterior.nc"), r"/nowhere/posterior\.nc"),
     "fix_gauge": (
-        lambda: ph.fix_gauge(Empty(), tasks(torch.zeros(2, 3, 3, 1))),
-        r"expected a model with one ph\.Gauge; got Empty with 0\. Assign it in __init__",
+        lambda: ph.fix_gauge(answer(), tasks(torch.zeros(2, 3, 3, 1))),
+        r"expected a model with one ph\.Gauge; got Asked with 0\. Assign it in __init__",
+    ),
+    "compute_evidence": (
+        lambda: ph.compute_evidence(answer(), ph.GaussNewton(segments=[7])),  # type: ignore[arg-type]
+        r"expected segments as a tuple of whole numbers of 1 or more; got \[7\]",
+    ),
+    "refine_weights": (
+        lambda: ph.refine_weights(answer(), tasks(torch.zeros(2, 3, 3, 1))),
+        r"expected a model with a network in its attribute 'residual'; got Asked\. Pass network=",
+    ),
+    "rescale_intervals": (
+        lambda: ph.rescale_intervals(answer(), tasks(torch.zeros(2, 3, 3, 1))),
+        r"expected a prior with computed evidence; got an encoder alone\. Compute evidence first",
     ),
     "mcc": (
         lambda: ph.mcc(torch.randn(9, 2), torch.randn(8, 2)),
@@ -374,19 +390,15 @@ MISUSES: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "pareto_k": (
         lambda: ph.pareto_k(Empty(), Empty(), episode(), 0),
-        "expected num_samples of 1 or more; got 0",
+        "expected num_samples as a whole number of 1 or more; got 0",
     ),
     "predict": (
         lambda: ph.predict(Empty(), episode(), 0),
-        "expected num_samples of 1 or more; got 0",
+        "expected num_samples as a whole number of 1 or more; got 0",
     ),
     "save_arviz": (
         lambda: ph.save_arviz(arviz_data(), "/nowhere/posterior.nc"),
         r"/nowhere/posterior\.nc",
-    ),
-    "sharpen": (
-        lambda: ph.sharpen(Empty(), Empty(), tasks(torch.zeros(2, 3, 3, 1))),  # type: ignore[arg-type]
-        r"expected a network; got Empty without a residual\. Pass network=",
     ),
     "solve": (
         lambda: ph.solve(lambda t, y: y, (torch.ones(2, 2),), torch.tensor([0.0, 2.0, 1.0])),

@@ -17,7 +17,7 @@ from pyro_hybrid.beliefs.families import Family
 from pyro_hybrid.beliefs.quadratic import Quadratic
 from pyro_hybrid.shapes import Natural, Stock
 
-__all__ = ["Belief", "Factorized", "Gaussian", "rescale"]
+__all__ = ["Belief", "Factorized", "Gaussian", "require_same_sites", "rescale"]
 
 
 class Belief(ABC):
@@ -98,7 +98,7 @@ class Factorized(Belief):
     def __add__(self, increment: Belief) -> Belief:
         if isinstance(increment, Gaussian):
             return self.gaussian() + increment
-        assert_same_sites(self, increment)
+        require_same_sites(self, increment)
         other = increment.factorized().natural
         total = {name: value + other[name] for name, value in self.natural.items()}
         return Factorized(self.families, total)
@@ -192,7 +192,7 @@ class Gaussian(Belief):
         return cls(families, Quadratic.centered(mean, precision), mean.dtype)
 
     def __add__(self, increment: Belief) -> Belief:
-        assert_same_sites(self, increment)
+        require_same_sites(self, increment)
         if isinstance(increment, Factorized):
             return self.factorized() + increment
         other = increment.gaussian()
@@ -273,7 +273,7 @@ def rescale(posterior: Gaussian, before: Gaussian, scale: Tensor) -> Gaussian:
     )
 
 
-def assert_same_sites(one: Belief, other: Belief) -> None:
+def require_same_sites(one: Belief, other: Belief) -> None:
     """Refuse to add beliefs about different latents."""
     if dict(one.families) != dict(other.families):
         raise ValueError(
