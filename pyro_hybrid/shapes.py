@@ -16,7 +16,7 @@ else:
 
 Latent = Float[Tensor, "*batch component"]
 Natural = Float[Tensor, "*batch component statistic"]
-Times = Float[Tensor, "*shot time"]
+Times = Float[Tensor, "*clocks time"]
 Trajectories = Float[Tensor, "*task shot time sensor"]
 Mask = Bool[Tensor, "*task shot time sensor"]
 State = Tensor | tuple[Tensor, ...]

@@ -73,7 +73,8 @@ def select_segments(shots: Shots, rows: Tensor) -> Shots:
         "whole trajectories",
         "Cut them first, with to_segments.",
     )
-    selected = shots.map_tensors(lambda value: value[:, rows], times=shots.times[rows])
+    times = shots.times[..., rows, :]
+    selected = shots.map_tensors(lambda value: value[:, rows], times)
     return replace(selected, uncut=None, is_sample=True)
 
 
@@ -92,7 +93,7 @@ def _cut(shots: Shots, states: Tensor, num_intervals: int) -> Shots:
 
     return replace(
         shots,
-        times=shots.times[index].repeat(num_shots, 1),
+        times=_segment_times(shots.times, index, num_shots),
         values=None if shots.values is None else segments(shots.values),
         initial=states[:, :, starts].flatten(1, 2),
         observed=segments(shots.observed),
@@ -102,6 +103,13 @@ def _cut(shots: Shots, states: Tensor, num_intervals: int) -> Shots:
         whole=shots.whole or shots,
         uncut=shots,
     )
+
+
+def _segment_times(times: Tensor, index: Tensor, num_shots: int) -> Tensor:
+    """Clocks of segments, (shot * segment, num_intervals + 1), with an axis of tasks before if these differ."""
+    if times.dim() == 1:
+        return times[index].repeat(num_shots, 1)
+    return times[..., index].flatten(-3, -2)
 
 
 def _is_new(num_segments: int, num_intervals: int, last: int) -> Tensor:

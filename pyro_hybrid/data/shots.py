@@ -22,12 +22,14 @@ class Shots:
     Every field is a tensor or None. Build one by hand with :meth:`from_tensors`, which fills in the masks.
 
     Arguments:
-        times: ``(time,)``, or ``(shot, time)`` if each shot has its own clock.
+        times: ``(time,)`` for one common clock, ``(shot, time)`` if each shot has its own, or ``(task, shot, time)``.
+            Trajectories of different lengths are padded to the longest: padded times go on increasing, so that a
+            solver can pass through them, and padded values are neither observed nor scored.
         values: ``(task, shot, time, sensor)``, or None to simulate.
         initial: the measured state at the first time, ``(task, shot, component)``, or None if it was not measured.
         observed: True where a value was measured, in the values' shape: an encoder may read it.
         scored: True where a value counts in the likelihood, in the values' shape.
-        inputs: known controls, ``(task, shot, time, input)``, or None.
+        inputs: known controls at all times, ``(task, shot, time, input)``, padded times included; or None.
         states: measured states at all times, ``(task, shot, time, component)``, from which
             :func:`~pyro_hybrid.data.segments.to_segments` takes the starts of segments; or None.
         whole: the complete trajectories, which encoders read, if these are segments or truncated; else None.
@@ -80,6 +82,11 @@ class Shots:
         return self.observed.shape[0], self.observed.shape[1]
 
     @property
+    def expanded_times(self) -> Tensor:
+        """The clock of every trajectory, ``(task, shot, time)``."""
+        return self.times.expand(*self.shape, -1)
+
+    @property
     def measured_initial(self) -> Tensor:
         """The measured initial states; raise if there are none."""
         if self.initial is None:
@@ -99,16 +106,17 @@ class Shots:
     def sorted_shots(self) -> Shots:
         """The same shots in an order that depends on their values alone, so that results don't depend on theirs."""
         whole = self.whole or self
-        if whole.values is None or whole.shape[1] == 1 or whole.times.dim() == 2:
+        if whole.values is None or whole.shape[1] == 1:
             return self
         if self.is_sample:  # encoders read whole trajectories; only these have an order
             return replace(self, whole=whole.sorted_shots)
-        order = _order_of_values(whole.values)
+        order = _order_of_shots(whole.values, whole.times)
         segments_per_shot = self.shape[1] // whole.shape[1]
         segment = torch.arange(segments_per_shot, device=order.device)
         rows = (order.unsqueeze(-1) * segments_per_shot + segment).flatten(1)
+        times = self.times if whole.times.dim() == 1 else _select(self.expanded_times, rows)
         return replace(
-            self.map_tensors(_selection(rows)),
+            self.map_tensors(lambda value: _select(value, rows), times),
             whole=self.whole and self.whole.sorted_shots,
             uncut=self.uncut and self.uncut.sorted_shots,
         )
@@ -128,12 +136,13 @@ class Shots:
     def select_shots(self, order: Tensor) -> Shots:
         """Select shots by index ``(task, shot)``, different ones for each task."""
         require(
-            not self.is_segmented and self.times.dim() == 1,
-            "whole trajectories with one clock",
-            "segments, or a clock for each shot",
+            not self.is_segmented,
+            "whole trajectories",
+            "segments",
             "Select shots before you cut them into segments.",
         )
-        selected = self.map_tensors(_selection(order))
+        times = self.times if self.times.dim() == 1 else _select(self.expanded_times, order)
+        selected = self.map_tensors(lambda value: _select(value, order), times)
         return replace(selected, whole=self.whole and self.whole.select_shots(order))
 
     def to(self, device: torch.device | str) -> Shots:
@@ -153,17 +162,19 @@ class Shots:
         return replace(self, values=None, scored=torch.ones_like(self.scored))
 
     def map_tensors(self, change: Callable[[Tensor], Tensor], times: Times | None = None) -> Shots:
-        """Apply ``change`` to every tensor with axes (task, shot, ...), and set new times if there are any.
+        """Apply ``change`` to every tensor with axes (task, shot, ...), clocks of tasks included.
 
-        ``whole`` and ``uncut`` stay as they are.
+        ``whole`` and ``uncut`` stay as they are. If new ``times`` are given, they replace the old ones unchanged.
         """
 
         def changed(value: Tensor | None) -> Tensor | None:
             return None if value is None else change(value)
 
+        if times is None:
+            times = change(self.times) if self.times.dim() == 3 else self.times
         return replace(
             self,
-            times=self.times if times is None else times,
+            times=times,
             values=changed(self.values),
             initial=changed(self.initial),
             observed=change(self.observed),
@@ -204,20 +215,18 @@ def _all_true(
     return torch.ones(shape, dtype=torch.bool, device=times.device)
 
 
-def _order_of_values(values: Tensor) -> Tensor:
-    """Indices (task, shot) that sort shots by a weighted sum of their values."""
+def _order_of_shots(values: Tensor, times: Tensor) -> Tensor:
+    """Indices (task, shot) that sort shots by a weighted sum of their values, and of their times if these differ."""
     flat = values.double().flatten(2)
+    if times.dim() > 1:
+        flat = torch.cat([flat, times.double().expand(*flat.shape[:2], -1)], -1)
     # Weights differ because plain sums are equal for trajectories that conserve something.
     weights = torch.arange(1, flat.shape[-1] + 1, device=flat.device).sqrt()
     return (flat * weights).sum(-1).argsort(1)
 
 
-def _selection(order: Tensor) -> Callable[[Tensor], Tensor]:
-    """A function that takes shots by index (task, shot) from a tensor (task, shot, ...)."""
-
-    def select(value: Tensor) -> Tensor:
-        trailing = [1] * (value.dim() - 2)
-        index = order.reshape(*order.shape, *trailing).expand(-1, -1, *value.shape[2:])
-        return value.gather(1, index)
-
-    return select
+def _select(value: Tensor, order: Tensor) -> Tensor:
+    """Take shots by index (task, shot) from a tensor (task, shot, ...)."""
+    trailing = [1] * (value.dim() - 2)
+    index = order.reshape(*order.shape, *trailing).expand(-1, -1, *value.shape[2:])
+    return value.gather(1, index)

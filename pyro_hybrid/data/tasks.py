@@ -2,34 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from pyro_hybrid.data.episode import Episode
 from pyro_hybrid.data.shots import Shots
+from pyro_hybrid.data.tables import read_table
 from pyro_hybrid.data.validate import (
     check_initial,
+    check_inputs,
     check_latents,
     check_rows,
     check_trajectories,
     require_integer,
     require_measured,
 )
-from pyro_hybrid.errors import require
+from pyro_hybrid.errors import fail, require
 from pyro_hybrid.shapes import Mask, Times, Trajectories
 
-__all__ = ["Tasks"]
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["Tasks", "require_tasks"]
 
 
 @dataclass(frozen=True, eq=False)
 class Tasks:
-    """Hold a data set: many systems, a few trajectories of each. Build one with :meth:`from_trajectories`.
+    """Hold a data set: many systems, a few trajectories of each.
+
+    Build one with :meth:`from_trajectories` or :meth:`from_frame`, which check the data. :class:`Shots` says more about
+    clocks, masks and padding.
 
     Arguments:
-        times: ``(time,)``.
+        times: ``(time,)``, ``(shot, time)`` or ``(task, shot, time)``.
         values: ``(task, shot, time, sensor)``, with zeros where nothing was observed.
         observed: True where a value was measured, in the values' shape.
         scored: True where a value counts in the likelihood, in the values' shape.
@@ -57,45 +67,120 @@ class Tasks:
         values: Trajectories,
         *,
         num_support: int,
-        initial: Tensor | None = None,
+        initial: Tensor | Literal["sensors"] | None = "sensors",
         observed: Mask | None = None,
+        inputs: Tensor | None = None,
         true_latents: Mapping[str, Tensor] | None = None,
     ) -> Tasks:
         """Check trajectories and make them tasks.
 
         Arguments:
-            times: ``(time,)``, strictly increasing.
-            values: ``(task, shot, time, sensor)``.
+            times: strictly increasing, ``(time,)`` for one common clock, ``(shot, time)`` or ``(task, shot, time)``.
+                Pad trajectories of different lengths to the longest: times that go on increasing, any values, and
+                False in ``observed``.
+            values: ``(task, shot, time, sensor)``. A single time is legal, for data that don't move.
             num_support: number of a task's shots that condition its prior; the others are to be explained.
             initial: the states at the first time, ``(task, shot, component)``; or the measured states at all times,
-                ``(task, shot, time, component)``, where segments can start. By default the sensors are the state's
-                components, and the first value is the measurement of the initial state: it is then not scored.
+                ``(task, shot, time, component)``, where segments can start. With ``"sensors"``, the sensors are the
+                state's components, and the first value is the measurement of the initial state: it is then not
+                scored. With None the starts are not measured: the program samples its own.
             observed: ``(task, shot, time, sensor)``, False where a value is missing.
+            inputs: known controls, ``(task, shot, time, input)``, also at padded times.
             true_latents: the latents where they are known, ``{"omega": (task, component), ...}``.
+
+        >>> import pyro_hybrid as ph
+        >>> tasks = ph.Tasks.from_trajectories(0.1 * torch.arange(50.0), torch.randn(9, 4, 50, 2), num_support=2)
+        >>> len(tasks), tasks.episode().query.values.shape
+        (9, torch.Size([9, 2, 50, 2]))
         """
         check_trajectories(times, values, num_support, observed)
+        check_inputs(inputs, values)
         check_latents(true_latents, len(values))
-        states = _states_with_gaps(values, observed) if initial is None else initial
-        check_initial(states, values)
-        is_complete = states.dim() == 4
-        if is_complete and observed is not None:
-            states = _fill_gaps(times, states)
-        require_measured("initial", states)
         if observed is None:
             observed = torch.ones_like(values, dtype=torch.bool)
+        measured = _measured_states(times, values, observed, initial)
+        is_complete = measured is not None and measured.dim() == 4
         scored = observed
         if is_complete:  # the first observation has become the initial state
             scored = observed.clone()
             scored[:, :, 0] = False
+        start = measured
+        if measured is not None and is_complete:
+            start = measured[:, :, 0]
         return cls(
             times,
             values.where(observed, 0.0),
             observed,
             scored,
             num_support,
-            initial=states[:, :, 0] if is_complete else states,
-            states=states if is_complete else None,
+            initial=start,
+            states=measured if is_complete else None,
+            inputs=inputs,
             true_latents=true_latents,
+        )
+
+    @classmethod
+    def from_frame(
+        cls,
+        frame: pd.DataFrame | str | Path,
+        *,
+        sensors: Sequence[str],
+        num_support: int,
+        task: str = "task",
+        shot: str = "shot",
+        time: str = "time",
+        inputs: Sequence[str] = (),
+        initial: Sequence[str] | Literal["sensors"] | None = "sensors",
+        true_latents: Mapping[str, Sequence[str]] | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Tasks:
+        """Read a long table: one row for each time of each trajectory, one column for each sensor.
+
+        Rows may come in any order; tasks and shots are numbered in the order in which they first appear. Trajectories
+        may have clocks and lengths of their own: shorter ones are padded, and padding counts as not observed. An empty
+        cell of a sensor is a missing value. Needs pandas.
+
+        Arguments:
+            frame: a pandas DataFrame, or the path of a CSV or parquet file.
+            sensors: names of the columns that were observed.
+            num_support: number of a task's shots that condition its prior.
+            task, shot, time: names of the columns that say which system a row is of, which of its trajectories, and
+                when. Every task needs equally many shots.
+            inputs: names of the columns of known controls, if there are any.
+            initial: names of the columns that measure the state at all times; ``"sensors"`` if the sensors do; or None
+                if starts are not measured. See :meth:`from_trajectories`.
+            true_latents: by name of a latent, the columns of its components, which must not change within a task.
+            dtype: of the tensors. Subtract the start from times such as 1.7e9 s, or take ``torch.float64``.
+
+        >>> import pandas as pd
+        >>> import pyro_hybrid as ph
+        >>> rows = [(s, k, t, s * t + k) for s in ("a", "b") for k in (0, 1) for t in (0.0, 0.1, 0.2)]
+        >>> frame = pd.DataFrame(rows, columns=["task", "shot", "time", "angle"])
+        >>> ph.Tasks.from_frame(frame, sensors=["angle"], num_support=1).values.shape
+        torch.Size([2, 2, 3, 1])
+        """
+        components = None if isinstance(initial, str) or initial is None else initial
+        table = read_table(
+            frame,
+            ids=(task, shot),
+            time=time,
+            sensors=sensors,
+            inputs=inputs,
+            components=components,
+            latents=true_latents,
+            dtype=dtype,
+        )
+        states: Tensor | Literal["sensors"] | None = table.states
+        if components is None:
+            states = "sensors" if initial is not None else None
+        return cls.from_trajectories(
+            table.times,
+            table.values,
+            num_support=num_support,
+            initial=states,
+            observed=table.observed,
+            inputs=table.inputs,
+            true_latents=table.latents,
         )
 
     def __len__(self) -> int:
@@ -113,6 +198,7 @@ class Tasks:
             true_latents = {name: value[rows] for name, value in self.true_latents.items()}
         return replace(
             self,
+            times=self.times[rows] if self.times.dim() == 3 else self.times,
             values=self.values[rows],
             observed=self.observed[rows],
             scored=self.scored[rows],
@@ -183,8 +269,9 @@ class Tasks:
         def select(value: Tensor | None) -> Tensor | None:
             return None if value is None else value[:, which]
 
+        times = self.times if self.times.dim() == 1 else self.times[..., which, :]
         return Shots(
-            self.times,
+            times,
             self.values[:, which],
             select(self.initial),
             self.observed[:, which],
@@ -194,22 +281,63 @@ class Tasks:
         )
 
 
-def _states_with_gaps(values: Tensor, observed: Tensor | None) -> Tensor:
-    return values if observed is None else values.where(observed, torch.nan)
+def require_tasks(name: str, tasks: object) -> Tasks:
+    """Require a data set where one is needed."""
+    if not isinstance(tasks, Tasks):
+        fail(
+            f"{name} to be Tasks",
+            f"a {type(tasks).__name__}",
+            "Make them with ph.Tasks.from_trajectories, or of a table with ph.Tasks.from_frame.",
+            TypeError,
+        )
+    return tasks
+
+
+def _measured_states(
+    times: Tensor,
+    values: Tensor,
+    observed: Tensor,
+    initial: Tensor | str | None,
+) -> Tensor | None:
+    """Check measured states, of the first time or of all times, and fill their gaps."""
+    if initial is None:
+        return None
+    if isinstance(initial, str):
+        require(
+            initial == "sensors",
+            "initial='sensors', a tensor or None",
+            repr(initial),
+            "Pass 'sensors' if the sensors are the state's components.",
+        )
+        require(
+            values.shape[2] > 1,
+            "two times or more, the first of which is the start",
+            "one",
+            "Pass initial=None for data that don't move.",
+        )
+        states = values.where(observed, torch.nan)
+    else:
+        check_initial(initial, values)
+        states = initial
+    if states.dim() == 4 and not bool(observed.all()):
+        states = _fill_gaps(times, states)
+    require_measured("initial", states)
+    return states
 
 
 def _fill_gaps(times: Tensor, states: Tensor) -> Tensor:
     """Interpolate missing states linearly in time, because segments may have to start there."""
-    trailing = [1] * (states.dim() - 3)
-    last = len(times) - 1
+    clocks = times.expand(*states.shape[:2], -1).unsqueeze(-1).expand_as(states)
+    last = times.shape[-1] - 1
     is_known = torch.isfinite(states)
-    index = torch.arange(last + 1, device=times.device).view(-1, *trailing)
+    index = torch.arange(last + 1, device=times.device).view(-1, 1)
     before = index.where(is_known, -1).cummax(2).values
     after = index.where(is_known, last + 1).flip(2).cummin(2).values.flip(2)
     start = before.where(before >= 0, after).clamp(max=last)
     end = after.where(after <= last, before).clamp(min=0)
     known = states.where(is_known, 0.0)
-    gap = times[end] - times[start]
-    share = (times.view(-1, *trailing) - times[start]) / gap.where(gap > 0.0, 1.0)
+    start_time = clocks.gather(2, start)
+    gap = clocks.gather(2, end) - start_time
+    share = (clocks - start_time) / gap.where(gap > 0.0, 1.0)
     share = share.where(gap > 0.0, 0.0)
     return torch.lerp(known.gather(2, start), known.gather(2, end), share)

@@ -1,26 +1,26 @@
-"""Checks of data, made before they reach a program; a message names the task."""
+"""Checks of a data set, made before it reaches a program; a message names the task."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from pyro_hybrid.data.episode import Episode
-from pyro_hybrid.data.shots import Shots
 from pyro_hybrid.errors import fail, require, require_floating
 
 __all__ = [
-    "check_episode",
+    "check_clocks",
     "check_initial",
+    "check_inputs",
     "check_latents",
     "check_rows",
+    "check_times",
     "check_trajectories",
     "require_integer",
     "require_measured",
+    "require_same_kind",
 ]
 
 LARGEST = 1e15  # squares of thousands of these can still be added up in float32
@@ -33,31 +33,26 @@ def check_trajectories(
     """Check a data set that comes from outside."""
     require_floating("times", times)
     require_floating("values", values)
-    _require_same_kind("times", times, "values", values)
+    require_same_kind("times", times, "values", values)
     require(
         values.dim() == 4,
         "values with axes (task, shot, time, sensor)",
         f"{values.dim()} axes",
-        "Add the missing axes with unsqueeze, or stack trajectories of equal length.",
+        "Add the missing axes with unsqueeze, and pad trajectories of different lengths.",
     )
     require(
-        times.dim() == 1 and len(times) == values.shape[2],
-        f"{values.shape[2]} times, as many as values has",
-        tuple(times.shape),
-        "Pass times of shape (time,); swap axes if time isn't the third.",
-    )
-    _check_times(times)
-    require(
-        values.numel() > 0 and len(times) > 1,
-        "at least one task, shot, sensor and two times",
+        values.numel() > 0,
+        "at least one task, shot, time and sensor",
         tuple(values.shape),
         "Check how the data were read.",
     )
+    check_clocks(times, values.shape)
+    check_times(times)
     _check_num_support(num_support, values.shape[1])
     if observed is not None:
         _check_observed(observed, values)
     require_measured("values", values, observed)
-    _warn_of_constant_tasks(values)
+    _warn_of_constant_tasks(values, observed)
 
 
 def check_initial(initial: Tensor, values: Tensor) -> None:
@@ -85,6 +80,22 @@ def check_initial(initial: Tensor, values: Tensor) -> None:
         tuple(initial.shape),
         "Give one state for each shot of each task, or one for each of its times.",
     )
+
+
+def check_inputs(inputs: Tensor | None, values: Tensor) -> None:
+    """Check known controls against the values."""
+    if inputs is None:
+        return
+    require_floating("inputs", inputs)
+    require_same_kind("values", values, "inputs", inputs)
+    shape = tuple(values.shape[:3])
+    require(
+        inputs.dim() == 4 and tuple(inputs.shape[:3]) == shape and inputs.numel() > 0,
+        f"inputs of shape ({', '.join(map(str, shape))}, input)",
+        tuple(inputs.shape),
+        "Give one value of each input for each time of each shot.",
+    )
+    require_measured("inputs", inputs)
 
 
 def check_latents(true_latents: object, num_tasks: int) -> None:
@@ -142,93 +153,6 @@ def check_rows(rows: object) -> None:
             "Convert the bounds with int().",
             TypeError,
         )
-
-
-def check_episode(episode: object) -> Episode:
-    """Check a batch that may have been put together by hand, and put zeros where nothing was observed."""
-    if not isinstance(episode, Episode):
-        fail(
-            "an Episode",
-            f"a {type(episode).__name__}",
-            "Pass tasks.episode(), or ph.Episode(None, shots) for shots without a support.",
-            TypeError,
-        )
-    query = _check_shots("query", episode.query)
-    support = episode.support
-    if support is None:
-        return episode if query is episode.query else replace(episode, query=query)
-    support = _check_shots("support", support)
-    num_tasks = query.shape[0]
-    require(
-        support.values is not None and support.shape[0] == num_tasks,
-        f"a support of the same {num_tasks} tasks",
-        f"one of {support.shape[0]}" + (" without values" if support.values is None else ""),
-        "Condition each task on trajectories of its own.",
-    )
-    if query is episode.query and support is episode.support:
-        return episode
-    return replace(episode, support=support, query=query)
-
-
-def _check_shots(role: str, shots: object) -> Shots:
-    if not isinstance(shots, Shots):
-        fail(
-            f"Shots as the {role} of an episode",
-            f"a {type(shots).__name__}",
-            "Pass tasks.episode(), or build them with ph.Shots.from_tensors.",
-            TypeError,
-        )
-    num_tasks, num_shots = shots.shape
-    require(
-        num_tasks > 0 and num_shots > 0,
-        f"a {role} of one task and one shot or more",
-        f"{num_tasks} and {num_shots}",
-        "Pass at least one task with one shot.",
-    )
-    require_floating("times", shots.times)
-    require(
-        shots.times.dim() in (1, 2),
-        "times of shape (time,) or (shot, time)",
-        tuple(shots.times.shape),
-        "Give all shots one clock, or each its own.",
-    )
-    _check_times(shots.times)
-    is_used = shots.scored | shots.observed
-    if shots.initial is not None:
-        _check_part("initial", shots.initial, shots, None)
-    values = shots.values
-    if values is None:
-        return shots
-    _check_part(role, values, shots, is_used)
-    num_times = shots.times.shape[-1]
-    require(
-        values.dim() == 4 and values.shape[2] == num_times,
-        f"a {role} (task, shot, time, sensor) of {num_times} times",
-        tuple(values.shape),
-        "Give one value for each time; swap axes if time isn't the third.",
-    )
-    for name, mask in (("observed", shots.observed), ("scored", shots.scored)):
-        require(
-            mask.dtype == torch.bool and mask.shape == values.shape,
-            f"{name}, a boolean tensor of the values' shape {tuple(values.shape)}",
-            f"{mask.dtype} of shape {tuple(mask.shape)}",
-            "Build shots with ph.Shots.from_tensors.",
-        )
-    if bool(torch.isfinite(values).all()):
-        return shots
-    return replace(shots, values=values.where(is_used, 0.0))
-
-
-def _check_part(name: str, part: Tensor, shots: Shots, is_used: Tensor | None) -> None:
-    require_floating(name, part)
-    _require_same_kind("times", shots.times, name, part)
-    require_measured(name, part, is_used)
-    require(
-        part.shape[:2] == shots.shape,
-        f"{name} of {shots.shape[0]} tasks and {shots.shape[1]} shots, as the masks",
-        tuple(part.shape),
-        "Give every part of an episode the same tasks and shots.",
-    )
 
 
 def require_integer(name: str, value: object) -> None:
@@ -294,9 +218,12 @@ def _check_observed(observed: object, values: Tensor) -> None:
     )
 
 
-def _warn_of_constant_tasks(values: Tensor) -> None:
-    ranges = values.amax((1, 2)) - values.amin((1, 2))
-    is_constant = (ranges == 0.0).all(-1)
+def _warn_of_constant_tasks(values: Tensor, observed: Tensor | None) -> None:
+    highest, lowest = values, values
+    if observed is not None:
+        highest = values.where(observed, -torch.inf)
+        lowest = values.where(observed, torch.inf)
+    is_constant = (highest.amax((1, 2)) <= lowest.amin((1, 2))).all(-1)
     if bool(is_constant.any()):
         _log.warning(
             "Nothing ever changes in task %s. Such a task says little: check its sensors.",
@@ -304,18 +231,25 @@ def _warn_of_constant_tasks(values: Tensor) -> None:
         )
 
 
-def _check_times(times: Tensor) -> None:
+def check_clocks(times: Tensor, shape: tuple[int, ...]) -> None:
+    """Check that times have an axis of time, and before it none, one of shots, or one of tasks and one of shots."""
+    num_tasks, num_shots, num_times = shape[:3]
+    fitting = ((num_times,), (num_shots, num_times), (num_tasks, num_shots, num_times))
+    require(
+        tuple(times.shape) in fitting,
+        f"{num_times} times, of shape {fitting[0]}, {fitting[1]} or {fitting[2]}",
+        tuple(times.shape),
+        "Give all shots one clock, or each its own; swap axes of values if time isn't the third.",
+    )
+
+
+def check_times(times: Tensor) -> None:
+    """Check that times are finite and strictly increasing."""
     require(
         bool(torch.isfinite(times).all()),
         "finite times",
         "NaN or Inf",
         "Drop those times and their values.",
-    )
-    require(
-        times.shape[-1] > 1,
-        "at least two times",
-        times.shape[-1],
-        "Add time points: a motion needs two or more.",
     )
     require(
         bool((torch.diff(times) > 0).all()),
@@ -325,7 +259,8 @@ def _check_times(times: Tensor) -> None:
     )
 
 
-def _require_same_kind(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+def require_same_kind(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """Require one dtype and one device."""
     require(
         value.dtype == other.dtype,
         f"{name} and {other_name} of one dtype",

@@ -8,7 +8,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_hybrid.data.episode import Episode
-from pyro_hybrid.data.validate import check_episode
+from pyro_hybrid.data.validate_episode import check_episode
 from pyro_hybrid.errors import require
 from pyro_hybrid.programs.module import local_parameters, with_belief
 from pyro_hybrid.programs.run import Program

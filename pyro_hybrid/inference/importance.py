@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_hybrid.data.episode import Episode
-from pyro_hybrid.data.validate import check_episode
+from pyro_hybrid.data.validate_episode import check_episode
 from pyro_hybrid.errors import fail
 from pyro_hybrid.inference import arviz_data
 from pyro_hybrid.inference.draws import require_num_samples

@@ -13,7 +13,7 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from pyro_hybrid.data.episode import Episode
-from pyro_hybrid.data.validate import check_episode
+from pyro_hybrid.data.validate_episode import check_episode
 from pyro_hybrid.errors import require
 from pyro_hybrid.inference import arviz_data
 from pyro_hybrid.inference.draws import draws, predict, require_num_samples, sample_sites
