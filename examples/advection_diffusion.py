@@ -26,15 +26,15 @@ def main() -> None:
         model,
         guide,
         train,
-        steps=choice.steps,
+        num_steps=choice.steps,
         batch_size=16,
         learning_rate=3e-3,
         seed=choice.seed,
         curriculum={0.0: 7},
-        segments=8,
-        average=0.2,
+        segments_per_shot=8,
+        average_last=0.2,
         device=choice.device,
-        callback=habits.growing_correction(model, 1e5, choice.steps),
+        penalty_weights={"projection": ph.Ramp(1e5, power=2)},
     )
 
     # The last digits come from whole trajectories, by second order; diffusion is credited with all that it explains.

@@ -32,14 +32,14 @@ def main() -> None:
         model,
         guide,
         train,
-        steps=choice.steps,
+        num_steps=choice.steps,
         batch_size=16,
         learning_rate=8e-3,
         seed=choice.seed,
         curriculum={0.0: 7, 0.4: 14},
-        average=0.3,
+        average_last=0.3,
         device=choice.device,
-        callback=habits.growing_correction(model, 1000.0, choice.steps),
+        penalty_weights={"projection": ph.Ramp(1000.0, power=2)},
     )
 
     # For the final answer, a few more iterations than training needed, and intervals that halves of a task agree on.

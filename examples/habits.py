@@ -6,7 +6,6 @@ import argparse
 import json
 import platform
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import arviz
@@ -56,17 +55,6 @@ def options(
     torch.manual_seed(choice.seed)
     torch.set_num_threads(choice.threads)
     return choice
-
-
-def growing_correction(
-    model: ph.models.MetaHybridVAE, weight: float, steps: int
-) -> Callable[[int, ph.Fit], None]:
-    """A callback: first learn what is unknown, then credit the physics with all that it can explain."""
-
-    def grow(step: int, fit: ph.Fit) -> None:
-        model.correction = weight * ((step + 1) / steps) ** 2
-
-    return grow
 
 
 def export(

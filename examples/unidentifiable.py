@@ -109,13 +109,13 @@ def train(
         model,
         guide,
         tasks,
-        steps=steps,
+        num_steps=steps,
         batch_size=32,
         learning_rate=5e-3,
         seed=seed,
-        segments=8,
+        segments_per_shot=8,
         curriculum={0.0: 1, 0.3: 5, 0.6: None},
-        average=0.2,
+        average_last=0.2,
     )
     return model, guide
 

@@ -69,7 +69,7 @@ def main(steps: int = 300) -> None:
         model,
         guide,
         train,
-        steps=steps,
+        num_steps=steps,
         batch_size=16,
         learning_rate=8e-3,
         curriculum={0.0: 5, 0.5: 15},

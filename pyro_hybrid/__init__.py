@@ -34,8 +34,10 @@ from pyro_hybrid.nets.residual import Residual
 from pyro_hybrid.programs.module import HybridModel
 from pyro_hybrid.scores.mcc import mcc
 from pyro_hybrid.scores.separability import disentangle
-from pyro_hybrid.training.checkpoint import Fit, load
-from pyro_hybrid.training.meta_train import TrainingError, meta_train
+from pyro_hybrid.training.fit import Fit, load
+from pyro_hybrid.training.loop import TrainingError
+from pyro_hybrid.training.meta_train import meta_train
+from pyro_hybrid.training.schedule import Ramp
 from pyro_hybrid.training.step_error import step_error
 from pyro_hybrid.training.storage import CheckpointError
 from pyro_hybrid.training.svi import SVI
@@ -58,6 +60,7 @@ __all__ = [
     "HybridModel",
     "Mixing",
     "Posterior",
+    "Ramp",
     "Report",
     "Residual",
     "SetEncoder",

@@ -114,7 +114,7 @@ def test_training_warns_of_steps_that_are_too_long(
             model,
             Nothing(),
             moved(tasks),
-            steps=2,
+            num_steps=2,
             batch_size=3,
             curriculum={0.0: None},
             progress=False,

@@ -18,7 +18,7 @@ from pyro_hybrid.models import APHYNITY, OriginalAPHYNITY
 from pyro_hybrid.models.aphynity import squared_norm
 from pyro_hybrid.programs.module import local_parameters
 
-SHORT: dict[str, Any] = {"steps": 6, "batch_size": 4, "every": 3, "progress": False}
+SHORT: dict[str, Any] = {"num_steps": 6, "batch_size": 4, "eval_every": 3, "progress": False}
 SYSTEMS = {
     "pendulum": ph.systems.Pendulum,
     "double pendulum": ph.systems.DoublePendulum,
@@ -105,7 +105,9 @@ def test_a_model_that_reads_one_trajectory_keeps_every_contract_but_the_order_of
 def test_as_published_it_trains_on_segments_of_one_trajectory() -> None:
     model, guide = pair()
     tasks = replace(small().simulate(8, 4, seed=0), num_support=3)
-    fit = ph.meta_train(model, guide, tasks, **SHORT, curriculum={0.0: 2, 0.5: None}, segments=1)
+    fit = ph.meta_train(
+        model, guide, tasks, **SHORT, curriculum={0.0: 2, 0.5: None}, segments_per_shot=1
+    )
     assert fit.skipped == 0 and model.constraint.weight > 1.0
 
 
@@ -314,7 +316,7 @@ def trained(damping: float, weight: float) -> tuple[OriginalAPHYNITY, Tensor, Te
         model,
         model.guide(),
         system.simulate(1, 13, seed=0, num_support=1),
-        steps=150,
+        num_steps=150,
         batch_size=1,
         learning_rate=3e-2,
         curriculum={0.0: 3},

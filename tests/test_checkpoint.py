@@ -2,32 +2,40 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import math
 import os
+import platform
 import random
+import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from conftest import Note
+from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
+from test_storage import forged, manifest
 from test_training import SHORT, TASKS, Fragile, pair, quiet, same, state
-from torch import nn
+from torch import Tensor, nn
+from toys import SYSTEMS, Line
 
 import pyro_hybrid as ph
-from pyro_hybrid.training.checkpoint import Checkpoints
-from pyro_hybrid.training.storage import ASIDE, MANIFEST, read
+from pyro_hybrid.training.fit import step_folders
+from pyro_hybrid.training.lock import LOCK
+from pyro_hybrid.training.storage import ASIDE, MANIFEST, STATE, TRAINING, read
 
 LONG: dict[str, Any] = {
     **SHORT,
-    "steps": 24,
-    "every": 5,
-    "average": 0.4,
+    "num_steps": 24,
+    "eval_every": 5,
+    "average_last": 0.4,
     "warmup": 0.3,
     "curriculum": {0.0: 2, 0.4: None},
 }
@@ -47,7 +55,7 @@ def stopped_at(step: int, both: Any, **options: Any) -> None:
 
 
 def steps(folder: Path) -> list[int]:
-    return [int(path.name[5:]) for path in Checkpoints(folder).all()]
+    return [int(path.name[5:]) for path in step_folders(folder)]
 
 
 # ---- save and load -------------------------------------------------------------------------------
@@ -96,9 +104,12 @@ def test_a_compiled_part_has_the_names_of_the_plain_one(tmp_path: Path) -> None:
     [
         (
             {"inferred": False, "sites": {"slope": ph.families.Normal(1)}},
-            r"model\.prior.* has shape .* there, .* here",
+            r"model\.prior\S* of shape .*, as this model's; got shape .* in torch.float32",
         ),
-        ({"evidence": ph.GaussNewton(1)}, r"only the checkpoint has guide\.\S+"),
+        (
+            {"evidence": ph.GaussNewton(1)},
+            r"the tensors of this model; got one that has guide\.\S+",
+        ),
     ],
 )
 def test_a_checkpoint_of_another_model_is_refused_and_changes_nothing(
@@ -109,7 +120,7 @@ def test_a_checkpoint_of_another_model_is_refused_and_changes_nothing(
     before = state(*others)
     with pytest.raises(
         ph.CheckpointError,
-        match=f"of a Line with a AmortizedGuide, doesn't fit the model: .*{said}",
+        match=f"saved, of a Line, to be a checkpoint with {said}.* Build model and guide as they were",
     ):
         ph.load(tmp_path / "saved", *others)
     assert same(before, state(*others))
@@ -118,12 +129,13 @@ def test_a_checkpoint_of_another_model_is_refused_and_changes_nothing(
 def test_a_damaged_checkpoint_changes_nothing(tmp_path: Path) -> None:
     both = pair()
     ph.Fit().save(tmp_path / "saved", *both)
-    path = tmp_path / "saved" / "state.pt"
+    path = tmp_path / "saved" / STATE
     path.write_bytes(path.read_bytes()[:-1])
     others = pair(seed=1)
     before = state(*others)
     with pytest.raises(
-        ph.CheckpointError, match=r"state.pt isn't what was written \(its checksum differs\)"
+        ph.CheckpointError,
+        match=r"state.json as it was written; got other bytes \(its checksum differs\)",
     ):
         ph.load(tmp_path / "saved", *others)
     assert same(before, state(*others))
@@ -156,36 +168,87 @@ def test_a_training_with_checkpoints_is_the_training_without(tmp_path: Path) -> 
     assert steps(tmp_path / "run") == [20, 24]
 
 
+RECIPE: dict[str, Any] = {
+    "num_steps": 20,
+    "batch_size": 5,
+    "learning_rate": 1e-2,
+    "seed": 4,
+    "curriculum": {0.0: 1, 0.4: 2, 0.8: None},
+    "segments_per_shot": 2,
+    "warmup": 0.3,
+    "penalty_weights": {"projection": ph.Ramp(30.0, power=2), "nonlinearity": ph.Ramp(0.3)},
+    "average_last": 0.3,
+    "eval_every": 3,
+    "progress": False,
+}
+FIRST = RECIPE["eval_every"]  # the first step after which there is a checkpoint
+SPOILT = {"patience": 2, "learning_rate": 1.0}  # ends early, at the best state
+
+
+@pytest.fixture(scope="module")
+def recipe() -> Callable[..., Any]:
+    """A training as the examples have it: everything that steers one, in one."""
+    system = SYSTEMS["pendulum"]()
+    train, held_out = system.simulate(16, 4, seed=0).split(6)
+
+    def run(seed: int = 0, **options: Any) -> tuple[list[Tensor], ph.Fit]:
+        torch.manual_seed(seed)
+        model = ph.models.MetaHybridVAE(system, linear=False, straightness=0.1, noise=10.0)
+        guide = model.guide()
+        fit = ph.meta_train(model, guide, train, held_out=held_out, **{**RECIPE, **options})
+        return state(model, guide), fit
+
+    return run
+
+
+def history(fit: ph.Fit) -> list[str]:
+    """Everything that was recorded but the time; as text, where NaN equals NaN."""
+    told = vars(copy.copy(fit)) | {"seconds": 0, "seconds_compiling": 0}
+    return [f"{name}: {value}" for name, value in told.items()]
+
+
+def resumed(recipe: Callable[..., Any], folder: Path, stop: int, **options: Any) -> Any:
+    """What comes out after a stop and a resumption into another model."""
+
+    def interrupt(step: int, fit: ph.Fit) -> None:
+        if step == stop:
+            raise Stop
+
+    with pytest.raises(Stop):
+        recipe(checkpoint=folder, callback=interrupt, **options)
+    return recipe(seed=99, checkpoint=folder, resume=True, **options)
+
+
+@quiet
+def test_the_full_recipe_resumes_bit_for_bit_at_5_random_stops(
+    recipe: Callable[..., Any], tmp_path: Path
+) -> None:
+    whole, fit = recipe()
+    for stop in random.Random(0).sample(range(FIRST, RECIPE["num_steps"] - 1), 5):
+        found, again = resumed(recipe, tmp_path / str(stop), stop)
+        assert same(whole, found), stop
+        assert history(again) == history(fit), stop
+
+
+@quiet
 @pytest.mark.long
 @pytest.mark.parametrize("threads", [1, 2])
-def test_from_20_random_stops_a_training_ends_in_the_same_bits(
-    tmp_path: Path, threads: int, figure: Note
+def test_the_full_recipe_resumes_bit_for_bit_at_20_random_stops(
+    recipe: Callable[..., Any], tmp_path: Path, threads: int, figure: Note
 ) -> None:
-    before, dice = torch.get_num_threads(), random.Random(threads)
+    before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        options = {**LONG, "held_out": TASKS[:6], "every": 3}
-        whole = pair()
-        expected = ph.meta_train(*whole, TASKS, **options)
-        for turn in range(20):
-            if turn == 10:  # another way to end: the best state, not the average
-                options = {**options, "patience": 2, "learning_rate": 1.0}
-                whole = pair()
-                expected = ph.meta_train(*whole, TASKS, **options)
-            folder, both, again = tmp_path / str(turn), pair(), pair(seed=99)
-            stopped_at(
-                dice.randrange(3, len(expected.loss) - 1), both, checkpoint=folder, **options
-            )
-            found = ph.meta_train(*again, TASKS, checkpoint=folder, resume=True, **options)
-            assert same(state(*whole), state(*again)), turn
-            assert (found.loss, found.held_out, found.kl) == (
-                expected.loss,
-                expected.held_out,
-                expected.kl,
-            )
-            assert found.stopped_early == expected.stopped_early
-            figure("resume", **{f"equal_on_{threads}": 1})
-        assert expected.stopped_early and len(expected.loss) < LONG["steps"]
+        dice = random.Random(threads)
+        for options in ({}, SPOILT):
+            whole, fit = recipe(**options)
+            for turn in range(10):
+                folder = tmp_path / f"{bool(options)}-{turn}"
+                stop = dice.randrange(FIRST, len(fit.loss) - 1)
+                found, again = resumed(recipe, folder, stop, **options)
+                assert same(whole, found) and history(again) == history(fit), stop
+                figure("resume", **{f"equal_on_{threads}": 1})
+        assert fit.stopped_early and len(fit.loss) < RECIPE["num_steps"]
     finally:
         torch.set_num_threads(before)
 
@@ -234,24 +297,32 @@ def test_skips_are_remembered(tmp_path: Path) -> None:
             callback=poison(both[0]),
             checkpoint=tmp_path,
             max_skips=6,
-            **{**LONG, "every": 1},
+            **{**LONG, "eval_every": 1},
         )
     again = pair(model=Fragile)
     again[0].failure = "nan"
     with pytest.raises(ph.TrainingError, match="6 steps in a row up to step 8 "):
         ph.meta_train(
-            *again, TASKS, checkpoint=tmp_path, resume=True, max_skips=6, **{**LONG, "every": 1}
+            *again,
+            TASKS,
+            checkpoint=tmp_path,
+            resume=True,
+            max_skips=6,
+            **{**LONG, "eval_every": 1},
         )
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("steps", 25),
+        ("num_steps", 25),
         ("seed", 1),
         ("learning_rate", 1e-3),
         ("batch_size", 4),
         ("clip", 5.0),
+        ("clip", math.inf),
+        ("loss", Trace_ELBO()),
+        ("loss", TraceMeanField_ELBO(num_particles=10)),
         ("curriculum", {0.0: 3}),
     ],
 )
@@ -263,6 +334,88 @@ def test_a_training_with_other_settings_is_not_the_same_training(
         ValueError, match=f"{name} = .*, as in the training to be resumed; got .* Pass what it was"
     ):
         ph.meta_train(*pair(), TASKS, checkpoint=tmp_path, resume=True, **{**LONG, name: value})
+
+
+@pytest.mark.parametrize("first", [None, TraceMeanField_ELBO()])
+def test_a_loss_is_compared_by_value(tmp_path: Path, first: Any) -> None:
+    """The default is what it stands for, and a loss that has been used is what it was."""
+    stopped_at(7, pair(), checkpoint=tmp_path, loss=first, **LONG)
+    whole, both, again = pair(), pair(), TraceMeanField_ELBO(vectorize_particles=True)
+    ph.meta_train(*whole, TASKS, **LONG)
+    for other in (TraceMeanField_ELBO(retain_graph=True), again):
+        with pytest.raises(ValueError, match="loss = .*, as in the training to be resumed"):
+            ph.meta_train(*both, TASKS, checkpoint=tmp_path, resume=True, loss=other, **LONG)
+    ph.meta_train(
+        *both, TASKS, checkpoint=tmp_path, resume=True, loss=TraceMeanField_ELBO(), **LONG
+    )
+    assert same(state(*whole), state(*both))
+
+
+def test_a_loss_that_learned_its_nesting_is_still_the_same(tmp_path: Path) -> None:
+    loss = TraceMeanField_ELBO(num_particles=2, vectorize_particles=True)
+    stopped_at(7, pair(), checkpoint=tmp_path, loss=loss, **LONG)
+    assert math.isfinite(loss.max_plate_nesting)
+    whole, both = pair(), pair()
+    ph.meta_train(
+        *whole, TASKS, loss=TraceMeanField_ELBO(num_particles=2, vectorize_particles=True), **LONG
+    )
+    ph.meta_train(*both, TASKS, checkpoint=tmp_path, resume=True, loss=loss, **LONG)
+    assert same(state(*whole), state(*both))
+
+
+class Twin(Line):
+    """Another program whose parameters have the same names and shapes."""
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        ("model", lambda: pair(ph.GaussNewton(1), model=Twin)),
+        ("evidence", lambda: pair(ph.GaussNewton(2))),
+        ("evidence", lambda: pair(ph.GaussNewton(1, segments=(2,)))),
+    ],
+)
+def test_another_program_and_other_evidence_are_noticed(
+    tmp_path: Path, name: str, other: Callable[[], Any]
+) -> None:
+    stopped_at(7, pair(ph.GaussNewton(1)), checkpoint=tmp_path, **LONG)
+    both = other()
+    before = state(*both)
+    with pytest.raises(ValueError, match=f"{name} = .*, as in the training to be resumed; got"):
+        ph.meta_train(*both, TASKS, checkpoint=tmp_path, resume=True, **LONG)
+    assert same(state(*both), before)
+
+
+@pytest.mark.parametrize(
+    ("weights", "is_the_same"),
+    [
+        ({"projection": ph.Ramp(30.0, 2)}, True),
+        ({"projection": ph.Ramp(final=30.0, power=2.0), "nonlinearity": 0.1}, True),
+        ({"projection": ph.Ramp(30.0)}, False),
+        ({"projection": 30.0}, False),
+        ({"projection": ph.Ramp(30.0, 2), "nonlinearity": 0.2}, False),
+        (None, False),
+    ],
+)
+def test_penalty_weights_are_compared_by_value(
+    recipe: Callable[..., Any], tmp_path: Path, weights: Any, is_the_same: bool
+) -> None:
+    def interrupt(step: int, fit: ph.Fit) -> None:
+        if step == 3:
+            raise Stop
+
+    options = {"checkpoint": tmp_path, "num_steps": 5}
+    begun = {"projection": ph.Ramp(30.0, power=2)}
+    with pytest.raises(Stop):
+        recipe(callback=interrupt, penalty_weights=begun, **options)
+    if is_the_same:
+        _, fit = recipe(resume=True, penalty_weights=weights, **options)
+        assert len(fit.loss) == 5
+    else:
+        with pytest.raises(
+            ValueError, match="penalty_weights = .*, as in the training to be resum"
+        ):
+            recipe(resume=True, penalty_weights=weights, **options)
 
 
 def test_other_data_are_noticed(tmp_path: Path) -> None:
@@ -289,7 +442,7 @@ def test_a_damaged_checkpoint_is_not_gone_on_from(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-8])
     with pytest.raises(
         ph.CheckpointError,
-        match="step-00000010 can't be loaded: .* Go back to an earlier one: remove",
+        match="step-00000010 with model.safetensors as .* Go back to an earlier checkpoint: remove",
     ):
         ph.meta_train(*pair(), TASKS, checkpoint=tmp_path, resume=True, **LONG)
     for file in sorted(path.parent.iterdir()):
@@ -303,7 +456,7 @@ def test_a_damaged_checkpoint_is_not_gone_on_from(tmp_path: Path) -> None:
 
 def test_leftovers_are_cleared_away_and_nothing_else_is(tmp_path: Path) -> None:
     (tmp_path / f"{ASIDE}step-00000003").mkdir()
-    (tmp_path / f"{ASIDE}step-00000003" / "state.pt").write_bytes(b"half")
+    (tmp_path / f"{ASIDE}step-00000003" / STATE).write_bytes(b"half")
     (tmp_path / "notes.txt").write_text("mine")
     ph.meta_train(*pair(), TASKS, checkpoint=tmp_path, **SHORT)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt", "step-00000006"]
@@ -314,8 +467,14 @@ def test_the_last_ones_and_the_best_are_kept(tmp_path: Path) -> None:
         *pair(),
         TASKS,
         checkpoint=tmp_path,
-        keep=3,
-        **{**LONG, "every": 2, "held_out": TASKS, "learning_rate": 1.0, "curriculum": {0.0: None}},
+        keep_last=3,
+        **{
+            **LONG,
+            "eval_every": 2,
+            "held_out": TASKS,
+            "learning_rate": 1.0,
+            "curriculum": {0.0: None},
+        },
     )
     best = min(fit.held_out[:-1], key=lambda look: look[1])[0] + 1
     assert best < 18  # a learning rate that spoils what was learned
@@ -331,7 +490,7 @@ def test_the_manifest_says_what_it_is(tmp_path: Path) -> None:
         "Line",
         "AmortizedGuide",
     )
-    assert about["settings"]["steps"] == 24 and about["settings"]["curriculum"] == [
+    assert about["settings"]["num_steps"] == 24 and about["settings"]["curriculum"] == [
         [0.0, 2],
         [0.4, None],
     ]
@@ -353,10 +512,15 @@ import signal, sys, time, torch
 signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path.insert(0, {tests!r})
 from test_checkpoint import LONG, TASKS, pair, ph
-def slowly(step, fit):
-    print(step, flush=True)
-    time.sleep(0.05)
-ph.meta_train(*pair(), TASKS, checkpoint={folder!r}, callback=slowly, **{{**LONG, "progress": True}})
+def wait(step, fit):
+    if step == 7:  # until the signal has come, or ten minutes
+        before = signal.getsignal({number})
+        print("ready", flush=True)
+        for _ in range(60_000):
+            if signal.getsignal({number}) != before:
+                return
+            time.sleep(0.01)
+ph.meta_train(*pair(), TASKS, checkpoint={folder!r}, callback=wait, **{{**LONG, "progress": True}})
 """
 
 
@@ -365,21 +529,19 @@ ph.meta_train(*pair(), TASKS, checkpoint={folder!r}, callback=slowly, **{{**LONG
 )
 def test_a_signal_saves_and_says_how_to_go_on(tmp_path: Path, number: int, ends_with: int) -> None:
     folder = tmp_path / "run"
-    script = SCRIPT.format(tests=str(Path(__file__).parent), folder=str(folder))
+    script = SCRIPT.format(tests=str(Path(__file__).parent), folder=str(folder), number=int(number))
     run = subprocess.Popen(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     assert run.stdout is not None
     for line in run.stdout:
-        if line.strip() == "7":
+        if line.strip() == "ready":
             run.send_signal(number)
             break
-    _, said = run.communicate(timeout=60)
+    _, said = run.communicate(timeout=600)  # guards against a hang alone
     assert run.returncode == ends_with, said
-    step = steps(folder)[-1]
-    assert (
-        step in (8, 9) and f"Stopped after step {step} of 24, which is saved in {folder}." in said
-    )
+    assert steps(folder) == [5, 8] and not (folder / LOCK).exists()
+    assert f"Stopped after step 8 of 24, which is saved in {folder}." in said
     assert "The same call with resume=True goes on" in said
     whole, both = pair(), pair()
     ph.meta_train(*whole, TASKS, **LONG)
@@ -389,17 +551,37 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path: Path, number: int, ends_
 
 @pytest.mark.usefixtures("heeded")
 def test_a_second_signal_does_not_wait(tmp_path: Path) -> None:
+    reached = []
+
     def twice(step: int, fit: ph.Fit) -> None:
         if step == 3:
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(0.01)
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(5.0)
+            signal.raise_signal(signal.SIGINT)
+            reached.append("after the first")
+            signal.raise_signal(signal.SIGINT)
+            reached.append("after the second")
 
-    start = time.perf_counter()
     with pytest.raises(KeyboardInterrupt):
         ph.meta_train(*pair(), TASKS, checkpoint=tmp_path, callback=twice, **LONG)
-    assert time.perf_counter() - start < 4.0 and steps(tmp_path) == []
+    assert reached == ["after the first"] and list(tmp_path.iterdir()) == []
+
+
+def test_a_training_whose_signal_handler_returns_does_not_pass_for_finished(tmp_path: Path) -> None:
+    received: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+    try:
+        with pytest.raises(
+            ph.TrainingError, match="expected 24 steps; got 4 of them before SIGTERM"
+        ):
+            ph.meta_train(
+                *pair(),
+                TASKS,
+                checkpoint=tmp_path,
+                callback=lambda step, fit: step == 3 and signal.raise_signal(signal.SIGTERM),
+                **LONG,
+            )
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert received == [signal.SIGTERM] and steps(tmp_path) == [4]
 
 
 @pytest.mark.usefixtures("heeded")
@@ -427,7 +609,7 @@ def test_a_signal_that_was_to_be_ignored_is_ignored(tmp_path: Path) -> None:
         **LONG,
         callback=lambda step, fit: os.kill(os.getpid(), signal.SIGINT) if step == 3 else None,
     )
-    assert len(fit.loss) == LONG["steps"] and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    assert len(fit.loss) == LONG["num_steps"] and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
 @pytest.mark.usefixtures("heeded")
@@ -458,3 +640,395 @@ def test_the_progress_bar_goes_on_where_it_was(
     ph.meta_train(*pair(), TASKS, checkpoint=tmp_path, resume=True, **{**LONG, "progress": True})
     said = capsys.readouterr().err
     assert "10/24" in said and "24/24" in said and " 9/24" not in said
+
+
+# ---- files from a stranger, with every seal right ------------------------------------------------
+
+Edit = Callable[[Path], None]
+
+
+def edit_manifest(**changes: Any) -> Edit:
+    """Change fields of the manifest; ``...`` removes one."""
+
+    def edit(folder: Path) -> None:
+        about = json.loads((folder / MANIFEST).read_bytes()) | changes
+        manifest(folder, {name: value for name, value in about.items() if value is not ...})
+
+    return edit
+
+
+def edit_state(*path: str, value: Any) -> Edit:
+    """Change one value of the state, by the keys that lead to it; ``...`` removes it."""
+
+    def edit(folder: Path) -> None:
+        stored = json.loads((folder / STATE).read_bytes())
+        inner = stored
+        for key in path[:-1]:
+            inner = inner[key]
+        inner[path[-1]] = value
+        if value is ...:
+            del inner[path[-1]]
+        forged(folder, state=json.dumps(stored, indent=2, sort_keys=True).encode())
+
+    return edit
+
+
+def edit_training(change: Callable[[dict[str, Tensor]], object]) -> Edit:
+    """Change the tensors that a resumed training needs."""
+
+    def edit(folder: Path) -> None:
+        tensors = safetensors.torch.load_file(folder / TRAINING)
+        change(tensors)
+        forged(folder, training=safetensors.torch.save(tensors))
+
+    return edit
+
+
+MOMENT = "optimizer/model.prior.head.1.weight/exp_avg"
+
+
+def set_to(name: str, value: Callable[[Tensor], Tensor]) -> Edit:
+    return edit_training(lambda tensors: tensors.update({name: value(tensors[name])}))
+
+
+SEALED: dict[str, tuple[Edit, str]] = {
+    "no step": (edit_manifest(step=...), "step to be of type int; got None"),
+    "a step in words": (edit_manifest(step="x"), "step to be of type int; got 'x'"),
+    "a step that is a fraction": (edit_manifest(step=5.5), "step to be of type int; got 5.5"),
+    "a step that is NaN": (edit_manifest(step=math.nan), "a manifest in manifest.json"),
+    "a negative step": (edit_manifest(step=-1), "the step of its name, of 24 steps; got step -1"),
+    "another step": (edit_manifest(step=6), "the step of its name, of 24 steps; got step 6"),
+    "a step beyond": (edit_manifest(step=10**30), "the step of its name, of 24 steps; got step 10"),
+    "no finished": (edit_manifest(finished=...), "finished to be of type bool; got None"),
+    "a finished that is a number": (
+        edit_manifest(finished=1),
+        "finished to be of type bool; got 1",
+    ),
+    "finished, without being": (edit_manifest(finished=True), ""),
+    "no settings": (edit_manifest(settings=...), "settings, a JSON object; got None"),
+    "settings in a list": (edit_manifest(settings=[]), r"settings, a JSON object; got \[\]"),
+    "empty settings": (
+        edit_manifest(settings={}),
+        "num_steps = None, as in the training to be res",
+    ),
+    "held_out in words": (edit_manifest(held_out="low"), "held_out to be a number; got 'low'"),
+    "no fit": (edit_state("fit", value=...), "fit to be a JSON object; got None"),
+    "a fit in a list": (edit_state("fit", value=[]), r"fit to be a JSON object; got \[\]"),
+    "a fit without losses": (edit_state("fit", "loss", value=...), "fit with the fields loss, log"),
+    "a loss in words": (edit_state("fit", "loss", value=["a"]), r"fit.loss\[0\] to be a number; g"),
+    "a shorter history": (
+        edit_state("fit", "loss", value=[0.5]),
+        "histories of equal lengths; got",
+    ),
+    "a look without its value": (
+        edit_state("fit", "held_out", value=[[3]]),
+        r"fit.held_out\[0\] with 2 values; got \[3\]",
+    ),
+    "a task in words": (
+        edit_state("fit", "skipped_tasks", value={"first": 1}),
+        "fit.skipped_tasks with whole numbers as keys; got 'first'",
+    ),
+    "no counters": (edit_state("counters", value=...), "counters to be a JSON object; got None"),
+    "counters without names": (
+        edit_state("counters", value=[0.0, 0, 0, 0, 0.0, ""]),
+        "counters to be a JSON object; got",
+    ),
+    "one counter more": (edit_state("counters", "more", value=1), "counters with the fields step,"),
+    "another counter of steps": (
+        edit_state("counters", "step", value=6),
+        "a history of 6 steps; got",
+    ),
+    "a negative counter": (
+        edit_state("counters", "num_averaged", value=-1),
+        "counters of 0 or more; got",
+    ),
+    "a norm that is NaN": (
+        edit_state("counters", "gradient_norm", value="nan"),
+        "counters of 0 or more; got",
+    ),
+    "no training": (
+        edit_training(lambda tensors: tensors.clear()),
+        "a last good state with the tensors of this model; got one that has no model",
+    ),
+    "a tensor of nothing known": (
+        edit_training(lambda tensors: tensors.update({"more/a": torch.ones(1)})),
+        "tensors of optimizer, last_good, best, average, tasks; got more/a",
+    ),
+    "a moment that is too short": (
+        set_to(MOMENT, lambda value: value.flatten()[:1].clone()),
+        r"an optimizer's state with model.prior.head.1.weight/exp_avg of shape \(6, 8\)",
+    ),
+    "a moment of the same size": (
+        set_to(MOMENT, lambda value: value.t().contiguous()),
+        r"exp_avg of shape \(6, 8\) in torch.float32, as this model's; got shape \(8, 6\)",
+    ),
+    "a moment in another precision": (
+        set_to(MOMENT, lambda value: value.double()),
+        r"in torch.float32, as this model's; got shape \(6, 8\) in torch.float64",
+    ),
+    "a moment that is missing": (
+        edit_training(lambda tensors: tensors.pop(MOMENT)),
+        "got one that has no model.prior.head.1.weight/exp_avg",
+    ),
+    "a moment of a parameter that isn't there": (
+        edit_training(lambda tensors: tensors.update({"optimizer/model.a/step": torch.ones(())})),
+        "got one that has model.a/step, too",
+    ),
+    "a moment that is NaN": (
+        set_to(MOMENT, lambda value: value * math.nan),
+        "finite moments of the optimizer; got others in model.prior.head.1.weight/exp_avg",
+    ),
+    "a negative second moment": (
+        set_to(f"{MOMENT}_sq", lambda value: value - 1.0),
+        "finite moments of the optimizer; got others in model.prior.head.1.weight/exp_avg_sq",
+    ),
+    "a step of the optimizer with a shape": (
+        set_to("optimizer/model.prior.base/step", lambda value: value.expand(3).clone()),
+        r"base/step of shape \(\) in torch.float32, as this model's; got shape \(3,\)",
+    ),
+    "visits of fewer tasks": (
+        set_to("tasks/visits", lambda value: value[:-1].clone()),
+        r"visits of tasks with visits of shape \(20,\)",
+    ),
+    "a last good state of another shape": (
+        set_to("last_good/model.prior.base", lambda value: value[:-1].clone()),
+        "a last good state with model.prior.base of shape",
+    ),
+    "an average before its time": (
+        edit_training(lambda tensors: tensors.update({"average/model.prior.base": torch.ones(6)})),
+        "an average with the tensors of this model; got one that has model.prior.base, too",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A training that was stopped after its checkpoint at step 5."""
+    folder = tmp_path_factory.mktemp("begun") / "run"
+    stopped_at(7, pair(), checkpoint=folder, **LONG)
+    return folder
+
+
+@pytest.mark.parametrize("kind", SEALED)
+def test_a_sealed_checkpoint_with_wrong_content_is_refused_and_changes_nothing(
+    begun: Path, tmp_path: Path, kind: str
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(begun, folder)
+    edit, words = SEALED[kind]
+    edit(folder / "step-00000005")
+    both = pair(seed=3)
+    before = state(*both)
+    if kind == "finished, without being":  # a forger may say so; what is loaded is whole
+        assert len(ph.meta_train(*both, TASKS, checkpoint=folder, resume=True, **LONG).loss) == 5
+        return
+    with pytest.raises((ph.CheckpointError, ValueError), match=words):
+        ph.meta_train(*both, TASKS, checkpoint=folder, resume=True, **LONG)
+    assert same(state(*both), before) and not (folder / LOCK).exists()
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        edit_state("fit", value=...),
+        edit_state("fit", "loss", value=["a"]),
+        edit_state("fit", "seconds", value=True),
+        edit_state("fit", "skipped_tasks", value=[1]),
+        edit_manifest(format="2"),
+    ],
+)
+def test_a_sealed_model_with_wrong_content_is_not_loaded_and_changes_nothing(
+    tmp_path: Path, edit: Edit
+) -> None:
+    ph.Fit([1.0], [2.0], [3.0]).save(tmp_path / "saved", *pair())
+    edit(tmp_path / "saved")
+    others = pair(seed=1)
+    before = state(*others)
+    with pytest.raises(ph.CheckpointError, match="^expected .*; got .*"):
+        ph.load(tmp_path / "saved", *others)
+    assert same(before, state(*others))
+
+
+def test_nothing_but_safetensors_and_json_is_written(begun: Path, tmp_path: Path) -> None:
+    both = pair()
+    ph.meta_train(*both, TASKS, **SHORT).save(tmp_path / "saved", *both)
+    files = [*begun.rglob("*"), *tmp_path.rglob("*")]
+    kinds = {path.suffix for path in files if path.is_file()}
+    assert kinds == {".safetensors", ".json"}
+    for path in files:
+        if path.suffix == ".json":
+            json.loads(path.read_bytes(), parse_constant=pytest.fail)
+        elif path.suffix == ".safetensors":
+            assert safetensors.torch.load_file(path)
+
+
+# ---- a name that is taken ------------------------------------------------------------------------
+
+
+def test_a_finished_training_is_not_lost_to_a_name_that_is_taken(tmp_path: Path) -> None:
+    both, others = pair(), pair(seed=1)
+    fit = ph.meta_train(*both, TASKS, **SHORT)
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved-1").write_text("taken, too")
+    with pytest.raises(
+        ph.CheckpointError,
+        match="a folder that doesn't exist yet; got .*saved, which is there already. This training is "
+        "saved in .*saved-2 instead: rename that folder, or pass overwrite=True",
+    ):
+        fit.save(tmp_path / "saved", *both)
+    assert ph.load(tmp_path / "saved-2", *others) == fit and same(state(*both), state(*others))
+    assert list((tmp_path / "saved").iterdir()) == []
+
+
+def test_a_saved_training_is_overwritten_on_demand_and_other_folders_never(tmp_path: Path) -> None:
+    first, second = pair(), pair(seed=1)
+    ph.Fit().save(tmp_path / "saved", *first)
+    ph.Fit([1.0], [1.0], [1.0]).save(tmp_path / "saved", *second, overwrite=True)
+    others = pair(seed=2)
+    assert ph.load(tmp_path / "saved", *others).loss == [1.0]
+    assert same(state(*second), state(*others))
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.txt").write_text("mine")
+    with pytest.raises(ph.CheckpointError, match="or a saved training to overwrite; got .*notes"):
+        ph.Fit().save(tmp_path / "notes", *first, overwrite=True)
+    assert (tmp_path / "notes" / "mine.txt").read_text() == "mine"
+
+
+def test_a_folder_that_can_not_be_written_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+
+    def never(step: int, fit: ph.Fit) -> None:
+        raise Stop
+
+    both = pair()
+    before = state(*both)
+    with pytest.raises(
+        ph.CheckpointError, match="a folder to write checkpoints into at .*file/run; got an error"
+    ):
+        ph.meta_train(*both, TASKS, checkpoint=tmp_path / "file" / "run", callback=never, **LONG)
+    assert same(before, state(*both))
+
+
+# ---- one training in a folder --------------------------------------------------------------------
+
+
+def holder(**changes: Any) -> dict[str, Any]:
+    """The content of a lock, by default of the process that runs the tests."""
+    here = {"process": os.getpid(), "host": platform.node(), "started": "", "token": "a"}
+    return here | changes
+
+
+def dead_process() -> int:
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait(timeout=600)
+    return child.pid
+
+
+LOCKED: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
+    "a living process": (
+        lambda: holder(process=os.getppid()),
+        f"got a lock of process {os.getppid()} on {platform.node()}",
+    ),
+    "this process": (holder, "got a lock of this very process"),
+    "another machine": (
+        lambda: holder(process=dead_process(), host="elsewhere"),
+        r"got a lock of process \d+ on elsewhere",
+    ),
+    "nonsense": (lambda: {"process": "x"}, "got a lock of a process that can't be told"),
+}
+
+
+@pytest.mark.parametrize("kind", LOCKED)
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_folder_that_is_locked_is_left_alone(tmp_path: Path, kind: str, resume: bool) -> None:
+    make, words = LOCKED[kind]
+    lock = json.dumps(make())
+    (tmp_path / LOCK).write_text(lock)
+    (tmp_path / f"{ASIDE}step-00000005").mkdir()  # which the other training is writing
+    with pytest.raises(
+        ph.CheckpointError,
+        match=f"no other training writes into; .* is locked; {words}. Wait until it ends, or choose "
+        f"another folder. If it is dead, remove {tmp_path / LOCK}",
+    ):
+        ph.meta_train(*pair(), TASKS, checkpoint=tmp_path, resume=resume, **LONG)
+    assert (tmp_path / LOCK).read_text() == lock and (tmp_path / f"{ASIDE}step-00000005").exists()
+
+
+@pytest.mark.parametrize("kind", ["dead", "reused"])
+def test_the_lock_of_a_dead_process_is_taken_over(tmp_path: Path, kind: str) -> None:
+    stopped_at(7, pair(), checkpoint=tmp_path, **LONG)
+    reused = holder(process=os.getppid(), started="before it was started")
+    left = reused if kind == "reused" else holder(process=dead_process())
+    (tmp_path / LOCK).write_text(json.dumps(left))
+    (tmp_path / f"{ASIDE}step-00000010").mkdir()
+    whole, both = pair(), pair()
+    ph.meta_train(*whole, TASKS, **LONG)
+    held: list[Any] = []
+    ph.meta_train(
+        *both,
+        TASKS,
+        checkpoint=tmp_path,
+        resume=True,
+        callback=lambda step, fit: held.append(json.loads((tmp_path / LOCK).read_bytes())),
+        **LONG,
+    )
+    assert same(state(*whole), state(*both))
+    assert {one["process"] for one in held} == {os.getpid()}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000020", "step-00000024"]
+
+
+def test_of_several_that_take_a_lock_over_one_does(tmp_path: Path) -> None:
+    (tmp_path / LOCK).write_text(json.dumps(holder(process=dead_process())))
+    (tmp_path / f"{LOCK}.turn").write_text(json.dumps(holder(process=os.getppid())))
+    with pytest.raises(ph.CheckpointError, match=f"a lock of process {os.getppid()} .*{LOCK}.turn"):
+        ph.meta_train(*pair(), TASKS, checkpoint=tmp_path, **LONG)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [LOCK, f"{LOCK}.turn"]
+
+
+def test_a_training_inside_another_in_the_same_folder_is_refused(tmp_path: Path) -> None:
+    words: list[str] = []
+
+    def inside(step: int, fit: ph.Fit) -> None:
+        if step == 7:
+            with pytest.raises(ph.CheckpointError) as caught:
+                ph.meta_train(*pair(), TASKS, checkpoint=tmp_path, resume=True, **LONG)
+            words.append(str(caught.value))
+
+    both, whole = pair(), pair()
+    ph.meta_train(*both, TASKS, checkpoint=tmp_path, callback=inside, **LONG)
+    ph.meta_train(*whole, TASKS, **LONG)
+    assert len(words) == 1 and "a lock of this very process" in words[0]
+    assert same(state(*both), state(*whole))
+
+
+OTHER = """
+import sys
+sys.path.insert(0, {tests!r})
+from test_checkpoint import LONG, TASKS, pair, ph
+def wait(step, fit):
+    if step == 7:
+        print("ready", flush=True)
+        sys.stdin.readline()
+ph.meta_train(*pair(), TASKS, checkpoint={folder!r}, resume=True, callback=wait, **LONG)
+print("done", flush=True)
+"""
+
+
+def test_a_second_job_in_the_folder_is_refused_and_the_first_one_ends_well(tmp_path: Path) -> None:
+    script = OTHER.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
+    first = subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert first.stdin is not None and first.stdout is not None
+    assert first.stdout.readline() == "ready\n"
+    live = tmp_path / f"{ASIDE}step-00000010-{first.pid}-ab"  # as if it were being written
+    live.mkdir()
+    with pytest.raises(ph.CheckpointError, match=f"a lock of process {first.pid} on "):
+        ph.meta_train(*pair(), TASKS, checkpoint=tmp_path, resume=True, **LONG)
+    assert live.exists()
+    out, _ = first.communicate("\n", timeout=600)  # guards against a hang alone
+    assert first.returncode == 0 and out == "done\n"
+    whole, both = pair(), pair()
+    ph.meta_train(*whole, TASKS, **LONG)
+    ph.meta_train(*both, TASKS, checkpoint=tmp_path, resume=True, **LONG)  # finished: it is loaded
+    assert same(state(*whole), state(*both))

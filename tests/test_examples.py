@@ -414,7 +414,9 @@ def test_what_the_docs_print_runs(
             (printed["model"], printed["guide"]),
             ph.systems.Pendulum().simulate(8, 4, seed=0),
         )
-        fit = ph.meta_train(*both, data, steps=3, batch_size=4, curriculum={0.0: 7}, progress=False)
+        fit = ph.meta_train(
+            *both, data, num_steps=3, batch_size=4, curriculum={0.0: 7}, progress=False
+        )
         assert fit.skipped == 0 and all(math.isfinite(loss) for loss in fit.loss)
         assert len(printed["tasks"]) == 30
 

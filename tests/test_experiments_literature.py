@@ -75,7 +75,7 @@ def test_a_push_is_blind_to_the_state_and_friction_to_time() -> None:
 
 def test_friction_that_does_gravity_s_work_is_penalized_and_a_push_never() -> None:
     model = told()
-    model.correction = 2.0
+    model.penalty_weights["projection"] = 2.0
     states = torch.stack([3.0 * torch.rand(2, 4, 50) - 1.5, torch.randn(2, 4, 50)], -1)
     z = torch.tensor([[0.0, 1.0, 5.0]]).expand(2, 3)
 

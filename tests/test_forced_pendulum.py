@@ -130,7 +130,7 @@ def test_the_hybrid_model_runs_on_it(linear: bool) -> None:
         model,
         model.guide(),
         system.simulate(4, 4, seed=0),
-        steps=2,
+        num_steps=2,
         batch_size=4,
         curriculum={0.0: None},
         progress=False,

@@ -187,7 +187,7 @@ def test_a_model_saved_with_its_gauge_predicts_the_same_in_a_new_process(tmp_pat
     torch.manual_seed(0)
     tasks, model = make_tasks(), Spring()
     guide = ph.AmortizedGuide(model.prior, ph.SetEncoder(2, NUM_TIMES, 8))
-    fit = ph.meta_train(model, guide, tasks, steps=1, batch_size=4, progress=False)
+    fit = ph.meta_train(model, guide, tasks, num_steps=1, batch_size=4, progress=False)
     fix_gauge(model, tasks, 64)
     fit.save(tmp_path / "fit", model, guide)
     latents = torch.full((6, 1), 2.0), torch.randn(6, 1)

@@ -272,7 +272,7 @@ def test_a_short_training_lowers_the_loss_and_finds_the_physics(num_support: int
     train, held_out = pendulum.simulate(160, 4, seed=0, num_support=num_support).split(60)
     torch.manual_seed(0)
     model = HybridVAE(pendulum, noise=10.0)
-    fit = ph.meta_train(model, model.guide(), train, steps=60, batch_size=32, progress=False)
+    fit = ph.meta_train(model, model.guide(), train, num_steps=60, batch_size=32, progress=False)
     assert sum(fit.loss[-10:]) < sum(fit.loss[:10]) and not fit.skipped
     found = ph.draws(model, model.guide(), held_out.episode(), 20)["omega"].mean(0)
     assert (
@@ -283,7 +283,11 @@ def test_a_short_training_lowers_the_loss_and_finds_the_physics(num_support: int
 def test_model_and_guide_that_share_an_encoder_are_saved_and_loaded(tmp_path: Path) -> None:
     model, other = model_of(outside=1), model_of(outside=1, seed=1)
     fit = ph.meta_train(
-        model, model.guide(), SYSTEMS["pendulum"]().simulate(4, 4, seed=0), steps=2, progress=False
+        model,
+        model.guide(),
+        SYSTEMS["pendulum"]().simulate(4, 4, seed=0),
+        num_steps=2,
+        progress=False,
     )
     fit.save(tmp_path / "fit", model, model.guide())
     assert ph.load(tmp_path / "fit", other, other.guide()).loss == fit.loss

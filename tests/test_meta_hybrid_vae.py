@@ -106,7 +106,7 @@ def test_a_model_whose_gauge_is_fixed_trains_saves_and_loads_with_it(tmp_path: P
     tasks, model = system.simulate(8, 4, 0), ph.models.MetaHybridVAE(system)
     guide = model.guide()
     fix_gauge(model, tasks, 64)
-    fit = ph.meta_train(model, guide, tasks, steps=1, batch_size=4, progress=False)
+    fit = ph.meta_train(model, guide, tasks, num_steps=1, batch_size=4, progress=False)
     fit.save(tmp_path / "fit", model, guide)
     other = ph.models.MetaHybridVAE(system)
     ph.load(tmp_path / "fit", other, other.guide())

@@ -138,7 +138,7 @@ def test_constructing_calling_and_training_change_nothing_global(
         model,
         guide_of(model).requires_grad_(),
         in_float32(make_tasks(4, 4)),
-        steps=2,
+        num_steps=2,
         batch_size=2,
         progress=False,
     )
@@ -298,7 +298,7 @@ CALLS: dict[str, Callable[[Line, ph.AmortizedGuide], object]] = {
     "step": lambda model, guide: train(model, guide, 1),
     "draw": lambda model, guide: ph.draws(model, guide, episode(), 3),
     "train": lambda model, guide: ph.meta_train(
-        model, guide, in_float32(make_tasks(4, 4)), steps=1, progress=False
+        model, guide, in_float32(make_tasks(4, 4)), num_steps=1, progress=False
     ),
 }
 
@@ -330,7 +330,7 @@ def test_a_training_is_refused_while_another_thread_trains_and_that_one_ends_as_
     def meanwhile(step: int, fit: ph.Fit) -> None:
         raised.extend(in_another_thread(lambda: train(Line(), guide_of(Line()))))
 
-    options = {"steps": 3, "batch_size": 2, "progress": False}
+    options = {"num_steps": 3, "batch_size": 2, "progress": False}
     ph.meta_train(model, guide, tasks, callback=meanwhile, **options)
     ph.meta_train(alone, alone_guide, tasks, **options)
     assert len(raised) == 3 and all("one thread at a time" in str(error) for error in raised)

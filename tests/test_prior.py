@@ -102,7 +102,7 @@ def test_a_prior_trained_on_some_shots_reads_other_numbers_of_them(
     guide = ph.AmortizedGuide(model.prior, ph.SetEncoder(1, POINTS, 8, width=16))
     tasks = in_float32(make_tasks(8, 5, num_support=2))
     ph.meta_train(
-        model, guide, tasks, steps=3, batch_size=4, progress=False, curriculum={0.0: None}
+        model, guide, tasks, num_steps=3, batch_size=4, progress=False, curriculum={0.0: None}
     )
     for shots in (1, 4, 50):
         assert torch.isfinite(flat(model.prior.natural(support(shots)))).all()

@@ -377,7 +377,7 @@ MISUSES: dict[str, tuple[Callable[[], object], str]] = {
         r"one row a task in both estimate and truth; got 9 and 8 rows",
     ),
     "meta_train": (
-        lambda: ph.meta_train(Empty(), Empty(), tasks(torch.zeros(2, 3, 3, 1)), steps=0),
+        lambda: ph.meta_train(Empty(), Empty(), tasks(torch.zeros(2, 3, 3, 1)), num_steps=0),
         "expected steps, batch_size and tasks of 1 or more",
     ),
     "models": (

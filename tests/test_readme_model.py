@@ -83,7 +83,9 @@ def test_what_the_readme_does_with_its_model_runs_as_printed(
 def test_it_trains_with_meta_train(kind: type[ph.HybridModel]) -> None:
     both = pair(kind)
     before = many_particles(both, TASKS.episode())
-    fit = ph.meta_train(*both, TASKS, steps=15, batch_size=4, learning_rate=1e-2, progress=False)
+    fit = ph.meta_train(
+        *both, TASKS, num_steps=15, batch_size=4, learning_rate=1e-2, progress=False
+    )
     assert fit.skipped == 0 and all(math.isfinite(value) for value in fit.loss)
     assert many_particles(both, TASKS.episode()) < before
 

@@ -175,7 +175,7 @@ def test_a_force_is_sharpened_until_systems_are_explained() -> None:
     system.points = 8
     model, tasks = ph.models.MetaHybridVAE(system, width=4), system.simulate(12, 4, seed=0)
     guide = model.guide()
-    ph.meta_train(model, guide, tasks, steps=30, batch_size=6, progress=False)
+    ph.meta_train(model, guide, tasks, num_steps=30, batch_size=6, progress=False)
     costs = ph.sharpen(model, guide, tasks, steps=6, batch_size=12, width=1.0, progress=False)
     assert len(costs) == 6 and model.residual.last.weight.isfinite().all()
     again = ph.sharpen(model, guide, tasks, steps=1, batch_size=12, noise=None, progress=False)

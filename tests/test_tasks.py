@@ -327,7 +327,7 @@ def test_an_encoder_built_for_other_sensors_is_refused_before_anything_trains() 
     with pytest.raises(
         ValueError, match=r"\(time, sensor\) = \(11, 3\); got \(11, 2\). Build the SetEncoder with"
     ):
-        ph.meta_train(model, guide, make(), steps=1, progress=False)
+        ph.meta_train(model, guide, make(), num_steps=1, progress=False)
 
 
 ASKED = {

@@ -8,7 +8,6 @@ import itertools
 import math
 import random
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import jaxtyping
@@ -24,12 +23,17 @@ from toys import POINTS, SEPARATE, Line, in_float32, make_tasks
 
 import pyro_hybrid as ph
 from pyro_hybrid.data.segments import to_segments
-from pyro_hybrid.training import guards as _watch
-from pyro_hybrid.training import loop
 from pyro_hybrid.training import svi as svi_module
+from pyro_hybrid.training.batch import sampled_segments
+from pyro_hybrid.training.guards import ElboTerms
 
 TASKS = in_float32(make_tasks(20, 4, num_support=2))
-SHORT = {"steps": 6, "batch_size": 8, "progress": False, "curriculum": {0.0: None}}
+SHORT: dict[str, Any] = {
+    "num_steps": 6,
+    "batch_size": 8,
+    "progress": False,
+    "curriculum": {0.0: None},
+}
 READINGS = pytest.mark.parametrize(
     "evidence", [None, ph.GaussNewton(1)], ids=["learned", "computed"]
 )
@@ -42,6 +46,13 @@ def pair(
     torch.manual_seed(seed)
     program = model(evidence, **options)
     return program, ph.AmortizedGuide(program, evidence or ph.SetEncoder(1, POINTS, 8, width=16))
+
+
+def frozen(both: tuple[Line, ph.AmortizedGuide]) -> tuple[Line, ph.AmortizedGuide]:
+    """The pair with parameters that stay as they are."""
+    for module in both:
+        module.requires_grad_(False)
+    return both
 
 
 def state(*modules: nn.Module) -> list[Tensor]:
@@ -160,7 +171,7 @@ def test_training_lowers_the_loss_and_keeps_a_record_of_every_step(
     fit = ph.meta_train(
         *both,
         TASKS,
-        steps=40,
+        num_steps=40,
         batch_size=10,
         learning_rate=2e-2,
         progress=False,
@@ -182,8 +193,8 @@ def test_training_lowers_the_loss_and_keeps_a_record_of_every_step(
 
 
 def test_the_loss_is_that_of_pyros_elbo_per_task() -> None:
-    both = pair()
-    fit = ph.meta_train(*both, TASKS, seed=3, **{**SHORT, "steps": 1}, learning_rate=0.0)
+    both = frozen(pair())
+    fit = ph.meta_train(*both, TASKS, seed=3, **{**SHORT, "num_steps": 1})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3 * 1_000_003 + 1)
         expected = ph.SVI(*both, torch.optim.SGD(both[0].parameters(), 0.0)).evaluate_loss(
@@ -193,8 +204,8 @@ def test_the_loss_is_that_of_pyros_elbo_per_task() -> None:
 
 
 def test_several_particles_are_averaged_in_the_record_too() -> None:
-    both = pair()
-    options = {**SHORT, "steps": 3, "learning_rate": 0.0}
+    both = frozen(pair())
+    options = {**SHORT, "num_steps": 3}
     one, many = (
         ph.meta_train(*both, TASKS, loss=TraceMeanField_ELBO(num_particles=n), **options)
         for n in (1, 5)
@@ -224,7 +235,7 @@ def test_support_and_query_are_drawn_anew_at_every_step() -> None:
                 )
             return super().forward(episode)
 
-    ph.meta_train(*pair(model=Listening), TASKS[:1], **{**SHORT, "steps": 30})
+    ph.meta_train(*pair(model=Listening), TASKS[:1], **{**SHORT, "num_steps": 30})
     assert 3 < len(set(Listening.supports)) <= 6  # two of four shots
 
 
@@ -249,7 +260,7 @@ def test_the_device_may_be_named() -> None:
 
 
 def test_the_weight_of_the_kl_rises_to_one_over_the_warm_up() -> None:
-    both, options = pair(), {**SHORT, "steps": 8, "learning_rate": 0.0}
+    both, options = frozen(pair()), {**SHORT, "num_steps": 8}
     full = ph.meta_train(*both, TASKS, **options)
     risen = ph.meta_train(*both, TASKS, warmup=0.5, **options)
     weights = [a / b for a, b in zip(risen.kl, full.kl, strict=True)]
@@ -276,7 +287,7 @@ def lengths(points: int, **options: Any) -> list[tuple[int, int]]:
     both = pair(ph.GaussNewton(1), Recorder)
     times = torch.linspace(0, 1, points)
     tasks = ph.Tasks.from_trajectories(times, torch.randn(6, 4, points, 1), num_support=2)
-    ph.meta_train(*both, tasks, **{**SHORT, "steps": 8, **options})
+    ph.meta_train(*both, tasks, **{**SHORT, "num_steps": 8, **options})
     return both[0].lengths[
         :8
     ]  # after the last step, the program runs to see what its solver's steps cost
@@ -330,7 +341,7 @@ def test_a_gradient_much_longer_than_the_others_is_shortened() -> None:
         model,
         guide,
         TASKS,
-        **{**SHORT, "steps": 12, "learning_rate": 1e-4},
+        **{**SHORT, "num_steps": 12, "learning_rate": 1e-4},
         clip=2.0,
         callback=note,
     )
@@ -355,7 +366,7 @@ def test_the_learning_rate_rises_and_then_follows_a_cosine_to_a_fiftieth() -> No
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ph.SVI, "__init__", remember)
-        ph.meta_train(*both, TASKS, **{**SHORT, "steps": 40}, learning_rate=0.01, loss=Spy())
+        ph.meta_train(*both, TASKS, **{**SHORT, "num_steps": 40}, learning_rate=0.01, loss=Spy())
     assert rates[0] == pytest.approx(0.5 * rates[1], rel=0.02) and max(rates) == pytest.approx(
         0.01, rel=0.02
     )
@@ -381,7 +392,7 @@ def looked_at(segments: int | None, **options: Any) -> list[tuple[int, ...]]:
                 seen.append(tuple(starts.round().int().tolist()))
             return super().forward(episode)
 
-    ph.meta_train(*pair(model=Watching), TASKS, **{**SOME, **options}, segments=segments)
+    ph.meta_train(*pair(model=Watching), TASKS, **{**SOME, **options}, segments_per_shot=segments)
     return seen
 
 
@@ -390,7 +401,7 @@ def test_so_many_segments_of_each_shot_are_looked_at_drawn_anew_at_every_step(
     segments: int, number: int
 ) -> None:
     seen = looked_at(segments)
-    assert [len(starts) for starts in seen] == [number] * SHORT["steps"]
+    assert [len(starts) for starts in seen] == [number] * SHORT["num_steps"]
     assert (len({*seen}) > 1) == (number < 6)  # all of them come in their order
     assert looked_at(segments) == seen
 
@@ -399,7 +410,7 @@ def test_whole_trajectories_are_all_looked_at() -> None:
     assert {len(starts) for starts in looked_at(1, curriculum={0.0: None})} == {
         1
     }  # one clock for all
-    some = [len(starts) for starts in looked_at(1, curriculum={0.0: 1, 0.5: None}, steps=4)]
+    some = [len(starts) for starts in looked_at(1, curriculum={0.0: 1, 0.5: None}, num_steps=4)]
     assert some == [2, 2, 1, 1]
 
 
@@ -407,7 +418,7 @@ def test_whole_trajectories_are_all_looked_at() -> None:
 def test_as_many_segments_as_there_are_change_nothing(segments: int) -> None:
     some, everything = pair(), pair()
     fits = [
-        ph.meta_train(*some, TASKS, segments=segments, **SOME),
+        ph.meta_train(*some, TASKS, segments_per_shot=segments, **SOME),
         ph.meta_train(*everything, TASKS, **SOME),
     ]
     assert fits[0].loss == fits[1].loss and same(state(*some), state(*everything))
@@ -428,7 +439,7 @@ def test_over_all_choices_of_segments_loss_and_gradient_are_those_of_all_of_them
             monkeypatch.setattr(
                 dist.Normal, "rsample", lambda fn, shape=EMPTY: drawn(fn, shape, by_segment)
             )
-        with _watch.Terms(1.0, 1.0 / share, episode.query.shape[1]) as terms:
+        with ElboTerms(1.0, 1.0 / share, episode.query.shape[1]) as terms:
             loss = svi.backward(episode)
         gradients = [
             model.noise_unconstrained.grad,
@@ -450,7 +461,7 @@ def test_over_all_choices_of_segments_loss_and_gradient_are_those_of_all_of_them
     choices, total = [*itertools.combinations(range(6), 2)], torch.zeros_like(full)
     for choice in choices:
         monkeypatch.setattr(torch, "randperm", lambda n, choice=choice: torch.tensor(choice))
-        episode, share = loop.Loop._sample(SimpleNamespace(segments=1), segments)
+        episode, share = sampled_segments(segments, 1)
         assert share == pytest.approx(1 / 3) and episode.query.shape == (20, 2)
         total += looked_at(torch.tensor(choice), episode, share) / len(choices)
     torch.testing.assert_close(total, full, rtol=1e-4, atol=1e-4 * float(full[2:].abs().max()))
@@ -474,7 +485,7 @@ def test_what_belongs_to_shots_is_scaled_up_and_what_belongs_to_tasks_is_not(
     site: str, scale: float
 ) -> None:
     model, _ = pair(model=Weighed, inferred=True)
-    with _watch.Terms(
+    with ElboTerms(
         0.5, 4.0, TASKS.episode().query.shape[1]
     ):  # a KL of half the weight, a quarter of the segments
         trace = pyro.poutine.trace(model).get_trace(TASKS.episode())
@@ -482,15 +493,25 @@ def test_what_belongs_to_shots_is_scaled_up_and_what_belongs_to_tasks_is_not(
 
 
 @pytest.mark.parametrize(
-    ("segments", "evidence", "got"), [(0, None, "0 and"), (2, ph.GaussNewton(1), "2 and Amor")]
+    ("segments", "evidence", "words"),
+    [
+        (
+            0,
+            None,
+            "segments_per_shot to be an integer of 1 or more; got 0. Pass segments_per_shot=1",
+        ),
+        (
+            2,
+            ph.GaussNewton(1),
+            "a guide that reads by its encoder.*got AmortizedGuide with computed",
+        ),
+    ],
 )
 def test_segments_of_nothing_or_with_computed_evidence_are_refused(
-    segments: int, evidence: Any, got: str
+    segments: int, evidence: Any, words: str
 ) -> None:
-    with pytest.raises(
-        ValueError, match=f"segments of 1 or more, and a guide that reads by its encoder; got {got}"
-    ):
-        ph.meta_train(*pair(evidence), TASKS, segments=segments, **SOME)
+    with pytest.raises(ValueError, match=words):
+        ph.meta_train(*pair(evidence), TASKS, segments_per_shot=segments, **SOME)
 
 
 # ---- one reading a step --------------------------------------------------------------------------
@@ -637,7 +658,7 @@ def test_a_run_of_failures_restores_the_last_good_state_and_names_the_cause(
         match=f"5 steps in a row up to step 6 .*{cause}.*back at the last good state. Lower learning_rate",
     ):
         ph.meta_train(
-            model, guide, TASKS, **{**SHORT, "steps": 20}, max_skips=5, callback=break_down
+            model, guide, TASKS, **{**SHORT, "num_steps": 20}, max_skips=5, callback=break_down
         )
     model.failure = None
     good = ph.SVI(model, guide, torch.optim.SGD(model.parameters(), 0.0)).evaluate_loss(
@@ -658,7 +679,7 @@ def test_100_trainings_with_gradients_of_nan_at_random_steps_all_end_finite(figu
 
         infect(-1, ph.Fit())
         fit = ph.meta_train(
-            model, guide, TASKS, callback=infect, **{**SHORT, "steps": 8, "seed": seed}
+            model, guide, TASKS, callback=infect, **{**SHORT, "num_steps": 8, "seed": seed}
         )
         assert fit.skipped == len(ill) == sum(map(math.isnan, fit.loss))
         assert all(torch.isfinite(value).all() for value in state(model, guide))
@@ -697,11 +718,11 @@ def test_a_task_that_fails_is_left_out_of_the_step_counted_and_named(
     fit = ph.meta_train(
         *both,
         ph.Tasks.from_trajectories(TASKS.times, values, num_support=2),
-        **{**SHORT, "steps": 10, "batch_size": 10},
+        **{**SHORT, "num_steps": 10, "batch_size": 10},
     )
-    assert fit.skipped == 0 and fit.left_out == {3: 5, 11: 5}
+    assert fit.skipped == 0 and fit.skipped_tasks == {3: 5, 11: 5}
     assert (
-        "Nothing was learned from 2 of 20 tasks, which failed whenever they came: 3, 11. The last"
+        "Nothing was learned from 2 of 20 tasks, which failed whenever they were drawn: 3, 11. The last"
         in caplog.text
     )
     assert "Look at one with tasks[3:4]" in caplog.text
@@ -753,7 +774,7 @@ def test_what_is_restored_is_a_state_whose_loss_was_finite() -> None:
     model, guide = pair()
     with pytest.raises(ph.TrainingError, match="in a row"):
         ph.meta_train(
-            model, guide, TASKS, **{**SHORT, "steps": 100}, learning_rate=1e25, max_skips=5
+            model, guide, TASKS, **{**SHORT, "num_steps": 100}, learning_rate=1e25, max_skips=5
         )
     loss = ph.SVI(model, guide, torch.optim.SGD(model.parameters(), 0.0)).evaluate_loss(
         TASKS.episode()
@@ -770,7 +791,7 @@ def test_failures_that_are_not_in_a_row_do_not_end_the_training() -> None:
         model.failure = None if step % 2 else "nan"
 
     fit = ph.meta_train(
-        model, guide, TASKS, **{**SHORT, "steps": 10}, max_skips=2, callback=every_other
+        model, guide, TASKS, **{**SHORT, "num_steps": 10}, max_skips=2, callback=every_other
     )
     assert fit.skipped == 5
 
@@ -780,7 +801,9 @@ def test_failures_that_are_not_in_a_row_do_not_end_the_training() -> None:
 
 def test_the_held_out_elbo_is_looked_at_now_and_then_and_at_the_end() -> None:
     train, held_out = TASKS.split(6)
-    fit = ph.meta_train(*pair(), train, held_out=held_out, every=3, **{**SHORT, "steps": 8})
+    fit = ph.meta_train(
+        *pair(), train, held_out=held_out, eval_every=3, **{**SHORT, "num_steps": 8}
+    )
     assert [step for step, _ in fit.held_out] == [2, 5, 7] and all(
         math.isfinite(value) for _, value in fit.held_out
     )
@@ -789,7 +812,7 @@ def test_the_held_out_elbo_is_looked_at_now_and_then_and_at_the_end() -> None:
 def test_looking_at_held_out_tasks_does_not_change_the_training() -> None:
     train, held_out = TASKS.split(6)
     first, second = pair(), pair()
-    ph.meta_train(*first, train, held_out=held_out, every=2, **SHORT)
+    ph.meta_train(*first, train, held_out=held_out, eval_every=2, **SHORT)
     ph.meta_train(*second, train, **SHORT)
     assert same(state(*first), state(*second))
 
@@ -810,10 +833,10 @@ def test_early_stopping_goes_back_to_the_best_look() -> None:
         guide,
         train,
         held_out=held_out,
-        every=2,
+        eval_every=2,
         patience=3,
         callback=spoil,
-        **{**SHORT, "steps": 60},
+        **{**SHORT, "num_steps": 60},
     )
     best = min(fit.held_out, key=lambda look: look[1])[0]
     assert fit.stopped_early and len(fit.loss) == fit.held_out[-1][0] + 1 < 60
@@ -824,7 +847,7 @@ def test_early_stopping_goes_back_to_the_best_look() -> None:
 def test_without_a_reason_to_stop_it_goes_on_and_still_ends_at_the_best() -> None:
     train, held_out = TASKS.split(6)
     both = pair()
-    fit = ph.meta_train(*both, train, held_out=held_out, every=2, patience=50, **SHORT)
+    fit = ph.meta_train(*both, train, held_out=held_out, eval_every=2, patience=50, **SHORT)
     assert not fit.stopped_early and len(fit.loss) == 6
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -842,7 +865,7 @@ def test_held_out_tasks_that_diverge_count_as_bad_and_training_goes_on() -> None
             return super().forward(episode)
 
     train, held_out = TASKS.split(6)
-    fit = ph.meta_train(*pair(model=Diverging), train, held_out=held_out, every=2, **SHORT)
+    fit = ph.meta_train(*pair(model=Diverging), train, held_out=held_out, eval_every=2, **SHORT)
     assert [value for _, value in fit.held_out] == [math.inf] * 3 and fit.skipped == 0
 
 
@@ -1087,9 +1110,10 @@ def test_a_copy_of_a_trained_pair_trains_on_by_itself() -> None:
 # ---- what it refuses -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("wrong", [{"steps": 0}, {"batch_size": 0}])
+@pytest.mark.parametrize("wrong", [{"num_steps": 0}, {"batch_size": 0}])
 def test_no_steps_and_empty_batches_are_refused(wrong: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match="steps, batch_size and tasks of 1 or more"):
+    (name,) = wrong
+    with pytest.raises(ValueError, match=f"expected {name} to be an integer of 1 or more; got 0"):
         ph.meta_train(*pair(), TASKS, **{**SHORT, **wrong})
 
 

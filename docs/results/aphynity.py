@@ -127,7 +127,7 @@ def run(system: Undamped, choice: argparse.Namespace) -> dict[str, object]:
         model,
         model.guide(),
         train,
-        steps=choice.steps,
+        num_steps=choice.steps,
         batch_size=1,
         seed=choice.seed,
         learning_rate=choice.learning_rate,

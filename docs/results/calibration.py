@@ -73,7 +73,9 @@ def train(computed: bool, tasks: ph.Tasks, steps: int) -> tuple[Spring, ph.Amort
     evidence = ph.GaussNewton(3) if computed else None
     model = Spring(evidence)
     guide = ph.AmortizedGuide(model.prior, None if computed else encoder(), evidence)
-    ph.meta_train(model, guide, tasks, steps=steps, batch_size=32, learning_rate=5e-3, seed=SEED)
+    ph.meta_train(
+        model, guide, tasks, num_steps=steps, batch_size=32, learning_rate=5e-3, seed=SEED
+    )
     return model, guide
 
 

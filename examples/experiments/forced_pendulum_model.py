@@ -106,7 +106,7 @@ class Driven(MetaHybridVAE):
             for x in states.detach().flatten(-3, -2).unbind(-1)
         )
         friction: Any = self.residual.given(unknown.detach()[..., None, :])(angle, speed)
-        return self.correction * projection_penalty(
+        return self.penalty_weights["projection"] * projection_penalty(
             friction.unsqueeze(-1), [angle.sin().unsqueeze(-1)]
         )
 

@@ -29,8 +29,8 @@ from pyro_hybrid.evidence.gauss_newton import GaussNewton
 from pyro_hybrid.scores.mcc import mcc
 from pyro_hybrid.scores.separability import disentangle
 from pyro_hybrid.systems import ForcedPendulum
-from pyro_hybrid.training.loop import Length
 from pyro_hybrid.training.meta_train import meta_train
+from pyro_hybrid.training.schedule import Length
 
 __all__ = ["PUBLISHED", "figure", "runs", "table"]
 
@@ -139,12 +139,12 @@ def _trained(
             model,
             guide,
             learn,
-            steps=stage.steps,
+            num_steps=stage.steps,
             batch_size=BATCH,
             learning_rate=stage.learning_rate,
             seed=seed,
             curriculum=stage.curriculum,
-            average=stage.average,
+            average_last=stage.average,
             progress=False,
         )
     model.prior.spread.fill_(1.0)

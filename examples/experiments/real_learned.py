@@ -15,8 +15,9 @@ from pyro_hybrid.models import MetaHybridVAE
 from pyro_hybrid.nets.residual import Residual
 from pyro_hybrid.systems import RecordedDoublePendulum, Recordings
 from pyro_hybrid.systems.compound_pendulum import compound, fitted, point_mass
-from pyro_hybrid.training.checkpoint import Fit
+from pyro_hybrid.training.fit import Fit
 from pyro_hybrid.training.meta_train import meta_train
+from pyro_hybrid.training.schedule import Ramp
 
 __all__ = ["FAST", "SUPPORT", "Rivals", "Settings", "rivals", "tasks", "trained"]
 
@@ -83,23 +84,19 @@ def trained(
     guide = model.guide(GaussNewton(1))
     _for_friction_alone(model.residual)
 
-    def credit(
-        step: int, fit: Fit
-    ) -> None:  # first learn what is unknown, then credit gravity with what it explains
-        model.correction = 30.0 * ((step + 1) / settings.steps) ** 2
-
     fit = meta_train(
         model,
         guide,
         tasks(recordings, settings.tasks, settings.shots, seed),
-        steps=settings.steps,
+        num_steps=settings.steps,
         batch_size=settings.batch,
         learning_rate=8e-3,
         seed=seed,
         curriculum={0.0: 5, 0.15: 10, 0.5: 16, 0.8: 24},
-        average=0.3,
+        average_last=0.3,
         progress=progress,
-        callback=credit,
+        # First learn what is unknown, then credit gravity with all that it can explain.
+        penalty_weights={"projection": Ramp(30.0, power=2)},
     )
     model.prior.evidence = GaussNewton(3, segments=(7, 7))  # for the final answer
     return model, guide, fit

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from pyro_hybrid.evidence.gauss_newton import GaussNewton
 from pyro_hybrid.systems import AdvectionDiffusion, DoublePendulum, Pendulum, System
-from pyro_hybrid.training.loop import Length
+from pyro_hybrid.training.schedule import Length
 
 __all__ = ["CASES", "DEAF", "MODELS", "ONE_BY_ONE", "OURS", "Case", "Setting", "Sharpening"]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,8 +30,9 @@ from pyro_hybrid.programs.fix_gauge import fix_gauge
 from pyro_hybrid.programs.module import local_parameters
 from pyro_hybrid.shapes import Stock
 from pyro_hybrid.systems import System
-from pyro_hybrid.training.checkpoint import Fit, load
+from pyro_hybrid.training.fit import Fit, load
 from pyro_hybrid.training.meta_train import meta_train
+from pyro_hybrid.training.schedule import Ramp
 
 __all__ = ["Trained", "data", "exactly", "learnt", "sharpened", "taught", "trained"]
 
@@ -186,7 +186,7 @@ def learnt(
         fit = taught(made, guide, seen, setting, seed, fast)
         seconds = round(time.process_time() - began, 1)
         if place and cost:
-            fit.save(place, made, guide)
+            fit.save(place, made, guide, overwrite=True)  # one without its seconds was cut short
             cost.write_text(json.dumps(seconds))
     out = Trained(model, made.eval(), guide.eval(), fit, seconds)
     final = (
@@ -224,15 +224,17 @@ def taught(
         model,
         guide,
         tasks,
-        steps=steps,
+        num_steps=steps,
         batch_size=4 if fast else setting.batch_size,
         learning_rate=setting.learning_rate,
         seed=seed,
         curriculum=setting.curriculum,
-        segments=setting.segments,
-        average=setting.average,
+        segments_per_shot=setting.segments,
+        average_last=setting.average,
         progress=False,
-        callback=_growing(model, setting.correction, steps) if setting.correction else None,
+        penalty_weights={"projection": Ramp(setting.correction, power=2)}
+        if setting.correction
+        else None,
     )
     if setting.sharpening:
         sharpened(model, guide, tasks, setting.sharpening, seed, fast)
@@ -256,10 +258,3 @@ def sharpened(
         seed=seed,
         progress=False,
     )
-
-
-def _growing(model: MetaHybridVAE, weight: float, steps: int) -> Callable[[int, Fit], None]:
-    def grow(step: int, fit: Fit) -> None:
-        model.correction = weight * ((step + 1) / steps) ** 2
-
-    return grow

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from pyro_hybrid.data.episode import Episode
@@ -25,7 +24,8 @@ from pyro_hybrid.inference.guide import AmortizedGuide
 from pyro_hybrid.inference.prior import SupportPrior
 from pyro_hybrid.inference.to_arviz import to_arviz
 from pyro_hybrid.programs.module import HybridModel
-from pyro_hybrid.training.checkpoint import parameters, put_back
+from pyro_hybrid.training.json_values import to_json
+from pyro_hybrid.training.named_tensors import copied, load_model_tensors, model_tensors
 from pyro_hybrid.training.storage import CheckpointError, Stored, read, write
 
 if TYPE_CHECKING:
@@ -234,14 +234,11 @@ class Posterior:
             "posterior": {
                 "support_evidence": support,
                 "query_evidence": describe(self.guide.evidence),
-                "stages": [stage._asdict() for stage in self.stages],
+                "stages": [to_json(stage._asdict()) for stage in self.stages],
             }
         }
         about = {"model": type(self.model).__qualname__, "guide": type(self.guide).__qualname__}
-        weights = {
-            name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
-            for name, value in parameters(self.model, self.guide).items()
-        }
+        weights = copied(model_tensors(self.model, self.guide), to_cpu=True)
         write(Path(folder), Stored(weights, state, about))
 
     @classmethod
@@ -272,7 +269,7 @@ class Posterior:
         if guide is None:
             guide = AmortizedGuide(model, restore(query, None))
         guide.evidence = restore(query, guide.evidence)
-        put_back(model, guide, stored.weights, stored.about)
+        load_model_tensors(model, guide, stored.weights, f"{path} to be a posterior")
         stages = tuple(Stage(**stage) for stage in saved["stages"])
         return cls(model.eval(), guide.eval(), stages)
 

@@ -50,7 +50,7 @@ class MetaHybridVAE(HybridModel):
         evidence: how the support is read: computed evidence, or None for the encoder alone.
         latents: number of neural latents; by default as many as the system has.
         linear: whether the force is linear in its latents.
-        correction, straightness: weights of the two preferences.
+        correction, straightness: weights of the two preferences, ``penalty_weights`` "projection" and "nonlinearity".
         noise: where the learned noise starts, in units of the system's. A high one is slow and safe: it anneals.
         substeps, step, compile: how :func:`~pyro_hybrid.solve` takes its steps.
         conditional: False for a prior that doesn't look at the support (not identifiable).
@@ -79,7 +79,7 @@ class MetaHybridVAE(HybridModel):
         super().__init__()
         self.system = system
         self.steps: dict[str, Any] = {"substeps": substeps, "step": step, "compile": compile}
-        self.correction, self.straightness = correction, straightness
+        self.penalty_weights = {"projection": correction, "nonlinearity": straightness}
         sites = {**system.physics, "unknown": Normal(latents or len(system.unknown))}
         self.prior = (
             SupportPrior(self._reads_with(evidence), **sites)
@@ -124,7 +124,8 @@ class MetaHybridVAE(HybridModel):
             )
 
             states = self.trajectories(physics, unknown, start, episode.query.times)
-            if self.training and torch.is_grad_enabled() and (self.correction or self.straightness):
+            is_penalized = any(self.penalty_weights.values())
+            if self.training and torch.is_grad_enabled() and is_penalized:
                 judged = self.collocation_states(episode, states)
                 pyro.factor("preference", -self.penalty(physics, unknown, *judged))
             x = dist.Normal(self.system.observe(states), self.noise).mask(episode.query.scored)
@@ -159,11 +160,12 @@ class MetaHybridVAE(HybridModel):
     def penalty(
         self, physics: dict[str, Tensor], unknown: Tensor, times: Tensor, states: Tensor
     ) -> Tensor:
-        """Weigh up both penalties of each task's neural force: see ``correction`` and ``straightness``."""
+        """Weigh up both penalties of each task's neural force: see ``penalty_weights``."""
         equations = self.equations
         points = equations.collocation_points(times, states.detach())
-        total = self.correction * equations.projection_penalty(physics, unknown, points)
-        if self.straightness and not self.residual.linear:
+        weights = self.penalty_weights
+        total = weights["projection"] * equations.projection_penalty(physics, unknown, points)
+        if weights["nonlinearity"] and not self.residual.linear:
             bend = equations.nonlinearity_penalty(physics, unknown, points)
-            total = total + self.straightness * bend
+            total = total + weights["nonlinearity"] * bend
         return total

@@ -1,8 +1,11 @@
-"""meta_train -> Fit: the one loop, around ph.SVI."""
+"""meta_train: train a program and its guide over many tasks."""
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
+import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,12 +16,30 @@ from torch import nn
 from pyro_hybrid.data.tasks import Tasks
 from pyro_hybrid.errors import require
 from pyro_hybrid.nets.encoders import SetEncoder
-from pyro_hybrid.programs.module import one_thread
-from pyro_hybrid.training.checkpoint import Checkpoints, Fit, digest
-from pyro_hybrid.training.loop import Length, Loop, Plan, TrainingError
+from pyro_hybrid.programs.module import one_thread, require_local
+from pyro_hybrid.training.checkpoint import Checkpoints, Found
+from pyro_hybrid.training.fit import Fit, fit_from_json
+from pyro_hybrid.training.guards import DeferredSignals
+from pyro_hybrid.training.loop import Loop, TrainingError
+from pyro_hybrid.training.named_tensors import (
+    adam,
+    load_model_tensors,
+)
+from pyro_hybrid.training.schedule import (
+    Curriculum,
+    Length,
+    PenaltyWeight,
+    Schedule,
+    curriculum_of,
+    require_integer,
+)
+from pyro_hybrid.training.settings import Settings, identity, penalty_weights_of
+from pyro_hybrid.training.state import LoopState
 from pyro_hybrid.training.svi import SVI
 
-__all__ = ["TrainingError", "meta_train"]
+__all__ = ["meta_train"]
+
+_log = logging.getLogger(__name__)
 
 
 def meta_train(
@@ -26,63 +47,137 @@ def meta_train(
     guide: nn.Module,
     tasks: Tasks,
     *,
-    steps: int = 1000,
+    num_steps: int = 1000,
     batch_size: int = 32,
     learning_rate: float = 3e-3,
     seed: int = 0,
     curriculum: Mapping[float, Length] | None = None,
-    segments: int | None = None,
+    segments_per_shot: int | None = None,
     warmup: float = 0.0,
+    penalty_weights: Mapping[str, PenaltyWeight] | None = None,
     clip: float = 4.0,
-    average: float = 0.0,
+    average_last: float = 0.0,
     held_out: Tasks | None = None,
-    every: int = 100,
+    eval_every: int = 100,
     patience: int | None = None,
     loss: Any = None,
     max_skips: int = 20,
     checkpoint: str | os.PathLike[str] | None = None,
-    keep: int = 2,
+    keep_last: int = 2,
     resume: bool = False,
     device: torch.device | str | None = None,
     progress: bool = True,
     callback: Callable[[int, Fit], None] | None = None,
 ) -> Fit:
-    """Train model and guide over many tasks; same seed, same result.
+    """Train model and guide over many tasks. The same seed gives the same result.
+
+    Run one training at a time in a process: the library isn't thread-safe, as Pyro isn't.
 
     Arguments:
         model, guide: a Pyro program and its guide, changed in place.
-        tasks: the data set. Who is support and who query is drawn anew at every step.
-        steps, batch_size: number of gradient steps, and tasks in each.
-        learning_rate: its peak; it rises over the first 5% of the steps and then follows a cosine down to a fiftieth.
+        tasks: the data set. Which shots are support and which are query is drawn anew at every step.
+        num_steps, batch_size: number of gradient steps, and of tasks in each.
+        learning_rate: its peak. It rises over the first 5% of the steps, then follows a cosine down to a fiftieth.
         seed: of batches and samples. The global random state is left as it was.
-        curriculum: ``{fraction of the steps: length}``: from there on, trajectories are cut into segments of so many
-            steps (None: not cut); of ``(length, horizon)``, only their first ``horizon`` steps are used. Default:
-            segments of a seventh, then of two sevenths, then the whole.
-        segments: look at so many segments of each query shot at a step, drawn anew, instead of at all of them. Their
-            likelihood is scaled up, so that the loss stays right on average: steps that cost less and inform nearly as
+        curriculum: ``{fraction of the steps: length}``. From that fraction on, trajectories are cut into segments of
+            ``length`` intervals (None: not cut); of ``(length, horizon)``, only their first ``horizon`` intervals are
+            used. Default: segments of a seventh of the trajectory, then of two sevenths, then the whole.
+        segments_per_shot: look at this number of segments of each query shot, drawn anew at every step, instead of all.
+            Their likelihood is scaled up, so that the loss stays right on average. Steps cost less and inform nearly as
             well, since the segments of a shot share its task's latents. Not with computed evidence in the guide.
-        warmup: fraction of the steps over which the KL's weight rises from 0 to 1.
-        clip: gradients longer than so many times their running mean are shortened.
-        average: the parameters' mean over so large a last fraction of the steps is what remains; it damps the noise of
-            directions that the data determine weakly. 0 for the last step's.
-        held_out: tasks on which the ELBO is looked at.
-        every: look at the held-out tasks, and write a checkpoint, every so many steps.
-        patience: stop, and go back to the best state, after so many looks without improvement.
+        warmup: fraction of the steps over which the weight of the KL divergence rises from 0 to 1.
+        penalty_weights: weights of the model's penalties by name, numbers or functions of the progress such as
+            ``{"projection": ph.Ramp(1000.0, power=2)}``. Default: those in ``model.penalty_weights``, to which the
+            model returns after the training.
+        clip: shorten gradients that are longer than this multiple of their running mean.
+        average_last: average the parameters over this final fraction of the steps (0: off). An average damps the noise
+            of directions that the data determine weakly.
+        held_out: tasks whose ELBO is looked at.
+        eval_every: look at the held-out tasks, and write a checkpoint, after each of this number of steps.
+        patience: stop, and go back to the best state, after this number of looks without improvement.
         loss: a Pyro ELBO; default ``TraceMeanField_ELBO()``.
-        max_skips: so many non-finite steps in a row end the training, back at the last good state.
+        max_skips: stop after this number of consecutive non-finite steps, and restore the last good state.
         checkpoint: a folder for checkpoints. Ctrl-C, or a cluster's SIGTERM, then writes one before the training ends.
-        keep: so many of the last checkpoints are kept, and the one that did best on the held-out tasks.
-        resume: go on from the last checkpoint in the folder, if there is one, as if nothing had happened: with the same
-            arguments and number of threads, parameters come out bit for bit the same.
+        keep_last: keep this number of the last checkpoints, and the one that did best on the held-out tasks.
+        resume: go on from the last checkpoint in the folder, if there is one. With the same arguments and number of
+            threads, parameters are the same bit for bit as those of a training that was never stopped.
         device: where to train.
         progress: show a progress bar.
-        callback: called with the step's number and the fit so far.
+        callback: called after each step with its number and the record so far. It is for observation: what it changes
+            in the model isn't part of a checkpoint.
     """
+    require_local(model=model, guide=guide)
+    require(len(tasks) > 0, "one task or more", "none", "Check the data set.")
+    _require_trainable(guide, held_out, patience, segments_per_shot)
+    schedule = Schedule(
+        num_steps=num_steps,
+        learning_rate=learning_rate,
+        curriculum=_default_curriculum(tasks) if curriculum is None else curriculum_of(curriculum),
+        warmup=warmup,
+        average_last=average_last,
+        penalty_weights=penalty_weights_of(model, penalty_weights),
+    )
+    settings = Settings(
+        schedule=schedule,
+        batch_size=batch_size,
+        seed=seed,
+        segments_per_shot=segments_per_shot,
+        clip=clip,
+        eval_every=eval_every,
+        patience=patience,
+        max_skips=max_skips,
+    )
+    description = identity(
+        settings, model=model, guide=guide, loss=loss, tasks=tasks, held_out=held_out
+    )
+    checkpoints = _checkpoints(checkpoint, description, keep_last, resume)
+    with one_thread(), DeferredSignals(checkpoints is not None) as signals:
+        folder = checkpoints.opened(resume) if checkpoints else contextlib.nullcontext()
+        with folder as found:
+            if found and found.manifest.finished:
+                return _finished_before(found, model, guide)
+            state = _resumed_state(found, model, guide, len(tasks))
+            device = torch.device(tasks.values.device if device is None else device)
+            svi = _prepared(model, guide, tasks, settings, loss, device)
+            if state is not None:
+                state.restore(model, guide, svi.optimizer)
+            fit = Loop(
+                svi=svi,
+                tasks=tasks,
+                held_out=held_out,
+                settings=settings,
+                state=state or LoopState.initial(model, guide, len(tasks)),
+                checkpoints=checkpoints,
+                callback=callback,
+                device=device,
+                progress=progress,
+            ).run(signals)
+        _end_on_signal(signals, fit, num_steps, checkpoints)
+    return fit
+
+
+def _checkpoints(
+    folder: str | os.PathLike[str] | None, description: dict[str, Any], keep_last: int, resume: bool
+) -> Checkpoints | None:
     require(
-        len(tasks) > 0 and steps >= 1 and batch_size >= 1,
-        "steps, batch_size and tasks of 1 or more",
-        f"{steps}, {batch_size}, {len(tasks)}",
-        "Check the arguments.",
+        folder is not None or not resume,
+        "a folder to resume from",
+        "none",
+        "Pass checkpoint=folder.",
+    )
+    require_integer("keep_last", keep_last)
+    return None if folder is None else Checkpoints(Path(folder), description, keep_last)
+
+
+def _require_trainable(
+    guide: nn.Module, held_out: Tasks | None, patience: int | None, segments_per_shot: int | None
+) -> None:
+    require(
+        torch.is_grad_enabled() and not torch.is_inference_mode_enabled(),
+        "gradients to train with",
+        "a call inside torch.no_grad or torch.inference_mode",
+        "Call meta_train outside of them.",
+        RuntimeError,
     )
     require(
         patience is None or held_out is not None,
@@ -91,95 +186,73 @@ def meta_train(
         "Pass held_out=tasks, or patience=None.",
     )
     require(
-        segments is None or segments >= 1 and getattr(guide, "evidence", None) is None,
-        "segments of 1 or more, and a guide that reads by its encoder",
-        f"{segments} and {type(guide).__name__}",
-        "Leave segments=None: computed evidence needs all that was observed.",
+        segments_per_shot is None or getattr(guide, "evidence", None) is None,
+        "a guide that reads by its encoder, to look at some segments of a shot",
+        f"{type(guide).__name__} with computed evidence, which needs all that was observed",
+        "Leave segments_per_shot=None.",
     )
-    require(
-        checkpoint is not None or not resume,
-        "a folder to resume from",
-        "none",
-        "Pass checkpoint=folder.",
-    )
-    require(
-        keep >= 1 and every >= 1,
-        "keep and every of 1 or more",
-        f"{keep} and {every}",
-        "Check the arguments.",
-    )
-    device = torch.device(device) if device is not None else tasks.values.device
-    model.to(device), guide.to(device)
-    plan = _plan(curriculum, tasks)
-    settings = {
-        "steps": steps,
-        "batch_size": batch_size,
-        "learning_rate": learning_rate,
-        "seed": seed,
-        "curriculum": list(plan.items()),
-        "segments": segments,
-        "warmup": warmup,
-        "clip": clip,
-        "average": average,
-        "every": every,
-        "patience": patience,
-        "max_skips": max_skips,
-        "loss": type(loss).__name__,
-        "tasks": digest(tasks),
-        "held_out": digest(held_out),
-    }
-    folder = None if checkpoint is None else Checkpoints(Path(checkpoint), settings, keep)
-    stored = folder.begin(resume) if folder else None
-    _standardise(model, guide, tasks)
-    svi = SVI(model, guide, _adam(model, guide, learning_rate, device), loss)
-    loop = Loop(
-        svi,
-        tasks,
-        steps,
-        batch_size,
-        learning_rate,
-        seed,
-        plan,
-        segments,
-        warmup,
-        clip,
-        average,
-        held_out,
-        every,
-        patience,
-        max_skips,
-        device,
-        callback,
-        folder,
-    )
-    with one_thread():
-        return loop.run(progress, stored)
 
 
-def _adam(
-    model: nn.Module, guide: nn.Module, learning_rate: float, device: torch.device
-) -> torch.optim.Adam:
-    parameters = {id(p): p for p in (*model.parameters(), *guide.parameters())}
-    fused = device.type in ("cpu", "cuda")
-    return torch.optim.Adam(parameters.values(), lr=learning_rate, betas=(0.9, 0.99), fused=fused)
+def _default_curriculum(tasks: Tasks) -> Curriculum:
+    last = len(tasks.times) - 1
+    if tasks.states is None or last < 14:
+        return ((0.0, None),)
+    return ((0.0, last // 7), (0.25, 2 * last // 7), (0.5, None))
 
 
-def _standardise(model: nn.Module, guide: nn.Module, tasks: Tasks) -> None:
+def _finished_before(found: Found, model: nn.Module, guide: nn.Module) -> Fit:
+    """Load a training that is finished already."""
+    fit = fit_from_json(found.stored.state.get("fit"), found.source)
+    load_model_tensors(model, guide, found.stored.weights, f"{found.source} to be a checkpoint")
+    return fit
+
+
+def _resumed_state(
+    found: Found | None, model: nn.Module, guide: nn.Module, num_tasks: int
+) -> LoopState | None:
+    """Read and check the state to go on from; nothing is changed yet."""
+    if found is None:
+        return None
+    return LoopState.from_stored(
+        found.stored, found.source, model=model, guide=guide, num_tasks=num_tasks
+    )
+
+
+def _prepared(
+    model: nn.Module,
+    guide: nn.Module,
+    tasks: Tasks,
+    settings: Settings,
+    loss: Any,
+    device: torch.device,
+) -> SVI:
+    """Move model and guide to a device, standardize their encoders by the tasks, and give them an optimizer."""
+    model.to(device)
+    guide.to(device)
     for module in {*model.modules(), *guide.modules()}:
         if isinstance(module, SetEncoder):
             module.standardise(tasks.values.to(module.centre.device), tasks.observed)
+    optimizer = adam(model, guide, settings.schedule.learning_rate, device)
+    return SVI(model, guide, optimizer, loss)
 
 
-def _plan(curriculum: Mapping[float, Length] | None, tasks: Tasks) -> Plan:
-    if curriculum is not None:
-        require(
-            0.0 in curriculum,
-            "a curriculum that says what to do from 0.0 on",
-            dict(curriculum),
-            "Add {0.0: ...}.",
+def _end_on_signal(
+    signals: DeferredSignals, fit: Fit, num_steps: int, checkpoints: Checkpoints | None
+) -> None:
+    """Deliver a signal that came during the training, and refuse to return a part of one."""
+    if signals.received is None or checkpoints is None:
+        return
+    num_done = len(fit.loss)
+    if num_done < num_steps and not fit.stopped_early:
+        _log.warning(
+            "Stopped after step %d of %d, which is saved in %s. The same call with resume=True goes on from there.",
+            num_done,
+            num_steps,
+            checkpoints.folder,
         )
-        return dict(sorted(curriculum.items()))
-    last = len(tasks.times) - 1
-    if tasks.states is None or last < 14:
-        return {0.0: None}
-    return {0.0: last // 7, 0.25: 2 * last // 7, 0.5: None}
+    signals.deliver()
+    if num_done < num_steps and not fit.stopped_early:
+        raise TrainingError(
+            f"expected {num_steps} steps; got {num_done} of them before {signal.Signals(signals.received).name}. "
+            "Call meta_train again with resume=True."
+        )

@@ -1,99 +1,147 @@
-"""How a checkpoint lies on disk: written whole or not at all, checked before it is read, never executed."""
+"""A checkpoint on disk: tensors in safetensors and the rest in JSON, written whole or not at all, never executed."""
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
-import pickletools
 import platform
+import secrets
 import shutil
 import stat
-import zipfile
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
-import torch
 from safetensors import torch as safetensors
 from torch import Tensor
 
-__all__ = ["ASIDE", "CheckpointError", "Stored", "discard", "read", "write"]
+from pyro_hybrid.errors import fail
+from pyro_hybrid.training.json_values import parse_json
 
-FORMAT = 1
-WEIGHTS, STATE, MANIFEST = "model.safetensors", "state.pt", "manifest.json"
+__all__ = ["ASIDE", "CheckpointError", "Stored", "discard", "is_stored", "read", "write"]
+
+FORMAT = 2
+WEIGHTS = "model.safetensors"
+TRAINING = "training.safetensors"
+STATE = "state.json"
+MANIFEST = "manifest.json"
 ASIDE = ".partial-"  # how the names of folders begin that are being written, or removed
 LONGEST_MANIFEST = 10**6
-KINDS = ("Bool", "Byte", "Double", "Float", "Half", "BFloat16", "Int", "Long")
-HARMLESS = {
-    "collections OrderedDict",
-    "torch._utils _rebuild_tensor_v2",
-    *(f"torch {kind}Storage" for kind in KINDS),
-}
+REMEDY = "Go back to an earlier checkpoint: remove this one, or name that one."
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that could not be written, or that can't be trusted or used; what was there before still is."""
+    """A checkpoint that can't be written, trusted or used; files and models are as they were before."""
 
 
-class Stored(NamedTuple):
-    """What a checkpoint holds: named tensors, the rest of the state, and what its manifest says about them."""
+@dataclass(frozen=True)
+class Stored:
+    """The content of a checkpoint.
+
+    Arguments:
+        weights: named tensors, everything that training changes.
+        state: the numbers of a training, as JSON.
+        about: what the manifest says, as JSON: names, the step, the settings.
+        training: named tensors that only a resumed training needs.
+    """
 
     weights: dict[str, Tensor]
     state: dict[str, Any]
     about: dict[str, Any]
+    training: dict[str, Tensor] = field(default_factory=dict)
 
 
-def write(folder: Path, content: Stored) -> None:
+def write(folder: Path, content: Stored, *, overwrite: bool = False) -> None:
     """Write a checkpoint aside, flush it to the disk, and only then give it its name.
 
     Whenever the process is killed, the folder either isn't there or is complete.
+
+    Arguments:
+        folder: the checkpoint's name.
+        content: what to write.
+        overwrite: replace a checkpoint of that name; never a folder of anything else.
     """
-    aside = folder.with_name(ASIDE + folder.name)
+    aside = _beside(folder)
     try:
-        if os.path.lexists(folder):
-            raise CheckpointError(
-                f"{folder} exists already. Choose another folder, or remove it first."
-            )
-        discard(aside)
+        _require_free(folder, overwrite)
         aside.mkdir(parents=True)
         for name, data in _files(content).items():
-            _flushed(aside / name, data)
+            _write_flushed(aside / name, data)
         _flush(aside)
-        aside.rename(folder)
+        if os.path.lexists(folder):
+            _require_free(folder, overwrite)
+            _replace(folder, aside)
+        else:
+            aside.rename(folder)
         _flush(folder.parent)
     except OSError as error:
-        raise CheckpointError(
-            f"{folder} could not be written: {error.strerror or error}. Earlier checkpoints are as "
-            "they were. Free some space, or save elsewhere."
-        ) from error
+        fail(
+            f"a place to write {folder} to",
+            f"an error ({error.strerror or error})",
+            "Earlier checkpoints are as they were. Free some space, or save elsewhere.",
+            CheckpointError,
+        )
     finally:
         discard(aside)
 
 
+def is_stored(folder: Path) -> bool:
+    """Tell whether a folder looks like a checkpoint, without reading it."""
+    return folder.is_dir() and not folder.is_symlink() and (folder / MANIFEST).is_file()
+
+
+def _beside(folder: Path) -> Path:
+    """Return a name that no other process uses."""
+    return folder.with_name(f"{ASIDE}{folder.name}-{os.getpid()}-{secrets.token_hex(4)}")
+
+
+def _require_free(folder: Path, overwrite: bool) -> None:
+    if not os.path.lexists(folder) or overwrite and is_stored(folder):
+        return
+    fail(
+        "a folder that doesn't exist yet" + (", or a checkpoint to overwrite" * overwrite),
+        f"{folder}, which is there already",
+        "Choose another folder, or remove it first.",
+        CheckpointError,
+    )
+
+
+def _replace(folder: Path, aside: Path) -> None:
+    old = _beside(folder)
+    folder.rename(old)
+    try:
+        aside.rename(folder)
+    except OSError:
+        old.rename(folder)
+        raise
+    discard(old)
+
+
 def _files(content: Stored) -> dict[str, bytes]:
-    state = io.BytesIO()
-    torch.save(content.state, state)
-    files = {WEIGHTS: safetensors.save(content.weights), STATE: state.getvalue()}
+    files = {WEIGHTS: safetensors.save(content.weights), STATE: _encoded(content.state)}
+    if content.training:
+        files[TRAINING] = safetensors.save(content.training)
+    versions = {name: version(name) for name in ("pyro_hybrid", "pyro-ppl", "torch")}
     about = content.about | {
         "format": FORMAT,
-        "versions": {name: version(name) for name in ("pyro_hybrid", "pyro-ppl", "torch")}
-        | {"python": platform.python_version()},
-        "sha256": {name: _digest(data) for name, data in files.items()},
+        "versions": versions | {"python": platform.python_version()},
+        "sha256": {name: _sha256(data) for name, data in files.items()},
     }
-    return {**files, MANIFEST: _encoded(about | {"sha256_of_the_rest": _digest(_encoded(about))})}
+    seal = _sha256(_encoded(about))
+    return {**files, MANIFEST: _encoded(about | {"sha256_of_the_rest": seal})}
 
 
-def _encoded(about: dict[str, Any]) -> bytes:
-    return json.dumps(about, indent=2, sort_keys=True, allow_nan=False).encode()
+def _encoded(value: dict[str, Any]) -> bytes:
+    return json.dumps(value, indent=2, sort_keys=True, allow_nan=False).encode()
 
 
-def _digest(data: bytes) -> str:
+def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _flushed(path: Path, data: bytes) -> None:
+def _write_flushed(path: Path, data: bytes) -> None:
     with path.open("xb") as file:
         file.write(data)
         file.flush()
@@ -109,111 +157,85 @@ def _flush(folder: Path) -> None:
 
 
 def discard(folder: Path) -> None:
-    """Remove a checkpoint, or what was left of one; a link is removed, not followed."""
+    """Remove a checkpoint or the remains of one; a link is removed, not followed."""
     if folder.is_symlink() or folder.is_file():
         folder.unlink(missing_ok=True)
-    elif folder.exists():
-        aside = (
-            folder
-            if folder.name.startswith(ASIDE)
-            else folder.rename(folder.with_name(ASIDE + folder.name))
-        )
-        shutil.rmtree(aside, ignore_errors=True)
+        return
+    if not folder.exists():
+        return
+    if not folder.name.startswith(ASIDE):
+        folder = folder.rename(_beside(folder))
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def read(folder: Path) -> Stored:
-    """A checkpoint, if it is as it was written. Nothing in it is executed or imported; no name in it is a path."""
+    """Read a checkpoint if it is as it was written. Nothing in it is executed or imported; no name in it is a path."""
     about = _manifest(folder)
-    data = {}
-    for name in (WEIGHTS, STATE):
-        data[name] = _content(folder / name)
-        if about["sha256"].get(name) != _digest(data[name]):
-            _refuse(folder, f"{name} isn't what was written (its checksum differs)")
-    try:
-        weights = safetensors.load(data[WEIGHTS])
-    except Exception as error:  # whatever a parser says of bytes from a stranger
-        _refuse(folder, f"{WEIGHTS} holds no tensors ({error})")
-    return Stored(weights, _unpickled(folder, data[STATE]), about)
+    sums = about["sha256"]
+    if not {WEIGHTS, STATE} <= set(sums) <= {WEIGHTS, STATE, TRAINING}:
+        _refuse(folder, f"{WEIGHTS} and {STATE}", f"a manifest of {sorted(sums)}")
+    files = {name: _content(folder / name) for name in sums}
+    for name, data in files.items():
+        if sums[name] != _sha256(data):
+            _refuse(folder, f"{name} as it was written", "other bytes (its checksum differs)")
+    training = _tensors(folder, TRAINING, files[TRAINING]) if TRAINING in files else {}
+    weights = _tensors(folder, WEIGHTS, files[WEIGHTS])
+    return Stored(weights, _state(folder, files[STATE]), about, training)
 
 
 def _content(path: Path, longest: int | None = None) -> bytes:
-    """A file's content, if it is a file proper."""
+    """Return the content of a file proper."""
     try:
         status = path.lstat()
         if not stat.S_ISREG(status.st_mode):
-            _refuse(path.parent, f"{path.name} isn't a file but a link or a folder")
+            _refuse(path.parent, f"a file {path.name}", "a link or a folder")
         if longest is not None and status.st_size > longest:
-            _refuse(path.parent, f"{path.name} has {status.st_size} bytes, which no manifest has")
+            _refuse(
+                path.parent, f"{path.name} of at most {longest} bytes", f"{status.st_size} of them"
+            )
         return path.read_bytes()
     except OSError as error:
-        _refuse(path.parent, f"{path.name} can't be read ({error.strerror})")
+        _refuse(path.parent, f"{path.name} that can be read", f"an error ({error.strerror})")
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
     data = _content(folder / MANIFEST, LONGEST_MANIFEST)
     try:
-        about = json.loads(data)
-    except (ValueError, RecursionError):
+        about = parse_json(data)
+    except ValueError:
         about = None
     if not isinstance(about, dict) or not isinstance(about.get("sha256"), dict):
-        _refuse(folder, f"{MANIFEST} isn't a manifest")
+        _refuse(folder, f"a manifest in {MANIFEST}", "something else")
     if about.get("format") != FORMAT:
         newer = isinstance(about.get("format"), int) and about["format"] > FORMAT
         _refuse(
             folder,
-            f"it has format {about.get('format')!r}, and this version of pyro_hybrid reads format {FORMAT}",
+            f"format {FORMAT}, which this version of pyro_hybrid reads",
+            f"format {about.get('format')!r}",
             "Upgrade pyro_hybrid." if newer else "Load it with the version that wrote it.",
         )
     rest = {name: value for name, value in about.items() if name != "sha256_of_the_rest"}
-    if data != _encoded(about) or about.get("sha256_of_the_rest") != _digest(_encoded(rest)):
-        _refuse(folder, f"{MANIFEST} isn't what was written (its checksum differs)")
+    if data != _encoded(about) or about.get("sha256_of_the_rest") != _sha256(_encoded(rest)):
+        _refuse(folder, f"{MANIFEST} as it was written", "other bytes (its checksum differs)")
     return about
 
 
-def _unpickled(folder: Path, data: bytes) -> dict[str, Any]:
-    """Tensors, numbers, strings and containers of them; refused before anything is built if it names anything else."""
+def _tensors(folder: Path, name: str, data: bytes) -> dict[str, Tensor]:
     try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            entries = archive.infolist()
-            names = [entry.filename for entry in entries]
-            if (
-                any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
-                or len(set(names)) < len(names)
-                or (sum(entry.file_size for entry in entries) > len(data))
-            ):
-                _refuse(folder, f"{STATE} would be larger in memory than on the disk")
-            pickles = [name for name in names if name.endswith("data.pkl")]
-            strangers = {word for name in pickles for word in _named(archive.read(name))} - HARMLESS
-            if len(pickles) != 1 or strangers:
-                _refuse(
-                    folder,
-                    f"{STATE} names {sorted(strangers) or 'nothing'}, which no checkpoint does",
-                )
-        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except CheckpointError:
-        raise
-    except Exception as error:  # whatever a parser says of bytes from a stranger
-        _refuse(
-            folder, f"{STATE} isn't the state of a training ({str(error).partition(chr(10))[0]})"
-        )
+        return safetensors.load(data)
+    except Exception as error:  # a parser may raise anything for bytes from a stranger
+        _refuse(folder, f"tensors in {name}", f"an error ({error})")
+
+
+def _state(folder: Path, data: bytes) -> dict[str, Any]:
+    try:
+        state = parse_json(data)
+    except ValueError as error:
+        _refuse(folder, f"JSON in {STATE}", f"an error ({error})")
     if not isinstance(state, dict):
-        _refuse(folder, f"{STATE} isn't the state of a training")
+        _refuse(folder, f"a JSON object in {STATE}", f"a {type(state).__name__}")
     return state
 
 
-def _named(pickled: bytes) -> set[str]:
-    """Whatever a pickle would import."""
-    return {
-        str(argument) if code.name == "GLOBAL" else code.name
-        for code, argument, _ in pickletools.genops(pickled)
-        if code.name
-        in ("GLOBAL", "STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4", "OBJ", "NEWOBJ", "NEWOBJ_EX")
-    }
-
-
-def _refuse(
-    folder: Path,
-    why: str,
-    remedy: str = "Go back to an earlier one: remove this one, or name that.",
-) -> NoReturn:
-    raise CheckpointError(f"{folder} can't be loaded: {why}. {remedy}") from None
+def _refuse(folder: Path, expected: str, got: str, remedy: str = REMEDY) -> NoReturn:
+    fail(f"{folder} with {expected}", got, remedy, CheckpointError)

@@ -102,7 +102,7 @@ class Entry:
             model,
             guide,
             self.train,
-            steps=self.steps,
+            num_steps=self.steps,
             batch_size=BATCH,
             learning_rate=RATE,
             seed=self.seed,
