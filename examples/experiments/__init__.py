@@ -1,3 +1,3 @@
-"""The published claims, rerun: ``python examples/experiments NAME``, one module an experiment."""
+"""Experiments that rerun the published claims: ``python examples/experiments NAME``, one module each."""
 
 __all__: list[str] = []

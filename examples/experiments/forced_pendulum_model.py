@@ -1,4 +1,4 @@
-"""A MetaHybridVAE for a pendulum that is pushed several times a second, and how it is read."""
+"""A MetaHybridVAE for a pendulum that is pushed several times a second, and the evidence computed for it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = ["Driven", "Growing", "Oscillation"]
 
 
 class Oscillation(nn.Module):
-    r"""A function of time: sine units, whose amplitudes and frequencies are linear in the latents.
+    r"""A sum of sine units, whose amplitudes and frequencies are linear in the latents.
 
     .. math:: u(t; z) = a \sum_k (c_k + C_k z) \sin((w_k + W_k z)\, t + b_k)
 
@@ -46,7 +46,7 @@ class Oscillation(nn.Module):
             self.frequency.weight.mul_(0.3)
 
     def given(self, latents: Tensor) -> Callable[[Tensor], Tensor]:
-        """Of latents (..., task, 1, latent), to be called with times that broadcast with (..., task, shot)."""
+        """Return the function of time, given latents (..., task, 1, latent); times broadcast with (..., task, shot)."""
         amplitude, frequency = (
             self.size * self.amplitude(latents),
             self.frequency(latents) / self.step,
@@ -64,13 +64,13 @@ class Driven(MetaHybridVAE):
     .. math:: \ddot\theta = \omega^2 (u(t; z_N) - \sin\theta) + v(\theta, \dot\theta; z_N)
 
     If both could depend on everything, :math:`v = A\omega^2 \cos(2\pi\phi t)` would explain the data as well as
-    :math:`u = A\cos(2\pi\phi t)`, and no latent need mean :math:`A`.
+    :math:`u = A\cos(2\pi\phi t)`, and no latent would need to mean :math:`A`.
 
-    Both are linear in the latents. A friction that is not may learn to depend on the square of one: it predicts as
-    well, but a strong and a weak friction have become one and the same latent.
+    Both are linear in the latents. A nonlinear friction may learn to depend on the square of one: it predicts as well,
+    but gives a strong and a weak friction the same latent.
 
-    What gravity could have explained is held against the friction alone. A push that knows nothing of the angle can't
-    do gravity's work, and is so much larger that chance correlations with it would drown the friction's.
+    The projection onto gravity is penalized for the friction alone. A push that doesn't depend on the angle can't
+    replace gravity, and is so much larger that chance correlations with it would hide those of the friction.
 
     Arguments:
         units: number of sine units of the push.
@@ -112,9 +112,9 @@ class Driven(MetaHybridVAE):
 
 
 class Growing(GaussNewton):
-    """Computed evidence for a fast oscillation: on the beginnings of trajectories first, then on more and more of them.
+    """Evidence computed for a fast oscillation: from the beginnings of trajectories first, then from more of them.
 
-    Of a short time the frequency is known roughly, and found from far away; with it, that of a longer one is near.
+    A short time gives the frequency roughly, and from any start; each longer time refines it from there.
 
     Arguments:
         iterations: Gauss-Newton steps on the whole trajectories.

@@ -1,4 +1,4 @@
-"""Which trajectories come from one system? Clustering in λ: what is believed of a group is the sum of its evidence."""
+"""Clustering of trajectories by system, in natural parameters: the evidence of a group is the sum of its members'."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pyro_hybrid.errors import require
 
 __all__ = ["Evidence", "concentration", "group", "log_evidence", "misfit"]
 
-NEIGHBOURS = 16  # so many nearest clusters are asked whether they are the same
+NEIGHBOURS = 16  # number of nearest clusters that are tried as partners
 ROUNDS = 40
 SWEEPS = 3
 
@@ -30,20 +30,20 @@ class Evidence(NamedTuple):
 
     @classmethod
     def at(cls, location: Tensor, covariance: Tensor) -> Evidence:
-        """Of a measurement with this covariance."""
+        """Build the evidence of a measurement with this covariance."""
         precision = torch.linalg.inv(covariance)
         return cls((precision @ location.unsqueeze(-1)).squeeze(-1), precision)
 
     def of(self, rows: Tensor) -> Evidence:
-        """Some of them."""
+        """Select rows."""
         return Evidence(self.pull[rows], self.precision[rows])
 
     def plus(self, other: Evidence) -> Evidence:
-        """What both say together."""
+        """Add the evidence of another."""
         return Evidence(self.pull + other.pull, self.precision + other.precision)
 
     def by(self, labels: Tensor) -> Evidence:
-        """What is believed of each group: the sum over its members."""
+        """Sum the evidence of each group's members."""
         zeros = (part.new_zeros(int(labels.max()) + 1, *part.shape[1:]) for part in self)
         return Evidence(
             *(zero.index_add_(0, labels, part) for zero, part in zip(zeros, self, strict=True))
@@ -51,12 +51,12 @@ class Evidence(NamedTuple):
 
     @property
     def mean(self) -> Tensor:
-        """Where each is centred."""
+        """Return the maximum of each."""
         return torch.linalg.solve(self.precision, self.pull.unsqueeze(-1)).squeeze(-1)
 
 
 def log_evidence(evidence: Evidence) -> Tensor:
-    r"""How well each agrees with the population :math:`z \sim \mathrm{Normal}(0, I)`, up to a term that adds up.
+    r"""Compute how well each agrees with the population :math:`z \sim \mathrm{Normal}(0, I)`, up to a term that adds up.
 
     .. math:: \log \int \mathrm{Normal}(z; 0, I)\, e^{h \cdot z - \frac12 z^\top \Lambda z} \, dz
               = \tfrac12 h^\top (I + \Lambda)^{-1} h - \tfrac12 \log |I + \Lambda|
@@ -71,19 +71,19 @@ def log_evidence(evidence: Evidence) -> Tensor:
 
 
 def group(location: Tensor, covariance: Tensor, extra: Tensor, alpha: float) -> Tensor:
-    r"""Labels (n,) of trajectories that are most probably of one system, without knowing how many systems there are.
+    r"""Label trajectories (n,) by system, without knowing the number of systems.
 
-    A mixture over systems with a Chinese restaurant's prior: two groups become one if that makes the data more
-    probable,
+    The model is a mixture over systems with a Chinese restaurant prior: two groups become one if that makes the data
+    more probable,
 
     .. math:: \log \frac{Z(a + b)}{Z(a)\, Z(b)} + \log \frac{\Gamma(n_a + n_b)}{\alpha\, \Gamma(n_a)\, \Gamma(n_b)} > 0
 
     and each is the other's best partner. At the end every trajectory may change to a neighbouring group, or leave.
 
     Arguments:
-        location, covariance: what each trajectory alone says, (n, d) and (n, d, d), in units of the population.
-        extra: covariance of what a trajectory's reading is wrong by beyond that (d, d); see :func:`misfit`.
-        alpha: the prior's concentration; see :func:`concentration`.
+        location, covariance: latents given each trajectory alone, (n, d) and (n, d, d), in units of the population.
+        extra: covariance (d, d) of their error beyond that; see :func:`misfit`.
+        alpha: concentration of the prior; see :func:`concentration`.
     """
     evidence = Evidence.at(location, covariance + extra)
     scale = torch.linalg.cholesky(evidence.precision.mean(0))
@@ -99,7 +99,7 @@ def group(location: Tensor, covariance: Tensor, extra: Tensor, alpha: float) -> 
 
 
 def _merged(groups: Evidence, sizes: Tensor, scale: Tensor, alpha: float) -> Tensor:
-    """New labels of the groups, those that are each other's best partner having become one."""
+    """Merge groups that are each other's best partner, and return the groups' new labels."""
     near = _nearest(groups.mean @ scale, groups.mean @ scale, 1 + NEIGHBOURS)
     one, other = torch.arange(len(groups.pull)).repeat_interleave(near.shape[1]), near.flatten()
     one, other = one[one != other], other[one != other]
@@ -120,7 +120,7 @@ def _merged(groups: Evidence, sizes: Tensor, scale: Tensor, alpha: float) -> Ten
 
 
 def _moved(evidence: Evidence, labels: Tensor, scale: Tensor, alpha: float) -> Tensor:
-    """Every trajectory where it most probably belongs, the others staying where they are."""
+    """Move every trajectory to its most probable group, with the others fixed."""
     groups, sizes = evidence.by(labels), torch.bincount(labels)
     near = _nearest(evidence.mean @ scale, groups.mean @ scale, NEIGHBOURS)
     near = torch.cat([labels.unsqueeze(1), near], 1)
@@ -153,9 +153,9 @@ def _nearest(points: Tensor, places: Tensor, number: int) -> Tensor:
 def misfit(
     location: Tensor, covariance: Tensor, labels: Tensor, start: Tensor, iterations: int = 30
 ) -> Tensor:
-    r"""Covariance (d, d) of what a trajectory's reading is wrong by, beyond its own covariance, from a grouping.
+    r"""Estimate the covariance (d, d) of the error of a trajectory's latents beyond their own covariance.
 
-    Two readings of one system differ by :math:`\mathrm{Normal}(0, C_i + C_j + 2 M)`; this is EM for M.
+    Latents given two trajectories of one system differ by :math:`\mathrm{Normal}(0, C_i + C_j + 2 M)`; EM estimates M.
     """
     order = labels.argsort(stable=True)
     pair = labels[order][1:] == labels[order][:-1]
@@ -175,6 +175,6 @@ def misfit(
 
 
 def concentration(labels: Tensor) -> float:
-    r"""The Chinese restaurant's α that expects so many groups: :math:`\alpha \log(1 + n / \alpha) = K`."""
+    r"""Compute the concentration α of a Chinese restaurant that expects as many groups: :math:`\alpha \log(1 + n / \alpha) = K`."""
     n, k = len(labels), int(labels.unique().numel())
     return float(brentq(lambda a: a * math.log1p(n / a) - min(k, 0.95 * n), 1e-3, 100.0 * n))

@@ -1,9 +1,9 @@
-"""Who recovers what? Three systems, six models, latents of systems never trained on from four support trajectories.
+"""Recovery of latents: three systems, six models, unseen systems read from four support trajectories each.
 
-Linear R is what the theorem promises: how well a linear map of all recovered latents gives each true one. Strong asks
-for the neural latents themselves, as they are and after ``disentangle``; weak after CCA. Errors of physics latents are
-compared with the smallest that any unbiased method can reach, those of trajectories with the noise: one noise variance
-is what nobody can predict.
+Linear R is the theorem's promise: how well a linear map of all recovered latents gives each true one. Strong MCC
+compares the neural latents themselves, before and after ``disentangle``; weak MCC compares them after CCA. Errors of
+physics latents are divided by the smallest that an unbiased method can reach, those of trajectories by the noise: one
+noise variance can't be predicted.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = ["figure", "runs", "scores", "table"]
 
 
 def runs(choice: Choice) -> list[Run]:
-    """One for each seed, system and model."""
+    """List a run for each seed, system and model."""
     return [
         Run(slug(system, model, seed), partial(_run, system, model, seed, choice))
         for seed in choice.seeds
@@ -53,19 +53,19 @@ def _run(system: str, model: str, seed: int, choice: Choice) -> Result:
     if model not in (
         OURS,
         DEAF,
-    ):  # would the program itself have read more out of it than its encoder?
+    ):  # score the same trained model with computed evidence in place of its encoder's
         found.reading = CASES[system].final
         out["read_by_the_program"] = scores(found, learn[:300], judge, clear)
     return out
 
 
 def scores(found: Trained, learn: Tasks, judge: Tasks, clear: Tasks) -> Result:
-    """Everything that can be said of latents and trajectories; the unmixing comes from systems trained on."""
+    """Score latents and trajectories; the unmixing is estimated on training systems."""
     known, names = len(found.system.physics), [*found.system.physics, *found.system.unknown]
     seen, new, truth = found.latents(learn), found.latents(judge), true_latents(found, judge)
     neural = [z[:, known:] for z in (seen, new, truth)]
     everything, raw = mcc(new, truth), mcc(neural[1], neural[2])
-    number = len(found.system.unknown)  # on the pendulum, the rivals have a latent to spare
+    number = len(found.system.unknown)  # the rivals' models of the pendulum have one latent more
     alone = mcc(disentangle(neural[1], components=number, fit=neural[0]), neural[2])
     error = (new[:, :known] - truth[:, :known]).square().mean(0)
     support = judge.episode().support
@@ -90,16 +90,16 @@ def scores(found: Trained, learn: Tasks, judge: Tasks, clear: Tasks) -> Result:
 
 
 def true_latents(found: Trained, tasks: Tasks) -> Tensor:
-    """The truth in the order of :meth:`Trained.latents`."""
+    """Stack the true latents in the order of :meth:`Trained.latents`."""
     assert tasks.true_latents is not None
     return torch.cat([tasks.true_latents[name] for name in (*found.system.physics, "unknown")], -1)
 
 
 def errors(found: Trained, tasks: Tasks, clear: Tasks) -> Result:
-    """Mean squared errors of query trajectories in noise variances: the mean over systems, and the median.
+    """Compute mean squared errors of query trajectories in noise variances: the mean over systems, and the median.
 
-    Predictions begin in new initial states, known exactly; and, as a column of their own, measured like the rest, when
-    even the true latents would miss by what that error grows to.
+    Predictions begin in new initial states that are known exactly. A column of its own has predictions from measured
+    initial states, for which the true latents are a reference.
     """
     episode, exact = tasks.episode(), clear.episode().query.initial
     measured = episode.query.measured_initial
@@ -125,7 +125,7 @@ def errors(found: Trained, tasks: Tasks, clear: Tasks) -> Result:
 
 
 def table(results: Sequence[Result]) -> str:
-    """A row for each system and model: mean ± standard deviation over seeds."""
+    """Tabulate a row for each system and model: mean ± standard deviation over seeds."""
     rows = []
     for (system, model), found in grouped(results, "system", "model").items():
         read = [one["as_read"] for one in found]
@@ -178,7 +178,7 @@ def table(results: Sequence[Result]) -> str:
 
 
 def figure(results: Sequence[Result]) -> Figure:
-    """Linear R of every latent, by system and model: a dot for each seed."""
+    """Plot linear R of every latent, by system and model: a dot for each seed."""
     drawn, axes = panels([system for (system,) in grouped(results, "system")], MODELS, "linear R")
     for one in results:
         at, found = MODELS.index(one["model"]), one["as_read"]

@@ -1,10 +1,10 @@
-"""The literature's pendulum: pushed several times a second, seen by its angle alone, beside numbers published for it.
+"""Pendulum of the literature: pushed several times a second, observed by its angle alone, beside published numbers.
 
-The known equation is that of gravity. What pushes and what brakes is for two neural terms, and this much is said of
-them: a push from outside depends on time alone, friction on the state alone. Trajectories can't be cut, because nobody
-sees the speed; so that their beginnings are learnt first, and a support is read in the same way, from its beginning on.
+The known equation is that of gravity. Two neural terms stand for the push, which depends on time alone, and for the
+friction, which depends on the state alone. Trajectories can't be cut into segments, because the speed isn't observed;
+so training and inference start with the beginnings of trajectories and extend them.
 
-The published numbers are of one trajectory at a time. So besides four support trajectories there is a row with one.
+The published numbers are for one trajectory at a time. So there is a row with one support trajectory besides four.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from pyro_hybrid.training.schedule import Length
 
 __all__ = ["PUBLISHED", "figure", "runs", "table"]
 
-# Measured by us on this system with the public checkpoints of Takeishi & Kalousis (2021), one trajectory at a time;
-# prediction is from a new initial angle, against the truth without noise.
+# Measured on this system with the public checkpoints of Takeishi & Kalousis (2021), one trajectory at a time;
+# predictions start from a new initial angle and are compared with the truth without noise.
 PUBLISHED: Mapping[str, Mapping[str, float]] = {
     "physics-integrated VAE, published": {
         "strong": 0.171,
@@ -53,10 +53,10 @@ PUBLISHED: Mapping[str, Mapping[str, float]] = {
 
 
 class Stage(NamedTuple):
-    """A part of the training: its steps, and how often the program reads each beginning before all that is looked at.
+    """One stage of the training.
 
-    Until a stage is ``free``, the population stays as it was declared: while the push still explains little, supports
-    say little, and population and latents would shrink together.
+    Unless a stage is ``free``, the population stays as declared: while the push explains little, supports carry little
+    evidence, and population and latents would shrink together.
     """
 
     steps: int
@@ -67,8 +67,8 @@ class Stage(NamedTuple):
     free: bool
 
 
-# Chosen on seeds 100 to 102, which no table shows. From 24 steps to all at once was too far: where friction hadn't
-# been learned by then, some systems were misread, and the noise grew until it hid what friction does.
+# Chosen on seeds 100 to 102, which no table shows. A jump from 24 steps to all was too large: where friction hadn't
+# been learned by then, some systems were inferred wrongly, and the noise grew until it hid the friction.
 STAGES = (
     Stage(300, 2e-2, {0.0: (None, 4), 0.2: (None, 6), 0.4: (None, 9)}, 2, 0.1, False),
     Stage(500, 1e-2, {0.0: (None, 14), 0.1: (None, 24), 0.5: (None, 34), 0.7: None}, 2, 0.2, True),
@@ -79,7 +79,7 @@ FINAL = Growing(3, horizons=(4, *BEGINNINGS), restarts=1)
 
 
 def runs(choice: Choice) -> list[Run]:
-    """One for each seed."""
+    """List a run for each seed."""
     return [Run(str(seed), partial(_run, seed, choice)) for seed in choice.seeds]
 
 
@@ -122,10 +122,10 @@ def _run(seed: int, choice: Choice) -> Result:
 def _trained(
     system: ForcedPendulum, learn: Tasks, stages: Sequence[Stage], seed: int, final: GaussNewton
 ) -> Trained:
-    """From beginnings to whole trajectories.
+    """Train on beginnings first, then on whole trajectories.
 
-    Latents count as all but certain while training: the posterior of a short beginning is so correlated (a push in
-    units of gravity, and gravity) that draws from its marginals would scatter, and the noise grow to hide it.
+    Latents are nearly deterministic while training: the posterior given a short beginning is so correlated (a push in
+    units of gravity, and gravity) that draws from its marginals would scatter, and the noise would grow to hide that.
     """
     began = time.process_time()
     torch.manual_seed(seed)
@@ -153,7 +153,7 @@ def _trained(
 
 
 def scores(found: Trained, learn: Tasks, judge: Tasks, clear: Tasks) -> Result:
-    """Of latents and trajectories, from the support alone; the unmixing comes from systems trained on."""
+    """Score latents and trajectories, given the support alone; the unmixing is estimated on training systems."""
     assert judge.true_latents is not None
     support = judge.episode().support
     assert support is not None
@@ -182,10 +182,10 @@ def scores(found: Trained, learn: Tasks, judge: Tasks, clear: Tasks) -> Result:
 
 
 def errors(found: Trained, judge: Tasks, clear: Tasks) -> Result:
-    """Mean squared errors of trajectories, latents from the support alone, and the medians over systems.
+    """Compute mean squared errors of trajectories given latents from the support alone: means and medians.
 
-    Reconstructed are the support's own trajectories. Predicted are others from their initial angles, known exactly or
-    measured like the rest, and compared with the truth without noise.
+    The support's own trajectories are reconstructed. Other trajectories are predicted from their initial angles, known
+    exactly or measured, and compared with the truth without noise.
     """
     episode, exact = judge.episode(), clear.episode().query
     support = episode.support
@@ -217,7 +217,7 @@ COLUMNS = (
 
 
 def table(results: Sequence[Result]) -> str:
-    """A row for each number of support trajectories, and the published ones."""
+    """Tabulate a row for each number of support trajectories, and the published numbers."""
     names = results[0]["latents"]
     rows = []
     for k in results[0]["by_shots"]:
@@ -260,7 +260,7 @@ def table(results: Sequence[Result]) -> str:
 
 
 def figure(results: Sequence[Result]) -> Figure:
-    """Ours as a dot for each seed, with one support trajectory and with more, and the published as lines."""
+    """Plot a dot for each seed, with one support trajectory and with more, and the published numbers as lines."""
     drawn = Figure(figsize=(9.0, 2.8), layout="constrained")
     shown = {
         "disentangled": "strong MCC of z_N, disentangled",

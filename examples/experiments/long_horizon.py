@@ -1,7 +1,7 @@
-"""How long do predictions last? New initial states, latents from the support alone, up to eight times the horizon.
+"""Long predictions: new initial states, latents from the support alone, up to eight times the training's horizon.
 
-Errors are root mean squares over a stretch of time, in standard deviations of what is observed, and the median over
-systems: a chaotic one that went another way counts as wrong, but doesn't drown the others.
+Errors are root mean squares over an interval of time, in standard deviations of the observations. The median over
+systems counts a chaotic trajectory that diverged as wrong, without letting it hide the others.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ TIMES = (1, 2, 4, 8)
 
 
 def runs(choice: Choice) -> list[Run]:
-    """One for each seed, system and model."""
+    """List a run for each seed, system and model."""
     return [
         Run(slug(system, model, seed), partial(_run, system, model, seed, choice))
         for seed in choice.seeds
@@ -51,7 +51,7 @@ def _run(system: str, model: str, seed: int, choice: Choice) -> Result:
 
 
 def long_query(system: str, tasks: int, seed: int) -> tuple[Episode, Tensor]:
-    """Supports of the length trained on, initial states of other shots, and how these go on."""
+    """Simulate supports of the training's length, and long query shots without noise."""
     made, most = CASES[system].system(), TIMES[-1]
     made.points = most * (made.points - 1) + 1
     whole, clear = made.simulate(tasks, 8, 20_000 + seed), exactly(made, tasks, 8, 20_000 + seed)
@@ -66,7 +66,7 @@ def long_query(system: str, tasks: int, seed: int) -> tuple[Episode, Tensor]:
 
 
 def by_stretch(means: Tensor, seen: Tensor) -> list[Tensor]:
-    """Median relative error up to the horizon, between it and its double, and so on."""
+    """Compute the median relative error up to the horizon, from there to its double, and so on."""
     ends = [round(times / TIMES[-1] * (seen.shape[2] - 1)) + 1 for times in TIMES]
     scale = seen.std((0, 1, 2))
     return [
@@ -76,9 +76,9 @@ def by_stretch(means: Tensor, seen: Tensor) -> list[Tensor]:
 
 
 def relative(means: Tensor, seen: Tensor, scale: Tensor | None = None) -> Tensor:
-    """Root mean square of the error of each system, in standard deviations of each sensor; the median over systems.
+    """Compute each system's root mean square error, in standard deviations of each sensor; return the median.
 
-    Sensors that show the same all the time, such as the ends of a rod that are held at zero, don't count.
+    Constant sensors, such as the ends of a rod that are held at zero, don't count.
     """
     scale = seen.std((0, 1, 2)) if scale is None else scale
     square = ((means - seen) / scale)[..., scale > 1e-6 * scale.max()].square()
@@ -86,7 +86,7 @@ def relative(means: Tensor, seen: Tensor, scale: Tensor | None = None) -> Tensor
 
 
 def table(results: Sequence[Result]) -> str:
-    """A row for each system and model, a column for each stretch of time."""
+    """Tabulate a row for each system and model, and a column for each interval of time."""
     rows = [
         [
             system,
@@ -100,7 +100,7 @@ def table(results: Sequence[Result]) -> str:
 
 
 def figure(results: Sequence[Result]) -> Figure:
-    """Errors against time, a line for each model: the mean over seeds."""
+    """Plot errors against time: a line for each model, the mean over seeds."""
     drawn, axes = panels(
         [system for (system,) in grouped(results, "system")], MODELS, "median error, in sd"
     )

@@ -1,4 +1,4 @@
-"""One long recording of each pendulum, and the pieces that it is cut into: each knows what time it is."""
+"""Long recordings of pendulums, cut into pieces with a clock among their states."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pyro_hybrid.systems import Pendulum
 
 __all__ = ["Clocked", "cut", "with_clock"]
 
-CLOCK = 1e-3  # what a clock is wrong by
+CLOCK = 1e-3  # standard deviation of a clock
 
 
 class Clocked(Pendulum):
@@ -41,7 +41,10 @@ class Clocked(Pendulum):
 
 
 def with_clock(tasks: Tasks, clock: Tensor | float = 0.0) -> Tasks:
-    """The same trajectories with a clock beside the sensors, (task, shot) at their start: it is seen, not explained."""
+    """Add a clock to the sensors, which is observed but doesn't count in the likelihood.
+
+    ``clock`` is its value at the start of each trajectory, a number or (task, shot).
+    """
     shape = (*tasks.values.shape[:3], 1)
     start = torch.as_tensor(clock, dtype=tasks.values.dtype).expand(shape[:2])
     values = torch.cat([tasks.values, (start.unsqueeze(-1) + tasks.times).unsqueeze(-1)], -1)
@@ -57,7 +60,7 @@ def with_clock(tasks: Tasks, clock: Tensor | float = 0.0) -> Tasks:
 
 
 def cut(long: Tasks, pieces: int) -> Tasks:
-    """Trajectories of one shot a task into so many pieces, half of them support."""
+    """Cut trajectories of one shot a task into pieces, half of them support."""
     points = len(long.times) // pieces
     values = long.values[:, 0, : pieces * points].unflatten(1, (pieces, points))
     tasks = Tasks.from_trajectories(

@@ -1,8 +1,8 @@
-"""What becomes of predictions out of distribution: initial states, or latents, beyond all that training has seen.
+"""Predictions out of distribution: initial states, or latents, beyond the ranges of the training.
 
-Every initial component is drawn from beyond its range, as far again as half of that range's radius; every latent from
-beyond its largest value, by up to a quarter of its range. Errors are relative, as in ``long_horizon``, and medians over
-systems; R is of the linear map that leads to the truth within the ranges, applied beyond them.
+Every initial component is drawn from above its range, by up to half of that range's radius; every latent from above
+its range, by up to a quarter of it. Errors are relative, as in ``long_horizon``, and medians over systems. R is that of
+the linear map to the truth, which is estimated within the ranges and applied beyond them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ WHERE = ("within", "initial states beyond", "latents beyond")
 
 
 def runs(choice: Choice) -> list[Run]:
-    """One for each seed, system and model."""
+    """List a run for each seed, system and model."""
     return [
         Run(slug(system, model, seed), partial(_run, system, model, seed, choice))
         for seed in choice.seeds
@@ -53,7 +53,7 @@ def _run(system: str, model: str, seed: int, choice: Choice) -> Result:
 
 
 def widen_ranges(system: System, where: str) -> System:
-    """The same system with other ranges."""
+    """Change the ranges of a system to those beyond them."""
     latents, ranges = {*system.physics, *system.unknown}, dict(system.ranges)
     for name, (low, high) in system.ranges.items():
         if where == "initial states beyond" and name not in latents:
@@ -70,7 +70,7 @@ def _error(found: Trained, tasks: Tasks, clear: Tasks) -> Tensor:
 
 
 def _mapped(found: Trained, sets: Sequence[Tasks]) -> list[float]:
-    """R of the mean over latents, after the linear map that is right within the ranges."""
+    """Compute R, the mean over latents, of the linear map that is estimated within the ranges."""
     estimates, truths = zip(
         *((found.latents(tasks), true_latents(found, tasks)) for tasks in sets), strict=True
     )
@@ -90,7 +90,7 @@ def _mapped(found: Trained, sets: Sequence[Tasks]) -> list[float]:
 
 
 def table(results: Sequence[Result]) -> str:
-    """A row for each system and model: errors, and R, within and beyond."""
+    """Tabulate a row for each system and model: errors, and R, within and beyond the ranges."""
     rows = [
         [
             system,
@@ -106,7 +106,7 @@ def table(results: Sequence[Result]) -> str:
 
 
 def figure(results: Sequence[Result]) -> Figure:
-    """Errors within and beyond: a dot for each seed."""
+    """Plot errors within and beyond the ranges: a dot for each seed."""
     drawn, axes = panels(
         [system for (system,) in grouped(results, "system")], MODELS, "median error, in sd"
     )

@@ -1,4 +1,4 @@
-"""How the real double pendulum is learned: tasks by other clocks, the hybrid model, and the classical ones."""
+"""Training on the real double pendulum: tasks by different clocks, the hybrid model, and the classical models."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ SUPPORT = 4
 
 
 class Settings(NamedTuple):
-    """How much is learned from and judged on.
+    """Sizes of the experiment.
 
     Attributes:
-        tasks, shots: tasks to learn from, and windows of each.
-        steps, batch: training steps, and tasks in each.
-        judged, queries: tasks to judge on, and windows of each beside its support.
-        windows: windows that the rivals are fitted to.
-        resamples: of the windows, for the intervals.
+        tasks, shots: number of tasks to learn from, and of windows in each.
+        steps, batch: number of training steps, and of tasks in each.
+        judged, queries: number of tasks to judge on, and of windows in each beside its support.
+        windows: number of windows that the rivals are fitted to.
+        resamples: number of resamples of the windows, for the intervals.
     """
 
     tasks: int = 800
@@ -56,7 +56,7 @@ class Rivals(NamedTuple):
 
 
 def tasks(recordings: Recordings, number: int, shots: int, seed: int, *, points: int = 50) -> Tasks:
-    """Tasks whose truth has the names of the model: gravity in units of the real one, and s for what is unknown."""
+    """Cut tasks whose truth has the model's names: gravity in units of the real one, and s for the unknown."""
     made = recordings.tasks(
         number, shots, seed, step=0.01, points=points, num_support=min(SUPPORT, shots // 2)
     )
@@ -66,7 +66,7 @@ def tasks(recordings: Recordings, number: int, shots: int, seed: int, *, points:
 
 
 def rivals(recordings: Recordings, settings: Settings) -> Rivals:
-    """The classical models fitted to windows of 0.2 s, by the true clock."""
+    """Fit the classical models to windows of 0.2 s, by the true clock."""
     windows = recordings.tasks(1, settings.windows, 0, step=0.005, points=41, scale=(1.0, 1.0))
     return Rivals(fitted(compound, windows), fitted(point_mass, windows))
 
@@ -74,7 +74,7 @@ def rivals(recordings: Recordings, settings: Settings) -> Rivals:
 def trained(
     recordings: Recordings, classical: Rivals, seed: int, settings: Settings, progress: bool = False
 ) -> tuple[MetaHybridVAE, AmortizedGuide, Fit]:
-    """The hybrid model, the lower mass's share being that of the point masses that fit best."""
+    """Train the hybrid model, with the lower mass's share of the point masses that fit best."""
     torch.manual_seed(seed)
     model = MetaHybridVAE(
         RecordedDoublePendulum(float(classical.point_mass[1])),
@@ -103,7 +103,7 @@ def trained(
 
 
 def _for_friction_alone(residual: Residual) -> None:
-    """Latents change the rates of damping alone: in units of gravity's, other torques are the same by any clock."""
+    """Let latents change the rates of damping alone: in units of gravity's, other torques are the same by any clock."""
     free = torch.ones(residual.latents + 1, residual.outputs)
     free[1:, :2] = 0.0
     for weight in (residual.last.weight, residual.last.bias, residual.straight):

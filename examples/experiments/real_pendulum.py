@@ -1,10 +1,10 @@
-"""Does it hold on a real double pendulum? Point masses are known, the rest is neural, and a classical fit is the rival.
+"""Real double pendulum: point masses are known, the rest is neural, and a classical fit is the rival.
 
-Tasks are windows of the recorded runs, each task's clock being s times as fast: gravity goes with s², friction with s,
-and so relative truth is known. Of each task four windows of half a second are read, and others of a second predicted
-from their measured initial states. The rival is the compound pendulum with linear friction, six parameters by least
-squares on the same runs, which is told s. Both are judged on the same windows of runs that neither saw, at the median;
-intervals of the ratio resample stretches of the recordings, since windows of two tasks may overlap.
+Tasks are windows of the recorded runs, with clocks that run s times as fast: gravity goes with s², friction with s, so
+that the relative truth is known. Each task's latents are inferred from four windows of half a second, and windows of a
+second are predicted from their measured initial states. The rival is the compound pendulum with linear friction, six
+parameters by least squares on the same runs, which is told s. Both are judged by median errors on the same windows of
+unseen runs; intervals of the ratio resample stretches of the recordings, since windows of two tasks may overlap.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ ROWS = {"compound": "classical, six parameters", "point_mass": "point masses, tw
 
 
 def runs(choice: Choice) -> list[Run]:
-    """One for each seed."""
+    """List a run for each seed."""
     return [Run(str(seed), partial(_run, seed, choice)) for seed in choice.seeds]
 
 
@@ -88,7 +88,7 @@ def _run(seed: int, choice: Choice) -> Result:
 def judged(
     model: MetaHybridVAE, recordings: Recordings, classical: Rivals, seed: int, settings: Settings
 ) -> Result:
-    """Errors of all on the same windows, and what the latents say of the clock."""
+    """Compute the errors of all models on the same windows, and compare the latents with the clock."""
     windows = tasks(recordings, settings.judged, SUPPORT + settings.queries, seed, points=101)
     assert windows.true_latents is not None
     predictions, latents = predicted(model, windows)
@@ -124,7 +124,7 @@ def judged(
 
 @torch.no_grad()
 def predicted(model: MetaHybridVAE, windows: Tasks) -> tuple[Tensor, dict[str, Tensor]]:
-    """States of the query windows, and the latents' means, read in the first 0.5 s of the support windows alone."""
+    """Predict the query windows, with latents inferred from the first 0.5 s of the support windows alone."""
     points, states = model.system.points, windows.states
     assert states is not None
     short = Tasks.from_trajectories(
@@ -142,16 +142,16 @@ def predicted(model: MetaHybridVAE, windows: Tasks) -> tuple[Tensor, dict[str, T
 
 
 def errors(states: Tensor, windows: Tasks) -> Tensor:
-    """Root mean square of both angles' errors at each horizon, (window, horizon); of what diverged, infinite."""
+    """Compute the root mean square error of both angles, (window, horizon); infinite where a prediction diverged."""
     at = [round(horizon / float(windows.times[1])) for horizon in HORIZONS]
     wrong = states[..., at, :2] - windows.values[:, SUPPORT:, at]
     return wrong.square().mean(-1).sqrt().nan_to_num(torch.inf, torch.inf).flatten(0, 1).double()
 
 
 def stretches(recordings: Recordings, settings: Settings, seed: int) -> Tensor:
-    """Which stretch of which run each of the windows begins in, (task, shot).
+    """Number the stretch of a run in which each window begins, (task, shot).
 
-    Found out by filming, in the same way, a clock and the run's number in place of the pendulum.
+    The same windows are cut from recordings of a clock and the run's number in place of the pendulum.
     """
     filmed = {}
     for run, states in recordings.states.items():
@@ -174,7 +174,7 @@ def stretches(recordings: Recordings, settings: Settings, seed: int) -> Tensor:
 def intervals(
     ours: Tensor, theirs: Tensor, places: Tensor, resamples: int
 ) -> tuple[Tensor, Tensor]:
-    """95% intervals of the ratio of medians: windows (window, horizon) that begin in one place come or go together."""
+    """Compute 95% intervals of the ratio of medians; windows that begin in one stretch are resampled together."""
     generator = torch.Generator().manual_seed(0)
     names, index = places.unique(return_inverse=True)
     ratios = []
@@ -190,9 +190,9 @@ def intervals(
 
 @torch.no_grad()
 def damping(model: MetaHybridVAE, latents: dict[str, Tensor], windows: Tasks) -> Tensor:
-    """Rate at which each joint is damped in the tasks' query windows, per second, (task, joint).
+    """Compute the rate at which each joint is damped in the query windows, per second, (task, joint).
 
-    The mean over states, weighted with the square of the joint's speed: what takes the energy.
+    It is the mean over states, weighted with the square of the joint's speed, as the loss of energy is.
     """
     system, states = model.system, tuple(part[:, SUPPORT:].flatten(1) for part in windows.states)
     assert isinstance(system, RecordedDoublePendulum)
@@ -208,7 +208,7 @@ def damping(model: MetaHybridVAE, latents: dict[str, Tensor], windows: Tasks) ->
 
 
 def _clock(latents: dict[str, Tensor], clock: Tensor) -> Result:
-    """How well the clock is known, from gravity and from the neural latent."""
+    """Compare gravity and the neural latent with the clock."""
     gravity = latents["gravity"].log()
     found, neural = mcc(gravity, clock.log()), mcc(latents["unknown"], clock)
     return {
@@ -222,7 +222,7 @@ def _clock(latents: dict[str, Tensor], clock: Tensor) -> Result:
 
 
 def _friction(friction: Tensor, clock: Tensor) -> Result:
-    """Friction's trend: its correlation with the clock, and the exponent at the mean, which in truth is one."""
+    """Compute friction's correlation with the clock, and its exponent at the mean, whose true value is one."""
     out: Result = {}
     for joint, rate in zip(("upper", "lower"), friction.T, strict=True):
         r = torch.corrcoef(torch.stack([rate, clock[:, 0]]))[0, 1]
@@ -236,7 +236,7 @@ def _friction(friction: Tensor, clock: Tensor) -> Result:
 
 
 def slope(x: Tensor, y: Tensor) -> Tensor:
-    """Of the line through points."""
+    """Compute the slope of the regression line."""
     away = x.flatten() - x.mean()
     return (away * y.flatten()).sum() / away.square().sum()
 
@@ -246,7 +246,7 @@ def _numbers(values: Tensor) -> list[float | None]:
 
 
 def table(results: Sequence[Result]) -> str:
-    """Median errors at each horizon, the ratio to the classical ones by seed, and what was recovered."""
+    """Tabulate median errors at each horizon, their ratio to the classical model's, and the recovered latents."""
     names = {"hybrid": "hybrid, latents from the support", **ROWS}
     rows = [
         [name, *(spread([one[key][k] for one in results]) for k in range(len(HORIZONS)))]
@@ -297,7 +297,7 @@ def table(results: Sequence[Result]) -> str:
 
 
 def figure(results: Sequence[Result]) -> Figure:
-    """Errors against the horizon, the clock recovered and friction's trend."""
+    """Plot errors against the horizon, the recovered clock, and friction against the clock."""
     drawn = Figure(figsize=(9.0, 3.0), layout="constrained")
     left, middle, right = drawn.subplots(1, 3)
     for k, (key, name) in enumerate(

@@ -1,4 +1,4 @@
-"""A heap of trajectories, and a program that finds out while it learns which of them are of one system."""
+"""Grouping of unlabelled trajectories by system, with a program that is trained in turns with it."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from pyro_hybrid.systems import System
 
 __all__ = ["Unpaired", "dependence", "groups_in", "pairs", "read", "sets"]
 
-MISFIT = 0.05  # what a reading is wrong by, in units of the population, before anything is known about it
+MISFIT = 0.05  # error of a trajectory's latents beyond their sd, in units of the population, before it is estimated
 REPEATS = 3
 
 
 class Unpaired(MetaHybridVAE):
-    r"""A MetaHybridVAE that needs no pairs, because it holds one thing against a latent: that it knows the start.
+    r"""A MetaHybridVAE for single trajectories, which penalizes latents that depend on the initial state.
 
-    Of a trajectory by itself, any function of the system and of where it began would do for a latent. What belongs to
-    the system alone is independent of where somebody happened to begin, and this is what ``independence`` weighs.
+    A single trajectory is explained as well by any function of the system and of its initial state. A latent of the
+    system alone is independent of the initial state, and ``independence`` is the weight of that.
 
     Arguments:
-        independence: weight of :func:`dependence` between what is believed of a task and where its support began.
+        independence: weight of :func:`dependence` between a task's latents and the initial states of its support.
     """
 
     def __init__(self, system: System, independence: float = 0.0, **options: Any) -> None:
@@ -58,7 +58,7 @@ class Unpaired(MetaHybridVAE):
 
 
 def dependence(x: Tensor, y: Tensor) -> Tensor:
-    r"""How far two vectors depend on each other, from samples (n, d) and (n, e): 1 if equal, 0 on average if not.
+    r"""Measure the dependence of two vectors from samples (n, d) and (n, e): 1 if equal, 0 on average if independent.
 
     .. math:: \frac{\mathrm{HSIC}(x, y)}{\sqrt{\mathrm{HSIC}(x, x)\, \mathrm{HSIC}(y, y)}}
 
@@ -88,10 +88,10 @@ def _hsic(one: Tensor, other: Tensor) -> Tensor:
 
 
 def pairs(heap: Tasks, labels: Tensor, loners: bool = True) -> Tasks:
-    """Each trajectory as a task: itself and the next one of its group, or itself again where it is alone.
+    """Make a task of each trajectory: itself and the next one of its group, or itself again where it is alone.
 
-    ``heap`` has one shot a task, and ``labels`` (task,) say what is believed to be of one system. Without ``loners``,
-    those that are alone are left out, if others are not.
+    ``heap`` has one shot a task, and ``labels`` (task,) number the groups. ``loners=False`` omits trajectories that
+    are alone, if there are others.
     """
     order, first, sizes = _dealt(labels)
     after = first + (torch.arange(len(order)) - first + 1) % sizes
@@ -100,10 +100,9 @@ def pairs(heap: Tasks, labels: Tensor, loners: bool = True) -> Tasks:
 
 
 def sets(heap: Tasks, labels: Tensor, shots: int) -> Tasks:
-    """Each group of two or more as a task of so many shots, dealt to support and query in turn; what is missing in
-    small ones is masked.
+    """Make a task of each group, with its trajectories dealt to support and query in turn.
 
-    Loners are left out, if others are not.
+    Missing shots of small groups are masked. Trajectories that are alone are omitted, if there are others.
     """
     order, first, sizes = _dealt(labels)
     heads = (torch.arange(len(order)) == first) & ((sizes > 1) | (sizes == 1).all())
@@ -113,7 +112,7 @@ def sets(heap: Tasks, labels: Tensor, shots: int) -> Tasks:
 
 
 def _dealt(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Trajectories group by group, in random order within it; where the group of each begins, and its size."""
+    """Order trajectories by group, randomly within it; return the order, and each one's group's start and size."""
     order = torch.randperm(len(labels))
     order = order[labels[order].argsort(stable=True)]
     labels = labels[order].unique_consecutive(return_inverse=True)[1]
@@ -137,7 +136,7 @@ def _together(heap: Tasks, rows: Tensor, num_support: int, counts: Tensor | None
 
 @torch.no_grad()
 def read(model: MetaHybridVAE, heap: Tasks, size: int = 500) -> tuple[Tensor, Tensor]:
-    """What each trajectory alone says of its system: locations (n, d) in units of the population, and covariances."""
+    """Infer latents from each trajectory alone: means (n, d) in units of the population, and covariances."""
     found = [
         model.prior.gaussian(heap[start : start + size].shots(slice(0, 1)))
         for start in range(0, len(heap), size)
@@ -148,7 +147,7 @@ def read(model: MetaHybridVAE, heap: Tasks, size: int = 500) -> tuple[Tensor, Te
 
 
 def groups_in(model: MetaHybridVAE, heap: Tasks) -> Tensor:
-    """Labels of a heap's trajectories, from what its prior reads in each: clustering, the misfit, and again."""
+    """Label trajectories from the latents of each: cluster them, estimate the misfit, and repeat."""
     location, covariance = read(model, heap)
     extra = MISFIT**2 * torch.eye(location.shape[1], dtype=location.dtype)
     labels, alpha = torch.arange(len(heap)), len(heap) / 8.0

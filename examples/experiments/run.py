@@ -1,4 +1,4 @@
-"""What every experiment has: runs that write one JSON file each, and are never done twice."""
+"""Runs of an experiment: each writes one JSON file, and is not repeated once that exists."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ Result = dict[str, Any]
 
 
 class Choice(NamedTuple):
-    """What a user of the command line decides.
+    """Choices made on the command line.
 
     Attributes:
-        seeds: Of data, initial weights and training; each is a run of its own.
-        fast: Tiny runs that show the way, not the result.
-        folder: Where results and trained models are kept.
-        data: The folder of the real double pendulum's recordings, or None.
+        seeds: Seeds of data, initial weights and training; each is a run of its own.
+        fast: Do tiny runs that test the code and whose numbers mean nothing.
+        folder: Folder for results and trained models.
+        data: Folder with the real double pendulum's recordings, or None.
     """
 
     seeds: Sequence[int] = (0, 1, 2)
@@ -38,14 +38,14 @@ class Choice(NamedTuple):
 
 
 class Run(NamedTuple):
-    """One piece of an experiment: a name that becomes its file's, and what computes its numbers."""
+    """One piece of an experiment: the name of its file, and the function that computes its numbers."""
 
     name: str
     compute: Callable[[], Result]
 
 
 def slug(*words: object) -> str:
-    """A run's name, that of its file.
+    """Join words into the name of a run and its file.
 
     >>> slug("double pendulum", "APHYNITY, sets", 0)
     'double-pendulum_APHYNITY-sets_0'
@@ -54,33 +54,34 @@ def slug(*words: object) -> str:
 
 
 def digits(value: Tensor) -> float | None:
-    """A number for the JSON: four significant digits, and nothing where it isn't finite."""
+    """Round a number to four significant digits for the JSON; return None if it isn't finite."""
     return float(f"{float(value):.4g}") if bool(value.isfinite()) else None
 
 
 @runtime_checkable
 class Experiment(Protocol):
-    """A module of this package: the runs it consists of, and a table and a figure made from their results alone."""
+    """A module of this package: its runs, and a table and a figure made from their results alone."""
 
     __name__: str
     __doc__: str | None
 
     def runs(self, choice: Choice) -> list[Run]:
-        """Every run, in the order in which they should be done."""
+        """List the runs in the order in which to do them."""
 
     def table(self, results: Sequence[Result]) -> str:
-        """The results as a table in Markdown."""
+        """Tabulate the results in Markdown."""
 
     def figure(self, results: Sequence[Result]) -> Figure:
-        """The results as a picture."""
+        """Draw the results."""
 
 
 def carry_out(experiment: Experiment, choice: Choice) -> list[Result]:
-    """Do what has not been done yet, and return all results."""
+    """Do the runs that have no result yet, and return all results."""
     folder = _folder(experiment, choice)
-    todo = [run for run in experiment.runs(choice) if not (folder / f"{run.name}.json").exists()]
-    for run in tqdm(todo, desc=folder.name, unit="run", disable=not todo):
-        began, processor = time.perf_counter(), time.process_time()
+    missing = [run for run in experiment.runs(choice) if not (folder / f"{run.name}.json").exists()]
+    for run in tqdm(missing, desc=folder.name, unit="run", disable=not missing):
+        start = time.perf_counter()
+        processor_start = time.process_time()
         numbers = run.compute()
         _write(
             folder / f"{run.name}.json",
@@ -88,8 +89,8 @@ def carry_out(experiment: Experiment, choice: Choice) -> list[Result]:
                 "run": run.name,
                 **numbers,
                 "fast": choice.fast,
-                "seconds": round(time.perf_counter() - began, 1),
-                "processor_seconds": round(time.process_time() - processor, 1),
+                "seconds": round(time.perf_counter() - start, 1),
+                "processor_seconds": round(time.process_time() - processor_start, 1),
                 "threads": torch.get_num_threads(),
                 "versions": {
                     "python": platform.python_version(),
@@ -102,7 +103,7 @@ def carry_out(experiment: Experiment, choice: Choice) -> list[Result]:
 
 
 def results(experiment: Experiment, choice: Choice) -> list[Result]:
-    """What earlier runs wrote, in the order of the experiment's runs; those still to be done are left out."""
+    """Read the results of finished runs, in the order of the experiment's runs."""
     paths = [_folder(experiment, choice) / f"{run.name}.json" for run in experiment.runs(choice)]
     return [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
 
@@ -113,6 +114,6 @@ def _folder(experiment: Experiment, choice: Choice) -> Path:
 
 def _write(path: Path, result: Result) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".part")
-    aside.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    os.replace(aside, path)
+    partial = path.with_suffix(".part")
+    partial.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, path)

@@ -1,6 +1,6 @@
-"""How many systems, and how many shots of each? Linear R and strong MCC of double pendulums never trained on.
+"""Sample size: linear R and strong MCC of unseen double pendulums, by the number of training systems and of shots.
 
-The threshold is the theorem's n·k + 1: so many support sets, of as many systems, does it take at least.
+The threshold is the theorem's n·k + 1, the smallest number of support sets, each of another system.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SHOTS = (1, 2, 3, 4, 6)
 
 
 def runs(choice: Choice) -> list[Run]:
-    """One for each seed and number of systems, and one for each seed with all numbers of shots."""
+    """List a run for each seed and number of systems, and one for each seed with all numbers of shots."""
     return [
         *(
             Run(slug("tasks", tasks, seed), partial(_tasks, tasks, seed, choice))
@@ -72,7 +72,7 @@ def _scores(found: Trained, seed: int, choice: Choice, shots: int | None = None)
 
 
 def _points(results: Sequence[Result], of: str) -> dict[int, list[Result]]:
-    """Scores by size."""
+    """Group scores by size."""
     flat = [{"size": one["size"], **one} for one in results if one["of"] == of == "tasks"]
     flat += [
         {"size": size, **score}
@@ -87,7 +87,7 @@ def _points(results: Sequence[Result], of: str) -> dict[int, list[Result]]:
 
 
 def table(results: Sequence[Result]) -> str:
-    """A row for each number of systems, and of shots."""
+    """Tabulate a row for each number of systems, and of shots."""
     rows = [
         [
             str(size) if of == "tasks" else "1000",
@@ -114,7 +114,7 @@ def table(results: Sequence[Result]) -> str:
 
 
 def figure(results: Sequence[Result]) -> Figure:
-    """Linear R, of all latents and of the worst, against the number of systems, with the threshold, and of shots."""
+    """Plot linear R, of all latents and of the worst, against the number of systems and of shots."""
     drawn = Figure(figsize=(8.0, 2.8), layout="constrained")
     axes = drawn.subplots(1, 2, sharey=True)
     shown = {

@@ -1,8 +1,8 @@
-"""Do two trainings agree? The same systems, read by models with other weights that were trained on other systems.
+"""Agreement of two trainings from different seeds, whose models infer the latents of the same unseen systems.
 
 Where the theorem holds, neural latents of two trainings are linear maps of each other: linear R, both ways, and weak
-MCC say whether they are, strong MCC before and after ``disentangle`` whether the map is a permutation with scalings.
-Agreement isn't truth: two trainings can agree on something else.
+MCC measure that; strong MCC before and after ``disentangle`` measures whether the map is a permutation with scalings.
+Agreement doesn't prove truth: two trainings can agree on something else.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = ["agreement", "figure", "runs", "table"]
 
 
 def runs(choice: Choice) -> list[Run]:
-    """One for each system, model and pair of seeds."""
+    """List a run for each system, model and pair of seeds."""
     return [
         Run(slug(system, model, *pair), partial(_run, system, model, pair, choice))
         for pair in itertools.combinations(choice.seeds, 2)
@@ -47,8 +47,10 @@ def _run(system: str, model: str, pair: tuple[int, int], choice: Choice) -> Resu
 
 
 def agreement(one: Tensor, other: Tensor, number: int | None = None) -> Result:
-    """Scores of two trainings' neural latents, of which there should be so many; what unmixes them comes from the first
-    half of the systems."""
+    """Score two trainings' neural latents against each other on the second half of the systems.
+
+    The unmixing is estimated on the first half; ``number`` is how many latents the system has.
+    """
     half = len(one) // 2
     there, back = mcc(one[half:], other[half:]), mcc(other[half:], one[half:])
     alone = mcc(*(disentangle(z[half:], components=number, fit=z[:half]) for z in (one, other)))
@@ -69,7 +71,7 @@ SCORES = {
 
 
 def table(results: Sequence[Result]) -> str:
-    """A row for each system and model: mean ± standard deviation over pairs of seeds."""
+    """Tabulate a row for each system and model: mean ± standard deviation over pairs of seeds."""
     rows = [
         [
             system,
@@ -83,7 +85,7 @@ def table(results: Sequence[Result]) -> str:
 
 
 def figure(results: Sequence[Result]) -> Figure:
-    """Linear R of run against run: a dot for each pair."""
+    """Plot linear R between runs: a dot for each pair."""
     drawn, axes = panels(
         [system for (system,) in grouped(results, "system")], MODELS, "linear R, run against run"
     )

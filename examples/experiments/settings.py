@@ -1,4 +1,4 @@
-"""Three systems, six models: what each is trained with. The numbers were chosen on seed 100, which no table shows."""
+"""Settings of three systems and six models. The numbers were chosen on seed 100, which no table shows."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from pyro_hybrid.training.schedule import Length
 __all__ = ["CASES", "DEAF", "MODELS", "ONE_BY_ONE", "OURS", "Case", "Setting", "Sharpening"]
 
 OURS, DEAF = "MetaHybridVAE", "MetaHybridVAE, unconditional prior"
-ONE_BY_ONE = ("HybridVAE", "APHYNITY")  # as published: of one trajectory at a time
+ONE_BY_ONE = ("HybridVAE", "APHYNITY")  # as published, these read one trajectory at a time
 MODELS = (OURS, DEAF, "HybridVAE", "HybridVAE, sets", "APHYNITY", "APHYNITY, sets")
 
 
 class Sharpening(NamedTuple):
-    """How a training ends, by second order: see ``ph.sharpen``. ``reading``: how its batches are read."""
+    """Settings of the second-order end of a training: the arguments of ``ph.sharpen``."""
 
     steps: int
     batch_size: int
@@ -28,9 +28,10 @@ class Sharpening(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """How one kind of model is trained on one system; ``correction`` grows with the square of time to its last value.
+    """Settings of the training of one kind of model on one system.
 
-    ``evidence``: how support and query are read while training; None for the encoder alone.
+    ``correction`` is the last value of a weight that grows with the square of time. ``evidence`` is computed for
+    support and query while training; None trains the encoder alone.
     """
 
     options: Mapping[str, Any]
@@ -46,9 +47,9 @@ class Setting(NamedTuple):
 
 
 class Case(NamedTuple):
-    """A system, how many of it are learnt from, what each model is trained with, and how the program reads at last.
+    """Settings of one system: the number of training tasks, and the training of each model.
 
-    ``final`` reads a support, and ``query`` after it the query.
+    After training, ``final`` computes the evidence of a support, and ``query`` that of a query.
     """
 
     system: Callable[[], System]
@@ -60,7 +61,7 @@ class Case(NamedTuple):
     query: GaussNewton
 
     def setting(self, model: str) -> Setting:
-        """What a model is trained with."""
+        """Return the training settings of a model."""
         return (
             self.vae
             if model.startswith("HybridVAE")

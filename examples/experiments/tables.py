@@ -1,4 +1,4 @@
-"""Tables of results, mean ± standard deviation over seeds, and the frame of their figures."""
+"""Tables of results, as mean ± standard deviation over seeds, and the frame of their figures."""
 
 from __future__ import annotations
 
@@ -15,15 +15,17 @@ __all__ = ["grouped", "markdown", "panels", "spread"]
 
 
 def grouped(results: Sequence[Result], *keys: str) -> dict[tuple[str, ...], list[Result]]:
-    """Results with the same values of some keys, in the order in which these first come."""
+    """Group results by the values of some keys, in the order in which these first appear."""
     groups: dict[tuple[str, ...], list[Result]] = {}
-    for one in results:
-        groups.setdefault(tuple(str(one[key]) for key in keys), []).append(one)
+    for result in results:
+        groups.setdefault(tuple(str(result[key]) for key in keys), []).append(result)
     return groups
 
 
 def spread(values: Sequence[float | None], digits: int | None = None) -> str:
-    """Mean ± standard deviation, with so many digits after the point or three significant ones; "-" for no number.
+    """Format mean ± standard deviation; "-" if a value is missing.
+
+    Numbers have ``digits`` digits after the point, or three significant ones.
 
     >>> spread([0.98, 0.99, 1.0], 3), spread([123.4, 130.0]), spread([0.00123]), spread([1.0, None])
     ('0.990 ± 0.010', '127 ± 4.67', '0.00123', '-')
@@ -37,7 +39,7 @@ def spread(values: Sequence[float | None], digits: int | None = None) -> str:
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table.
+    """Format a table.
 
     >>> print(markdown(["a", "b"], [["1", "2"]]))
     | a | b |
@@ -50,9 +52,9 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def panels(
     names: Sequence[str], models: Sequence[str], label: str
 ) -> tuple[Figure, dict[str, Axes]]:
-    """A panel for each system side by side, and a legend of the models' colours below."""
-    drawn = Figure(figsize=(9.0, 3.2), layout="constrained")
-    axes = drawn.subplots(1, len(names), squeeze=False)[0]
+    """Draw an empty panel for each system, side by side, and a legend of the models' colors below."""
+    drawing = Figure(figsize=(9.0, 3.2), layout="constrained")
+    axes = drawing.subplots(1, len(names), squeeze=False)[0]
     for axis, name in zip(axes, names, strict=True):
         axis.set_title(name)
         axis.grid(axis="y", alpha=0.3)
@@ -61,5 +63,5 @@ def panels(
         Line2D([], [], marker="o", ls="", ms=4, color=f"C{k}", label=model)
         for k, model in enumerate(models)
     ]
-    drawn.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
-    return drawn, dict(zip(names, axes, strict=True))
+    drawing.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    return drawing, dict(zip(names, axes, strict=True))

@@ -1,4 +1,4 @@
-"""Models that are trained once, and then asked by every experiment in the same way, whatever their kind."""
+"""Models that are trained once, and that every experiment then queries in the same way, whatever their kind."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ HELD_OUT, SHOTS, HELD_OUT_SEED = 300, 8, 10_000
 
 
 def exactly(system: System, tasks: int, shots: int, seed: int) -> Tasks:
-    """What ``system.simulate`` draws with the same arguments, seen without noise."""
+    """Simulate as ``system.simulate`` does with the same arguments, but without observation noise."""
     clear = copy.copy(system)
     clear.noise = (0.0,) * len(system.noise)
     return clear.simulate(tasks, shots, seed)
 
 
 def data(system: str, seed: int, choice: Choice, tasks: int | None = None) -> tuple[Tasks, Tasks]:
-    """Systems to learn from, and others to judge on; the latter are the same however many the former are."""
+    """Simulate systems to learn from, and others to judge on, which don't depend on the number of the former."""
     learn, judge, shots = (
         (24, 24, 4) if choice.fast else (tasks or CASES[system].tasks, HELD_OUT, SHOTS)
     )
@@ -57,11 +57,10 @@ def data(system: str, seed: int, choice: Choice, tasks: int | None = None) -> tu
 
 @dataclass
 class Trained:
-    """A trained model, and what it can be asked.
+    """A trained model with its guide, and the questions that experiments ask of it.
 
-    A prior that is conditioned on the support says what it believes. Other models read the support as if it were the
-    query: with their guide, or with ``reading``, which takes the guide's answer for a start and lets the program itself
-    do the rest.
+    A conditional prior gives the latents given the support. Other models treat the support as a query: their guide
+    infers it, and ``reading``, if given, refines the guide's answer with evidence computed from the program.
     """
 
     name: str
@@ -73,16 +72,16 @@ class Trained:
 
     @property
     def system(self) -> System:
-        """What it was trained on."""
+        """Return the system that it was trained on."""
         return self.model.system
 
     @property
     def conditional(self) -> bool:
-        """Whether its prior looks at the support."""
+        """Tell whether the prior is conditioned on the support."""
         return isinstance(self.model.prior, SupportPrior)
 
     def given(self, support: Shots) -> Shots:
-        """What it reads of a support: all of it, or as published one trajectory."""
+        """Return the part of a support that the model reads: all of it, or one trajectory as published."""
         return (
             support.select_shots(torch.zeros(support.shape[0], 1, dtype=torch.long))
             if self.name in ONE_BY_ONE
@@ -90,7 +89,7 @@ class Trained:
         )
 
     def read(self, support: Shots | None, samples: int = 200) -> dict[str, Tensor]:
-        """Draws of a task's latents from its support alone, (draw, task, component)."""
+        """Draw a task's latents given its support alone, (draw, task, component)."""
         assert support is not None
         if self.conditional:
             with local_parameters():
@@ -104,7 +103,7 @@ class Trained:
         return {name: fn.sample((samples,)) for name, fn in self._consulted(support, found).items()}
 
     def _consulted(self, support: Shots, found: dict[str, Tensor]) -> dict[str, Stock]:
-        """What the program says, linearised from where the encoder points."""
+        """Compute the belief from the program, linearized where the encoder points."""
         assert self.reading is not None
         prior = self.model.prior
         with local_parameters():
@@ -121,7 +120,7 @@ class Trained:
 
     @torch.no_grad()
     def latents(self, tasks: Tasks) -> Tensor:
-        """Means of the latents from the support alone, (task, latent), physics first."""
+        """Compute the latents' means given the support alone, (task, latent), physics first."""
         pieces = [
             self.read(tasks[start : start + 100].episode().support)
             for start in range(0, len(tasks), 100)
@@ -133,7 +132,7 @@ class Trained:
 
     @torch.no_grad()
     def predicted(self, episode: Episode, exact: Tensor | None = None, samples: int = 20) -> Tensor:
-        """Mean trajectories from the support and the initial states, measured or known exactly; NaN where it diverged."""
+        """Predict mean trajectories from the support and the initial states, measured or exact; NaN where one diverged."""
         latents = self.read(episode.support, samples)
         if exact is not None:
             episode = replace(episode, query=replace(episode.query, initial=exact))
@@ -142,7 +141,7 @@ class Trained:
 
     @torch.no_grad()
     def reconstructed(self, episode: Episode, samples: int = 20) -> Tensor:
-        """Mean trajectories of shots that it has read, together with the support if it can."""
+        """Reconstruct mean trajectories of shots that the model has read, together with the support if it can."""
         if not self.conditional:
             episode = Episode(None, self.given(episode.query))
         found = draws(self.model, self.guide, episode, samples)
@@ -159,7 +158,7 @@ class Trained:
 def trained(
     system: str, model: str, seed: int, choice: Choice, tasks: int | None = None
 ) -> Trained:
-    """A model trained on a system: now, or at an earlier call that left it in the folder."""
+    """Train a model on a system, or load it if an earlier call left it in the folder."""
     place = (
         choice.folder / "models" / slug(system, model, *([f"{tasks} tasks"] if tasks else []), seed)
     )
@@ -171,7 +170,7 @@ def trained(
 def learnt(
     case: Case, model: str, learn: Tasks, seed: int, fast: bool = False, place: Path | None = None
 ) -> Trained:
-    """A model trained on some tasks and ready to be asked: as it lies in its place, if it does already."""
+    """Train a model on tasks, or load it from ``place`` if it is there, and prepare it for questions."""
     setting = case.setting(model)
     torch.manual_seed(seed)
     made, guide = _made(case.system(), model, setting)
@@ -203,7 +202,7 @@ def learnt(
 
 
 def _made(system: System, model: str, setting: Setting) -> tuple[Any, Any]:
-    """The program and its guide, untrained."""
+    """Build the program and its guide, untrained."""
     if model == OURS:
         prior, query = setting.evidence or (None, None)
         ours = MetaHybridVAE(system, prior, **setting.options)
@@ -218,7 +217,7 @@ def _made(system: System, model: str, setting: Setting) -> tuple[Any, Any]:
 def taught(
     model: Any, guide: Any, tasks: Tasks, setting: Setting, seed: int, fast: bool = False
 ) -> Fit:
-    """Train a program in place, and sharpen it if the setting says so; ``fast``, for the way and not for the result."""
+    """Train a program in place, and refine its weights if the setting says so; ``fast`` does a few steps only."""
     steps = 3 if fast else setting.steps
     fit = meta_train(
         model,
@@ -244,7 +243,7 @@ def taught(
 def sharpened(
     model: Any, guide: Any, tasks: Tasks, end: Sharpening, seed: int, fast: bool = False
 ) -> None:
-    """The end of a training, in place."""
+    """Refine the weights of a trained program in place."""
     sharpen(
         model,
         guide,

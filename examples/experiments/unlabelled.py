@@ -1,16 +1,16 @@
-"""Must one know which trajectories are of one system? The paper's theorem asks for it; these are ways to do without.
+"""Training without labels: the theorem asks which trajectories are of one system, and here that is recovered.
 
-A heap: of a fraction of a thousand pendulums the trajectories are labelled, those of the others lie in one heap. Each
-of these is at first a task by itself, of latents that must not know where it began. Then the program reads every
-trajectory, and those that are most probably of one system become one task (clustering in λ: evidence adds up). A model
-that never saw a trajectory alone is trained on pairs of these, sharpened on pairs and on whole groups, and each time
-groups them better. The last one is trained afresh on what was recovered, as ``identify`` does where all is known.
+In a heap, trajectories of a fraction of a thousand pendulums are labelled and the others are not. Each unlabelled one
+is first a task by itself, with latents that must not depend on its initial state. Then latents are inferred from every
+trajectory, and trajectories that are most probably of one system become one task (clustering in λ: evidence adds up). A
+second model is trained on pairs of these and refined on pairs and on whole groups, and regroups them after each stage.
+A last one is trained afresh on the recovered tasks, as ``identify`` does on the true ones.
 
-A long trajectory: a single recording of each pendulum, cut into pieces that know what time it is; some are the support
-and others the query.
+In long recordings, a single one of each pendulum is cut into pieces with a clock; some are the support and others the
+query.
 
-Judged like all others: on 300 pendulums never seen, from four support trajectories; what unmixes the neural latents is
-read in the tasks as they were recovered.
+Models are judged like all others, on 300 unseen pendulums from four support trajectories. The unmixing of the neural
+latents is estimated on the recovered tasks.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ PIECES = 2
 
 
 def runs(choice: Choice) -> list[Run]:
-    """For each seed, one for each fraction of labels, and one of long trajectories."""
+    """List a run for each seed and fraction of labels, and one of long recordings for each seed."""
     heaps = [
         Run(slug("labels", fraction, "seed", seed), partial(_heap, fraction, seed, choice))
         for seed in choice.seeds
@@ -70,7 +70,7 @@ def runs(choice: Choice) -> list[Run]:
 
 
 def _heap(fraction: float, seed: int, choice: Choice) -> Result:
-    """Recover the tasks, and train on them as ``identify`` does; where all is known, that is ``identify``'s model."""
+    """Recover the tasks, and train on them as ``identify`` does; with all labels, take ``identify``'s model."""
     learn, judge = data("pendulum", seed, choice)
     shots = learn.values.shape[1]
     truth = torch.arange(len(learn)).repeat_interleave(shots)
@@ -95,7 +95,7 @@ def _heap(fraction: float, seed: int, choice: Choice) -> Result:
 
 
 def scattered(tasks: Tasks) -> Tasks:
-    """Every trajectory a task by itself."""
+    """Make a task of every trajectory."""
 
     def apart(part: Tensor) -> Tensor:
         return part.flatten(0, 1).unsqueeze(1)
@@ -115,10 +115,10 @@ def scattered(tasks: Tasks) -> Tasks:
 def _recovered(
     heap: Tasks, truth: Tensor, known: int, seed: int, fast: bool
 ) -> tuple[Tensor, list[Result]]:
-    """Labels of all trajectories, the first ``known`` of which are given, and after each round how good the others are.
+    """Label all trajectories, the first ``known`` of which are given, and score the other labels after each round.
 
-    After the first, a round learns only from what is in a group, and with a model of its own: the first one's latents
-    are of what a trajectory alone can tell, and it wouldn't part with them.
+    Rounds after the first train on grouped trajectories only, with a second model: the latents of the first are those
+    that a single trajectory determines, and further training doesn't change that.
     """
     torch.manual_seed(seed)
     labels, history = (
@@ -169,7 +169,7 @@ def _long(seed: int, choice: Choice) -> Result:
 
 
 def grouping_scores(found: Tensor, truth: Tensor) -> Result:
-    """Adjusted Rand index, how many of the pairs found are right, and how many of the right ones were found."""
+    """Compute the adjusted Rand index, and precision and recall of pairs."""
     (_, wrong), (missed, right) = pair_confusion_matrix(truth.numpy(), found.numpy()).tolist()
     return {
         "adjusted_rand": round(float(adjusted_rand_score(truth.numpy(), found.numpy())), 4),
@@ -180,7 +180,7 @@ def grouping_scores(found: Tensor, truth: Tensor) -> Result:
 
 
 def scores(found: Trained, learn: Tasks, judge: Tasks) -> Result:
-    """What is recovered of unseen systems from their support; the unmixing comes from systems trained on."""
+    """Score latents of unseen systems given their support; the unmixing is estimated on training systems."""
     some = torch.from_numpy(np.random.default_rng(0).permutation(len(learn))[:500])
     seen, new, truth = found.latents(learn[some]), found.latents(judge), true_latents(found, judge)
     system = found.system
@@ -198,7 +198,7 @@ def scores(found: Trained, learn: Tasks, judge: Tasks) -> Result:
 
 
 def table(results: Sequence[Result]) -> str:
-    """A row for each fraction of labels, and one for long trajectories: mean ± standard deviation over seeds."""
+    """Tabulate a row for each fraction of labels, and one for long recordings: mean ± standard deviation over seeds."""
     rows = []
     for (case, labelled), found in grouped(results, "case", "labelled").items():
         name = (
@@ -235,7 +235,7 @@ def _grouping(found: Sequence[Result], key: str) -> str:
 
 
 def figure(results: Sequence[Result]) -> Figure:
-    """Scores against the fraction of labels, with those of long trajectories as lines across."""
+    """Plot scores against the fraction of labels, with those of long recordings as horizontal lines."""
     drawn = Figure(figsize=(8.0, 3.2), layout="constrained")
     axes = drawn.subplots(1, 3)
     heaps, longs = ([one for one in results if one["case"] == case] for case in ("heap", "long"))
