@@ -18,9 +18,9 @@ from tqdm.auto import tqdm
 from pyro_hybrid.data.episode import Episode
 from pyro_hybrid.data.segments import select_segments, to_segments, truncate
 from pyro_hybrid.data.tasks import Tasks
+from pyro_hybrid.dynamics.failures import SolverError
 from pyro_hybrid.dynamics.modes import nan_on_failure
 from pyro_hybrid.dynamics.rk4 import seconds_compiling
-from pyro_hybrid.dynamics.solve import SolverError
 from pyro_hybrid.training.checkpoint import Checkpoints, Fit, Parameters, parameters, put_back
 from pyro_hybrid.training.guards import Ending, Lost, Terms, seeded
 from pyro_hybrid.training.step_error import step_error
