@@ -7,7 +7,9 @@ from pyro_hybrid.data.shots import Shots
 from pyro_hybrid.data.tasks import Tasks
 from pyro_hybrid.diagnostics.calibration import Calibration, check_calibration
 from pyro_hybrid.diagnostics.contract import ContractError, check_hybrid_model
-from pyro_hybrid.dynamics.solve import SolverError, solve
+from pyro_hybrid.dynamics.failures import SolverError
+from pyro_hybrid.dynamics.interpolate import interpolate
+from pyro_hybrid.dynamics.solve import solve
 from pyro_hybrid.evidence.encoder import Encoder
 from pyro_hybrid.evidence.gauss_newton import GaussNewton
 from pyro_hybrid.fitting.posterior import Posterior
@@ -78,6 +80,7 @@ __all__ = [
     "draws",
     "families",
     "fix_gauge",
+    "interpolate",
     "load",
     "load_arviz",
     "mcc",

@@ -19,8 +19,15 @@ from torch.autograd import gradcheck
 from torch.testing import assert_close
 
 import pyro_hybrid as ph
-from pyro_hybrid.dynamics.modes import nan_on_failure, skip_integration
-from pyro_hybrid.dynamics.solve import SolverError, solve
+from pyro_hybrid.dynamics.failures import SolverError
+from pyro_hybrid.dynamics.modes import (
+    halve_steps,
+    nan_on_failure,
+    record_solutions,
+    skip_integration,
+)
+from pyro_hybrid.dynamics.slopes import inside_transform
+from pyro_hybrid.dynamics.solve import solve
 
 METHODS = ["rk4", "dopri5", "dopri8"]
 ADAPTIVE = METHODS[1:]
@@ -324,23 +331,71 @@ def test_a_slope_of_time_alone_is_integrated_by_each_shot_s_clock(method: str) -
     assert_close(on_grid, as_tuple.expand(3, 2, 4, 2), **EXACT)
 
 
-def test_rk4_takes_clocks_of_different_spacing() -> None:
-    clocks = torch.stack([grid(1.0, 5), grid(1.0, 5) ** 2 + 3.0])
-    y0 = start(2, 2)
-    together = solve(driven, y0, clocks)
-    for shot in range(2):
-        alone = solve(driven, (y0[0][:, shot : shot + 1], y0[1][:, shot : shot + 1]), clocks[shot])
-        assert_close(together[:, shot : shot + 1], alone, **EXACT)
+CLOCKS = {
+    "by shot": torch.stack([grid(1.0, 5), grid(1.0, 5) ** 2 + 3.0, 0.2 * grid(1.0, 5) - 1.0]),
+    "by task": torch.stack([grid(1.0, 5), grid(2.0, 5) ** 2 + 3.0]).unsqueeze(1),
+    "by task, offsets only": (grid(1.0, 5) + torch.tensor([[0.0], [7.0]])).unsqueeze(1).double(),
+    "by task and shot": grid(1.0, 5) ** torch.tensor([[[1.0], [2.0], [1.5]], [[0.7], [1.0], [3.0]]])
+    + torch.tensor([[[0.0], [5.0], [1.0]], [[-3.0], [0.0], [2.0]]]),
+}
 
 
-@adaptive_methods
-@pytest.mark.parametrize("unit", [1.0, 1e-7])
-def test_adaptive_methods_refuse_clocks_of_different_spacing(method: str, unit: float) -> None:
-    clocks = unit * torch.stack([grid(1.0, 5), grid(1.0, 5) ** 2])
-    with pytest.raises(
-        ValueError, match="clocks that differ by an offset only.*different spacing.*rk4"
-    ):
-        solve(driven, start(2, 2), clocks, method=method)
+@every_method
+@pytest.mark.parametrize("case", CLOCKS)
+def test_each_trajectory_is_solved_by_its_own_clock_as_if_alone(case: str, method: str) -> None:
+    y0, clocks = start(2, 3), CLOCKS[case]
+    options = {"method": method, "rtol": 1e-9, "atol": 1e-9}
+    together = solve(driven, y0, clocks, **options)
+    assert together.shape == (2, 3, 5, 2)
+    for task in range(2):
+        for shot in range(3):
+            one = tuple(part[task : task + 1, shot : shot + 1] for part in y0)
+            alone = solve(driven, one, clocks.expand(2, 3, 5)[task, shot], **options)
+            assert_close(
+                together[task : task + 1, shot : shot + 1],
+                alone,
+                rtol=0.0,
+                atol=1e-12 if method == "rk4" else 1e-7,
+            )
+
+
+@every_method
+@pytest.mark.parametrize("case", CLOCKS)
+def test_a_field_on_a_grid_is_solved_by_the_clock_of_each_trajectory(
+    case: str, method: str
+) -> None:
+    clocks = CLOCKS[case].expand(2, 3, 5)
+    rest = torch.zeros(2, 3, 4, dtype=torch.float64)
+    states = solve(
+        lambda t, y: torch.cos(t).expand_as(y), rest, CLOCKS[case], method=method, substeps=20
+    )
+    waves = torch.sin(clocks) - torch.sin(clocks[..., :1])
+    assert_close(states, waves.unsqueeze(-1).expand(2, 3, 5, 4), rtol=0.0, atol=1e-5)
+
+
+@every_method
+def test_clocks_by_task_hold_for_particles_of_latents(method: str) -> None:
+    y0, rate = start(2, 3), 1.0 + uniform(4, 2, 1)
+    clocks = CLOCKS["by task and shot"]
+    states = solve(oscillator(rate), y0, clocks, method=method, substeps=20)
+    truth = oscillation(*y0, rate, clocks - clocks[..., :1])
+    assert_close(states, truth, rtol=0.0, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", CLOCKS)
+@every_method
+def test_the_time_of_a_failure_is_by_the_trajectory_s_own_clock(case: str, method: str) -> None:
+    clocks = CLOCKS[case].expand(2, 3, 5)
+    late = clocks[1, 2, 3]
+
+    def field(t: Tensor, state: tuple[Tensor]) -> tuple[Tensor]:
+        rows = torch.tensor([[0, 0, 0], [0, 0, 1]], dtype=torch.bool)
+        return (torch.where(rows & (t > late), torch.nan, -state[0]),)
+
+    with pytest.raises(SolverError) as caught:
+        solve(field, ones(2, 3), CLOCKS[case], method=method)
+    assert caught.value.index == (1, 2)
+    assert float(late) < caught.value.time <= float(clocks[1, 2, 4])
 
 
 # ------------------------------------------------------------------------------------------------------------ failures
@@ -467,6 +522,123 @@ def test_skip_integration_asks_the_field_nothing() -> None:
     assert_close(states, torch.stack(y0, -1).unsqueeze(-2).expand(2, 3, 4, 2))
 
 
+def test_solutions_inside_are_recorded_whoever_called_the_solver() -> None:
+    y0, times = start(2, 3), grid(1.0, 4)
+    with record_solutions() as solutions:
+        first = solve(oscillator(1.0), y0, times)
+        second = solve(lambda t, y: -y, torch.stack(y0, -1), times, step=0.3)
+    solve(oscillator(1.0), y0, times)
+    assert len(solutions) == 2 and solutions[0].states is first and solutions[1].states is second
+    assert solutions[0].times is times
+
+
+# --------------------------------------------------------------------------------------------------- number of steps
+
+
+@pytest.mark.parametrize(
+    ("options", "number"),
+    [
+        ({"step": 1e-7}, "1e\\+07"),
+        ({"step": 1e-320}, "inf"),
+        ({"substeps": 10**7}, "3e\\+07"),
+        ({"step": 0.1, "max_steps": 9}, "10"),
+    ],
+)
+def test_more_fixed_steps_than_max_steps_are_refused_before_the_first(
+    options: dict[str, Any], number: str
+) -> None:
+    message = f"no more than max_steps = .* steps; got {number}. Take longer steps, or raise"
+    with pytest.raises(ValueError, match=message):
+        solve(lambda t, y: pytest.fail("asked"), start(1, 1), grid(1.0, 4), **options)
+
+
+def test_steps_between_output_times_are_never_too_many() -> None:
+    states = solve(lambda t, y: (-y[0],), ones(1, 1), grid(1.0, 30), max_steps=5)
+    assert_close(states.flatten(), torch.exp(-grid(1.0, 30)), rtol=0.0, atol=1e-6)
+
+
+def test_halved_steps_are_not_counted() -> None:
+    with halve_steps():
+        solve(lambda t, y: (-y[0],), ones(1, 1), grid(1.0, 3), step=0.25, max_steps=4)
+
+
+# ------------------------------------------------------------------------------------------------------- torch.func
+
+FIXED = {
+    "output times": {},
+    "substeps": {"substeps": 3},
+    "many substeps": {"substeps": 100},
+    "steps of a length": {"step": 0.3},
+    "many steps of a length": {"step": 0.005},
+}
+
+
+@pytest.mark.parametrize("clock", ["one", "by shot"])
+@pytest.mark.parametrize("case", FIXED)
+def test_fixed_steps_work_under_every_transform(case: str, clock: str) -> None:
+    times, y0, rates = grid(1.0, 5), start(2, 3), 1.0 + uniform(4)
+    times = times if clock == "one" else CLOCKS["by shot"]
+
+    def states(rate: Tensor) -> Tensor:
+        return solve(oscillator(rate), y0, times, **FIXED[case])
+
+    together = torch.vmap(states)(rates)
+    alone = torch.stack([states(rate) for rate in rates])
+    assert_close(together, alone, rtol=0.0, atol=1e-12)
+    step = 1e-6
+    differences = (states(rates[0] + step) - states(rates[0] - step)) / (2.0 * step)
+    for transform in (torch.func.jacrev, torch.func.jacfwd):
+        assert_close(transform(states)(rates[0]), differences, rtol=1e-5, atol=1e-7)
+    by_rate = torch.vmap(torch.func.grad(lambda rate: states(rate).sum()))(rates)
+    assert_close(by_rate[0], differences.sum(), rtol=1e-5, atol=1e-7)
+
+
+def test_a_gradient_through_vmap_is_that_of_each_alone() -> None:
+    rates = (1.0 + uniform(4)).requires_grad_()
+    y0, times = start(2, 3), grid(1.0, 3)
+
+    def total(rate: Tensor) -> Tensor:
+        return solve(oscillator(rate), y0, times, step=0.004).square().sum()
+
+    (together,) = torch.autograd.grad(torch.vmap(total)(rates).sum(), rates)
+    (alone,) = torch.autograd.grad(torch.stack([total(rate) for rate in rates]).sum(), rates)
+    assert_close(together, alone, rtol=1e-10, atol=0.0)
+
+
+def test_under_vmap_a_trajectory_that_diverges_is_nan_and_others_are_not() -> None:
+    y0 = torch.tensor([[0.1, 4.0]], dtype=torch.float64)
+    states = torch.vmap(
+        lambda rate: solve(lambda t, y: (rate * y[0] ** 2,), (y0,), grid(1.0, 5), step=0.02)
+    )(torch.tensor([0.5, 1.0], dtype=torch.float64))
+    assert states[:, 0, 0].isfinite().all() and not states[:, 0, 1, -1].isfinite().any()
+    assert states[:, 0, 1, 0].tolist() == [[4.0], [4.0]]
+
+
+@adaptive_methods
+def test_adaptive_methods_say_what_to_do_under_transforms(method: str) -> None:
+    y0 = start(1, 1)
+
+    def states(rate: Tensor) -> Tensor:
+        return solve(oscillator(rate), y0, grid(1.0, 3), method=method)
+
+    message = (
+        f"method='rk4' under vmap and other transforms of torch.func; got method='{method}'. "
+        "Adaptive methods choose steps by values.*Pass method='rk4' with step= or substeps="
+    )
+    for transform in (torch.vmap, torch.func.jacrev):
+        with pytest.raises(NotImplementedError, match=message):
+            transform(states)(torch.ones((2,) if transform is torch.vmap else ()))
+
+
+def test_the_private_name_by_which_transforms_are_known_is_still_there() -> None:
+    assert not inside_transform()
+    assert torch.vmap(lambda x: x + float(inside_transform()))(torch.zeros(2)).tolist() == [
+        1.0,
+        1.0,
+    ]
+    assert float(torch.func.grad(lambda x: x * float(inside_transform()))(torch.tensor(0.0))) == 1.0
+
+
 def nan_after_a_while(t: Tensor, y: tuple[Tensor]) -> tuple[Tensor]:
     return (torch.where(t > 0.5, torch.nan, -y[0]),)
 
@@ -588,12 +760,17 @@ BAD = {
         ValueError,
         '"rk4", "dopri5" or "dopri8"; got \'euler\'',
     ),
-    "no substeps": (
-        {"substeps": 0},
+    "no substeps": ({"substeps": 0}, ValueError, "substeps, an integer of 1 or more; got 0"),
+    "no steps": ({"max_steps": 0}, ValueError, "max_steps, an integer of 1 or more; got 0"),
+    "a negative tolerance": (
+        {"rtol": -1.0},
         ValueError,
-        "substeps and max_steps of 1 or more; got 0 and 10000",
+        "rtol and atol of 0 or more, not both 0; got rtol=-1.0 and atol=1e-08",
     ),
-    "no steps": ({"max_steps": 0}, ValueError, "substeps and max_steps of 1 or more; got 1 and 0"),
+    "a negative absolute tolerance": ({"atol": -1.0}, ValueError, "rtol and atol of 0 or more"),
+    "no tolerance": ({"atol": 0.0, "rtol": 0.0}, ValueError, "rtol and atol of 0 or more"),
+    "a tolerance that is no number": ({"atol": torch.nan}, ValueError, "rtol and atol of 0"),
+    "a tolerance without end": ({"rtol": torch.inf}, ValueError, "rtol and atol of 0"),
     "no components": (
         {"initial": ()},
         ValueError,
@@ -631,12 +808,17 @@ BAD = {
     "clocks of other shots": (
         {"times": TIMES.expand(2, 4)},
         ValueError,
-        r"for \(3,\) shots; got \(2, 4\)",
+        r"for \(task, shot\) = \(2, 3\); got \(2, 4\). Give all trajectories one clock",
     ),
-    "clocks by task": (
-        {"times": TIMES.expand(2, 3, 4)},
+    "clocks of other tasks": (
+        {"times": TIMES.expand(3, 3, 4)},
         ValueError,
-        r"times of shape \(time,\) or \(shot, time\)",
+        r"\(shot, time\) or \(task, shot, time\) for \(task, shot\) = \(2, 3\); got \(3, 3, 4\)",
+    ),
+    "clocks of particles": (
+        {"times": TIMES.expand(5, 2, 3, 4)},
+        ValueError,
+        r"times of shape \(time,\), \(shot, time\) or \(task, shot, time\)",
     ),
     "a slope too few": (
         {"initial": STATES * 2},

@@ -372,6 +372,10 @@ MISUSES: dict[str, tuple[Callable[[], object], str]] = {
         lambda: ph.rescale_intervals(answer(), tasks(torch.zeros(2, 3, 3, 1))),
         r"expected a prior with computed evidence; got an encoder alone\. Compute evidence first",
     ),
+    "interpolate": (
+        lambda: ph.interpolate(torch.arange(3.0), torch.zeros(3)),
+        r"expected times .* of as many times; got \(3,\) and \(3,\)\. Give each input an axis",
+    ),
     "mcc": (
         lambda: ph.mcc(torch.randn(9, 2), torch.randn(8, 2)),
         r"one row a task in both estimate and truth; got 9 and 8 rows",

@@ -23,9 +23,10 @@ from torch.testing import assert_close
 
 import pyro_hybrid as ph
 from pyro_hybrid.data.segments import to_segments
+from pyro_hybrid.dynamics.failures import SolverError
 from pyro_hybrid.dynamics.modes import halve_steps, nan_on_failure
 from pyro_hybrid.dynamics.rk4 import SEGMENT
-from pyro_hybrid.dynamics.solve import SolverError, solve
+from pyro_hybrid.dynamics.solve import solve
 
 ROUNDING = {"rtol": 0.0, "atol": 1e-13}
 
@@ -115,7 +116,6 @@ LENGTHS = {
     "a divisor of the span": (0.5, 4),
     "the span": (2.0, 1),
     "longer than the span": (9.0, 1),
-    "endless": (torch.inf, 1),
 }
 
 
@@ -192,13 +192,49 @@ def test_segments_of_measured_trajectories_have_clocks_that_differ_by_an_offset_
     assert_close(states.double(), truth, rtol=0.0, atol=1e-3)
 
 
+CLOCKS = {
+    "by shot": torch.stack([grid(1.0, 8), grid(1.0, 8) ** 2 + 3.0, 0.2 * grid(1.0, 8) - 1.0]),
+    "by task": torch.stack([grid(1.0, 8), grid(2.0, 8) ** 2 + 3.0]).unsqueeze(1),
+    "by task and shot": grid(1.0, 8) ** torch.tensor([[[1.0], [2.0], [1.5]], [[0.7], [1.0], [3.0]]])
+    + torch.tensor([[[0.0], [5.0], [1.0]], [[-3.0], [0.0], [2.0]]]),
+}
+
+
 @pytest.mark.parametrize("unit", [1.0, 1e-7])
-def test_clocks_of_different_spacing_are_refused_with_words(unit: float) -> None:
-    clocks = unit * torch.stack([grid(1.0, 5), grid(1.0, 5) ** 2])
-    with pytest.raises(
-        ValueError, match=r"offset only \(with step=\); got clocks of different spacing. Leave step"
-    ):
-        solve(driven, start(2, 2), clocks, step=unit)
+@pytest.mark.parametrize("case", CLOCKS)
+def test_steps_of_a_length_are_taken_by_each_trajectory_s_own_clock(case: str, unit: float) -> None:
+    y0, clocks = start(2, 3), CLOCKS[case]
+    span = (clocks[..., -1] - clocks[..., 0]).max()
+
+    def field(t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+        return tuple(slope / unit for slope in driven(t / unit, state))
+
+    together = solve(field, y0, unit * clocks, step=0.1 * unit)
+    number = int(torch.ceil(span / 0.1 - 1e-4))
+    for task in range(2):
+        for shot in range(3):
+            clock = clocks.expand(2, 3, 8)[task, shot]
+            one = tuple(part[task : task + 1, shot : shot + 1] for part in y0)
+            alone = solve(driven, one, clock, step=float(clock[-1] - clock[0]) / number)
+            found = together[task : task + 1, shot : shot + 1]
+            assert_close(found, alone, rtol=0.0, atol=1e-9 if unit != 1.0 else 1e-12)
+    assert torch.equal(together[:, :, 0], torch.stack(y0, -1))
+
+
+@pytest.mark.parametrize("case", CLOCKS)
+def test_steps_of_a_length_of_a_field_on_a_grid_are_taken_by_each_clock(case: str) -> None:
+    clocks, rest = CLOCKS[case].expand(2, 3, 8), torch.zeros(2, 3, 4, dtype=torch.float64)
+    states = solve(lambda t, y: torch.cos(t).expand_as(y), rest, CLOCKS[case], step=0.05)
+    waves = torch.sin(clocks) - torch.sin(clocks[..., :1])
+    assert_close(states, waves.unsqueeze(-1).expand(2, 3, 8, 4), rtol=0.0, atol=1e-6)
+
+
+def test_with_clocks_of_different_spacing_a_trajectory_is_good_up_to_its_failure() -> None:
+    clocks = torch.stack([grid(2.0, 9), grid(4.0, 9)])
+    with nan_on_failure():
+        states = solve(spoiled, (torch.ones(5, 2, dtype=torch.float64),), clocks, step=0.02)
+    assert_close(states[3, 0, :3, 0], torch.exp(-grid(2.0, 9)[:3]), rtol=0.0, atol=1e-6)
+    assert states[3, 0, 3:].isnan().all() and states[[0, 1, 2, 4]].isfinite().all()
 
 
 @pytest.mark.parametrize("particles", [(2,), (3,), (5, 3)])
@@ -454,13 +490,17 @@ def test_halved_steps_have_a_sixteenth_of_the_error(options: dict[str, Any]) -> 
 BAD = {
     "a step of nothing": (
         {"step": 0.0},
-        "a positive step, without substeps; got step=0.0 and substeps=1. Pass one",
+        "a positive and finite step, without substeps; got step=0.0 and substeps=1. Pass one",
     ),
-    "a step backwards": ({"step": -0.1}, r"a positive step, without substeps; got step=-0.1"),
+    "a step backwards": (
+        {"step": -0.1},
+        r"a positive and finite step, without substeps; got step=-0.1",
+    ),
     "a step that is no number": (
         {"step": torch.nan},
-        r"a positive step, without substeps; got step=nan",
+        r"a positive and finite step, without substeps; got step=nan",
     ),
+    "a step without end": ({"step": torch.inf}, "a positive and finite step.*got step=inf"),
     "step and substeps": (
         {"step": 0.1, "substeps": 2},
         r"without substeps; got step=0.1 and substeps=2. Pass one of",
@@ -548,7 +588,7 @@ from torch import Tensor
 import pyro_hybrid as ph
 from pyro_hybrid.data.segments import to_segments
 from pyro_hybrid.dynamics import rk4 as stepping
-from pyro_hybrid.dynamics.solve import SolverError
+from pyro_hybrid.dynamics.failures import SolverError
 
 torch.set_default_dtype(torch.float64)
 torch.manual_seed(0)

@@ -14,7 +14,8 @@ from torch.func import grad, hessian, jacfwd
 from torch.testing import assert_close
 
 import pyro_hybrid as ph
-from pyro_hybrid.dynamics.solve import Field, solve
+from pyro_hybrid.dynamics.slopes import Field
+from pyro_hybrid.dynamics.solve import solve
 from pyro_hybrid.systems import AdvectionDiffusion, DoublePendulum, Pendulum, System
 
 SYSTEMS: dict[str, Callable[[], System]] = {

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 import pyro_hybrid as ph
-from pyro_hybrid.dynamics.solve import Field
+from pyro_hybrid.dynamics.slopes import Field
 from pyro_hybrid.models.aphynity import squared_norm
 from pyro_hybrid.programs.module import local_parameters
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_hybrid.dynamics.solve import Field
+from pyro_hybrid.dynamics.slopes import Field
 from pyro_hybrid.errors import require
 from pyro_hybrid.nets.correction import nonlinearity_penalty, projection_penalty
 from pyro_hybrid.shapes import State

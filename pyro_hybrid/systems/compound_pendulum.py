@@ -12,7 +12,8 @@ from torch import Tensor
 from pyro_hybrid.data.segments import truncate
 from pyro_hybrid.data.tasks import Tasks
 from pyro_hybrid.dynamics.modes import nan_on_failure
-from pyro_hybrid.dynamics.solve import Field, solve
+from pyro_hybrid.dynamics.slopes import Field
+from pyro_hybrid.dynamics.solve import solve
 from pyro_hybrid.errors import fail, require
 from pyro_hybrid.shapes import State
 

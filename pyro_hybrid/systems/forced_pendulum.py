@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyro_hybrid.beliefs.families import LogNormal
-from pyro_hybrid.dynamics.solve import Field
+from pyro_hybrid.dynamics.slopes import Field
 from pyro_hybrid.nets.hybrid_field import Force
 from pyro_hybrid.shapes import State
 from pyro_hybrid.systems.system import System

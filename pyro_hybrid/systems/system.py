@@ -16,7 +16,8 @@ from pyro_hybrid.beliefs.families import Family, Normal
 from pyro_hybrid.data.episode import Episode
 from pyro_hybrid.data.shots import Shots
 from pyro_hybrid.data.tasks import Tasks
-from pyro_hybrid.dynamics.solve import Field, solve
+from pyro_hybrid.dynamics.slopes import Field
+from pyro_hybrid.dynamics.solve import solve
 from pyro_hybrid.errors import require
 from pyro_hybrid.evidence.least_squares import LeastSquares, fisher_information
 from pyro_hybrid.nets.hybrid_field import Force
