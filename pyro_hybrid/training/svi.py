@@ -76,7 +76,9 @@ class SVI(PyroSVI):
         if episode.belief is None or not isinstance(prior, Prior):
             return loss
         auxiliary = prior.amortization_loss(episode.support, episode.belief)
-        return loss + auxiliary - auxiliary.detach()
+        return loss + (
+            auxiliary - auxiliary.detach()
+        )  # in this order, what is added is exactly zero
 
 
 def _torchs(optim: Any, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
