@@ -105,7 +105,7 @@ class UnconditionalPrior(Prior):
         families: one family for each Pyro site.
     """
 
-    def __init__(self, **families: Family) -> None:
+    def __init__(self, /, **families: Family) -> None:
         super().__init__(families)
 
 
@@ -129,7 +129,7 @@ class SupportPrior(Prior):
     torch.Size([5])
     """
 
-    def __init__(self, evidence: Evidence | nn.Module, **families: Family) -> None:
+    def __init__(self, evidence: Evidence | nn.Module, /, **families: Family) -> None:
         super().__init__(families)
         self.evidence: Evidence = as_evidence(evidence).bind(families)
         self.network = self.evidence.network
@@ -172,7 +172,7 @@ class SupportPrior(Prior):
 
 def as_evidence(evidence: Evidence | nn.Module) -> Evidence:
     """Wrap a bare encoder; refuse what is no evidence."""
-    if isinstance(evidence, Evidence) and not isinstance(evidence, nn.Module):
+    if isinstance(evidence, Evidence) and not isinstance(evidence, nn.Module | type):
         return evidence
     require(
         isinstance(evidence, nn.Module),

@@ -106,7 +106,9 @@ class SVI(PyroSVI):
         if episode.belief is None or not isinstance(prior, Prior):
             return loss
         auxiliary = prior.amortization_loss(episode.support, episode.belief)
-        return loss + auxiliary - auxiliary.detach()
+        return loss + (
+            auxiliary - auxiliary.detach()
+        )  # in this order, what is added is exactly zero
 
     def _loss(self, model: nn.Module, guide: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         with local_parameters():
