@@ -23,6 +23,12 @@ from pyro_hybrid.training.svi import SVI
 
 __all__ = ["Batch", "BatchLoss", "Evaluation", "sampled_segments", "shortened"]
 
+NUMERICAL_ERRORS = (
+    SolverError,
+    ValueError,
+    torch.linalg.LinAlgError,  # type: ignore[attr-defined]
+)
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -102,7 +108,7 @@ class BatchLoss:
         try:
             with pyro.validation_enabled(checked):
                 return float(self.svi.backward(episode)), ""
-        except (SolverError, ValueError, torch.linalg.LinAlgError) as error:
+        except NUMERICAL_ERRORS as error:
             failure: Exception = error
         if isinstance(failure, ValueError):
             is_of_the_program = not checked or math.isfinite(self._loss(episode, checked=False)[0])
@@ -117,7 +123,7 @@ class BatchLoss:
             NonFiniteTasks(episode.query.shape[0]) as tasks,
             nan_on_failure(),
             pyro.validation_enabled(False),
-            contextlib.suppress(SolverError, ValueError, torch.linalg.LinAlgError),
+            contextlib.suppress(*NUMERICAL_ERRORS),
         ):
             self.svi.evaluate_loss(episode)
         return tasks.failed

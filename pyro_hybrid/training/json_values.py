@@ -54,7 +54,8 @@ def from_json(kind: type[_T], value: Any, name: str, error: type[Exception] = Va
         name: how messages call the value.
         error: the exception to raise.
     """
-    return _decoded(kind, value, name, error)
+    decoded: _T = _decoded(kind, value, name, error)
+    return decoded
 
 
 def _decoded(kind: Any, value: Any, name: str, error: type[Exception]) -> Any:

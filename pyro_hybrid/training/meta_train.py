@@ -15,6 +15,7 @@ from torch import nn
 
 from pyro_hybrid.data.tasks import Tasks
 from pyro_hybrid.errors import require
+from pyro_hybrid.evidence.encoder import Encoder
 from pyro_hybrid.nets.encoders import SetEncoder
 from pyro_hybrid.programs.module import one_thread, require_local
 from pyro_hybrid.training.checkpoint import Checkpoints, Found
@@ -185,8 +186,9 @@ def _require_trainable(
         "none",
         "Pass held_out=tasks, or patience=None.",
     )
+    evidence = getattr(guide, "evidence", None)
     require(
-        segments_per_shot is None or getattr(guide, "evidence", None) is None,
+        segments_per_shot is None or evidence is None or isinstance(evidence, Encoder),
         "a guide that reads by its encoder, to look at some segments of a shot",
         f"{type(guide).__name__} with computed evidence, which needs all that was observed",
         "Leave segments_per_shot=None.",

@@ -175,7 +175,7 @@ class Schedule:
 
 
 def _require_weight(name: str, weight: object) -> None:
-    if callable(weight) and is_dataclass(weight) and weight.__dataclass_params__.frozen:  # type: ignore[attr-defined]
+    if callable(weight) and is_dataclass(weight) and weight.__dataclass_params__.frozen:
         return
     require_number(
         f"the penalty weight {name!r}",

@@ -9,7 +9,6 @@ import torch
 from pyro.infer import SVI as PyroSVI
 from pyro.infer import TraceMeanField_ELBO
 from pyro.infer.elbo import ELBO
-from pyro.infer.util import torch_item
 from pyro.optim import PyroOptim
 from torch import Tensor, nn
 
@@ -74,7 +73,7 @@ class SVI(PyroSVI):
         self.objective = _differentiable(TraceMeanField_ELBO() if loss is None else loss)
         self.num_particles = int(getattr(loss, "num_particles", 1))
         self.optimizer = _torch_optimizer(optim, [*model.parameters(), *guide.parameters()])
-        super().__init__(
+        super().__init__(  # type: ignore[no-untyped-call]
             model,
             guide,
             OwnedOptim(self.optimizer),
@@ -126,19 +125,26 @@ class SVI(PyroSVI):
     def backward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Return the loss and leave its gradients, and no earlier ones, on the parameters."""
         self.optimizer.zero_grad(set_to_none=True)
-        return self.loss_and_grads(self.model, self.guide, *args, **kwargs)
+        loss: Tensor = self.loss_and_grads(self.model, self.guide, *args, **kwargs)
+        return loss
+
+    def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
+        """Return the loss, with no step taken."""
+        with torch.no_grad():
+            return float(self.loss(self.model, self.guide, *args, **kwargs))
 
     def step(self, *args: Any, **kwargs: Any) -> float:
         """Take one gradient step and return the loss before it."""
         loss = self.backward(*args, **kwargs)
         self.optim(self.parameters())
-        return torch_item(loss)
+        return float(loss)
 
     def run(self, *args: Any, **kwargs: Any) -> SVI:
         """Take ``num_steps`` gradient steps, then draw ``num_samples`` posterior traces, if any."""
         if self.num_samples > 0:
             with local_parameters():
-                return super().run(*args, **kwargs)
+                super().run(*args, **kwargs)  # type: ignore[no-untyped-call]
+            return self
         for _ in range(self.num_steps):
             self.step(*args, **kwargs)
         return self
@@ -147,7 +153,8 @@ class SVI(PyroSVI):
 def _differentiable(loss: object) -> Callable[..., Tensor]:
     """Return a function of model, guide and their arguments whose value has gradients."""
     if isinstance(loss, ELBO) and hasattr(loss, "differentiable_loss"):
-        return loss.differentiable_loss
+        objective: Callable[..., Tensor] = loss.differentiable_loss
+        return objective
     if isinstance(loss, ELBO | type) or not callable(loss):
         fail(
             "a Pyro ELBO with a differentiable loss, or a function",
@@ -180,4 +187,5 @@ def _torch_optimizer(
         "Pass a torch optimizer with a torch schedule beside it; meta_train clips and schedules itself.",
     )
     distinct = {id(parameter): parameter for parameter in parameters if parameter.requires_grad}
-    return build(list(distinct.values()), **options)
+    optimizer: torch.optim.Optimizer = build(list(distinct.values()), **options)
+    return optimizer
