@@ -25,7 +25,14 @@ from experiments import (
 from experiments import trained as trainer
 from experiments.run import Choice, Run, carry_out, results
 from experiments.settings import CASES, MODELS, OURS
-from experiments.trained import Trained, data, exactly, trained
+from experiments.trained import (
+    Program,
+    Trained,
+    build_program,
+    load_or_train,
+    simulate_exactly,
+    simulate_tasks,
+)
 from matplotlib.figure import Figure
 from scripts import HANGING, load
 from toys import Line, exact, make_tasks
@@ -119,30 +126,29 @@ def test_a_damaged_result_is_not_taken_for_one(tmp_path: Path) -> None:
 def test_the_program_reads_the_exact_posterior_from_wherever_the_encoder_points() -> None:
     prior = ph.UnconditionalPrior(slope=Normal(1), bend=Normal(2))
     model = Line(prior=prior).double()
-    guide = ph.AmortizedGuide(prior, ph.SetEncoder(1, 6, 8, width=16)).double()
-    found = Trained("any, sets", model, guide, ph.Fit(), 0.0, ph.GaussNewton(8))
+    guide = ph.AmortizedGuide(model, ph.SetEncoder(1, 6, 8, width=16)).double()
+    trained = Trained("any, sets", Program(model, guide), ph.Fit(), 0.0, ph.GaussNewton(8))
     episode = make_tasks(5, 4, num_support=3).episode()
     torch.manual_seed(0)
-    read = torch.cat(
-        [value for _, value in sorted(found.read(episode.support, 20_000).items(), reverse=True)],
-        -1,
-    )
+    latents = trained.sample_latents(episode.support, 20_000)
+    samples = torch.cat([latents["slope"], latents["bend"]], -1)
     true = exact(episode.support, loc=(0.0, 0.0, 0.0), scale=(1.0, 1.0, 1.0))
     spread = true.covariance[:, :3, :3].diagonal(dim1=-2, dim2=-1).sqrt()
-    assert ((read.mean(0) - true.mean[:, :3]).abs() < 0.05 * spread).all()
-    assert ((read.std(0) / spread - 1.0).abs() < 0.05).all()
+    assert ((samples.mean(0) - true.mean[:, :3]).abs() < 0.05 * spread).all()
+    assert ((samples.std(0) / spread - 1.0).abs() < 0.05).all()
 
 
 @pytest.mark.parametrize("model", MODELS[2:])
 def test_as_published_one_trajectory_is_read_and_with_sets_all_of_them(
     model: str, folder: Path
 ) -> None:
-    found = trained(SYSTEM, model, 0, Choice(fast=True, folder=folder))
-    support = data(SYSTEM, 0, Choice(fast=True))[1].episode().support
+    trained = load_or_train(SYSTEM, model, 0, Choice(fast=True, folder=folder))
+    _, held_out = simulate_tasks(SYSTEM, 0, Choice(fast=True))
+    support = held_out.episode().support
 
     def read(shots: ph.Shots) -> torch.Tensor:
         torch.manual_seed(0)
-        return found.read(shots, 3)["unknown"]
+        return trained.sample_latents(shots, 3)["unknown"]
 
     assert support is not None and support.values is not None
     changed = support.values.clone()
@@ -155,17 +161,21 @@ def test_as_published_one_trajectory_is_read_and_with_sets_all_of_them(
 def test_reconstructions_begin_where_the_shots_say_and_not_where_they_were_measured(
     model: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = trained("double pendulum", model, 0, Choice(fast=True, folder=folder))
-    episode, begun = data("double pendulum", 0, Choice(fast=True))[1].episode(), []
+    trained = load_or_train(SYSTEM, model, 0, Choice(fast=True, folder=folder))
+    _, held_out = simulate_tasks(SYSTEM, 0, Choice(fast=True))
+    episode = held_out.episode()
+    begun = []
 
-    def spy(latents: dict[str, torch.Tensor], episode: ph.Episode, samples: int) -> torch.Tensor:
+    def spy(
+        self: Trained, latents: dict[str, torch.Tensor], episode: ph.Episode, num_samples: int
+    ) -> torch.Tensor:
         begun.append(latents["initial"] - episode.query.initial)
         return begun[-1]
 
-    monkeypatch.setattr(found, "_run", spy)
-    found.reconstructed(episode, 50)
-    found.predicted(episode, episode.query.initial, 50)
-    measured = found.model.start_noise.mean()
+    monkeypatch.setattr(Trained, "mean_trajectories", spy)
+    trained.reconstruct(episode, 50)
+    trained.predict(episode, episode.query.initial, 50)
+    measured = trained.model.start_noise.mean()
     assert (
         begun[0].std(0).mean() < 0.95 * measured
     )  # the shots know more than the measurement of their beginnings
@@ -175,9 +185,9 @@ def test_reconstructions_begin_where_the_shots_say_and_not_where_they_were_measu
 
 def test_a_model_is_trained_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     choice = Choice(fast=True, folder=folder)
-    one = trained(SYSTEM, OURS, 0, choice)
+    one = load_or_train(SYSTEM, OURS, 0, choice)
     monkeypatch.setattr("experiments.trained.meta_train", None)
-    other = trained(SYSTEM, OURS, 0, choice)
+    other = load_or_train(SYSTEM, OURS, 0, choice)
     assert all(
         torch.equal(a, b)
         for a, b in zip(one.model.parameters(), other.model.parameters(), strict=True)
@@ -189,28 +199,28 @@ def test_our_own_models_end_by_second_order_and_rivals_as_published(
     model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     setting = CASES["rod"].setting(model)
-    program, guide = trainer._made(ph.systems.AdvectionDiffusion(), model, setting)
-    tasks, seen = program.system.simulate(8, 8, 0), []
+    program = build_program(ph.systems.AdvectionDiffusion(), model, setting)
+    tasks = program.model.system.simulate(8, 8, 0)
+    refinements = []
 
-    def spy(*who: Any, **how: Any) -> list[float]:
-        before = [weight.clone() for weight in program.residual.parameters()]
-        costs = ph.sharpen(*who, **how)
-        changed = [
-            not torch.equal(a, b)
-            for a, b in zip(before, program.residual.parameters(), strict=True)
-        ]
-        seen.append((all(changed), how["width"], how["reading"]))
-        return costs
+    def spy(posterior: ph.Posterior, *data: Any, **settings: Any) -> ph.Posterior:
+        refined = ph.refine_weights(posterior, *data, **settings)
+        before = posterior.model.residual.parameters()
+        after = refined.model.residual.parameters()
+        changed = [not torch.equal(old, new) for old, new in zip(before, after, strict=True)]
+        refinements.append((all(changed), settings["prior_sd"], settings["evidence"]))
+        return refined
 
-    monkeypatch.setattr(trainer, "sharpen", spy)
-    trainer.taught(program, guide, tasks, setting, 0, fast=True)
-    end = setting.sharpening
-    assert seen == ([(True, end.width, end.reading)] if model in MODELS[:2] else [])
+    monkeypatch.setattr(trainer, "refine_weights", spy)
+    trainer.train(program, tasks, setting, 0, fast=True)
+    end = setting.refinement
+    expected = [(True, end.prior_sd, end.evidence)] if model in MODELS[:2] else []
+    assert refinements == expected
 
 
 def test_exactly_is_what_was_simulated_without_the_noise() -> None:
     system = ph.systems.DoublePendulum()
-    seen, clear = system.simulate(30, 4, 0), exactly(system, 30, 4, 0)
+    seen, clear = system.simulate(30, 4, 0), simulate_exactly(system, 30, 4, 0)
     assert all(
         torch.equal(value, clear.true_latents[name]) for name, value in seen.true_latents.items()
     )
@@ -223,19 +233,19 @@ def test_who_knows_everything_misses_one_noise_variance_and_truth_misses_what_wa
     None
 ):
     system = ph.systems.DoublePendulum()
-    tasks, clear = system.simulate(30, 4, 0), exactly(system, 30, 4, 0)
+    tasks, clear = system.simulate(30, 4, 0), simulate_exactly(system, 30, 4, 0)
 
     class Knowing(Trained):
-        def predicted(self, *whatever: Any) -> Any:
+        def predict(self, *whatever: Any) -> Any:
             return clear.episode().query.values
 
-        reconstructed = predicted
+        reconstruct = predict
 
-    found = identify.errors(
-        Knowing("all", ph.models.MetaHybridVAE(system), None, ph.Fit(), 0.0), tasks, clear
-    )
-    assert found["prediction"] == found["reconstruction"] == pytest.approx(1.0, abs=0.03)
-    assert found["truth_from_measured"] > found["prediction"]
+    model = ph.models.MetaHybridVAE(system)
+    trained = Knowing("all", Program(model, model.guide()), ph.Fit(), 0.0)
+    errors = identify.errors(trained, tasks, clear)
+    assert errors["prediction"] == errors["reconstruction"] == pytest.approx(1.0, abs=0.03)
+    assert errors["truth_from_measured"] > errors["prediction"]
 
 
 # ---- judgements ----------------------------------------------------------------------------------
@@ -250,7 +260,7 @@ def test_relative_errors_are_in_standard_deviations_and_nothing_is_drowned() -> 
     assert float(long_horizon.relative(off, seen)) == pytest.approx(0.3, abs=1e-4)
     late = seen.clone()
     late[:, :, 41:] += 2.0 * seen.std((0, 1, 2))
-    assert [float(x) for x in long_horizon.by_stretch(late, seen)] == pytest.approx(
+    assert [float(x) for x in long_horizon.errors_by_stretch(late, seen)] == pytest.approx(
         [0.0, 0.0, 0.0, 2.0], abs=1e-4
     )
 

@@ -8,7 +8,8 @@ noise variance can't be predicted.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -16,14 +17,27 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from experiments.run import Choice, Result, Run, digits, slug
-from experiments.settings import CASES, DEAF, MODELS, OURS
+from experiments.settings import CASES, MODELS, OURS, UNCONDITIONAL
 from experiments.tables import grouped, markdown, panels, spread
-from experiments.trained import HELD_OUT_SEED, Trained, data, exactly, trained
+from experiments.trained import (
+    HELD_OUT_SEED,
+    Trained,
+    load_or_train,
+    simulate_exactly,
+    simulate_tasks,
+)
 from pyro_hybrid.data.tasks import Tasks
+from pyro_hybrid.errors import fail
 from pyro_hybrid.scores.mcc import mcc
 from pyro_hybrid.scores.separability import disentangle
 
-__all__ = ["figure", "runs", "scores", "table"]
+__all__ = ["errors", "figure", "known_latents", "runs", "scores", "table", "true_latents"]
+
+RIVALS = tuple(model for model in MODELS if model not in (OURS, UNCONDITIONAL))
+COMPUTED = "read_by_the_program"
+MCC_SCORES = ("strong_mcc_neural", "strong_mcc_neural_disentangled", "weak_mcc_neural")
+PHYSICS_SCORES = ("mse_physics", "mse_over_cramer_rao")
+TRAJECTORY_SCORES = ("reconstruction", "prediction", "prediction_median")
 
 
 def runs(choice: Choice) -> list[Run]:
@@ -37,122 +51,136 @@ def runs(choice: Choice) -> list[Run]:
 
 
 def _run(system: str, model: str, seed: int, choice: Choice) -> Result:
-    learn, judge = data(system, seed, choice)
-    clear = exactly(CASES[system].system(), len(judge), judge.values.shape[1], HELD_OUT_SEED + seed)
-    found = trained(system, model, seed, choice)
-    out: Result = {
+    case = CASES[system]
+    training_tasks, held_out = simulate_tasks(system, seed, choice)
+    num_shots = held_out.values.shape[1]
+    clear = simulate_exactly(case.system(), len(held_out), num_shots, HELD_OUT_SEED + seed)
+    trained = load_or_train(system, model, seed, choice)
+    result: Result = {
         "system": system,
         "model": model,
         "seed": seed,
-        "tasks": len(learn),
-        "steps": len(found.fit.loss),
-        "skipped_steps": found.fit.skipped,
-        "training_processor_seconds": found.processor_seconds,
-        "as_read": scores(found, learn[:300], judge, clear),
+        "tasks": len(training_tasks),
+        "steps": len(trained.fit.loss),
+        "skipped_steps": trained.fit.skipped,
+        "training_processor_seconds": trained.processor_seconds,
+        "as_read": scores(trained, training_tasks[:300], held_out, clear),
     }
-    if model not in (
-        OURS,
-        DEAF,
-    ):  # score the same trained model with computed evidence in place of its encoder's
-        found.reading = CASES[system].final
-        out["read_by_the_program"] = scores(found, learn[:300], judge, clear)
-    return out
+    if model in RIVALS:
+        # Score the same trained model with computed evidence that goes on from its encoder's.
+        computed = replace(trained, reading=case.final)
+        result[COMPUTED] = scores(computed, training_tasks[:300], held_out, clear)
+    return result
 
 
-def scores(found: Trained, learn: Tasks, judge: Tasks, clear: Tasks) -> Result:
-    """Score latents and trajectories; the unmixing is estimated on training systems."""
-    known, names = len(found.system.physics), [*found.system.physics, *found.system.unknown]
-    seen, new, truth = found.latents(learn), found.latents(judge), true_latents(found, judge)
-    neural = [z[:, known:] for z in (seen, new, truth)]
-    everything, raw = mcc(new, truth), mcc(neural[1], neural[2])
-    number = len(found.system.unknown)  # the rivals' models of the pendulum have one latent more
-    alone = mcc(disentangle(neural[1], components=number, fit=neural[0]), neural[2])
-    error = (new[:, :known] - truth[:, :known]).square().mean(0)
-    support = judge.episode().support
-    assert support is not None and judge.true_latents is not None
-    bound = found.system.cramer_rao(support, judge.true_latents).mean(0)[:known]
+def scores(trained: Trained, training_tasks: Tasks, held_out: Tasks, clear: Tasks) -> Result:
+    """Score latents and trajectories of held-out tasks; the unmixing is estimated on training tasks.
+
+    Arguments:
+        trained: the model.
+        training_tasks: tasks that it was trained on.
+        held_out: tasks to judge on.
+        clear: the same tasks without noise.
+    """
+    system = trained.system
+    num_physics = len(system.physics)
+    num_unknown = len(system.unknown)  # the rivals' models of the pendulum have one latent more
+    training_neural = trained.latent_means(training_tasks)[:, num_physics:]
+    estimates = trained.latent_means(held_out)
+    neural = estimates[:, num_physics:]
+    truth = true_latents(trained, held_out)
+    true_neural = truth[:, num_physics:]
+    unmixed = disentangle(neural, components=num_unknown, fit=training_neural)
+    raw = mcc(neural, true_neural)
     return {
-        "latents": names,
-        "linear_r": [round(float(r), 4) for r in everything.linear_r],
+        "latents": [*system.physics, *system.unknown],
+        "linear_r": [round(float(r), 4) for r in mcc(estimates, truth).linear_r],
         "strong_mcc_neural": round(raw.strong, 4),
-        "strong_mcc_neural_disentangled": round(alone.strong, 4),
+        "strong_mcc_neural_disentangled": round(mcc(unmixed, true_neural).strong, 4),
         "weak_mcc_neural": round(raw.weak, 4),
-        "correlation_physics": [
-            round(float(torch.corrcoef(pair.T)[0, 1]), 4)
-            for pair in torch.stack([new[:, :known], truth[:, :known]], -1).unbind(1)
-        ],
-        "mse_physics": [float(f"{x:.4g}") for x in error],
-        "mse_over_cramer_rao": [
-            float(f"{float(a / b):.4g}") for a, b in zip(error, bound, strict=True)
-        ],
-        **errors(found, judge[:100], clear[:100]),
+        **_physics_scores(trained, estimates[:, :num_physics], truth[:, :num_physics], held_out),
+        **errors(trained, held_out[:100], clear[:100]),
     }
 
 
-def true_latents(found: Trained, tasks: Tasks) -> Tensor:
-    """Stack the true latents in the order of :meth:`Trained.latents`."""
-    assert tasks.true_latents is not None
-    return torch.cat([tasks.true_latents[name] for name in (*found.system.physics, "unknown")], -1)
+def _physics_scores(trained: Trained, estimates: Tensor, truth: Tensor, held_out: Tasks) -> Result:
+    """Score physics latents (task, latent), and compare their errors with the Cramér-Rao bound."""
+    support = held_out.episode().support
+    bounds = trained.system.cramer_rao(support, known_latents(held_out)).mean(0)
+    errors_of_physics = (estimates - truth).square().mean(0)
+    correlations = []
+    for pair in torch.stack([estimates, truth], -1).unbind(1):
+        correlations.append(round(float(torch.corrcoef(pair.T)[0, 1]), 4))
+    ratios = errors_of_physics / bounds[: truth.shape[1]]
+    return {
+        "correlation_physics": correlations,
+        "mse_physics": [float(f"{x:.4g}") for x in errors_of_physics],
+        "mse_over_cramer_rao": [float(f"{float(x):.4g}") for x in ratios],
+    }
 
 
-def errors(found: Trained, tasks: Tasks, clear: Tasks) -> Result:
+def known_latents(tasks: Tasks) -> Mapping[str, Tensor]:
+    """Return the true latents of simulated tasks by name."""
+    if tasks.true_latents is None:
+        fail("tasks with true latents", "none", "Simulate them.")
+    return tasks.true_latents
+
+
+def true_latents(trained: Trained, tasks: Tasks) -> Tensor:
+    """Stack the true latents in the order of :meth:`Trained.latent_means`."""
+    names = (*trained.system.physics, "unknown")
+    return torch.cat([known_latents(tasks)[name] for name in names], -1)
+
+
+def errors(trained: Trained, tasks: Tasks, clear: Tasks) -> Result:
     """Compute mean squared errors of query trajectories in noise variances: the mean over systems, and the median.
 
     Predictions begin in new initial states that are known exactly. A column of its own has predictions from measured
     initial states, for which the true latents are a reference.
     """
-    episode, exact = tasks.episode(), clear.episode().query.initial
-    measured = episode.query.measured_initial
-    start = measured if found.system.grid else measured.unbind(-1)
-    with_truth = found.system.trajectories(tasks.true_latents or {}, start, episode.query.times)
+    episode = tasks.episode()
+    query = episode.query
+    exact_initial = clear.episode().query.initial
+    measured = query.measured_initial
+    start = measured if trained.system.grid else measured.unbind(-1)
     means = {
-        "reconstruction": found.reconstructed(episode),
-        "prediction": found.predicted(episode, exact),
-        "prediction_from_measured": found.predicted(episode),
-        "truth_from_measured": with_truth,
+        "reconstruction": trained.reconstruct(episode),
+        "prediction": trained.predict(episode, exact_initial),
+        "prediction_from_measured": trained.predict(episode),
+        "truth_from_measured": trained.system.trajectories(
+            known_latents(tasks), start, query.times
+        ),
     }
-    out: Result = {}
+    result: Result = {}
     for name, mean in means.items():
-        whole = episode.query
-        shots = whole if mean.shape[1] == whole.shape[1] else found.given(whole)
-        counts = shots.scored
-        error = (mean - torch.as_tensor(shots.values)) / mean.new_tensor(found.system.noise)
-        square = error.square().where(counts, 0.0)
-        by_task = square.sum((1, 2, 3)) / counts.sum((1, 2, 3))
-        out[name] = digits(by_task.mean())
-        out[f"{name}_median"] = digits(by_task.nan_to_num(torch.inf).median())
-    return out
+        shots = query if mean.shape[1] == query.shape[1] else trained.shots_read(query)
+        residuals = (mean - torch.as_tensor(shots.values)) / mean.new_tensor(trained.system.noise)
+        squares = residuals.square().where(shots.scored, 0.0)
+        by_task = squares.sum((1, 2, 3)) / shots.scored.sum((1, 2, 3))
+        result[name] = digits(by_task.mean())
+        result[f"{name}_median"] = digits(by_task.nan_to_num(torch.inf).median())
+    return result
 
 
 def table(results: Sequence[Result]) -> str:
     """Tabulate a row for each system and model: mean ± standard deviation over seeds."""
     rows = []
-    for (system, model), found in grouped(results, "system", "model").items():
-        read = [one["as_read"] for one in found]
-        deeper = [one["read_by_the_program"] for one in found if "read_by_the_program" in one]
+    for (system, model), runs_of_model in grouped(results, "system", "model").items():
+        by_encoder = [run["as_read"] for run in runs_of_model]
+        computed = [run[COMPUTED] for run in runs_of_model if COMPUTED in run]
+        minutes = [run["training_processor_seconds"] / 60.0 for run in runs_of_model]
         rows.append(
             [
                 system,
                 model,
-                str(len(found)),
-                spread([sum(one["linear_r"]) / len(one["linear_r"]) for one in read], 3),
-                f"{min(min(one['linear_r']) for one in read):.3f}",
-                spread([sum(one["linear_r"]) / len(one["linear_r"]) for one in deeper], 3)
-                if deeper
-                else "",
-                *(
-                    spread([one[f"{kind}_mcc_neural{after}"] for one in read], 3)
-                    for kind, after in (("strong", ""), ("strong", "_disentangled"), ("weak", ""))
-                ),
-                *(
-                    spread([sum(one[name]) / len(one[name]) for one in read])
-                    for name in ("mse_physics", "mse_over_cramer_rao")
-                ),
-                *(
-                    spread([one[name] for one in read])
-                    for name in ("reconstruction", "prediction", "prediction_median")
-                ),
-                spread([one["training_processor_seconds"] / 60.0 for one in found], 1),
+                str(len(runs_of_model)),
+                spread([_mean(run["linear_r"]) for run in by_encoder], 3),
+                f"{min(min(run['linear_r']) for run in by_encoder):.3f}",
+                spread([_mean(run["linear_r"]) for run in computed], 3) if computed else "",
+                *(spread([run[score] for run in by_encoder], 3) for score in MCC_SCORES),
+                *(spread([_mean(run[score]) for run in by_encoder]) for score in PHYSICS_SCORES),
+                *(spread([run[score] for run in by_encoder]) for score in TRAJECTORY_SCORES),
+                spread(minutes, 1),
             ]
         )
     return markdown(
@@ -177,13 +205,21 @@ def table(results: Sequence[Result]) -> str:
     )
 
 
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
 def figure(results: Sequence[Result]) -> Figure:
     """Plot linear R of every latent, by system and model: a dot for each seed."""
-    drawn, axes = panels([system for (system,) in grouped(results, "system")], MODELS, "linear R")
-    for one in results:
-        at, found = MODELS.index(one["model"]), one["as_read"]
-        places = [k + 0.11 * (at - 2.5) for k in range(len(found["latents"]))]
-        axes[one["system"]].plot(places, found["linear_r"], "o", ms=4, alpha=0.8, color=f"C{at}")
-        axes[one["system"]].set(ylim=(0.0, 1.03))
-        axes[one["system"]].set_xticks(range(len(places)), found["latents"], fontsize=8)
-    return drawn
+    systems = [system for (system,) in grouped(results, "system")]
+    figure, axes = panels(systems, MODELS, "linear R")
+    for run in results:
+        axis = axes[run["system"]]
+        index = MODELS.index(run["model"])
+        scores_of_run = run["as_read"]
+        names = scores_of_run["latents"]
+        places = [k + 0.11 * (index - 2.5) for k in range(len(names))]
+        axis.plot(places, scores_of_run["linear_r"], "o", ms=4, alpha=0.8, color=f"C{index}")
+        axis.set(ylim=(0.0, 1.03))
+        axis.set_xticks(range(len(names)), names, fontsize=8)
+    return figure

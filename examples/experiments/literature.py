@@ -16,19 +16,25 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.forced_pendulum_model import Driven, Growing
+from experiments.forced_pendulum_model import Driven, FromBeginnings
+from experiments.identify import known_latents, true_latents
 from experiments.run import Choice, Result, Run, digits
 from experiments.settings import OURS
 from experiments.tables import markdown, spread
-from experiments.trained import HELD_OUT, HELD_OUT_SEED, SHOTS, Trained, exactly
+from experiments.trained import HELD_OUT, HELD_OUT_SEED, SHOTS, Trained, simulate_exactly
 from pyro_hybrid.data.episode import Episode
 from pyro_hybrid.data.tasks import Tasks
+from pyro_hybrid.errors import fail
+from pyro_hybrid.evidence.encoder import Encoder
 from pyro_hybrid.evidence.gauss_newton import GaussNewton
+from pyro_hybrid.fitting.posterior import Posterior
 from pyro_hybrid.scores.mcc import mcc
 from pyro_hybrid.scores.separability import disentangle
 from pyro_hybrid.systems import ForcedPendulum
+from pyro_hybrid.training.fit import Fit
 from pyro_hybrid.training.meta_train import meta_train
 from pyro_hybrid.training.schedule import Length
 
@@ -55,16 +61,21 @@ PUBLISHED: Mapping[str, Mapping[str, float]] = {
 class Stage(NamedTuple):
     """One stage of the training.
 
-    Unless a stage is ``free``, the population stays as declared: while the push explains little, supports carry little
+    Unless the population is free, it stays as declared: while the push explains little, supports carry little
     evidence, and population and latents would shrink together.
+
+    Attributes:
+        num_steps, learning_rate, curriculum, average_last: arguments of ``ph.meta_train``.
+        num_iterations: number of Gauss-Newton steps on the whole support, after those on its beginnings.
+        is_population_free: whether the population is trained.
     """
 
-    steps: int
+    num_steps: int
     learning_rate: float
     curriculum: Mapping[float, Length]
-    iterations: int
-    average: float
-    free: bool
+    num_iterations: int
+    average_last: float
+    is_population_free: bool
 
 
 # Chosen on seeds 100 to 102, which no table shows. A jump from 24 steps to all was too large: where friction hadn't
@@ -73,9 +84,14 @@ STAGES = (
     Stage(300, 2e-2, {0.0: (None, 4), 0.2: (None, 6), 0.4: (None, 9)}, 2, 0.1, False),
     Stage(500, 1e-2, {0.0: (None, 14), 0.1: (None, 24), 0.5: (None, 34), 0.7: None}, 2, 0.2, True),
 )
-TASKS, BATCH, CORRECTION, NOISE = 1000, 16, 30.0, 5.0
+TASKS = 1000
+BATCH = 16
+CORRECTION = 30.0
+NOISE = 5.0
+TRAINING_SCALE = 0.1  # of the latents' standard deviations, while training
 BEGINNINGS = (4, 4, 4, 6, 6, 9, 9, 14, 14, 24, 24, 34)
-FINAL = Growing(3, horizons=(4, *BEGINNINGS), restarts=1)
+FINAL = FromBeginnings((4, *BEGINNINGS), GaussNewton(3, num_restarts=1))
+FAST_FINAL = FromBeginnings((4,), GaussNewton(1))
 
 
 def runs(choice: Choice) -> list[Run]:
@@ -84,43 +100,50 @@ def runs(choice: Choice) -> list[Run]:
 
 
 def _run(seed: int, choice: Choice) -> Result:
-    system, tasks, judged, shots = ForcedPendulum(), TASKS, HELD_OUT, SHOTS
+    system = ForcedPendulum()
     stages: Sequence[Stage] = STAGES
+    num_tasks = TASKS
+    num_held_out = HELD_OUT
+    num_shots = SHOTS
+    final = FINAL
     if choice.fast:
-        tasks, judged, shots = 24, 24, 4
-        stages = [stage._replace(steps=1, curriculum={0.0: (None, 9)}) for stage in STAGES]
-    learn = system.simulate(tasks, shots, seed)
-    judge, clear = (
-        make(judged, shots, HELD_OUT_SEED + seed)
-        for make in (system.simulate, partial(exactly, system))
-    )
-    found = _trained(
-        system, learn, stages, seed, Growing(1, horizons=(4,)) if choice.fast else FINAL
-    )
+        num_tasks = 24
+        num_held_out = 24
+        num_shots = 4
+        final = FAST_FINAL
+        stages = [stage._replace(num_steps=1, curriculum={0.0: (None, 9)}) for stage in STAGES]
+    training_tasks = system.simulate(num_tasks, num_shots, seed)
+    held_out = system.simulate(num_held_out, num_shots, HELD_OUT_SEED + seed)
+    clear = simulate_exactly(system, num_held_out, num_shots, HELD_OUT_SEED + seed)
+    trained = _train(system, training_tasks, stages, seed, final)
+    by_shots = {}
+    for num_support in (num_shots // 2, 1):
+        by_shots[str(num_support)] = scores(
+            trained,
+            replace(training_tasks[:300], num_support=num_support),
+            replace(held_out, num_support=num_support),
+            replace(clear, num_support=num_support),
+        )
     return {
         "seed": seed,
-        "tasks": tasks,
-        "held_out": judged,
-        "steps": sum(stage.steps for stage in stages),
+        "tasks": num_tasks,
+        "held_out": num_held_out,
+        "steps": sum(stage.num_steps for stage in stages),
         "batch_size": BATCH,
         "latents": [*system.physics, *system.unknown],
-        "skipped_steps": found.fit.skipped,
-        "training_processor_seconds": round(found.processor_seconds, 1),
-        "noise": digits(found.model.noise.detach().mean()),
-        "by_shots": {
-            str(k): scores(
-                found,
-                replace(learn[:300], num_support=k),
-                replace(judge, num_support=k),
-                replace(clear, num_support=k),
-            )
-            for k in (shots // 2, 1)
-        },
+        "skipped_steps": trained.fit.skipped,
+        "training_processor_seconds": round(trained.processor_seconds, 1),
+        "noise": digits(trained.model.noise.detach().mean()),
+        "by_shots": by_shots,
     }
 
 
-def _trained(
-    system: ForcedPendulum, learn: Tasks, stages: Sequence[Stage], seed: int, final: GaussNewton
+def _train(
+    system: ForcedPendulum,
+    tasks: Tasks,
+    stages: Sequence[Stage],
+    seed: int,
+    final: FromBeginnings,
 ) -> Trained:
     """Train on beginnings first, then on whole trajectories.
 
@@ -131,78 +154,86 @@ def _trained(
     torch.manual_seed(seed)
     model = Driven(system, correction=CORRECTION, noise=NOISE)
     guide = model.guide(GaussNewton(1))
-    model.prior.spread.fill_(0.1)
+    encoder = model.prior.evidence
+    if not isinstance(encoder, Encoder):
+        fail("a prior that reads with an encoder", type(encoder).__name__, "Build it with one.")
+    model.prior.interval_scale.fill_(TRAINING_SCALE)
+    fit = Fit()
     for stage in stages:
-        model.prior.evidence = Growing(stage.iterations, horizons=BEGINNINGS)
-        model.prior.base.requires_grad_(stage.free)
+        evidence = FromBeginnings(BEGINNINGS, GaussNewton(stage.num_iterations))
+        model.prior.evidence = encoder.then(evidence)
+        model.prior.raw.requires_grad_(stage.is_population_free)
         fit = meta_train(
             model,
             guide,
-            learn,
-            num_steps=stage.steps,
+            tasks,
+            num_steps=stage.num_steps,
             batch_size=BATCH,
             learning_rate=stage.learning_rate,
             seed=seed,
             curriculum=stage.curriculum,
-            average_last=stage.average,
+            average_last=stage.average_last,
             progress=False,
         )
-    model.prior.spread.fill_(1.0)
-    model.prior.evidence, guide.evidence = final, GaussNewton(2)
-    return Trained(OURS, model.eval(), guide.eval(), fit, time.process_time() - began)
+    model.prior.interval_scale.fill_(1.0)
+    model.prior.evidence = encoder.then(final)
+    posterior = Posterior(model.eval(), model.guide(GaussNewton(2)).eval())
+    return Trained(OURS, posterior, fit, time.process_time() - began)
 
 
-def scores(found: Trained, learn: Tasks, judge: Tasks, clear: Tasks) -> Result:
-    """Score latents and trajectories, given the support alone; the unmixing is estimated on training systems."""
-    assert judge.true_latents is not None
-    support = judge.episode().support
-    assert support is not None
-    truth = torch.cat([judge.true_latents["omega"], judge.true_latents["unknown"]], -1)
-    seen, new = found.latents(learn), found.latents(judge)
-    raw, apart = (
-        mcc(new[:, 1:], truth[:, 1:]),
-        mcc(disentangle(new[:, 1:], fit=seen[:, 1:]), truth[:, 1:]),
-    )
-    error, bound = (
-        (new[:, 0] - truth[:, 0]).square(),
-        found.system.cramer_rao(support, judge.true_latents)[:, 0],
-    )
+def scores(trained: Trained, training_tasks: Tasks, held_out: Tasks, clear: Tasks) -> Result:
+    """Score latents and trajectories, given the support alone; the unmixing is estimated on training tasks.
+
+    Arguments:
+        trained: the model.
+        training_tasks: tasks that it was trained on.
+        held_out: tasks to judge on.
+        clear: the same tasks without noise.
+    """
+    support = held_out.episode().support
+    truth = true_latents(trained, held_out)
+    training_latents = trained.latent_means(training_tasks)
+    latents = trained.latent_means(held_out)
+    raw = mcc(latents[:, 1:], truth[:, 1:])
+    unmixed = mcc(disentangle(latents[:, 1:], fit=training_latents[:, 1:]), truth[:, 1:])
+    squared_error = (latents[:, 0] - truth[:, 0]).square()
+    bound = trained.system.cramer_rao(support, known_latents(held_out))[:, 0]
     return {
         "strong": round(raw.strong, 4),
-        "disentangled": round(apart.strong, 4),
-        "each_disentangled": [round(float(r), 4) for r in apart.matched],
+        "disentangled": round(unmixed.strong, 4),
+        "each_disentangled": [round(float(r), 4) for r in unmixed.matched],
         "weak": round(raw.weak, 4),
-        "linear_r": [round(float(r), 4) for r in mcc(new, truth).linear_r],
-        "mse_omega": digits(error.mean()),
-        "median_square_omega": digits(error.median()),
+        "linear_r": [round(float(r), 4) for r in mcc(latents, truth).linear_r],
+        "mse_omega": digits(squared_error.mean()),
+        "median_square_omega": digits(squared_error.median()),
         "cramer_rao": digits(bound.mean()),
         "median_cramer_rao": digits(bound.median()),
-        **errors(found, judge[:100], clear[:100]),
+        **errors(trained, held_out[:100], clear[:100]),
     }
 
 
-def errors(found: Trained, judge: Tasks, clear: Tasks) -> Result:
+def errors(trained: Trained, held_out: Tasks, clear: Tasks) -> Result:
     """Compute mean squared errors of trajectories given latents from the support alone: means and medians.
 
     The support's own trajectories are reconstructed. Other trajectories are predicted from their initial angles, known
     exactly or measured, and compared with the truth without noise.
     """
-    episode, exact = judge.episode(), clear.episode().query
+    episode = held_out.episode()
+    truth = clear.episode().query
     support = episode.support
-    assert support is not None
+    if support is None:
+        fail("tasks with a support", "none", "Simulate them with num_support of 1 or more.")
     pairs = {
-        "reconstruction": (found.predicted(Episode(support, support)), support.values),
-        "prediction": (found.predicted(episode, exact.initial), exact.values),
-        "prediction_from_measured": (found.predicted(episode), exact.values),
+        "reconstruction": (trained.predict(Episode(support, support)), support.values),
+        "prediction": (trained.predict(episode, truth.initial), truth.values),
+        "prediction_from_measured": (trained.predict(episode), truth.values),
     }
-    out: Result = {}
-    for name, (mean, truth) in pairs.items():
-        by_task = (mean - torch.as_tensor(truth)).square().mean((1, 2, 3))
-        out |= {
-            name: digits(by_task.mean()),
-            f"{name}_median": digits(by_task.nan_to_num(torch.inf).median()),
-        }
-    return out
+    result: Result = {}
+    for name, (mean, values) in pairs.items():
+        by_task = (mean - torch.as_tensor(values)).square().mean((1, 2, 3))
+        result[name] = digits(by_task.mean())
+        result[f"{name}_median"] = digits(by_task.nan_to_num(torch.inf).median())
+    return result
 
 
 COLUMNS = (
@@ -216,32 +247,26 @@ COLUMNS = (
 )
 
 
+MCC_COLUMNS = COLUMNS[:3]
+
+
 def table(results: Sequence[Result]) -> str:
-    """Tabulate a row for each number of support trajectories, and the published numbers."""
+    """Tabulate a row for each number of support trajectories, and the published ones."""
     names = results[0]["latents"]
     rows = []
-    for k in results[0]["by_shots"]:
-        found = [one["by_shots"][k] for one in results]
-        rows.append(
-            [
-                f"ours, {k} support {'trajectory' if k == '1' else 'trajectories'}",
-                str(len(found)),
-                *(
-                    spread([one[name] for one in found], 3 if at < 3 else None)
-                    for at, name in enumerate(COLUMNS)
-                ),
-                *(spread([one["linear_r"][i] for one in found], 3) for i in range(len(names))),
-            ]
-        )
+    for num_shots in results[0]["by_shots"]:
+        scores_of_runs = [run["by_shots"][num_shots] for run in results]
+        cells = []
+        for column in COLUMNS:
+            num_digits = 3 if column in MCC_COLUMNS else None
+            cells.append(spread([score[column] for score in scores_of_runs], num_digits))
+        for index in range(len(names)):
+            cells.append(spread([score["linear_r"][index] for score in scores_of_runs], 3))
+        trajectories = "trajectory" if num_shots == "1" else "trajectories"
+        rows.append([f"ours, {num_shots} support {trajectories}", str(len(results)), *cells])
     for name, numbers in PUBLISHED.items():
-        rows.append(
-            [
-                name,
-                "",
-                *(f"{numbers[key]:.3g}" if key in numbers else "" for key in COLUMNS),
-                *[""] * len(names),
-            ]
-        )
+        cells = [f"{numbers[key]:.3g}" if key in numbers else "" for key in COLUMNS]
+        rows.append([name, "", *cells, *[""] * len(names)])
     return markdown(
         [
             "",
@@ -260,34 +285,31 @@ def table(results: Sequence[Result]) -> str:
 
 
 def figure(results: Sequence[Result]) -> Figure:
-    """Plot a dot for each seed, with one support trajectory and with more, and the published numbers as lines."""
-    drawn = Figure(figsize=(9.0, 2.8), layout="constrained")
-    shown = {
-        "disentangled": "strong MCC of z_N, disentangled",
-        "mse_omega": "MSE of ω",
-        "prediction": "prediction",
-    }
-    for axis, (key, label) in zip(drawn.subplots(1, 3), shown.items(), strict=True):
-        for one in results:
-            for at, found in enumerate(one["by_shots"].values()):
-                if found[key] is not None:
-                    axis.plot(at, found[key], "o", color=f"C{at}", ms=5, alpha=0.8)
-        for at, (name, numbers) in enumerate(PUBLISHED.items()):
-            published = numbers.get("strong" if key == "disentangled" else key)
-            if published is not None:
-                axis.axhline(published, color="grey", ls=("-", ":")[at], lw=1, label=name)
-        shots = list(results[0]["by_shots"])
-        axis.set_xticks(range(len(shots)), [f"{k} shot{'s' * (k != '1')}" for k in shots])
-        axis.set(
-            title=label,
-            xlim=(-0.5, 1.5),
-            **({"ylim": (0.0, 1.03)} if key == "disentangled" else {"yscale": "log"}),
-        )
-    drawn.legend(
-        *drawn.axes[1].get_legend_handles_labels(),
-        loc="outside lower center",
-        ncols=2,
-        fontsize=8,
-        frameon=False,
-    )
-    return drawn
+    """Plot ours as a dot for each seed, with one support trajectory and with more, and the published as lines."""
+    figure = Figure(figsize=(9.0, 2.8), layout="constrained")
+    axes = figure.subplots(1, 3)
+    _plot_score(axes[0], results, "disentangled", "strong MCC of z_N, disentangled")
+    _plot_score(axes[1], results, "mse_omega", "MSE of ω")
+    _plot_score(axes[2], results, "prediction", "prediction")
+    axes[0].set(ylim=(0.0, 1.03))
+    axes[1].set(yscale="log")
+    axes[2].set(yscale="log")
+    handles, labels = axes[1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+    return figure
+
+
+def _plot_score(axis: Axes, results: Sequence[Result], key: str, title: str) -> None:
+    """Plot one score of every run, and of the published models."""
+    for run in results:
+        for index, score in enumerate(run["by_shots"].values()):
+            if score[key] is not None:
+                axis.plot(index, score[key], "o", color=f"C{index}", ms=5, alpha=0.8)
+    for index, (name, numbers) in enumerate(PUBLISHED.items()):
+        published = numbers.get("strong" if key == "disentangled" else key)
+        if published is not None:
+            axis.axhline(published, color="grey", ls=("-", ":")[index], lw=1, label=name)
+    shots = list(results[0]["by_shots"])
+    labels = [f"{number} shot{'' if number == '1' else 's'}" for number in shots]
+    axis.set_xticks(range(len(shots)), labels)
+    axis.set(title=title, xlim=(-0.5, 1.5))

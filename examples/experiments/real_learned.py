@@ -6,11 +6,14 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization
 
 from pyro_hybrid.data.tasks import Tasks
+from pyro_hybrid.errors import fail
 from pyro_hybrid.evidence.gauss_newton import GaussNewton
-from pyro_hybrid.inference.guide import AmortizedGuide
+from pyro_hybrid.fitting.posterior import Posterior
+from pyro_hybrid.fitting.stages import compute_evidence
 from pyro_hybrid.models import MetaHybridVAE
 from pyro_hybrid.nets.residual import Residual
 from pyro_hybrid.systems import RecordedDoublePendulum, Recordings
@@ -19,7 +22,17 @@ from pyro_hybrid.training.fit import Fit
 from pyro_hybrid.training.meta_train import meta_train
 from pyro_hybrid.training.schedule import Ramp
 
-__all__ = ["FAST", "SUPPORT", "Rivals", "Settings", "rivals", "tasks", "trained"]
+__all__ = [
+    "FAST",
+    "SUPPORT",
+    "Mask",
+    "Rivals",
+    "Settings",
+    "cut_tasks",
+    "fit_rivals",
+    "restrict_latents_to_damping",
+    "train",
+]
 
 SUPPORT = 4
 
@@ -55,39 +68,44 @@ class Rivals(NamedTuple):
     point_mass: Tensor
 
 
-def tasks(recordings: Recordings, number: int, shots: int, seed: int, *, points: int = 50) -> Tasks:
-    """Cut tasks whose truth has the model's names: gravity in units of the real one, and s for the unknown."""
-    made = recordings.tasks(
-        number, shots, seed, step=0.01, points=points, num_support=min(SUPPORT, shots // 2)
+def cut_tasks(
+    recordings: Recordings, num_tasks: int, num_windows: int, seed: int, *, points: int = 50
+) -> Tasks:
+    """Cut tasks whose true latents have the model's names: gravity in units of the real one, and s for the unknown."""
+    tasks = recordings.tasks(
+        num_tasks,
+        num_windows,
+        seed,
+        step=0.01,
+        points=points,
+        num_support=min(SUPPORT, num_windows // 2),
     )
-    known = made.true_latents
-    assert known is not None
-    return replace(made, true_latents={**known, "unknown": known["scale"]})
+    if tasks.true_latents is None:
+        fail("recordings with a known clock", "none", "Cut them with Recordings.tasks.")
+    latents = {**tasks.true_latents, "unknown": tasks.true_latents["scale"]}
+    return replace(tasks, true_latents=latents)
 
 
-def rivals(recordings: Recordings, settings: Settings) -> Rivals:
+def fit_rivals(recordings: Recordings, settings: Settings) -> Rivals:
     """Fit the classical models to windows of 0.2 s, by the true clock."""
     windows = recordings.tasks(1, settings.windows, 0, step=0.005, points=41, scale=(1.0, 1.0))
     return Rivals(fitted(compound, windows), fitted(point_mass, windows))
 
 
-def trained(
-    recordings: Recordings, classical: Rivals, seed: int, settings: Settings, progress: bool = False
-) -> tuple[MetaHybridVAE, AmortizedGuide, Fit]:
+def train(
+    recordings: Recordings, rivals: Rivals, seed: int, settings: Settings, progress: bool = False
+) -> tuple[Posterior, Fit]:
     """Train the hybrid model, with the lower mass's share of the point masses that fit best."""
     torch.manual_seed(seed)
-    model = MetaHybridVAE(
-        RecordedDoublePendulum(float(classical.point_mass[1])),
-        GaussNewton(1, segments=(7, 7)),
-        noise=1.0,
-    )
-    guide = model.guide(GaussNewton(1))
-    _for_friction_alone(model.residual)
-
+    share = float(rivals.point_mass[1])
+    model = MetaHybridVAE(RecordedDoublePendulum(share), GaussNewton(1, segments=(7, 7)), noise=1.0)
+    query = GaussNewton(1)
+    guide = model.guide(query)
+    restrict_latents_to_damping(model.residual)
     fit = meta_train(
         model,
         guide,
-        tasks(recordings, settings.tasks, settings.shots, seed),
+        cut_tasks(recordings, settings.tasks, settings.shots, seed),
         num_steps=settings.steps,
         batch_size=settings.batch,
         learning_rate=8e-3,
@@ -98,16 +116,32 @@ def trained(
         # First learn what is unknown, then credit gravity with all that it can explain.
         penalty_weights={"projection": Ramp(30.0, power=2)},
     )
-    model.prior.evidence = GaussNewton(3, segments=(7, 7))  # for the final answer
-    return model, guide, fit
+    support = GaussNewton(3, segments=(7, 7))
+    return compute_evidence(Posterior(model, guide), support, query), fit
 
 
-def _for_friction_alone(residual: Residual) -> None:
-    """Let latents change the rates of damping alone: in units of gravity's, other torques are the same by any clock."""
-    free = torch.ones(residual.latents + 1, residual.outputs)
-    free[1:, :2] = 0.0
-    for weight in (residual.last.weight, residual.last.bias, residual.straight):
-        mask = free.flatten().view(-1, *[1] * (weight.dim() - 1))
-        with torch.no_grad():
-            weight.mul_(mask)
-        weight.register_hook(mask.mul)
+class Mask(nn.Module):
+    """A parametrization that holds some entries of a weight at zero."""
+
+    mask: Tensor
+
+    def __init__(self, mask: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mask", mask)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Set the entries to zero."""
+        return weight * self.mask
+
+
+def restrict_latents_to_damping(residual: Residual) -> None:
+    """Let latents change the rates of damping alone, in place.
+
+    In units of gravity's torque, other torques are the same by any clock.
+    """
+    is_free = torch.ones(residual.latents + 1, residual.outputs)
+    is_free[1:, :2] = 0.0
+    rows = is_free.flatten()
+    register_parametrization(residual.last, "weight", Mask(rows.unsqueeze(-1)))
+    register_parametrization(residual.last, "bias", Mask(rows))
+    register_parametrization(residual, "straight", Mask(rows.unsqueeze(-1)))

@@ -9,21 +9,33 @@ unseen runs; intervals of the ratio resample stretches of the recordings, since 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from experiments.real_learned import FAST, SUPPORT, Rivals, Settings, rivals, tasks, trained
+from experiments.identify import known_latents
+from experiments.real_learned import (
+    FAST,
+    SUPPORT,
+    Rivals,
+    Settings,
+    cut_tasks,
+    fit_rivals,
+    train,
+)
 from experiments.run import Choice, Result, Run, digits
 from experiments.tables import markdown, spread
 from pyro_hybrid.data.tasks import Tasks
 from pyro_hybrid.dynamics.modes import nan_on_failure
-from pyro_hybrid.dynamics.solve import solve
-from pyro_hybrid.errors import require
+from pyro_hybrid.dynamics.solve import Field, solve
+from pyro_hybrid.errors import fail, require
+from pyro_hybrid.fitting.posterior import Posterior
 from pyro_hybrid.models import MetaHybridVAE
+from pyro_hybrid.programs.module import local_parameters
 from pyro_hybrid.scores.mcc import mcc
 from pyro_hybrid.systems import RecordedDoublePendulum, Recordings, ibm_double_pendulum
 from pyro_hybrid.systems.compound_pendulum import HORIZONS, compound, open_loop, point_mass
@@ -36,8 +48,8 @@ __all__ = [
     "errors",
     "figure",
     "intervals",
-    "judged",
-    "predicted",
+    "judge",
+    "predict_windows",
     "runs",
     "split_runs",
     "stretches",
@@ -47,6 +59,7 @@ __all__ = [
 LEARNED_RUNS = tuple(range(10))
 HELD_OUT_RUNS = (10, 11, 12, 13)  # IBM's archive goes on to run 20, which no result here uses
 STRETCH = 2.0  # seconds of a recording that are resampled together
+JOINTS = ("upper", "lower")
 ROWS = {"compound": "classical, six parameters", "point_mass": "point masses, two parameters"}
 
 
@@ -71,174 +84,208 @@ def split_runs(recordings: Recordings) -> tuple[Recordings, Recordings]:
 
 
 def _run(seed: int, choice: Choice) -> Result:
-    learn, judge = split_runs(ibm_double_pendulum(choice.data))
+    learned, held_out = split_runs(ibm_double_pendulum(choice.data))
     settings = FAST if choice.fast else Settings()
-    classical = rivals(learn, settings)
-    model, _, fit = trained(learn, classical, seed, settings)
+    rivals = fit_rivals(learned, settings)
+    posterior, fit = train(learned, rivals, seed, settings)
     return {
         "seed": seed,
-        "learned from runs": learn.runs,
-        "judged on runs": judge.runs,
+        "learned from runs": learned.runs,
+        "judged on runs": held_out.runs,
         **settings._asdict(),
         "training_seconds": round(fit.seconds, 1),
-        **judged(model, judge, classical, seed, settings),
+        **judge(posterior, held_out, rivals, seed, settings),
     }
 
 
-def judged(
-    model: MetaHybridVAE, recordings: Recordings, classical: Rivals, seed: int, settings: Settings
+def judge(
+    posterior: Posterior, recordings: Recordings, rivals: Rivals, seed: int, settings: Settings
 ) -> Result:
     """Compute the errors of all models on the same windows, and compare the latents with the clock."""
-    windows = tasks(recordings, settings.judged, SUPPORT + settings.queries, seed, points=101)
-    assert windows.true_latents is not None
-    predictions, latents = predicted(model, windows)
-    ours = errors(predictions, windows)
-    theirs = {
-        name: errors(open_loop(rival, parameters, windows)[0][:, SUPPORT:], windows)
-        for (name, parameters), rival in zip(
-            classical._asdict().items(), (compound, point_mass), strict=True
-        )
+    num_windows = SUPPORT + settings.queries
+    windows = cut_tasks(recordings, settings.judged, num_windows, seed, points=101)
+    clock = known_latents(windows)["scale"]
+    predictions, latents = predict_windows(posterior.model, windows)
+    hybrid = errors(predictions, windows)
+    classical = {
+        "compound": _errors_of_rival(compound, rivals.compound, windows),
+        "point_mass": _errors_of_rival(point_mass, rivals.point_mass, windows),
     }
     places = stretches(recordings, settings, seed)[:, SUPPORT:].flatten()
-    low, high = intervals(ours, theirs["compound"], places, settings.resamples)
-    clock = windows.true_latents["scale"]
-    friction = damping(model, latents, windows)
+    low, high = intervals(hybrid, classical["compound"], places, settings.resamples)
+    ratio = hybrid.median(0).values / classical["compound"].median(0).values
+    friction = damping(posterior.model, latents, windows)
     return {
-        "hybrid": _numbers(ours.median(0).values),
-        **{name: _numbers(error.median(0).values) for name, error in theirs.items()},
-        "ratio": _numbers(ours.median(0).values / theirs["compound"].median(0).values),
+        "hybrid": _numbers(hybrid.median(0).values),
+        **{name: _numbers(error.median(0).values) for name, error in classical.items()},
+        "ratio": _numbers(ratio),
         "ratio_low": _numbers(low),
         "ratio_high": _numbers(high),
         "stretches": len(places.unique()),
-        "query_windows": len(ours),
-        **_clock(latents, clock),
-        **_friction(friction, clock),
+        "query_windows": len(hybrid),
+        **_clock_scores(latents, clock),
+        **_friction_scores(friction, clock),
         "clock": clock.flatten().tolist(),
         "gravity": latents["gravity"].flatten().tolist(),
         "neural": latents["unknown"].flatten().tolist(),
         "friction": friction.T.tolist(),
-        "rival_parameters": _numbers(classical.compound),
-        "share": digits(classical.point_mass[1]),
+        "rival_parameters": _numbers(rivals.compound),
+        "share": digits(rivals.point_mass[1]),
     }
 
 
+def _errors_of_rival(rival: Callable[..., Field], parameters: Tensor, windows: Tasks) -> Tensor:
+    states, _ = open_loop(rival, parameters, windows)
+    return errors(states[:, SUPPORT:], windows)
+
+
 @torch.no_grad()
-def predicted(model: MetaHybridVAE, windows: Tasks) -> tuple[Tensor, dict[str, Tensor]]:
-    """Predict the query windows, with latents inferred from the first 0.5 s of the support windows alone."""
-    points, states = model.system.points, windows.states
-    assert states is not None
-    short = Tasks.from_trajectories(
+def predict_windows(model: MetaHybridVAE, windows: Tasks) -> tuple[Tensor, dict[str, Tensor]]:
+    """Predict the query windows, with latents inferred from the first 0.5 s of the support windows alone.
+
+    Returns:
+        States of the query windows, and means of the latents.
+    """
+    points = model.system.points
+    support = truncated(windows, points).episode().support
+    with local_parameters():
+        belief = model.prior.belief(support, model)
+    latents = {name: fn.mean for name, fn in belief.distributions().items()}
+    query = windows.episode().query
+    field = model.system.known({"gravity": latents["gravity"]}, model.force(latents["unknown"]))
+    with nan_on_failure():
+        states = solve(field, query.measured_initial.unbind(-1), query.times)
+    return states, latents
+
+
+def truncated(windows: Tasks, points: int) -> Tasks:
+    """Keep the first times of windows, with four support windows."""
+    return Tasks.from_trajectories(
         windows.times[:points],
         windows.values[:, :, :points].contiguous(),
-        initial=states[:, :, :points].contiguous(),
+        initial=measured_states(windows)[:, :, :points].contiguous(),
         num_support=SUPPORT,
     )
-    latents = {name: fn.mean for name, fn in model.prior(short.episode().support).items()}
-    episode = windows.episode()
-    field = model.system.known({"gravity": latents["gravity"]}, model.force(latents["unknown"]))
-    start = episode.query.measured_initial.unbind(-1)
-    with nan_on_failure():
-        return solve(field, start, episode.query.times), latents
+
+
+def measured_states(windows: Tasks) -> Tensor:
+    """Return the measured states of windows at all times."""
+    if windows.states is None:
+        fail("windows with measured states", "none", "Cut them with Recordings.tasks.")
+    return windows.states
 
 
 def errors(states: Tensor, windows: Tasks) -> Tensor:
-    """Compute the root mean square error of both angles, (window, horizon); infinite where a prediction diverged."""
-    at = [round(horizon / float(windows.times[1])) for horizon in HORIZONS]
-    wrong = states[..., at, :2] - windows.values[:, SUPPORT:, at]
-    return wrong.square().mean(-1).sqrt().nan_to_num(torch.inf, torch.inf).flatten(0, 1).double()
+    """Compute the root mean square of both angles' errors at each horizon, (window, horizon).
+
+    An error is infinite where the trajectory diverged.
+    """
+    step = float(windows.times[1])
+    index = [round(horizon / step) for horizon in HORIZONS]
+    residuals = states[..., index, :2] - windows.values[:, SUPPORT:, index]
+    error = residuals.square().mean(-1).sqrt()
+    return error.nan_to_num(torch.inf, torch.inf).flatten(0, 1).double()
 
 
 def stretches(recordings: Recordings, settings: Settings, seed: int) -> Tensor:
-    """Number the stretch of a run in which each window begins, (task, shot).
+    """Find the stretch of the run that each window begins in, (task, shot).
 
-    The same windows are cut from recordings of a clock and the run's number in place of the pendulum.
+    Recordings of a clock and the run's number are cut in the same way as those of the pendulum.
     """
-    filmed = {}
+    clocks = {}
     for run, states in recordings.states.items():
         time = torch.arange(len(states), dtype=torch.float64) / FRAMES
-        filmed[run] = torch.stack(
-            [
-                0.01 * time,
-                torch.full_like(time, 0.01 * run),
-                torch.full_like(time, 0.01),
-                torch.zeros_like(time),
-            ],
-            -1,
-        )
-    start = tasks(
-        Recordings(filmed), settings.judged, SUPPORT + settings.queries, seed, points=101
-    ).values[:, :, 0]
-    return (100.0 * start[..., 1]).round().long() * 1000 + (100.0 / STRETCH * start[..., 0]).long()
+        number = torch.full_like(time, 0.01 * run)
+        constant = torch.full_like(time, 0.01)
+        clocks[run] = torch.stack([0.01 * time, number, constant, torch.zeros_like(time)], -1)
+    num_windows = SUPPORT + settings.queries
+    windows = cut_tasks(Recordings(clocks), settings.judged, num_windows, seed, points=101)
+    start = windows.values[:, :, 0]
+    run = (100.0 * start[..., 1]).round().long()
+    return run * 1000 + (100.0 / STRETCH * start[..., 0]).long()
 
 
 def intervals(
-    ours: Tensor, theirs: Tensor, places: Tensor, resamples: int
+    ours: Tensor, theirs: Tensor, places: Tensor, num_resamples: int
 ) -> tuple[Tensor, Tensor]:
-    """Compute 95% intervals of the ratio of medians; windows that begin in one stretch are resampled together."""
+    """Compute 95% intervals of the ratio of medians; windows that begin in one place are resampled together.
+
+    Arguments:
+        ours, theirs: errors, (window, horizon).
+        places: the place that each window begins in, (window,).
+        num_resamples: number of resamples.
+    """
     generator = torch.Generator().manual_seed(0)
     names, index = places.unique(return_inverse=True)
+    num_places = len(names)
     ratios = []
-    for _ in range(resamples):
-        times = torch.bincount(
-            torch.randint(len(names), (len(names),), generator=generator), minlength=len(names)
-        )
-        rows = torch.arange(len(ours)).repeat_interleave(times[index])
+    for _ in range(num_resamples):
+        drawn = torch.randint(num_places, (num_places,), generator=generator)
+        repeats = torch.bincount(drawn, minlength=num_places)
+        rows = torch.arange(len(ours)).repeat_interleave(repeats[index])
         ratios.append(ours[rows].median(0).values / theirs[rows].median(0).values)
-    low, high = torch.stack(ratios).quantile(torch.tensor([0.025, 0.975], dtype=ours.dtype), 0)
+    probabilities = torch.tensor([0.025, 0.975], dtype=ours.dtype)
+    low, high = torch.stack(ratios).quantile(probabilities, 0)
     return low, high
 
 
 @torch.no_grad()
 def damping(model: MetaHybridVAE, latents: dict[str, Tensor], windows: Tasks) -> Tensor:
-    """Compute the rate at which each joint is damped in the query windows, per second, (task, joint).
+    """Compute the rate at which each joint is damped in the tasks' query windows, per second, (task, joint).
 
-    It is the mean over states, weighted with the square of the joint's speed, as the loss of energy is.
+    A rate is the mean over states, weighted with the square of the joint's speed, which gives the loss of energy.
     """
-    system, states = model.system, tuple(part[:, SUPPORT:].flatten(1) for part in windows.states)
-    assert isinstance(system, RecordedDoublePendulum)
-    found = model.force(latents["unknown"])(*system.felt(latents["gravity"], states))
-    weights = states[2].square(), (states[3] - states[2]).square()
-    return torch.stack(
-        [
-            unit * (rate * weight).sum(-1) / weight.sum(-1)
-            for unit, rate, weight in zip(system.UNITS[2:], found[2:], weights, strict=True)
-        ],
-        -1,
+    system = model.system
+    states = measured_states(windows)[:, SUPPORT:].flatten(1, 2).unbind(-1)
+    require(
+        isinstance(system, RecordedDoublePendulum),
+        "a model of the recorded double pendulum",
+        type(system).__name__,
+        "Train it with real_learned.train.",
+        TypeError,
     )
+    force = model.force(latents["unknown"])(*system.felt(latents["gravity"], states))
+    squared_speeds = states[2].square(), (states[3] - states[2]).square()
+    rates = []
+    for unit, rate, weight in zip(system.UNITS[2:], force[2:], squared_speeds, strict=True):
+        rates.append(unit * (rate * weight).sum(-1) / weight.sum(-1))
+    return torch.stack(rates, -1)
 
 
-def _clock(latents: dict[str, Tensor], clock: Tensor) -> Result:
-    """Compare gravity and the neural latent with the clock."""
-    gravity = latents["gravity"].log()
-    found, neural = mcc(gravity, clock.log()), mcc(latents["unknown"], clock)
+def _clock_scores(latents: dict[str, Tensor], clock: Tensor) -> Result:
+    """Score how well gravity and the neural latent determine the clock."""
+    log_gravity = latents["gravity"].log()
+    log_clock = clock.log()
+    physics = mcc(log_gravity, log_clock)
+    neural = mcc(latents["unknown"], clock)
     return {
-        "log_gravity_strong": round(found.strong, 5),
-        "log_gravity_linear_r": round(float(found.linear_r[0]), 5),
-        "log_gravity_slope": round(float(slope(clock.log(), gravity)), 4),
-        "clock_relative_sd": digits((0.5 * gravity - clock.log()).std()),
+        "log_gravity_strong": round(physics.strong, 5),
+        "log_gravity_linear_r": round(float(physics.linear_r[0]), 5),
+        "log_gravity_slope": round(float(slope(log_clock, log_gravity)), 4),
+        "clock_relative_sd": digits((0.5 * log_gravity - log_clock).std()),
         "neural_strong": round(neural.strong, 4),
         "neural_linear_r": round(float(neural.linear_r[0]), 4),
     }
 
 
-def _friction(friction: Tensor, clock: Tensor) -> Result:
-    """Compute friction's correlation with the clock, and its exponent at the mean, whose true value is one."""
-    out: Result = {}
-    for joint, rate in zip(("upper", "lower"), friction.T, strict=True):
-        r = torch.corrcoef(torch.stack([rate, clock[:, 0]]))[0, 1]
-        power = slope(clock[:, 0] / clock.mean(), rate / rate.mean())
-        out[f"{joint}_friction"] = {
+def _friction_scores(friction: Tensor, clock: Tensor) -> Result:
+    """Score the trend of friction: its correlation with the clock, and the exponent at the mean, which is one in truth."""
+    scores: Result = {}
+    for joint, rate in zip(JOINTS, friction.T, strict=True):
+        correlation = torch.corrcoef(torch.stack([rate, clock[:, 0]]))[0, 1]
+        exponent = slope(clock[:, 0] / clock.mean(), rate / rate.mean())
+        scores[f"{joint}_friction"] = {
             "mean": digits(rate.mean()),
-            "r": digits(r),
-            "exponent": digits(power),
+            "r": digits(correlation),
+            "exponent": digits(exponent),
         }
-    return out
+    return scores
 
 
 def slope(x: Tensor, y: Tensor) -> Tensor:
-    """Compute the slope of the regression line."""
-    away = x.flatten() - x.mean()
-    return (away * y.flatten()).sum() / away.square().sum()
+    """Fit the slope of a line through points."""
+    offset = x.flatten() - x.mean()
+    return (offset * y.flatten()).sum() / offset.square().sum()
 
 
 def _numbers(values: Tensor) -> list[float | None]:
@@ -246,84 +293,77 @@ def _numbers(values: Tensor) -> list[float | None]:
 
 
 def table(results: Sequence[Result]) -> str:
-    """Tabulate median errors at each horizon, their ratio to the classical model's, and the recovered latents."""
+    """Tabulate median errors at each horizon, the ratio to the classical ones by seed, and the recovered latents."""
+    return "\n\n".join([_error_table(results), _recovery_table(results)])
+
+
+def _error_table(results: Sequence[Result]) -> str:
     names = {"hybrid": "hybrid, latents from the support", **ROWS}
+    rows = []
+    for key, name in names.items():
+        by_horizon = [[run[key][k] for run in results] for k in range(len(HORIZONS))]
+        rows.append([name, *(spread(values) for values in by_horizon)])
+    for run in results:
+        ratios = zip(run["ratio"], run["ratio_low"], run["ratio_high"], strict=True)
+        cells = [f"{ratio:.3f} ({low:.3f} to {high:.3f})" for ratio, low, high in ratios]
+        rows.append([f"hybrid / compound, seed {run['seed']}", *cells])
+    return markdown(["median error, rad", *(f"{horizon} s" for horizon in HORIZONS)], rows)
+
+
+def _recovery_table(results: Sequence[Result]) -> str:
+    def cell(key: str, num_digits: int | None = None) -> str:
+        return spread([run[key] for run in results], num_digits)
+
     rows = [
-        [name, *(spread([one[key][k] for one in results]) for k in range(len(HORIZONS)))]
-        for key, name in names.items()
+        ["log gravity, R with log s", cell("log_gravity_linear_r", 5)],
+        ["log gravity, strong correlation", cell("log_gravity_strong", 5)],
+        ["exponent of gravity in s (true: 2)", cell("log_gravity_slope", 3)],
+        ["relative sd of s from gravity", cell("clock_relative_sd")],
+        ["neural latent, R with s", cell("neural_linear_r", 3)],
     ]
-    for one in results:
-        rows.append(
-            [
-                f"hybrid / compound, seed {one['seed']}",
-                *map(
-                    "{:.3f} ({:.3f} to {:.3f})".format,
-                    one["ratio"],
-                    one["ratio_low"],
-                    one["ratio_high"],
-                ),
-            ]
-        )
-    found = [
-        ["log gravity, R with log s", spread([one["log_gravity_linear_r"] for one in results], 5)],
-        [
-            "log gravity, strong correlation",
-            spread([one["log_gravity_strong"] for one in results], 5),
-        ],
-        [
-            "exponent of gravity in s (true: 2)",
-            spread([one["log_gravity_slope"] for one in results], 3),
-        ],
-        ["relative sd of s from gravity", spread([one["clock_relative_sd"] for one in results])],
-        ["neural latent, R with s", spread([one["neural_linear_r"] for one in results], 3)],
-    ]
-    for joint in ("upper", "lower"):
-        friction = [one[f"{joint}_friction"] for one in results]
-        found.append(
-            [f"{joint} friction, correlation with s", spread([one["r"] for one in friction], 3)]
-        )
-        found.append(
-            [
-                f"exponent of {joint} friction in s (true: 1)",
-                spread([one["exponent"] for one in friction], 2),
-            ]
-        )
-    return "\n\n".join(
-        [
-            markdown(["median error, rad", *(f"{h} s" for h in HORIZONS)], rows),
-            markdown(["recovered on held-out tasks", f"{len(results)} seeds"], found),
-        ]
-    )
+    for joint in JOINTS:
+        friction = [run[f"{joint}_friction"] for run in results]
+        correlation = spread([one["r"] for one in friction], 3)
+        exponent = spread([one["exponent"] for one in friction], 2)
+        rows.append([f"{joint} friction, correlation with s", correlation])
+        rows.append([f"exponent of {joint} friction in s (true: 1)", exponent])
+    return markdown(["recovered on held-out tasks", f"{len(results)} seeds"], rows)
 
 
 def figure(results: Sequence[Result]) -> Figure:
-    """Plot errors against the horizon, the recovered clock, and friction against the clock."""
-    drawn = Figure(figsize=(9.0, 3.0), layout="constrained")
-    left, middle, right = drawn.subplots(1, 3)
-    for k, (key, name) in enumerate(
-        {"hybrid": "hybrid", "compound": "compound", "point_mass": "point masses"}.items()
-    ):
-        for one in results:
-            left.loglog(
-                HORIZONS,
-                one[key],
-                "o-",
-                ms=3,
-                lw=1,
-                color=f"C{k}",
-                label=name if one is results[0] else None,
-            )
-    left.set(xlabel="horizon, s", ylabel="median error, rad")
-    left.legend(frameon=False, fontsize=8)
-    for one in results:
-        clock = torch.tensor(one["clock"])
-        gravity = torch.tensor(one["gravity"]).sqrt()
-        middle.plot(clock, gravity / (gravity / clock).mean(), "o", ms=3, color="C0", alpha=0.5)
-        for k, rates in enumerate(one["friction"]):
-            label = f"{('upper', 'lower')[k]} joint" if one is results[0] else None
-            right.plot(clock, rates, "o", ms=3, color=f"C{k}", alpha=0.5, label=label)
-    middle.axline((1.0, 1.0), slope=1.0, color="grey", lw=0.8)
-    middle.set(xlabel="true s", ylabel="s from gravity")
-    right.set(xlabel="true s", ylabel="damping, 1/s")
-    right.legend(frameon=False, fontsize=8)
-    return drawn
+    """Plot errors against the horizon, the recovered clock, and the trend of friction."""
+    figure = Figure(figsize=(9.0, 3.0), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    _plot_errors(left, results)
+    _plot_clock(middle, results)
+    _plot_friction(right, results)
+    return figure
+
+
+def _plot_errors(axis: Axes, results: Sequence[Result]) -> None:
+    names = {"hybrid": "hybrid", "compound": "compound", "point_mass": "point masses"}
+    for index, (key, name) in enumerate(names.items()):
+        for run in results:
+            label = name if run is results[0] else None
+            axis.loglog(HORIZONS, run[key], "o-", ms=3, lw=1, color=f"C{index}", label=label)
+    axis.set(xlabel="horizon, s", ylabel="median error, rad")
+    axis.legend(frameon=False, fontsize=8)
+
+
+def _plot_clock(axis: Axes, results: Sequence[Result]) -> None:
+    for run in results:
+        clock = torch.tensor(run["clock"])
+        root = torch.tensor(run["gravity"]).sqrt()
+        axis.plot(clock, root / (root / clock).mean(), "o", ms=3, color="C0", alpha=0.5)
+    axis.axline((1.0, 1.0), slope=1.0, color="grey", lw=0.8)
+    axis.set(xlabel="true s", ylabel="s from gravity")
+
+
+def _plot_friction(axis: Axes, results: Sequence[Result]) -> None:
+    for run in results:
+        clock = torch.tensor(run["clock"])
+        for index, (joint, rates) in enumerate(zip(JOINTS, run["friction"], strict=True)):
+            label = f"{joint} joint" if run is results[0] else None
+            axis.plot(clock, rates, "o", ms=3, color=f"C{index}", alpha=0.5, label=label)
+    axis.set(xlabel="true s", ylabel="damping, 1/s")
+    axis.legend(frameon=False, fontsize=8)

@@ -5,17 +5,18 @@ The threshold is the theorem's n·k + 1, the smallest number of support sets, ea
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.identify import true_latents
 from experiments.run import Choice, Result, Run, slug
 from experiments.settings import CASES, OURS
 from experiments.tables import grouped, markdown, spread
-from experiments.trained import Trained, data, trained
+from experiments.trained import Trained, load_or_train, simulate_tasks
 from pyro_hybrid.scores.mcc import mcc
 
 __all__ = ["figure", "runs", "table"]
@@ -27,79 +28,95 @@ SHOTS = (1, 2, 3, 4, 6)
 
 def runs(choice: Choice) -> list[Run]:
     """List a run for each seed and number of systems, and one for each seed with all numbers of shots."""
-    return [
-        *(
-            Run(slug("tasks", tasks, seed), partial(_tasks, tasks, seed, choice))
-            for seed in choice.seeds
-            for tasks in (TASKS[-1:] if choice.fast else TASKS)
-        ),
-        *(Run(slug("shots", seed), partial(_shots, seed, choice)) for seed in choice.seeds),
+    sizes = TASKS[-1:] if choice.fast else TASKS
+    by_tasks = [
+        Run(slug("tasks", num_tasks, seed), partial(_score_by_tasks, num_tasks, seed, choice))
+        for seed in choice.seeds
+        for num_tasks in sizes
     ]
+    by_shots = [
+        Run(slug("shots", seed), partial(_score_by_shots, seed, choice)) for seed in choice.seeds
+    ]
+    return by_tasks + by_shots
 
 
-def _tasks(tasks: int, seed: int, choice: Choice) -> Result:
-    usual = tasks == CASES[SYSTEM].tasks
-    found = trained(SYSTEM, OURS, seed, choice, None if usual else tasks)
-    latents = sum(family.n * family.k for family in found.model.prior.sites.values())
+def _score_by_tasks(num_tasks: int, seed: int, choice: Choice) -> Result:
+    is_usual = num_tasks == CASES[SYSTEM].tasks
+    trained = load_or_train(SYSTEM, OURS, seed, choice, None if is_usual else num_tasks)
+    num_statistics = sum(family.n * family.k for family in trained.prior.families.values())
     return {
         "of": "tasks",
-        "size": tasks,
+        "size": num_tasks,
         "seed": seed,
-        "threshold": latents + 1,
-        **_scores(found, seed, choice),
+        "threshold": num_statistics + 1,
+        **_scores(trained, seed, choice),
     }
 
 
-def _shots(seed: int, choice: Choice) -> Result:
-    found = trained(SYSTEM, OURS, seed, choice)
+def _score_by_shots(seed: int, choice: Choice) -> Result:
+    trained = load_or_train(SYSTEM, OURS, seed, choice)
     sizes = SHOTS[:2] if choice.fast else SHOTS
     return {
         "of": "shots",
         "seed": seed,
         "sizes": sizes,
-        "scores": [_scores(found, seed, choice, k) for k in sizes],
+        "scores": [_scores(trained, seed, choice, num_support) for num_support in sizes],
     }
 
 
-def _scores(found: Trained, seed: int, choice: Choice, shots: int | None = None) -> Result:
-    judge = data(SYSTEM, seed, choice)[1]
-    judge = judge if shots is None else replace(judge, num_support=shots)
-    score = mcc(found.latents(judge), true_latents(found, judge))
+def _scores(trained: Trained, seed: int, choice: Choice, num_support: int | None = None) -> Result:
+    _, held_out = simulate_tasks(SYSTEM, seed, choice)
+    if num_support is not None:
+        held_out = replace(held_out, num_support=num_support)
+    score = mcc(trained.latent_means(held_out), true_latents(trained, held_out))
     return {
         "linear_r": [round(float(r), 4) for r in score.linear_r],
         "strong_mcc": round(score.strong, 4),
     }
 
 
-def _points(results: Sequence[Result], of: str) -> dict[int, list[Result]]:
-    """Group scores by size."""
-    flat = [{"size": one["size"], **one} for one in results if one["of"] == of == "tasks"]
-    flat += [
-        {"size": size, **score}
-        for one in results
-        if one["of"] == of == "shots"
-        for size, score in zip(one["sizes"], one["scores"], strict=True)
-    ]
-    return {
-        int(size): found
-        for (size,), found in grouped(sorted(flat, key=lambda one: one["size"]), "size").items()
-    }
+def _scores_by_size(results: Sequence[Result], of: str) -> dict[int, list[Result]]:
+    """Group the scores of one kind of size by size, "tasks" or "shots"."""
+    scores = []
+    for run in results:
+        if run["of"] != of:
+            continue
+        if of == "tasks":
+            scores.append(run)
+        else:
+            pairs = zip(run["sizes"], run["scores"], strict=True)
+            scores.extend({"size": size, **score} for size, score in pairs)
+    scores.sort(key=lambda score: score["size"])
+    return {int(size): same_size for (size,), same_size in grouped(scores, "size").items()}
+
+
+def _mean_r(score: Result) -> float:
+    return sum(score["linear_r"]) / len(score["linear_r"])
+
+
+def _worst_r(score: Result) -> float:
+    return min(score["linear_r"])
+
+
+def _strong_mcc(score: Result) -> float:
+    return score["strong_mcc"]
 
 
 def table(results: Sequence[Result]) -> str:
-    """Tabulate a row for each number of systems, and of shots."""
-    rows = [
-        [
-            str(size) if of == "tasks" else "1000",
-            str(size) if of == "shots" else "4",
-            str(len(found)),
-            spread([sum(one["linear_r"]) / len(one["linear_r"]) for one in found], 3),
-            f"{min(min(one['linear_r']) for one in found):.3f}",
-            spread([one["strong_mcc"] for one in found], 3),
-        ]
-        for of in ("tasks", "shots")
-        for size, found in _points(results, of).items()
-    ]
+    """Tabulate a row for each number of systems, and for each number of shots."""
+    rows = []
+    for of in ("tasks", "shots"):
+        for size, scores in _scores_by_size(results, of).items():
+            rows.append(
+                [
+                    str(size) if of == "tasks" else "1000",
+                    str(size) if of == "shots" else "4",
+                    str(len(scores)),
+                    spread([_mean_r(score) for score in scores], 3),
+                    f"{min(_worst_r(score) for score in scores):.3f}",
+                    spread([_strong_mcc(score) for score in scores], 3),
+                ]
+            )
     return markdown(
         [
             "systems",
@@ -114,29 +131,33 @@ def table(results: Sequence[Result]) -> str:
 
 
 def figure(results: Sequence[Result]) -> Figure:
-    """Plot linear R, of all latents and of the worst, against the number of systems and of shots."""
-    drawn = Figure(figsize=(8.0, 2.8), layout="constrained")
-    axes = drawn.subplots(1, 2, sharey=True)
-    shown = {
-        "linear R, mean over latents": lambda one: sum(one["linear_r"]) / len(one["linear_r"]),
-        "linear R, worst latent": lambda one: min(one["linear_r"]),
-        "strong MCC": lambda one: one["strong_mcc"],
+    """Plot linear R and strong MCC against the number of systems, with the threshold, and against that of shots."""
+    figure = Figure(figsize=(8.0, 2.8), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    _plot_scores(left, _scores_by_size(results, "tasks"))
+    _plot_scores(right, _scores_by_size(results, "shots"))
+    left.set(xscale="log", xlabel="systems trained on")
+    right.set(xlabel="support shots")
+    if results and results[0]["of"] == "tasks":
+        threshold = results[0]["threshold"]
+        left.axvline(threshold, color="grey", ls=":", lw=1)
+        left.annotate(" n·k + 1", (threshold, 0.03), fontsize=8, color="grey")
+    right.legend(fontsize=8, frameon=False, loc="center right")
+    return figure
+
+
+def _plot_scores(axis: Axes, scores_by_size: Mapping[int, Sequence[Result]]) -> None:
+    curves: dict[str, Callable[[Result], float]] = {
+        "linear R, mean over latents": _mean_r,
+        "linear R, worst latent": _worst_r,
+        "strong MCC": _strong_mcc,
     }
-    for axis, of in zip(axes, ("tasks", "shots"), strict=True):
-        for at, (label, value) in enumerate(shown.items()):
-            points = [
-                (size, value(one)) for size, found in _points(results, of).items() for one in found
-            ]
-            axis.plot(
-                *zip(*points, strict=True), "o^s"[at], ms=5, alpha=0.7, color=f"C{at}", label=label
-            )
-        axis.set(
-            ylim=(-0.03, 1.03), xlabel="systems trained on" if of == "tasks" else "support shots"
-        )
-    axes[0].set(xscale="log")
-    for one in results[:1]:
-        if one["of"] == "tasks":
-            axes[0].axvline(one["threshold"], color="grey", ls=":", lw=1)
-            axes[0].annotate(" n·k + 1", (one["threshold"], 0.03), fontsize=8, color="grey")
-    axes[1].legend(fontsize=8, frameon=False, loc="center right")
-    return drawn
+    for index, (label, value) in enumerate(curves.items()):
+        sizes = []
+        values = []
+        for size, scores in scores_by_size.items():
+            sizes.extend([size] * len(scores))
+            values.extend(value(score) for score in scores)
+        marker = "o^s"[index]
+        axis.plot(sizes, values, marker, ms=5, alpha=0.7, color=f"C{index}", label=label)
+    axis.set(ylim=(-0.03, 1.03))

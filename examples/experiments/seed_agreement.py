@@ -17,7 +17,7 @@ from torch import Tensor
 from experiments.run import Choice, Result, Run, slug
 from experiments.settings import CASES, MODELS
 from experiments.tables import grouped, markdown, panels, spread
-from experiments.trained import trained
+from experiments.trained import load_or_train
 from pyro_hybrid.scores.mcc import mcc
 from pyro_hybrid.scores.separability import disentangle
 
@@ -35,30 +35,41 @@ def runs(choice: Choice) -> list[Run]:
 
 
 def _run(system: str, model: str, pair: tuple[int, int], choice: Choice) -> Result:
-    tasks = CASES[system].system().simulate(*(48, 4) if choice.fast else (400, 8), 40_000)
-    one, other = (trained(system, model, seed, choice).latents(tasks) for seed in pair)
-    known, number = len(CASES[system].system().physics), len(CASES[system].system().unknown)
+    simulator = CASES[system].system()
+    num_tasks, num_shots = (48, 4) if choice.fast else (400, 8)
+    tasks = simulator.simulate(num_tasks, num_shots, 40_000)
+    num_physics = len(simulator.physics)
+    neural = []
+    for seed in pair:
+        latents = load_or_train(system, model, seed, choice).latent_means(tasks)
+        neural.append(latents[:, num_physics:])
     return {
         "system": system,
         "model": model,
         "pair": pair,
-        **agreement(one[:, known:], other[:, known:], number),
+        **agreement(*neural, len(simulator.unknown)),
     }
 
 
-def agreement(one: Tensor, other: Tensor, number: int | None = None) -> Result:
-    """Score two trainings' neural latents against each other on the second half of the systems.
+def agreement(one: Tensor, other: Tensor, num_components: int | None = None) -> Result:
+    """Score the agreement of two trainings' neural latents, (task, latent) each.
 
-    The unmixing is estimated on the first half; ``number`` is how many latents the system has.
+    Arguments:
+        one, other: the latents. The first half of the tasks fits the unmixing, and the second half is scored.
+        num_components: the number of latents that there should be.
     """
     half = len(one) // 2
-    there, back = mcc(one[half:], other[half:]), mcc(other[half:], one[half:])
-    alone = mcc(*(disentangle(z[half:], components=number, fit=z[:half]) for z in (one, other)))
+    there = mcc(one[half:], other[half:])
+    back = mcc(other[half:], one[half:])
+    unmixed = [
+        disentangle(latents[half:], components=num_components, fit=latents[:half])
+        for latents in (one, other)
+    ]
     return {
         "linear_r": round(0.5 * float(there.linear_r.mean() + back.linear_r.mean()), 4),
         "weak": round(there.weak, 4),
         "strong": round(there.strong, 4),
-        "strong_disentangled": round(alone.strong, 4),
+        "strong_disentangled": round(mcc(*unmixed).strong, 4),
     }
 
 
@@ -72,25 +83,20 @@ SCORES = {
 
 def table(results: Sequence[Result]) -> str:
     """Tabulate a row for each system and model: mean ± standard deviation over pairs of seeds."""
-    rows = [
-        [
-            system,
-            model,
-            str(len(found)),
-            *(spread([one[score] for one in found], 3) for score in SCORES),
-        ]
-        for (system, model), found in grouped(results, "system", "model").items()
-    ]
+    rows = []
+    for (system, model), pairs in grouped(results, "system", "model").items():
+        scores = [spread([pair[score] for pair in pairs], 3) for score in SCORES]
+        rows.append([system, model, str(len(pairs)), *scores])
     return markdown(["system", "model", "pairs", *SCORES.values()], rows)
 
 
 def figure(results: Sequence[Result]) -> Figure:
-    """Plot linear R between runs: a dot for each pair."""
-    drawn, axes = panels(
-        [system for (system,) in grouped(results, "system")], MODELS, "linear R, run against run"
-    )
-    for one in results:
-        at = MODELS.index(one["model"])
-        axes[one["system"]].plot(at, one["linear_r"], "o", ms=5, alpha=0.8, color=f"C{at}")
-        axes[one["system"]].set(ylim=(0.0, 1.03), xticks=[])
-    return drawn
+    """Plot linear R between trainings: a dot for each pair of seeds."""
+    systems = [system for (system,) in grouped(results, "system")]
+    figure, axes = panels(systems, MODELS, "linear R, run against run")
+    for run in results:
+        axis = axes[run["system"]]
+        index = MODELS.index(run["model"])
+        axis.plot(index, run["linear_r"], "o", ms=5, alpha=0.8, color=f"C{index}")
+        axis.set(ylim=(0.0, 1.03), xticks=[])
+    return figure

@@ -8,48 +8,49 @@ from typing import Any, NamedTuple
 from pyro_hybrid.evidence.gauss_newton import GaussNewton
 from pyro_hybrid.systems import AdvectionDiffusion, DoublePendulum, Pendulum, System
 from pyro_hybrid.training.schedule import Length
+from pyro_hybrid.training.second_order import Refinement
 
-__all__ = ["CASES", "DEAF", "MODELS", "ONE_BY_ONE", "OURS", "Case", "Setting", "Sharpening"]
+__all__ = ["CASES", "MODELS", "ONE_BY_ONE", "OURS", "UNCONDITIONAL", "Case", "Setting"]
 
-OURS, DEAF = "MetaHybridVAE", "MetaHybridVAE, unconditional prior"
+OURS = "MetaHybridVAE"
+UNCONDITIONAL = "MetaHybridVAE, unconditional prior"
 ONE_BY_ONE = ("HybridVAE", "APHYNITY")  # as published, these read one trajectory at a time
-MODELS = (OURS, DEAF, "HybridVAE", "HybridVAE, sets", "APHYNITY", "APHYNITY, sets")
-
-
-class Sharpening(NamedTuple):
-    """Settings of the second-order end of a training: the arguments of ``ph.sharpen``."""
-
-    steps: int
-    batch_size: int
-    width: float
-    reading: GaussNewton
-    memory: float = 0.9
-    misread: float = 10.0
+MODELS = (OURS, UNCONDITIONAL, "HybridVAE", "HybridVAE, sets", "APHYNITY", "APHYNITY, sets")
 
 
 class Setting(NamedTuple):
     """Settings of the training of one kind of model on one system.
 
-    ``correction`` is the last value of a weight that grows with the square of time. ``evidence`` is computed for
-    support and query while training; None trains the encoder alone.
+    Attributes:
+        options: arguments of the model.
+        num_steps, batch_size, learning_rate, curriculum, average_last, segments_per_shot: arguments of
+            ``ph.meta_train``.
+        correction: the last value of the projection penalty's weight, which grows with the square of time.
+        evidence: evidence that is computed for support and query while training; None for encoders alone.
+        refinement: settings of the second-order end of the training, or None for a training without it.
     """
 
     options: Mapping[str, Any]
-    steps: int
+    num_steps: int
     batch_size: int
     learning_rate: float
     curriculum: Mapping[float, Length]
-    average: float = 0.2
-    segments: int | None = None
+    average_last: float = 0.2
+    segments_per_shot: int | None = None
     correction: float = 0.0
     evidence: tuple[GaussNewton, GaussNewton] | None = None
-    sharpening: Sharpening | None = None
+    refinement: Refinement | None = None
 
 
 class Case(NamedTuple):
-    """Settings of one system: the number of training tasks, and the training of each model.
+    """Settings of one system.
 
-    After training, ``final`` computes the evidence of a support, and ``query`` that of a query.
+    Attributes:
+        system: builds the system.
+        tasks: number of training tasks.
+        ours, vae, aphynity: how each kind of model is trained.
+        final: evidence that is computed for a support after the training.
+        query: evidence that is computed for a query after the training.
     """
 
     system: Callable[[], System]
@@ -62,13 +63,11 @@ class Case(NamedTuple):
 
     def setting(self, model: str) -> Setting:
         """Return the training settings of a model."""
-        return (
-            self.vae
-            if model.startswith("HybridVAE")
-            else self.aphynity
-            if "APHYNITY" in model
-            else self.ours
-        )
+        if model.startswith("HybridVAE"):
+            return self.vae
+        if "APHYNITY" in model:
+            return self.aphynity
+        return self.ours
 
 
 CASES = {
@@ -81,20 +80,26 @@ CASES = {
             48,
             3e-3,
             {0.0: 1},
-            segments=8,
+            segments_per_shot=8,
             correction=30.0,
-            sharpening=Sharpening(24, 32, 0.02, GaussNewton(2, segments=(2, 2, 7)), 0.95),
+            refinement=Refinement(
+                num_steps=24,
+                batch_size=32,
+                prior_sd=0.02,
+                evidence=GaussNewton(2, segments=(2, 2, 7)),
+                forgetting=0.05,
+            ),
         ),
-        vae=Setting({"latents": 4, "noise": 10.0}, 1500, 48, 3e-3, {0.0: 1}, segments=8),
+        vae=Setting({"latents": 4, "noise": 10.0}, 1500, 48, 3e-3, {0.0: 1}, segments_per_shot=8),
         aphynity=Setting(
             {"latents": 4, "linear": False, "noise": 10.0, "growth": 100.0},
             3000,
             48,
             3e-3,
             {0.0: 1},
-            segments=8,
+            segments_per_shot=8,
         ),
-        final=GaussNewton(3, segments=(2, 2, 2, 7), restarts=4),
+        final=GaussNewton(3, segments=(2, 2, 2, 7), num_restarts=4),
         query=GaussNewton(2),
     ),
     "double pendulum": Case(
@@ -109,11 +114,15 @@ CASES = {
             0.3,
             correction=1000.0,
             evidence=(GaussNewton(1, segments=(7, 7)), GaussNewton(1)),
-            sharpening=Sharpening(6, 32, 0.1, GaussNewton(2, segments=(7, 7))),
+            refinement=Refinement(
+                num_steps=6, batch_size=32, prior_sd=0.1, evidence=GaussNewton(2, segments=(7, 7))
+            ),
         ),
-        vae=Setting({"linear": True, "noise": 10.0}, 1500, 48, 3e-3, {0.0: 1, 0.5: 7}, segments=8),
+        vae=Setting(
+            {"linear": True, "noise": 10.0}, 1500, 48, 3e-3, {0.0: 1, 0.5: 7}, segments_per_shot=8
+        ),
         aphynity=Setting(
-            {"noise": 10.0, "growth": 100.0}, 3000, 48, 3e-3, {0.0: 1, 0.5: 7}, segments=8
+            {"noise": 10.0, "growth": 100.0}, 3000, 48, 3e-3, {0.0: 1, 0.5: 7}, segments_per_shot=8
         ),
         final=GaussNewton(3, segments=(7, 7)),
         query=GaussNewton(2),
@@ -127,12 +136,16 @@ CASES = {
             16,
             3e-3,
             {0.0: 7},
-            segments=8,
+            segments_per_shot=8,
             correction=1e5,
-            sharpening=Sharpening(6, 16, 0.1, GaussNewton(2, segments=(7,))),
+            refinement=Refinement(
+                num_steps=6, batch_size=16, prior_sd=0.1, evidence=GaussNewton(2, segments=(7,))
+            ),
         ),
-        vae=Setting({"linear": True, "noise": 10.0}, 1000, 16, 3e-3, {0.0: 7}, segments=8),
-        aphynity=Setting({"noise": 10.0, "growth": 100.0}, 2000, 16, 3e-3, {0.0: 7}, segments=8),
+        vae=Setting({"linear": True, "noise": 10.0}, 1000, 16, 3e-3, {0.0: 7}, segments_per_shot=8),
+        aphynity=Setting(
+            {"noise": 10.0, "growth": 100.0}, 2000, 16, 3e-3, {0.0: 7}, segments_per_shot=8
+        ),
         final=GaussNewton(2, segments=(7,)),
         query=GaussNewton(1),
     ),

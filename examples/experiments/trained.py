@@ -7,253 +7,333 @@ import json
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import pyro
 import torch
 from pyro import poutine
-from pyro_hybrid.training.refinement import sharpen
-from torch import Tensor
+from torch import Tensor, nn
 
 from experiments.run import Choice, slug
-from experiments.settings import CASES, DEAF, ONE_BY_ONE, OURS, Case, Setting, Sharpening
+from experiments.settings import CASES, ONE_BY_ONE, OURS, UNCONDITIONAL, Case, Setting
+from pyro_hybrid.beliefs.belief import Belief, Gaussian
 from pyro_hybrid.data.episode import Episode
 from pyro_hybrid.data.shots import Shots
 from pyro_hybrid.data.tasks import Tasks
 from pyro_hybrid.dynamics.modes import nan_on_failure
+from pyro_hybrid.errors import fail
 from pyro_hybrid.evidence.gauss_newton import GaussNewton
-from pyro_hybrid.evidence.least_squares import LeastSquares
+from pyro_hybrid.fitting.posterior import Posterior
+from pyro_hybrid.fitting.stages import (
+    compute_evidence,
+    fix_gauge,
+    refine_weights,
+    rescale_intervals,
+)
 from pyro_hybrid.inference.draws import draws, predict
-from pyro_hybrid.inference.prior import SupportPrior, handed_out
+from pyro_hybrid.inference.prior import Prior, SupportPrior
 from pyro_hybrid.models import APHYNITY, HybridVAE, MetaHybridVAE
-from pyro_hybrid.programs.fix_gauge import fix_gauge
-from pyro_hybrid.programs.module import local_parameters
-from pyro_hybrid.shapes import Stock
+from pyro_hybrid.programs.module import HybridModel, local_parameters
 from pyro_hybrid.systems import System
 from pyro_hybrid.training.fit import Fit, load
 from pyro_hybrid.training.meta_train import meta_train
 from pyro_hybrid.training.schedule import Ramp
+from pyro_hybrid.training.second_order import Refinement
 
-__all__ = ["Trained", "data", "exactly", "learnt", "sharpened", "taught", "trained"]
+__all__ = [
+    "Program",
+    "Trained",
+    "build_program",
+    "fit_model",
+    "load_or_train",
+    "refine",
+    "simulate_exactly",
+    "simulate_tasks",
+    "train",
+]
 
-HELD_OUT, SHOTS, HELD_OUT_SEED = 300, 8, 10_000
+HELD_OUT = 300
+SHOTS = 8
+HELD_OUT_SEED = 10_000
+BATCH = 100  # tasks whose latents are inferred at once
 
 
-def exactly(system: System, tasks: int, shots: int, seed: int) -> Tasks:
-    """Simulate as ``system.simulate`` does with the same arguments, but without observation noise."""
-    clear = copy.copy(system)
-    clear.noise = (0.0,) * len(system.noise)
-    return clear.simulate(tasks, shots, seed)
+class Program(NamedTuple):
+    """A program with a guide of a kind of its own."""
+
+    model: HybridModel
+    guide: nn.Module
 
 
-def data(system: str, seed: int, choice: Choice, tasks: int | None = None) -> tuple[Tasks, Tasks]:
-    """Simulate systems to learn from, and others to judge on, which don't depend on the number of the former."""
-    learn, judge, shots = (
-        (24, 24, 4) if choice.fast else (tasks or CASES[system].tasks, HELD_OUT, SHOTS)
+def simulate_exactly(system: System, num_tasks: int, num_shots: int, seed: int) -> Tasks:
+    """Simulate the trajectories of ``system.simulate`` with the same arguments, without noise."""
+    without_noise = copy.copy(system)
+    without_noise.noise = (0.0,) * len(system.noise)
+    return without_noise.simulate(num_tasks, num_shots, seed)
+
+
+def simulate_tasks(
+    system: str, seed: int, choice: Choice, num_tasks: int | None = None
+) -> tuple[Tasks, Tasks]:
+    """Simulate training tasks and held-out tasks. The held-out tasks don't depend on the number of training tasks."""
+    case = CASES[system]
+    num_training = num_tasks or case.tasks
+    num_held_out = HELD_OUT
+    num_shots = SHOTS
+    if choice.fast:
+        num_training = 24
+        num_held_out = 24
+        num_shots = 4
+    simulator = case.system()
+    return (
+        simulator.simulate(num_training, num_shots, seed),
+        simulator.simulate(num_held_out, num_shots, HELD_OUT_SEED + seed),
     )
-    made = CASES[system].system()
-    return made.simulate(learn, shots, seed), made.simulate(judge, shots, HELD_OUT_SEED + seed)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Trained:
-    """A trained model with its guide, and the questions that experiments ask of it.
+    """A trained model with the queries that experiments make.
 
-    A conditional prior gives the latents given the support. Other models treat the support as a query: their guide
-    infers it, and ``reading``, if given, refines the guide's answer with evidence computed from the program.
+    A prior that is conditioned on the support gives its belief itself. Other models read the support as if it were the
+    query: with their guide, or with ``reading``, evidence that is computed from where their guide points.
+
+    Arguments:
+        name: the model's name in ``experiments.settings``.
+        posterior: the trained program with its guide.
+        fit: record of its training.
+        processor_seconds: processor time of its training.
+        reading: evidence that goes on from the guide's draws, or None for the guide alone.
     """
 
     name: str
-    model: Any
-    guide: Any
+    posterior: Posterior | Program
     fit: Fit
-    processor_seconds: float  # of its training
+    processor_seconds: float
     reading: GaussNewton | None = None
 
     @property
+    def model(self) -> HybridModel:
+        """The trained program."""
+        return self.posterior.model
+
+    @property
+    def prior(self) -> Prior:
+        """The prior of the trained program."""
+        return self.model.prior
+
+    @property
     def system(self) -> System:
-        """Return the system that it was trained on."""
+        """The system that the model was trained on."""
         return self.model.system
 
     @property
-    def conditional(self) -> bool:
-        """Tell whether the prior is conditioned on the support."""
-        return isinstance(self.model.prior, SupportPrior)
+    def is_conditional(self) -> bool:
+        """True if the prior reads the support."""
+        return isinstance(self.prior, SupportPrior)
 
-    def given(self, support: Shots) -> Shots:
-        """Return the part of a support that the model reads: all of it, or one trajectory as published."""
-        return (
-            support.select_shots(torch.zeros(support.shape[0], 1, dtype=torch.long))
-            if self.name in ONE_BY_ONE
-            else support
-        )
+    def shots_read(self, support: Shots) -> Shots:
+        """Return the shots of a support that the model reads: all of them, or one as published."""
+        if self.name not in ONE_BY_ONE:
+            return support
+        return support.select_shots(torch.zeros(support.shape[0], 1, dtype=torch.long))
 
-    def read(self, support: Shots | None, samples: int = 200) -> dict[str, Tensor]:
+    def sample_latents(self, support: Shots | None, num_samples: int = 200) -> dict[str, Tensor]:
         """Draw a task's latents given its support alone, (draw, task, component)."""
-        assert support is not None
-        if self.conditional:
+        if support is None:
+            fail("a support", "none", "Pass the support of an episode.")
+        if isinstance(self.prior, SupportPrior):
             with local_parameters():
-                found = self.model.prior(support)
-            return {name: fn.sample((samples,)) for name, fn in found.items()}
-        support = self.given(support)
-        found = draws(self.model, self.guide, Episode(None, support), samples)
-        found = {name: found[name] for name in self.model.prior.sites}
+                belief = self.prior.belief(support, self.model)
+            return _sample(belief, num_samples)
+        shots = self.shots_read(support)
+        samples = self._draw(Episode(None, shots), num_samples)
+        latents = {name: samples[name] for name in self.prior.families}
         if self.reading is None:
-            return found
-        return {name: fn.sample((samples,)) for name, fn in self._consulted(support, found).items()}
+            return latents
+        return _sample(self._compute_belief(self.reading, shots, latents), num_samples)
 
-    def _consulted(self, support: Shots, found: dict[str, Tensor]) -> dict[str, Stock]:
-        """Compute the belief from the program, linearized where the encoder points."""
-        assert self.reading is not None
-        prior = self.model.prior
+    def _draw(self, episode: Episode, num_samples: int) -> dict[str, Tensor]:
+        return draws(self.posterior.model, self.posterior.guide, episode, num_samples)
+
+    def _compute_belief(
+        self, reading: GaussNewton, shots: Shots, latents: dict[str, Tensor]
+    ) -> Belief:
+        """Compute the belief from the program, linearized from the mean of the guide's draws on."""
         with local_parameters():
-            mean, precision = (
-                x.expand(support.shape[0], *x.shape[-n:])
-                for n, x in enumerate(prior.gaussian(None), 1)
-            )
-            problem = LeastSquares(self.model, Episode(None, support), prior.sites, mean, precision)
-            start = torch.cat(
-                [prior.sites[name].unconstrained(x) for name, x in found.items()], -1
-            ).mean(0)
-            naturals = handed_out(prior.sites, self.reading(problem, start))
-        return {name: prior.sites[name].distribution(natural) for name, natural in naturals.items()}
+            before = self.prior.population().detach().expand(shots.shape[0])
+            point = before.unconstrained(latents).mean(0)
+            start = Gaussian.around(before.families, point, 1.0)
+            return before + reading(before, shots, self.model, start=start)
 
     @torch.no_grad()
-    def latents(self, tasks: Tasks) -> Tensor:
-        """Compute the latents' means given the support alone, (task, latent), physics first."""
-        pieces = [
-            self.read(tasks[start : start + 100].episode().support)
-            for start in range(0, len(tasks), 100)
-        ]
+    def latent_means(self, tasks: Tasks) -> Tensor:
+        """Compute means of the latents given the support alone, (task, latent), physics first."""
         names = [*self.system.physics, "unknown"]
-        return torch.cat(
-            [torch.cat([piece[name] for name in names], -1).mean(0) for piece in pieces]
-        )
+        means = []
+        for start in range(0, len(tasks), BATCH):
+            support = tasks[start : start + BATCH].episode().support
+            samples = self.sample_latents(support)
+            means.append(torch.cat([samples[name] for name in names], -1).mean(0))
+        return torch.cat(means)
 
     @torch.no_grad()
-    def predicted(self, episode: Episode, exact: Tensor | None = None, samples: int = 20) -> Tensor:
-        """Predict mean trajectories from the support and the initial states, measured or exact; NaN where one diverged."""
-        latents = self.read(episode.support, samples)
-        if exact is not None:
-            episode = replace(episode, query=replace(episode.query, initial=exact))
-            latents["initial"] = exact.expand(samples, *exact.shape)
-        return self._run(latents, episode, samples)
+    def predict(
+        self, episode: Episode, exact_initial: Tensor | None = None, num_samples: int = 20
+    ) -> Tensor:
+        """Predict mean trajectories from the support and the initial states; NaN where one diverged.
+
+        Arguments:
+            episode: tasks with a support.
+            exact_initial: the query's exact initial states; by default the measured ones of the episode.
+            num_samples: number of trajectories that are averaged.
+        """
+        latents = self.sample_latents(episode.support, num_samples)
+        if exact_initial is not None:
+            episode = replace(episode, query=replace(episode.query, initial=exact_initial))
+            latents["initial"] = exact_initial.expand(num_samples, *exact_initial.shape)
+        return self.mean_trajectories(latents, episode, num_samples)
 
     @torch.no_grad()
-    def reconstructed(self, episode: Episode, samples: int = 20) -> Tensor:
-        """Reconstruct mean trajectories of shots that the model has read, together with the support if it can."""
-        if not self.conditional:
-            episode = Episode(None, self.given(episode.query))
-        found = draws(self.model, self.guide, episode, samples)
+    def reconstruct(self, episode: Episode, num_samples: int = 20) -> Tensor:
+        """Compute mean trajectories of shots that were observed, given the support too if the model reads one."""
+        if not self.is_conditional:
+            episode = Episode(None, self.shots_read(episode.query))
+        latents = self._draw(episode, num_samples)
         if self.reading is not None:
-            found |= self.read(episode.query, samples)
-        return self._run(found, episode, samples)
+            latents |= self.sample_latents(episode.query, num_samples)
+        return self.mean_trajectories(latents, episode, num_samples)
 
-    def _run(self, latents: dict[str, Tensor], episode: Episode, samples: int) -> Tensor:
-        blank = episode if self.conditional else Episode(None, episode.query)
+    def mean_trajectories(
+        self, latents: dict[str, Tensor], episode: Episode, num_samples: int
+    ) -> Tensor:
+        """Run the program at draws of its latents, and average the trajectories."""
+        if not self.is_conditional:
+            episode = Episode(None, episode.query)
         with nan_on_failure(), pyro.validation_enabled(False):  # which refuses NaN
-            return predict(poutine.condition(self.model, latents), blank, samples)["x"].mean(0)
+            program = poutine.condition(self.model, latents)
+            return predict(program, episode, num_samples)["x"].mean(0)
 
 
-def trained(
-    system: str, model: str, seed: int, choice: Choice, tasks: int | None = None
+def _sample(belief: Belief, num_samples: int) -> dict[str, Tensor]:
+    return {
+        name: distribution.sample((num_samples,))
+        for name, distribution in belief.distributions().items()
+    }
+
+
+def load_or_train(
+    system: str, model: str, seed: int, choice: Choice, num_tasks: int | None = None
 ) -> Trained:
-    """Train a model on a system, or load it if an earlier call left it in the folder."""
-    place = (
-        choice.folder / "models" / slug(system, model, *([f"{tasks} tasks"] if tasks else []), seed)
-    )
-    return learnt(
-        CASES[system], model, data(system, seed, choice, tasks)[0], seed, choice.fast, place
-    )
+    """Return a model trained on a system. It is trained now unless an earlier call left it in the folder."""
+    words = [f"{num_tasks} tasks"] if num_tasks else []
+    place = choice.folder / "models" / slug(system, model, *words, seed)
+    tasks, _ = simulate_tasks(system, seed, choice, num_tasks)
+    return fit_model(CASES[system], model, tasks, seed, choice.fast, place)
 
 
-def learnt(
-    case: Case, model: str, learn: Tasks, seed: int, fast: bool = False, place: Path | None = None
+def fit_model(
+    case: Case, name: str, tasks: Tasks, seed: int, fast: bool = False, place: Path | None = None
 ) -> Trained:
-    """Train a model on tasks, or load it from ``place`` if it is there, and prepare it for questions."""
-    setting = case.setting(model)
+    """Train a model on some tasks, or load it from ``place``, and prepare it for queries."""
+    setting = case.setting(name)
     torch.manual_seed(seed)
-    made, guide = _made(case.system(), model, setting)
-    cost = place and place.with_name(f"{place.name}.seconds")
-    if place and cost and place.exists() and cost.exists():
-        fit, seconds = load(place, made, guide), json.loads(cost.read_text())
+    program = build_program(case.system(), name, setting)
+    cost = None if place is None else place.with_name(f"{place.name}.seconds")
+    if place is not None and cost is not None and place.exists() and cost.exists():
+        fit = load(place, *program)
+        seconds = json.loads(cost.read_text())
+        trained = _as_posterior(program)
     else:
-        seen = (
-            replace(learn, num_support=learn.values.shape[1] - 1) if model in ONE_BY_ONE else learn
-        )
+        if name in ONE_BY_ONE:
+            tasks = replace(tasks, num_support=tasks.values.shape[1] - 1)
         began = time.process_time()
-        fit = taught(made, guide, seen, setting, seed, fast)
+        trained, fit = train(program, tasks, setting, seed, fast)
         seconds = round(time.process_time() - began, 1)
-        if place and cost:
-            fit.save(place, made, guide, overwrite=True)  # one without its seconds was cut short
+        if place is not None and cost is not None:
+            # A folder without its seconds is of a run that was stopped.
+            fit.save(place, trained.model, trained.guide, overwrite=True)
             cost.write_text(json.dumps(seconds))
-    out = Trained(model, made.eval(), guide.eval(), fit, seconds)
-    final = (
-        GaussNewton(case.final.iterations, segments=case.final.segments) if fast else case.final
-    )  # no restarts
-    if model in (OURS, DEAF):
-        fix_gauge(made, learn[:200])
-    if model == OURS:
-        made.prior.evidence, out.guide = final, made.guide(case.query)
-        calibrate(made, learn[:300])
-    elif model == DEAF:
-        guide.evidence = final
-    return out
+    trained.model.eval()
+    trained.guide.eval()
+    if isinstance(trained, Posterior):
+        trained = _prepare(trained, case, name, tasks, fast)
+    return Trained(name, trained, fit, seconds)
 
 
-def _made(system: System, model: str, setting: Setting) -> tuple[Any, Any]:
-    """Build the program and its guide, untrained."""
-    if model == OURS:
-        prior, query = setting.evidence or (None, None)
-        ours = MetaHybridVAE(system, prior, **setting.options)
-        return ours, ours.guide(query)
-    if model == DEAF:
-        deaf = MetaHybridVAE(system, conditional=False, **setting.options)
-        return deaf, deaf.guide(setting.evidence and setting.evidence[0])
-    made = (HybridVAE if model.startswith("HybridVAE") else APHYNITY)(system, **setting.options)
-    return made, made.guide()
+def _as_posterior(program: Program) -> Posterior | Program:
+    """Build a posterior of the library's own models; rivals stay as they are."""
+    if isinstance(program.model, MetaHybridVAE):
+        return Posterior(program.model, program.guide)
+    return program
 
 
-def taught(
-    model: Any, guide: Any, tasks: Tasks, setting: Setting, seed: int, fast: bool = False
-) -> Fit:
-    """Train a program in place, and refine its weights if the setting says so; ``fast`` does a few steps only."""
-    steps = 3 if fast else setting.steps
+def _prepare(posterior: Posterior, case: Case, name: str, tasks: Tasks, fast: bool) -> Posterior:
+    """Fix the gauge, compute evidence for the final answer, and rescale intervals."""
+    support = replace(case.final, num_restarts=0) if fast else case.final
+    posterior = fix_gauge(posterior, tasks[:200])
+    if name == UNCONDITIONAL:
+        return compute_evidence(posterior, query=support)
+    # The query is read from where the support points, without an encoder.
+    model = posterior.model
+    posterior = Posterior(model, model.guide(case.query), posterior.stages)
+    posterior = compute_evidence(posterior, support, case.query)
+    return rescale_intervals(posterior, tasks[:300])
+
+
+def build_program(system: System, name: str, setting: Setting) -> Program:
+    """Build a program and its guide, untrained."""
+    if name == OURS:
+        support, query = setting.evidence or (None, None)
+        ours = MetaHybridVAE(system, support, **setting.options)
+        return Program(ours, ours.guide(query))
+    if name == UNCONDITIONAL:
+        unconditional = MetaHybridVAE(system, conditional=False, **setting.options)
+        evidence = setting.evidence[0] if setting.evidence else None
+        return Program(unconditional, unconditional.guide(evidence))
+    kind = HybridVAE if name.startswith("HybridVAE") else APHYNITY
+    rival = kind(system, **setting.options)
+    return Program(rival, rival.guide())
+
+
+def train(
+    program: Program, tasks: Tasks, setting: Setting, seed: int, fast: bool = False
+) -> tuple[Posterior | Program, Fit]:
+    """Train a program, and refine its weights if the setting says so.
+
+    Arguments:
+        program: changed in place.
+        tasks: the training tasks.
+        setting: how to train.
+        seed: of batches and samples.
+        fast: take a few small steps only, to test the code.
+    """
+    correction = Ramp(setting.correction, power=2)
     fit = meta_train(
-        model,
-        guide,
+        program.model,
+        program.guide,
         tasks,
-        num_steps=steps,
+        num_steps=3 if fast else setting.num_steps,
         batch_size=4 if fast else setting.batch_size,
         learning_rate=setting.learning_rate,
         seed=seed,
         curriculum=setting.curriculum,
-        segments_per_shot=setting.segments,
-        average_last=setting.average,
+        segments_per_shot=setting.segments_per_shot,
+        average_last=setting.average_last,
         progress=False,
-        penalty_weights={"projection": Ramp(setting.correction, power=2)}
-        if setting.correction
-        else None,
+        penalty_weights={"projection": correction} if setting.correction else None,
     )
-    if setting.sharpening:
-        sharpened(model, guide, tasks, setting.sharpening, seed, fast)
-    return fit
+    trained = _as_posterior(program)
+    if isinstance(trained, Posterior) and setting.refinement is not None:
+        trained = refine(trained, tasks, setting.refinement, seed, fast)
+    return trained, fit
 
 
-def sharpened(
-    model: Any, guide: Any, tasks: Tasks, end: Sharpening, seed: int, fast: bool = False
-) -> None:
-    """Refine the weights of a trained program in place."""
-    sharpen(
-        model,
-        guide,
-        tasks,
-        steps=1 if fast else end.steps,
-        batch_size=4 if fast else end.batch_size,
-        reading=end.reading,
-        memory=end.memory,
-        width=end.width,
-        misread=end.misread,
-        seed=seed,
-        progress=False,
-    )
+def refine(
+    posterior: Posterior, tasks: Tasks, settings: Refinement, seed: int, fast: bool = False
+) -> Posterior:
+    """Refine the weights of the neural term: the end of a training."""
+    settings = settings._replace(seed=seed)
+    if fast:
+        settings = settings._replace(num_steps=1, batch_size=4)
+    return refine_weights(posterior, tasks, **settings._asdict(), progress=False)
