@@ -257,21 +257,39 @@ class Posterior:
         """
         path = Path(folder)
         stored = read(path)
-        saved = stored.state.get("posterior")
-        if not isinstance(saved, dict) or not {*saved} >= {"query_evidence", "stages"}:
-            raise CheckpointError(
-                f"{path} can't be loaded: it holds no posterior. Load what Posterior.save wrote."
-            )
-        support, query = saved.get("support_evidence", []), saved["query_evidence"]
+        saved = _saved_posterior(stored.state.get("posterior"), path)
         prior = model.prior
-        if support and isinstance(prior, SupportPrior):
-            prior.evidence = restore(support, prior.evidence)
-        if guide is None:
-            guide = AmortizedGuide(model, restore(query, None))
-        guide.evidence = restore(query, guide.evidence)
+        support = None
+        if saved.support_evidence and isinstance(prior, SupportPrior):
+            support = restore(saved.support_evidence, prior.evidence)
+        query = restore(saved.query_evidence, None if guide is None else guide.evidence)
+        guide = AmortizedGuide(model, query) if guide is None else guide
         load_model_tensors(model, guide, stored.weights, f"{path} to be a posterior")
+        # Nothing was changed before everything was found to fit.
+        if support is not None and isinstance(prior, SupportPrior):
+            prior.evidence = support
+        guide.evidence = query
+        return cls(model.eval(), guide.eval(), saved.stages)
+
+
+class _Saved(NamedTuple):
+    """What a saved posterior holds beside its weights."""
+
+    support_evidence: list[dict[str, Any]]
+    query_evidence: list[dict[str, Any]]
+    stages: tuple[Stage, ...]
+
+
+def _saved_posterior(saved: Any, path: Path) -> _Saved:
+    """Check the types of everything that was saved."""
+    try:
+        support, query = list(saved["support_evidence"]), list(saved["query_evidence"])
         stages = tuple(Stage(**stage) for stage in saved["stages"])
-        return cls(model.eval(), guide.eval(), stages)
+    except (TypeError, KeyError):
+        raise CheckpointError(
+            f"expected {path} to hold a posterior; got something else. Load what Posterior.save wrote."
+        ) from None
+    return _Saved(support, query, stages)
 
 
 def _episode(data: Tasks | Episode) -> Episode:
