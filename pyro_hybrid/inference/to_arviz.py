@@ -90,7 +90,8 @@ def to_arviz(
         "constant_data": _constants(episode),
     }
     dims, coords = _labels(groups, names or {})
-    coords["time"] = _numpy(episode.query.times)
+    if episode.query.times.dim() == 1:
+        coords["time"] = _numpy(episode.query.times)
     num_support = episode.support.shape[1] if episode.support else 0
     attrs: dict[str, str | int | float] = {"num_support": num_support}
     if certificate is not None:
@@ -110,6 +111,8 @@ def _by_shot(site: Site) -> Tensor:
 
 def _constants(episode: Episode) -> dict[str, NDArray[np.floating]]:
     constants = {}
+    if episode.query.times.dim() > 1:
+        constants["times"] = _numpy(episode.query.expanded_times)
     if episode.query.initial is not None:
         constants["initial_measured"] = _numpy(episode.query.initial)
     if episode.support is not None and episode.support.values is not None:
@@ -123,6 +126,7 @@ def _labels(
 ) -> tuple[dict[str, list[str]], dict[str, Sequence[str] | NDArray[np.floating]]]:
     """Name the axes: (task, shot, time, sensor) of trajectories, (task, [shot,] component of the site) of latents."""
     dims: dict[str, list[str]] = {
+        "times": ["task", "shot", "time"],
         "initial_measured": ["task", "shot", "state"],
         "support": ["task", "support_shot", "time", "sensor"],
     }

@@ -279,7 +279,8 @@ def squared_norm(
     system: System, physics: Mapping[str, Tensor], force: Force, times: Tensor, states: Tensor
 ) -> Tensor:
     """What a neural force adds to the slopes at given states: squared, over components, and averaged, for each task."""
-    clock, flat = times.expand(states.shape[-3], -1).flatten(), states.detach().flatten(-3, -2)
+    clocks = times if times.dim() == 3 else times.expand(states.shape[-3], -1)
+    clock, flat = clocks.flatten(-2), states.detach().flatten(-3, -2)
 
     def slopes(force: Force) -> Tensor:
         out = system.known(physics, force)(

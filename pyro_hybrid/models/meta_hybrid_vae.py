@@ -155,7 +155,7 @@ class MetaHybridVAE(HybridModel):
         if not self.system.grid:
             return episode.query.times, states
         whole = episode.query.whole or episode.query
-        return whole.times[:1], whole.measured_initial.unsqueeze(-2)
+        return whole.times[..., :1], whole.measured_initial.unsqueeze(-2)
 
     def penalty(
         self, physics: dict[str, Tensor], unknown: Tensor, times: Tensor, states: Tensor

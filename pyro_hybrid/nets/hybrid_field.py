@@ -24,7 +24,7 @@ NUM_SHUFFLES = 3  # of each state, every time with other partners
 
 
 class CollocationPoints(NamedTuple):
-    """Times ``(point,)`` and states ``(..., point, component)`` at which a field is evaluated."""
+    """Times ``(point,)`` or ``(task, point)``, and states ``(..., point, component)`` at which a field is evaluated."""
 
     times: Tensor
     states: Tensor
@@ -90,11 +90,12 @@ class HybridField:
         as they are: pass them as they were before anything acted on them.
 
         Arguments:
-            times: ``(time,)``, or ``(shot, time)`` where each shot has its own clock.
+            times: ``(time,)``, ``(shot, time)`` or ``(task, shot, time)``.
             states: of the trajectories, or of fields at some times.
         """
         num_copies = 1 if self.grid else NUM_SHUFFLES
-        clock = times.expand(states.shape[-3], -1).flatten().repeat(num_copies)
+        clocks = times if times.dim() == 3 else times.expand(states.shape[-3], -1)
+        clock = torch.cat([clocks.flatten(-2)] * num_copies, -1)
         flat = torch.cat([states.flatten(-3, -2)] * num_copies, -2)
         if self.grid:
             return CollocationPoints(clock, flat)

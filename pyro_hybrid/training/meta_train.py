@@ -196,7 +196,7 @@ def _require_trainable(
 
 
 def _default_curriculum(tasks: Tasks) -> Curriculum:
-    last = len(tasks.times) - 1
+    last = tasks.times.shape[-1] - 1
     if tasks.states is None or last < 14:
         return ((0.0, None),)
     return ((0.0, last // 7), (0.25, 2 * last // 7), (0.5, None))
