@@ -52,7 +52,7 @@ def _one_product(nodes: Tensor, knots: Tensor, times: Tensor) -> Tensor:
     if not all_finite(result):  # zero times NaN is NaN, which must not travel back in time
         lost = (weights != 0.0).to(flat.dtype) @ (~torch.isfinite(flat)).to(flat.dtype) > 0.0
         result = (weights @ flat.nan_to_num(0.0, 0.0, 0.0)).masked_fill(lost, torch.nan)
-    return result.unflatten(1, nodes.shape[1:])
+    return result.view(len(times), *nodes.shape[1:])
 
 
 def _each_its_own(nodes: Tensor, knots: Tensor, times: Tensor, axis: int) -> Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -15,13 +15,10 @@ __all__ = [
     "Solution",
     "current_mode",
     "halve_steps",
-    "inside",
     "nan_on_failure",
     "record_solutions",
     "skip_integration",
 ]
-
-_T = TypeVar("_T")
 
 
 class Solution(NamedTuple):
@@ -88,15 +85,8 @@ def record_solutions() -> Iterator[list[Solution]]:
 
 @contextmanager
 def _changed(**changes: Any) -> Iterator[None]:
-    with inside(_mode, replace(current_mode(), **changes)):
-        yield
-
-
-@contextmanager
-def inside(setting: ContextVar[_T], value: _T) -> Iterator[None]:
-    """Give a setting this value inside."""
-    token = setting.set(value)
+    token = _mode.set(replace(current_mode(), **changes))
     try:
         yield
     finally:
-        setting.reset(token)
+        _mode.reset(token)

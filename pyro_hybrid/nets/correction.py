@@ -131,5 +131,5 @@ class _Sums:
         if centered:
             gram = gram - self.basis @ self.basis.mT / self.num_states
             products = products - self.basis @ self.target.unsqueeze(-1) / self.num_states
-        solution = torch.linalg.solve_ex(gram, products).result.squeeze(-1)
+        solution: Tensor = torch.linalg.solve_ex(gram, products).result.squeeze(-1)
         return solution.nan_to_num(0.0, 0.0, 0.0).to(self.dtype)

@@ -168,7 +168,7 @@ class _Recorded:
         self.num_outputs: int | None = None
 
     def __call__(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
-        outputs = self.force(*inputs)
+        outputs: Tensor | tuple[Tensor, ...] = self.force(*inputs)
         self.num_outputs = len(outputs) if isinstance(outputs, tuple) else None
         return outputs
 

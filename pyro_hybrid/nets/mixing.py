@@ -41,5 +41,5 @@ class Mixing(nn.Module):
             tuple(states.shape),
             "Build the Mixing with as many components as the state has.",
         )
-        straight = self.straight(states)
-        return straight if self.bent is None else straight + self.bent(states)
+        sensors: Tensor = self.straight(states)
+        return sensors if self.bent is None else sensors + self.bent(states)

@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import pyro
 import torch
-from pyro import poutine
-from pyro.poutine.messenger import Messenger
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
 from pyro_hybrid.data.episode import Episode
 from pyro_hybrid.data.tasks import Tasks
-from pyro_hybrid.dynamics.modes import (
-    Solution,
-    nan_on_failure,
-    record_solutions,
-    skip_integration,
-)
+from pyro_hybrid.dynamics.modes import Solution, record_solutions, skip_integration
 from pyro_hybrid.errors import require
 from pyro_hybrid.nets.gauge import Gauge
+from pyro_hybrid.programs.run import run_at
 
 __all__ = ["fix_gauge"]
 
@@ -78,29 +68,14 @@ def _gauge_of(model: nn.Module) -> Gauge:
     return gauges[0]
 
 
-class _AtMeans(Messenger):
-    """Set every latent to the mean of its distribution."""
-
-    def _pyro_sample(self, message: Any) -> None:
-        if not message["is_observed"] and not site_is_subsample(message):
-            message["value"] = message["fn"].mean
-            message["done"] = True
-
-
 def _solution_at_means(model: nn.Module, episode: Episode, gauge: Gauge) -> Solution:
     """Run a program with every latent at its prior mean; its last solution that has the gauge's components."""
-    with (
-        poutine.block(),
-        _AtMeans(),
-        nan_on_failure(),
-        pyro.validation_enabled(False),
-        record_solutions() as solutions,
-    ):
+    with record_solutions() as solutions:
         if gauge.grid:
             with skip_integration():
-                model(episode)
+                run_at(model, episode, {})
         else:
-            model(episode)
+            run_at(model, episode, {})
     fitting = [x for x in solutions if x.states.shape[-1] == gauge.components]
     require(
         bool(fitting),
