@@ -1,15 +1,17 @@
-"""How Sphinx builds these pages: offline, from MyST sources and the package's docstrings."""
+"""Settings of Sphinx, which builds these pages offline, from MyST sources and the docstrings of the package."""
 
 import sys
 from importlib.metadata import version as version_of
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))  # experiments, for api.md
+# api.md documents the experiments, which are outside of the package.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 project = "pyro_hybrid"
 author = "The pyro_hybrid developers"
 copyright = author
-release = version = version_of("pyro_hybrid")
+version = version_of("pyro_hybrid")
+release = version
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.mathjax", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build"]
@@ -29,13 +31,11 @@ html_theme = "furo"
 html_title = f"{project} {release}"
 
 
+def skip_field_aliases(app, what, name, member, skip, options):
+    """Skip fields of a NamedTuple, whose docstring describes them, and which Sphinx calls aliases for numbers."""
+    return skip or type(member).__name__ == "_tuplegetter"
+
+
 def setup(app):
-    """Leave out "Alias for field number 0": a NamedTuple's fields are described in its docstring."""
-    app.connect(
-        "autodoc-skip-member",
-        lambda app, what, name, field, skip, options: skip or _is_alias(field),
-    )
-
-
-def _is_alias(member):
-    return type(member).__name__ == "_tuplegetter"
+    """Connect the function that skips members."""
+    app.connect("autodoc-skip-member", skip_field_aliases)

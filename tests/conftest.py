@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jaxtyping
 import numpy as np
 import pyro
 import pytest
@@ -42,6 +43,14 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         }
         rows = dict(sorted(session.config.stash[FIGURES].items()))
         path.write_text(json.dumps({"versions": versions, "rows": rows}, indent=2) + "\n")
+
+
+@pytest.fixture
+def without_jaxtyping() -> Iterator[None]:
+    """Check shapes and dtypes by the library's own words alone, as for users."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture

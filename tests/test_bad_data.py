@@ -67,7 +67,11 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
         r"num_support from 1 to 3 .*the query needs a shot too",
         "one task and one shot or more; got 20 and 0. Pass at least one",
     ),
-    "one time point": ({"times": TIMES[:1], "values": VALUES[:, :, :1]}, "two times; got .*", ""),
+    "one time point": (
+        {"times": TIMES[:1], "values": VALUES[:, :, :1]},
+        "two times or more, .*; got one",
+        r"\(6, 1\); got \(1, 1\)",
+    ),
     "unsorted times": (
         {"times": TIMES.flip(0)},
         "strictly increasing times; got unsorted .* Sort the times",
@@ -80,7 +84,7 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
     ),
     "times of another length": (
         {"times": TIMES[:-1]},
-        r"6 times, as many as values has; got \(5,\)",
+        r"6 times, of shape \(6,\), .*; got \(5,\)",
         r"of 5 times; got \(20, 2, 6, 1\). Give one value for each time",
     ),
     "integers": (

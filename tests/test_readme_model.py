@@ -23,7 +23,7 @@ MODEL, USE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 SMALLER = {
     "tasks=1000": "tasks=6",
     "split(100)": "split(2)",
-    "steps=1000": "steps=2",
+    "num_steps=1000": "num_steps=2",
     "batch_size=64": "batch_size=2",
 }
 POINTS = 12
@@ -36,9 +36,11 @@ DampedPendulum = printed["DampedPendulum"]
 class ComputedPendulum(DampedPendulum):
     """The same program with computed evidence."""
 
-    def __init__(self, steps: int) -> None:
-        super().__init__(steps)
-        self.prior = ph.SupportPrior(self.prior.encoder, ph.GaussNewton(1), **self.prior.sites)
+    def __init__(self, num_times: int) -> None:
+        super().__init__(num_times)
+        encoder = ph.Encoder(ph.SetEncoder(2, num_times))
+        evidence = encoder.then(ph.GaussNewton(1))
+        self.prior = ph.SupportPrior(evidence, **self.prior.families)
 
 
 def make_tasks(tasks: int = 4, shots: int = 4) -> ph.Tasks:
@@ -56,9 +58,9 @@ KINDS = pytest.mark.parametrize(
 def pair(kind: type[ph.HybridModel]) -> tuple[ph.HybridModel, ph.AmortizedGuide]:
     torch.manual_seed(0)
     model = kind(POINTS)
-    evidence = model.prior.evidence
-    encoder = None if evidence else ph.SetEncoder(sensors=2, steps=POINTS, features=64)
-    return model, ph.AmortizedGuide(model.prior, encoder, evidence)
+    if kind is ComputedPendulum:
+        return model, ph.AmortizedGuide(model, ph.GaussNewton(1))
+    return model, ph.AmortizedGuide(model, ph.SetEncoder(2, POINTS))
 
 
 def many_particles(both: tuple[ph.HybridModel, ph.AmortizedGuide], episode: ph.Episode) -> float:
@@ -205,7 +207,7 @@ def test_the_log_density_that_nuts_sees_is_the_programs(kind: type[ph.HybridMode
     episode = TASKS[:2].episode()
     values = {"omega": torch.tensor([[1.5], [2.5]]), "unknown": torch.zeros(2, 3)}
     total = poutine.trace(poutine.condition(model, values)).get_trace(episode).log_prob_sum()
-    p = model.prior(episode.support)
+    p = model.prior(model.with_belief(episode))
     prior: Tensor = sum(p[name].log_prob(value).sum() for name, value in values.items())
     seen = poutine.trace(poutine.condition(model, values)).get_trace(episode).nodes["x"]
     assert total.item() == pytest.approx(

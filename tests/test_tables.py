@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -142,7 +142,7 @@ def test_padded_times_go_on_increasing_by_the_last_step() -> None:
 
 
 def test_padding_has_no_influence_on_encoders_and_likelihoods() -> None:
-    encoder = ph.SetEncoder(sensors=2, steps=POINTS, features=3)
+    encoder = ph.SetEncoder(2, POINTS, 3)
     shots = read(shortened()).shots()
     spoiled = torch.where(shots.observed, shots.values, 1e6)
     other = ph.Shots.from_tensors(
@@ -341,18 +341,14 @@ def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
 
 def test_without_pandas_the_message_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     frame = long_table()
-
-    def missing(name: str, *args: object) -> object:
-        if name == "pandas":
-            raise ImportError(name)
-        return importlib.__import__(name, *args)
-
-    monkeypatch.setattr(importlib, "import_module", missing)
-    with pytest.raises(ImportError, match=r"expected pandas.*pip install 'pyro_hybrid\[tables\]'"):
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(
+        ImportError, match=r"the module pandas; .*pip install 'pyro_hybrid\[tables\]'"
+    ):
         read(frame)
 
 
-def test_without_pyarrow_the_message_names_the_extra(
+def test_without_pyarrow_the_message_names_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "data.parquet"
@@ -362,5 +358,7 @@ def test_without_pyarrow_the_message_names_the_extra(
         raise ImportError("Unable to find a usable engine")
 
     monkeypatch.setattr(pd, "read_parquet", refuse)
-    with pytest.raises(ImportError, match=r"expected pyarrow.*pip install 'pyro_hybrid\[tables\]'"):
+    with pytest.raises(
+        ImportError, match=r"expected pyarrow.*pip install pyarrow, or save the table as CSV"
+    ):
         read(path)

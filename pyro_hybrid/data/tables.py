@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -13,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pyro_hybrid.errors import fail, require
+from pyro_hybrid.errors import fail, require, require_package
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -89,12 +88,10 @@ def read_table(
 
 
 def _pandas() -> ModuleType:
-    try:
-        return importlib.import_module("pandas")
-    except ImportError as error:
-        raise ImportError(
-            "expected pandas, which reads tables; got none. Install it: pip install 'pyro_hybrid[tables]'."
-        ) from error
+    module: ModuleType = require_package(
+        "pandas", "tables", "make tensors of the table for Tasks.from_trajectories"
+    )
+    return module
 
 
 def _load(source: pd.DataFrame | str | Path) -> pd.DataFrame:
@@ -115,8 +112,8 @@ def _load(source: pd.DataFrame | str | Path) -> pd.DataFrame:
             return pandas.read_parquet(path)
         except ImportError as error:
             raise ImportError(
-                "expected pyarrow, which reads parquet files; got none. "
-                "Install it: pip install 'pyro_hybrid[tables]'."
+                "expected pyarrow, with which pandas reads parquet files; got none. "
+                "Install it: pip install pyarrow, or save the table as CSV."
             ) from error
     require(
         path.suffix == ".csv",
@@ -160,7 +157,7 @@ def _numbers(frame: pd.DataFrame, column: str, *, required: bool = False) -> NDA
     cells = frame[column]
     converted = pandas.to_numeric(cells, errors="coerce")
     is_time = pandas.api.types.is_datetime64_any_dtype(cells)
-    numbers = converted.to_numpy(dtype=np.float64, na_value=np.nan)
+    numbers: NDArray[np.float64] = converted.to_numpy(dtype=np.float64, na_value=np.nan)
     is_text = np.isnan(numbers) & cells.notna().to_numpy()
     require(
         not is_time and not is_text.any(),

@@ -16,7 +16,7 @@ from torch import Tensor
 from pyro_hybrid.data.episode import Episode
 from pyro_hybrid.data.segments import select_segments, to_segments, truncate
 from pyro_hybrid.dynamics.modes import nan_on_failure
-from pyro_hybrid.dynamics.solve import SolverError
+from pyro_hybrid.dynamics.failures import SolverError
 from pyro_hybrid.training.guards import ElboTerms, NonFiniteTasks, seeded
 from pyro_hybrid.training.schedule import Length
 from pyro_hybrid.training.svi import SVI

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from pyro_hybrid.data.episode import Episode
 from pyro_hybrid.data.tasks import Tasks
 from pyro_hybrid.dynamics.rk4 import seconds_compiling
-from pyro_hybrid.dynamics.solve import SolverError
+from pyro_hybrid.dynamics.failures import SolverError
 from pyro_hybrid.training.batch import Batch, BatchLoss, Evaluation, shortened
 from pyro_hybrid.training.checkpoint import Checkpoints
 from pyro_hybrid.training.fit import Fit
