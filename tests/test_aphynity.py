@@ -115,9 +115,9 @@ def test_as_published_it_trains_on_segments_of_one_trajectory() -> None:
 def test_the_guide_reads_a_support_as_if_it_were_the_query(num_support: int) -> None:
     (model, guide), given = pair(), episode(num_support=num_support).support
     assert given is not None
-    found = ph.draws(model, guide, given, 7)
-    assert found["omega"].shape == (7, 5, 1) and found["unknown"].shape == (7, 5, 3)
-    assert not torch.allclose(found["omega"].mean(0)[0], found["omega"].mean(0)[1])
+    samples = ph.draws(model, guide, ph.Episode(None, given), 7)
+    assert samples["omega"].shape == (7, 5, 1) and samples["unknown"].shape == (7, 5, 3)
+    assert not torch.allclose(samples["omega"].mean(0)[0], samples["omega"].mean(0)[1])
 
 
 @pytest.mark.parametrize(("weight", "growth"), [(0.0, 1.0), (1.0, -1.0)])
@@ -140,13 +140,15 @@ def test_the_penalty_is_the_squared_neural_force_at_the_states_of_the_trajectory
             torch.stack(
                 [
                     force(t, states[:, :, k, 0], states[:, :, k, 1]).square()
-                    for k, t in enumerate(data.times)
+                    for k, t in enumerate(data.query.times)
                 ],
                 -1,
             )
         ]
     ).mean((0, 2, 3))
-    assert torch.allclose(squared_norm(model.system, physics, force, data.times, states), expected)
+    assert torch.allclose(
+        squared_norm(model.system, physics, force, data.query.times, states), expected
+    )
 
 
 def test_a_torque_counts_by_the_acceleration_that_it_causes() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from experiments import literature
-from experiments.forced_pendulum_model import Driven, Growing
+from experiments.forced_pendulum_model import Driven, FromBeginnings
 from experiments.literature import PUBLISHED
 from experiments.run import Choice, carry_out
 from matplotlib.figure import Figure
@@ -31,7 +31,7 @@ def told(units: int = 1) -> Driven:
         model.push.phase[0] = 0.5 * torch.pi
         model.residual.straight[1, 1] = -10.0 / 3.0  # damping times speed / (10 / 3)
         model.noise = torch.tensor([0.01])
-        model.prior.base.copy_(
+        model.prior.raw.copy_(
             torch.tensor([[0.0, 0.0], [0.4, -1.5], [1.0, -0.5], [4.7, -0.1]]).flatten()
         )
     return model
@@ -93,12 +93,15 @@ def test_friction_that_does_gravity_s_work_is_penalized_and_a_push_never() -> No
 def test_reading_from_the_beginning_on_finds_what_reading_it_all_at_once_does_not() -> None:
     model, tasks = told(), ForcedPendulum().simulate(20, 4, seed=1, num_support=2)
     found: dict[str, Tensor] = {}
+    encoder = model.prior.evidence
+    horizons = (4, 4, 4, 4, 6, 6, 9, 9, 14, 14, 24, 24)
     for name, evidence in (
-        ("grown", Growing(3, horizons=(4, 4, 4, 4, 6, 6, 9, 9, 14, 14, 24, 24))),
+        ("grown", FromBeginnings(horizons, ph.GaussNewton(3))),
         ("at once", ph.GaussNewton(12)),
     ):
-        model.prior.evidence = evidence
-        found[name] = model.prior(tasks.episode().support)["unknown"].mean[:, 2]
+        model.prior.evidence = encoder.then(evidence)
+        belief = model.prior.belief(tasks.episode().support, model)
+        found[name] = belief.distributions()["unknown"].mean[:, 2]
     true = tasks.true_latents["unknown"][:, 2]
     missed = {name: ((value - true).abs() > 0.1).float().mean() for name, value in found.items()}
     assert missed["grown"] <= 0.1 < 0.3 < missed["at once"]

@@ -124,9 +124,9 @@ def test_the_stretch_of_a_window_is_where_it_begins() -> None:
             for run in (2, 5)
         }
     )
-    start = real_learned.tasks(told, settings.judged, 4 + settings.queries, 3, points=101).values[
-        :, :, 0
-    ]
+    start = real_learned.cut_tasks(
+        told, settings.judged, 4 + settings.queries, 3, points=101
+    ).values[:, :, 0]
     expected = (start[..., 1] * 10.0).round() * 1000 + (start[..., 0] * 10.0 / real.STRETCH).floor()
     assert torch.equal(real.stretches(told, settings, 3), expected.long())
 
@@ -184,12 +184,13 @@ class Told(torch.nn.Module):
         super().__init__()
         self.clock = clock
 
-    def forward(self, support: ph.Episode) -> dict[str, Any]:
-        gravity = float(TRUE[2]) * self.clock.square()
-        return {
-            "gravity": SimpleNamespace(mean=gravity),
+    def belief(self, support: ph.Shots, program: object) -> Any:
+        """Return a belief whose distributions have the true means."""
+        distributions = {
+            "gravity": SimpleNamespace(mean=float(TRUE[2]) * self.clock.square()),
             "unknown": SimpleNamespace(mean=self.clock),
         }
+        return SimpleNamespace(distributions=lambda: distributions)
 
 
 class Knowing(ph.models.MetaHybridVAE):
@@ -200,11 +201,11 @@ class Knowing(ph.models.MetaHybridVAE):
 
 
 def test_a_model_that_knows_everything_errs_as_the_truth_does() -> None:
-    windows = real_learned.tasks(made_up(), 3, 8, 0, points=101)
+    windows = real_learned.cut_tasks(made_up(), 3, 8, 0, points=101)
     assert windows.true_latents is not None
     model = Knowing(RecordedDoublePendulum(SHARE))
     model.prior = Told(windows.true_latents["scale"])  # type: ignore[assignment]
-    states, latents = real.predicted(model, windows)
+    states, latents = real.predict_windows(model, windows)
     parameters = torch.stack(
         [SHARE * RODS**2 * ONE, TRUE[1], TRUE[2], TRUE[1] * TRUE[2], TRUE[4], TRUE[5]]
     )
@@ -219,7 +220,7 @@ def test_a_model_that_knows_everything_errs_as_the_truth_does() -> None:
 
 
 def test_what_diverged_counts_as_infinitely_wrong() -> None:
-    windows = real_learned.tasks(made_up(), 1, 6, 0, points=101)
+    windows = real_learned.cut_tasks(made_up(), 1, 6, 0, points=101)
     states = torch.full((1, 2, 101, 4), torch.nan)
     assert bool(real.errors(states, windows).isinf().all())
 

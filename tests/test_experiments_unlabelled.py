@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from experiments import unlabelled
-from experiments.grouping import Evidence, concentration, group, log_evidence, misfit
+from experiments.grouping import (
+    concentration,
+    group,
+    log_evidence,
+    measurement,
+    misfit,
+    sum_by_group,
+)
 from experiments.long_recordings import Clocked, cut, with_clock
 from experiments.relabelling import Unpaired, dependence, pairs, sets
 from experiments.run import Choice, carry_out
@@ -40,7 +47,7 @@ def test_evidence_of_one_measurement_is_its_marginal_density() -> None:
     marginal = MultivariateNormal(zero, one + covariance).log_prob(location)
     alone = MultivariateNormal(zero, covariance).log_prob(location)
     # What adds up over measurements of one system: the density of the measurement where the latent is zero.
-    torch.testing.assert_close(log_evidence(Evidence.at(location, covariance)), marginal - alone)
+    torch.testing.assert_close(log_evidence(measurement(location, covariance)), marginal - alone)
 
 
 def test_evidence_of_a_group_is_the_density_of_all_its_members_together() -> None:
@@ -52,7 +59,7 @@ def test_evidence_of_a_group_is_the_density_of_all_its_members_together() -> Non
     expected = MultivariateNormal(zero, joint).log_prob(location.flatten()) - MultivariateNormal(
         zero, torch.block_diag(*covariance)
     ).log_prob(location.flatten())
-    both = Evidence.at(location, covariance).by(torch.zeros(2, dtype=torch.long))
+    both = sum_by_group(measurement(location, covariance), torch.zeros(2, dtype=torch.long))
     torch.testing.assert_close(log_evidence(both), expected.unsqueeze(0))
 
 
@@ -78,7 +85,9 @@ def test_misfit_is_recovered_from_pairs() -> None:
     torch.manual_seed(0)
     extra = torch.tensor([[0.02, 0.005], [0.005, 0.01]], dtype=torch.float64)
     location, covariance, truth = readings(1000, 8, extra)
-    found = misfit(location, covariance, truth, torch.eye(2, dtype=torch.float64), iterations=200)
+    found = misfit(
+        location, covariance, truth, torch.eye(2, dtype=torch.float64), num_iterations=200
+    )
     torch.testing.assert_close(found, extra, rtol=0.1, atol=1e-3)
 
 

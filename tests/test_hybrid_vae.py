@@ -81,7 +81,7 @@ def test_negative_weights_are_refused() -> None:
 
 
 def evidence(model: HybridVAE, episode: ph.Episode) -> dict[str, Tensor]:
-    before = model.prior.natural(None)
+    before = model.prior.population().natural
     return {
         name: natural - before[name] for name, natural in model.guide().natural(episode).items()
     }
@@ -245,9 +245,9 @@ LEARNING = {
         "unmixer",
         "heads.unknown",
         "heads.omega",
-        "base",
+        "raw",
     },
-    "unmixing": {"first", "unmixer", "heads.unknown", "base"},
+    "unmixing": {"first", "unmixer", "heads.unknown", "raw"},
     "recovery": {"second", "heads.omega"},
 }
 

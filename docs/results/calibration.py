@@ -28,24 +28,26 @@ class Spring(ph.HybridModel):
 
     def __init__(self, evidence: ph.GaussNewton | None) -> None:
         super().__init__()
+        reader = ph.Encoder(encoder())
         self.prior = ph.SupportPrior(
-            encoder(), evidence, rate=ph.families.LogNormal(1), drag=ph.families.LogNormal(1)
+            reader if evidence is None else reader.then(evidence),
+            rate=ph.families.LogNormal(1),
+            drag=ph.families.LogNormal(1),
         )
 
     def forward(self, episode: ph.Episode) -> torch.Tensor:
-        p = self.prior(episode.support)
+        p = self.prior(episode)
+        query = episode.query
         with episode.plate:
-            rate, drag = pyro.sample("rate", p["rate"]), pyro.sample("drag", p["drag"])
+            rate = pyro.sample("rate", p["rate"])
+            drag = pyro.sample("drag", p["drag"])
             states = ph.solve(
                 lambda t, s: (s[1], -rate * s[0] - drag * s[1]),
-                episode.query.initial,
-                episode.query.times,
+                query.measured_initial.unbind(-1),
+                query.times,
             )
-            return pyro.sample(
-                "x",
-                dist.Normal(states, NOISE).mask(episode.query.scored).to_event(3),
-                obs=episode.query.values,
-            )
+            x = dist.Normal(states, NOISE).mask(query.scored)
+            return pyro.sample("x", x.to_event(3), obs=query.values)
 
 
 def encoder() -> ph.SetEncoder:
@@ -53,12 +55,11 @@ def encoder() -> ph.SetEncoder:
 
 
 def springs(systems: int) -> ph.Tasks:
-    """Springs of all strengths, four shots of each, their starts measured without noise."""
-    rate, drag = (
-        (0.4 * torch.randn(systems, 1) + 1.0).exp(),
-        (0.5 * torch.randn(systems, 1) - 1.0).exp(),
-    )
-    start, times = (torch.randn(systems, 4), torch.randn(systems, 4)), 0.15 * torch.arange(POINTS)
+    """Simulate springs of all strengths, four shots of each, their starts measured without noise."""
+    rate = (0.4 * torch.randn(systems, 1) + 1.0).exp()
+    drag = (0.5 * torch.randn(systems, 1) - 1.0).exp()
+    start = (torch.randn(systems, 4), torch.randn(systems, 4))
+    times = 0.15 * torch.arange(POINTS)
     states = ph.solve(lambda t, s: (s[1], -rate * s[0] - drag * s[1]), start, times)
     noise = NOISE * torch.randn_like(states)
     noise[:, :, 0] = 0.0
@@ -68,11 +69,11 @@ def springs(systems: int) -> ph.Tasks:
 
 
 def train(computed: bool, tasks: ph.Tasks, steps: int) -> tuple[Spring, ph.AmortizedGuide]:
-    """One of the two ways to read them."""
+    """Train a program whose evidence is computed, or learned by encoders alone."""
     torch.manual_seed(SEED)
     evidence = ph.GaussNewton(3) if computed else None
     model = Spring(evidence)
-    guide = ph.AmortizedGuide(model.prior, None if computed else encoder(), evidence)
+    guide = ph.AmortizedGuide(model, evidence or encoder())
     ph.meta_train(
         model, guide, tasks, num_steps=steps, batch_size=32, learning_rate=5e-3, seed=SEED
     )
@@ -82,7 +83,7 @@ def train(computed: bool, tasks: ph.Tasks, steps: int) -> tuple[Spring, ph.Amort
 def suspects(
     found: ph.Calibration, model: Spring, guide: ph.AmortizedGuide, tasks: ph.Tasks
 ) -> list[dict]:
-    """What nobody can look at with real data: the truth of those springs whose k-hat is large."""
+    """Compare draws with the truth, unknown for real data, of those springs whose k-hat is large."""
     large = (torch.from_numpy(found.pareto_k) > 0.7).nonzero()[:, 0]
     if not len(large):
         return []
@@ -124,14 +125,15 @@ def main() -> None:
             found.plot().savefig(images / f"calibration_{name}.png", dpi=100)
         (results / f"calibration_{name}.txt").write_text(f"{found}\n")
         numbers[name] = found.to_dict()
-        if model.prior.evidence:
+        if name != "encoder":
             numbers[f"{name}_suspects"] = suspects(found, model, guide, held_out)
 
     check("encoder", *train(False, tasks, 1 if choice.fast else 300))
     model, guide = train(True, tasks, 1 if choice.fast else 100)
     check("computed", model, guide)
-    model.prior.evidence = guide.evidence = ph.GaussNewton(5, restarts=8)
-    check("restarts", model, guide)
+    restarts = ph.GaussNewton(5, num_restarts=8)
+    posterior = ph.compute_evidence(ph.Posterior(model, guide), restarts, restarts)
+    check("restarts", posterior.model, posterior.guide)
     numbers |= {
         "seed": SEED,
         "seconds": round(time.perf_counter() - began, 1),

@@ -33,6 +33,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import pyro_hybrid as ph
+from pyro_hybrid.beliefs.belief import Gaussian
 from pyro_hybrid.dynamics.rk4 import seconds_compiling
 from pyro_hybrid.programs.module import local_parameters
 
@@ -257,20 +258,18 @@ def errors(problem: Problem) -> dict[str, float]:
 
 
 def evidence(problem: Problem, compile: bool) -> Step:
-    """Computed evidence of all four latents from the same trajectories: one iteration of ph.GaussNewton."""
-    from pyro_hybrid.evidence.gauss_newton import Problem as LeastSquares
-
+    """Compute evidence of all four latents from the same trajectories: one iteration of ph.GaussNewton."""
     residual, encoder = problem.fresh()
     model = rivals.Ours(residual, step=LONGER, compile=compile)
     families = {"log_omega": ph.families.Normal(1), "unknown": ph.families.Normal(rivals.LATENTS)}
     with torch.no_grad():
         mean = encoder(problem.episode.query.values)[0]
-    precision = torch.eye(mean.shape[-1], device=mean.device).expand(len(mean), -1, -1)
+    belief = Gaussian.around(families, mean, 1.0)
 
     def step() -> float:
         with pyro.validation_enabled(False):
-            squares = LeastSquares(model, problem.episode, families, mean, precision)
-            return float(ph.GaussNewton(1)(squares, mean).mean.sum())
+            increment = ph.GaussNewton(1)(belief, problem.episode.query, model)
+            return float((belief + increment).moments()[0].sum())
 
     return step
 

@@ -58,18 +58,19 @@ class Naive(ph.HybridModel):
     def __init__(self, model: ph.models.MetaHybridVAE, tolerance: float = 1e-5) -> None:
         super().__init__()
         self.tolerance = tolerance
-        self.prior = ph.SupportPrior(model.encoder(), **model.prior.sites).to(model.prior.base)
-        self.residual = PlainTerm(model.residual).to(model.prior.base)
+        self.prior = ph.SupportPrior(model.encoder(), **model.prior.families).to(model.prior.raw)
+        self.residual = PlainTerm(model.residual).to(model.prior.raw)
         self.noise = PyroParam(torch.ones_like(model.noise), constraints.positive)
         self.start_noise = PyroParam(torch.ones_like(model.start_noise), constraints.positive)
-        self.load_state_dict(model.state_dict())
+        state = model.state_dict()
+        self.load_state_dict({name: state[name] for name in self.state_dict()})
 
     def guide(self, like: ph.AmortizedGuide) -> Guide:
         """A guide for this program that begins as ``like``."""
         return Guide(self, like)
 
     def forward(self, episode: ph.Episode) -> None:
-        p = self.prior(episode.support)
+        p = self.prior(episode)
         with episode.plate:
             omega = pyro.sample("omega", p["omega"])
             unknown = pyro.sample("unknown", p["unknown"])
@@ -107,14 +108,15 @@ class Guide(nn.Module):
     def __init__(self, model: Naive, like: ph.AmortizedGuide) -> None:
         super().__init__()
         self.model = model
-        encoder = ph.SetEncoder(like.encoder.sensors, like.encoder.steps, like.encoder.features)
-        self.amortized = ph.AmortizedGuide(model.prior, encoder).to(model.prior.base)
-        self.amortized.load_state_dict(like.state_dict())
+        same = like.network.encoder
+        encoder = ph.SetEncoder(same.sensors, same.steps, same.features)
+        self.amortized = ph.AmortizedGuide(model, encoder).to(model.prior.raw)
+        self.amortized.network.load_state_dict(like.network.state_dict())
 
     def forward(self, episode: ph.Episode) -> None:
         with episode.plate:
-            for name, natural in self.amortized.natural(episode).items():
-                pyro.sample(name, self.model.prior.sites[name].distribution(natural))
+            for name, fn in self.amortized.belief(episode).distributions().items():
+                pyro.sample(name, fn)
             start_noise = self.model.start_noise.detach()
             pyro.sample("initial", dist.Normal(episode.query.initial, start_noise).to_event(2))
 
@@ -129,7 +131,7 @@ def standardise(model: nn.Module, guide: nn.Module, tasks: ph.Tasks) -> None:
 def named(model: nn.Module, guide: ph.AmortizedGuide) -> dict[str, Tensor]:
     """Every parameter of a program and of the library's guide, once, by the name that all versions know it by."""
     own = {
-        f"guide.{name}": p for name, p in guide.named_parameters() if not name.startswith("prior.")
+        f"guide.{name}": p for name, p in guide.named_parameters() if not name.startswith("model.")
     }
     return dict(model.named_parameters()) | own
 

@@ -4,7 +4,7 @@ Weights are a flat dictionary with the names that torch has for them, those of t
 constant (standardisation, locations and scales of the families) is in it too. Optimizer, schedule and clipping are
 those of ``ph.meta_train``. Two things aren't as one would write them first. Omega is sampled as its logarithm: numpyro
 has no KL of LogNormals in closed form and would fall back on samples, torch has one, and it is that of the logarithms.
-And the factor that trains the population ``prior.base`` is here, though its one influence on the rest is that its
+And the factor that trains the population ``prior.raw`` is here, though its one influence on the rest is that its
 gradient counts in the norm by which gradients are clipped.
 """
 
@@ -61,15 +61,16 @@ def batch(episode: ph.Episode) -> Batch:
 def weights(model: ph.models.MetaHybridVAE, guide: ph.AmortizedGuide) -> dict[str, np.ndarray]:
     """All that the numpyro program needs to begin where these two are; standardise their encoders before."""
     both = named(model, guide) | {"residual.scale": model.residual.scale}
-    for name, encoder in (("prior", model.prior.encoder), ("guide", guide.encoder)):
-        both |= {f"{name}.encoder.centre": encoder.centre, f"{name}.encoder.scale": encoder.scale}
+    for name, encoder in (("prior", model.prior.network.encoder), ("guide", guide.network.encoder)):
+        place = f"{name}.network.encoder"
+        both |= {f"{place}.centre": encoder.centre, f"{place}.scale": encoder.scale}
     for key in ("loc", "scale"):
         values = [
             float(getattr(family, key))
-            for family in model.prior.sites.values()
+            for family in model.prior.families.values()
             for _ in range(family.n)
         ]
-        both[f"sites.{key}"] = torch.tensor(values, dtype=model.prior.base.dtype)
+        both[f"sites.{key}"] = torch.tensor(values, dtype=model.prior.raw.dtype)
     both["residual.periodic"] = torch.tensor(model.residual.periodic)
     return {name: value.detach().numpy().copy() for name, value in both.items()}
 
@@ -95,18 +96,26 @@ def located(w: Weights, raw: Array, widest: float) -> tuple[Array, Array]:
     return w["sites.loc"] + w["sites.scale"] * place, w["sites.scale"] * jnp.exp(bounded)
 
 
+def updated(
+    w: Weights, mean: Array, scale: Array, head: str, features: Array
+) -> tuple[Array, Array]:
+    """Add the evidence of a head of the network to Normals, as mean and scale."""
+    place, spread = located(w, linear(w, head, jax.nn.silu(features)), 8.0)
+    precision = scale**-2 + spread**-2
+    return (mean * scale**-2 + place * spread**-2) / precision, jax.lax.rsqrt(precision)
+
+
 def prior(w: Weights, features: Array) -> tuple[Array, Array]:
-    return located(w, linear(w, "prior.head.1", jax.nn.silu(features)), 2.0)
+    """The population, through which no gradient flows, plus the support's evidence."""
+    population = located(w, stop_gradient(w["prior.raw"]), 2.0)
+    return updated(w, *population, "prior.network.head.1", features)
 
 
 def posterior(w: Weights, support: Array, query: Array) -> tuple[Array, Array]:
     """The prior's natural parameters plus the query's evidence, as mean and scale."""
-    of_support = encode(w, "prior.encoder", support)
-    both = jnp.concatenate([encode(w, "guide.encoder", query), of_support], -1)
-    place, spread = located(w, linear(w, "guide.head.1", jax.nn.silu(both)), 8.0)
-    mean, scale = prior(w, of_support)
-    precision = scale**-2 + spread**-2
-    return (mean * scale**-2 + place * spread**-2) / precision, jax.lax.rsqrt(precision)
+    of_support = encode(w, "prior.network.encoder", support)
+    both = jnp.concatenate([encode(w, "guide.network.encoder", query), of_support], -1)
+    return updated(w, *prior(w, of_support), "guide.network.head.1", both)
 
 
 def sample(
@@ -151,9 +160,9 @@ def program(start: Weights) -> tuple[Callable[..., None], Callable[..., None]]:
 
     def model(support: Array, query: Array, initial: Array, times: Array) -> None:
         w = read()
-        mean, scale = prior(w, encode(w, "prior.encoder", support))
+        mean, scale = prior(w, encode(w, "prior.network.encoder", support))
         aside = divergence(
-            stop_gradient(mean), stop_gradient(scale), *located(w, w["prior.base"], 2.0)
+            stop_gradient(mean), stop_gradient(scale), *located(w, w["prior.raw"], 2.0)
         )
         numpyro.factor("proposals", stop_gradient(aside) - aside)
         omega, unknown, y = sample(mean, scale, initial, jnp.exp(w["start_noise_unconstrained"]))
@@ -220,7 +229,7 @@ def stepper(
 @jax.jit
 def prior_mean(w: Weights, support: Array) -> Array:
     """Means of (log omega, unknown) given the support alone; ``w = start | svi.get_params(state)``."""
-    return prior(w, encode(w, "prior.encoder", support))[0]
+    return prior(w, encode(w, "prior.network.encoder", support))[0]
 
 
 class Noise(Messenger):

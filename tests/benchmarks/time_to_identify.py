@@ -89,7 +89,7 @@ class Entry:
     model: ph.models.MetaHybridVAE
     guide: ph.AmortizedGuide
     train: ph.Tasks
-    support: ph.Episode
+    support: ph.Shots
     watch: Watch
     steps: int
     seed: int
@@ -114,24 +114,30 @@ class Entry:
 
 @torch.no_grad()
 def read(
-    prior: ph.SupportPrior, support: ph.Episode, evidence: ph.GaussNewton | None = None
+    model: ph.HybridModel, support: ph.Shots, evidence: ph.GaussNewton | None = None
 ) -> Tensor:
-    """Prior means in unconstrained coordinates, (task, latent)."""
-    prior.evidence = evidence
-    try:
-        return prior.gaussian(support)[0]
-    finally:
-        prior.evidence = None
+    """Compute prior means in unconstrained coordinates, (task, latent).
+
+    Arguments:
+        model: its prior reads the support with an encoder.
+        support: the shots to read.
+        evidence: evidence that goes on from the encoder's, or None for the encoder alone.
+    """
+    belief = model.prior.belief(support, model)
+    if evidence is not None:
+        population = model.prior.population().expand(support.shape[0])
+        shots = support.sorted_shots
+        belief = population + evidence(population, shots, model, start=belief)
+    return belief.moments()[0]
 
 
 def library(entry: Entry, evidence: ph.GaussNewton | None = None) -> None:
-    prior, support = entry.model.prior, entry.support
     entry.fit(
         entry.model,
         entry.guide,
-        lambda: read(prior, support, evidence),
+        lambda: read(entry.model, entry.support, evidence),
         curriculum={0.0: 1},
-        segments=SEGMENTS,
+        segments_per_shot=SEGMENTS,
     )
 
 
@@ -140,7 +146,7 @@ def naive(entry: Entry) -> None:
     entry.fit(
         rival,
         rival.guide(entry.guide),
-        lambda: read(rival.prior, entry.support),
+        lambda: read(rival, entry.support),
         curriculum={0.0: None},
     )
 
