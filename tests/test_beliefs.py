@@ -85,6 +85,19 @@ def test_factors_agree_with_pyros_gaussian() -> None:
     assert_close(mine.condition(values[:, :1]).precision, conditional.precision)
 
 
+def test_one_precision_serves_many_conditionals() -> None:
+    whole = factor(TASKS, size=5)
+    values = torch.randn(7, TASKS, 2, generator=generator(5), dtype=torch.float64)
+    given = whole.condition(values)
+    assert given.information.shape == (7, TASKS, 3)
+    assert given.precision.shape == (TASKS, 3, 3)
+    marginal = given.marginal(1)
+    for k in range(7):
+        expected = whole.condition(values[k]).marginal(1)
+        assert_close(marginal.mean[k], expected.mean)
+        assert_close(marginal.covariance, expected.covariance)
+
+
 def test_adding_factors_multiplies_densities() -> None:
     one, other = factor(2, size=3), factor(2, size=3, seed=9)
     a, b = torch.randn(2, 2, 3, generator=generator(3), dtype=torch.float64)
@@ -219,6 +232,14 @@ def test_evidence_added_to_an_arrow_integrates_its_old_shots_out() -> None:
     assert_close(total.task_marginal.precision, expected.precision)
     assert_close(total.task_marginal.information, expected.information)
     assert total.shots is second.shots
+
+
+def test_expanding_an_arrow_keeps_what_its_shots_say_of_the_task() -> None:
+    belief = arrow()
+    repeated = belief.expand(TASKS)
+    assert repeated.shots is None
+    assert_close(repeated.own.precision, belief.task_marginal.precision)
+    assert_close(repeated.own.information, belief.task_marginal.information)
 
 
 def test_order_of_shots_does_not_matter() -> None:

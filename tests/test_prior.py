@@ -394,6 +394,12 @@ def test_declared_families_get_the_marginals_of_the_exact_posterior(inferred: bo
     assert_close(p["bend"].stddev, sd[:, 1:3], **CLOSE)
 
 
+def test_a_belief_given_a_support_holds_no_latents_of_its_shots() -> None:
+    shots = make_tasks(4, 4, num_support=3, inferred=True).episode().support
+    model = line(ph.GaussNewton(8), inferred=True).double()
+    assert model.prior.belief(shots, model).gaussian().shots is None
+
+
 def test_a_declared_full_normal_gets_the_full_covariance() -> None:
     shots = make_tasks(4, 4, num_support=3).episode().support
     model = line(ph.GaussNewton(8), sites=TOGETHER).double()

@@ -98,10 +98,9 @@ class Quadratic:
         if keep == self.size:
             return self
         cross = self.precision[..., keep:, :keep]
-        right = torch.cat([self.information[..., keep:, None], cross], -1)
-        solved = solve_positive(self.precision[..., keep:, keep:], right)
-        information = self.information[..., :keep] - _times(cross.mT, solved[..., 0])
-        precision = self.precision[..., :keep, :keep] - cross.mT @ solved[..., 1:]
+        gain = solve_positive(self.precision[..., keep:, keep:], cross)
+        information = self.information[..., :keep] - _times(gain.mT, self.information[..., keep:])
+        precision = self.precision[..., :keep, :keep] - cross.mT @ gain
         return Quadratic(information, _symmetric(precision))
 
     def condition(self, values: Tensor) -> Quadratic:

@@ -145,7 +145,10 @@ class SupportPrior(Prior):
         if support is None:
             return population
         before = population.detach().expand(support.shape[0])
-        return update(before, self.evidence, support.sorted_shots, program, self.interval_scale)
+        shots = support.sorted_shots
+        after = update(before, self.evidence, shots, program, self.interval_scale)
+        # The latents of the support's shots are not those of the query's.
+        return after.without_shots() if isinstance(after, Gaussian) else after
 
     def amortization_loss(self, support: Shots | None, belief: Belief) -> Tensor:
         r"""Train the population, and an encoder that only proposes, towards what was inferred of these tasks.

@@ -105,9 +105,8 @@ class SVI(PyroSVI):
         if episode.belief is None or not isinstance(prior, Prior):
             return loss
         auxiliary = prior.amortization_loss(episode.support, episode.belief)
-        return loss + (
-            auxiliary - auxiliary.detach()
-        )  # in this order, what is added is exactly zero
+        # In this order, the value that is added is exactly zero.
+        return loss + (auxiliary - auxiliary.detach())
 
     def _loss(self, model: nn.Module, guide: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         with local_parameters():
