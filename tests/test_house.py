@@ -106,13 +106,12 @@ def test_rooms_import_only_from_rooms_below_them() -> None:
 
 # ---- private names ---------------------------------------------------------------------------
 
-# Private names of other modules that a file of the package still uses. The list must shrink.
+# Private names that a file of the package still uses of other modules, or of other packages. The list must shrink.
 PRIVATE: dict[str, set[str]] = {
-    "evidence/gauss_newton.py": {"_mask"},
+    "dynamics/slopes.py": {"_C", "_functorch"},  # torch: is this call being transformed?
     "identifiability/task_beliefs.py": {"_stock"},
-    "identifiability/weight_losses.py": {"_computed"},
-    "inference/prior.py": {"_version"},
     "programs/module.py": {"_PyroModuleMeta", "_pyro_context"},  # the one door to Pyro's own
+    "programs/sites.py": {"_mask"},  # Pyro: the mask of a masked distribution
     "scores/ambiguity.py": {
         "_cross_validated_r",
         "_explained_r",
@@ -133,6 +132,7 @@ PRIVATE: dict[str, set[str]] = {
         "_standardise",
     },
     "training/loop.py": {"_foreach_lerp_"},
+    "training/second_order.py": {"_backward_hooks"},  # torch: hooks that freeze weights
 }
 OF_NAMED_TUPLES = {"_asdict", "_fields", "_make", "_replace"}
 
@@ -192,8 +192,6 @@ def test_no_private_name_crosses_a_module(path: Path) -> None:
 ASSERTING: set[str] = {
     "diagnostics/case.py",
     "diagnostics/simulate.py",
-    "inference/guide.py",
-    "inference/prior.py",
     "models/aphynity.py",
     "systems/advection_diffusion.py",
 }
@@ -207,17 +205,6 @@ def test_checks_are_raised_and_not_asserted(path: Path) -> None:
         assert lines, "no assert is left; take the file off the list"
     else:
         assert not lines, f"asserts in lines {lines}: raise with pyro_hybrid.errors.require"
-
-
-def test_no_error_is_raised_by_hand_in_another_form() -> None:
-    """The three parts of a message are what ``require`` and ``fail`` put together."""
-    pattern = re.compile(r"raise (?:ValueError|TypeError)\(")
-    raised = {
-        path.relative_to(PACKAGE).as_posix()
-        for path in FILES
-        if pattern.search(path.read_text(encoding="utf-8"))
-    }
-    assert raised <= {"inference/arviz_data.py"}  # it can't import the helpers
 
 
 def test_the_hooks_before_a_commit_are_what_lint_runs_and_fetch_nothing() -> None:
