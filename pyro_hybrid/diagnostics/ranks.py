@@ -7,8 +7,8 @@ from functools import cache
 from typing import NamedTuple
 
 import numpy as np
+import scipy  # its parts are imported when they are used
 from numpy.typing import NDArray
-from scipy.stats import beta, binom, chi2, norm
 
 from pyro_hybrid.identifiability.check import Interval, Status
 
@@ -98,7 +98,7 @@ def band(simulations: int, latents: int = 1) -> tuple[Array, Array, Array]:
     """
     grid, random = np.arange(1, CELLS) / CELLS, np.random.default_rng(0)
     counts = random.multinomial(simulations, np.full(CELLS, 1.0 / CELLS), TRIALS).cumsum(1)[:, :-1]
-    law, every = binom(simulations, grid), np.arange(simulations + 1)[:, None]
+    law, every = scipy.stats.binom(simulations, grid), np.arange(simulations + 1)[:, None]
     tails = np.minimum(law.cdf(every), law.sf(every - 1))
     least = np.take_along_axis(tails, counts, 0).min(1)
     tail = np.quantile(least, (1.0 - SURE) / latents, method="lower")
@@ -116,10 +116,10 @@ def _scores(ranks: Array) -> tuple[Interval, Interval]:
     Those of uniform ranks are standard normal, whatever the posterior's shape, and no outlier counts for more than its
     rank.
     """
-    scores, n = norm.ppf(ranks), len(ranks)
+    scores, n = scipy.stats.norm.ppf(ranks), len(ranks)
     spread, tails = float(scores.std(ddof=1)), np.array([0.995, 0.005])
-    reach = float(norm.ppf(SURE + 0.5 * (1.0 - SURE))) * spread / math.sqrt(n)
-    low, high = spread * np.sqrt((n - 1) / chi2.ppf(tails, n - 1))
+    reach = float(scipy.stats.norm.ppf(SURE + 0.5 * (1.0 - SURE))) * spread / math.sqrt(n)
+    low, high = spread * np.sqrt((n - 1) / scipy.stats.chi2.ppf(tails, n - 1))
     return (float(scores.mean()) - reach, float(scores.mean()) + reach), (float(low), float(high))
 
 
@@ -140,5 +140,5 @@ def _wrong(shift: Interval, width: Interval) -> str:
 
 def share(count: int, of: int) -> Interval:
     """Clopper and Pearson's 95% interval."""
-    low = float(beta.ppf(0.025, count, of - count + 1)) if count else 0.0
-    return low, float(beta.ppf(0.975, count + 1, of - count)) if count < of else 1.0
+    low = float(scipy.stats.beta.ppf(0.025, count, of - count + 1)) if count else 0.0
+    return low, float(scipy.stats.beta.ppf(0.975, count + 1, of - count)) if count < of else 1.0

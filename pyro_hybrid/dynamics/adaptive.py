@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torchdiffeq
 from torch import Tensor
 
 from pyro_hybrid.dynamics.clocks import have_equal_spacing, just_before
@@ -34,6 +33,8 @@ def adaptive_steps(
     slope: Slope, y: Tensor, times: Times, method: str, tolerance: Tolerance, axis: int
 ) -> list[Tensor]:
     """Return states at all times, in the solver's form."""
+    import torchdiffeq  # here, since it imports much of scipy
+
     clock = _Clock(times, axis)
     watch = _Watch(slope, clock, tolerance.max_steps, axis)
     y = expand_batch_like(y, slope(clock.at(clock.begin(1)[0]), y), axis)
