@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
 
@@ -19,7 +19,7 @@ from pyro_hybrid.beliefs.families import Beta, Family, Gamma, LogNormal, Normal
 from pyro_hybrid.inference.prior import Prior
 from pyro_hybrid.programs.run import Program
 
-EVIDENCE = ph.GaussNewton(6, restarts=2)
+EVIDENCE = ph.GaussNewton(6, num_restarts=2)
 Values = Mapping[str, Tensor]
 Rule = Callable[[Values], Tensor]
 Kind = Literal["real", "positive", "fraction"]
@@ -290,7 +290,7 @@ class Case:
 
     def program(self, prior: Prior, episode: ph.Episode) -> Tensor:
         """The true system as a Pyro program."""
-        p = prior(episode.support)
+        p = prior(episode)
         with episode.plate:
             latents = {name: pyro.sample(name, p[name]) for name in self.sites}
             start = episode.query.initial
@@ -308,21 +308,24 @@ class Case:
         encoder = ph.SetEncoder(sensors, self.points, 8, width=16)
         prior: Prior = ph.UnconditionalPrior(**self.sites)
         if self.conditional:
-            prior = ph.SupportPrior(encoder, EVIDENCE, **self.sites)
+            prior = ph.SupportPrior(ph.Encoder(encoder).then(EVIDENCE), **self.sites)
+        query = ph.GaussNewton(2) if self.conditional else EVIDENCE
         if self.plain:
-            prior = prior.double()
-
-            def program(episode: ph.Episode) -> Tensor:
-                return self.program(prior, episode)
-
-            prior.bind(program)
-            return program, ph.AmortizedGuide(
-                prior, evidence=EVIDENCE if not self.conditional else ph.GaussNewton(2)
-            )
+            program = self.function(prior.double())
+            return program, ph.AmortizedGuide(program, query)
         model = Model(self, prior)
-        return model, ph.AmortizedGuide(
-            prior, evidence=EVIDENCE if not self.conditional else ph.GaussNewton(2)
-        )
+        return model, ph.AmortizedGuide(model, query)
+
+    def function(self, prior: Prior) -> Any:
+        """The program as a plain function, which computes the belief given the support itself."""
+
+        def program(episode: ph.Episode) -> Tensor:
+            if episode.belief is None:
+                episode = replace(episode, belief=prior.belief(episode.support, program))
+            return self.program(prior, episode)
+
+        program.prior = prior
+        return program
 
     def data(self, seed: int = 0) -> ph.Tasks:
         """Tasks from the population that the prior starts from."""
@@ -686,19 +689,19 @@ def functions(varies: Literal["both", "means", "variances"] = "both") -> tuple[P
     of its own, with ``variances`` the population's means.
     """
 
-    def posterior(*parts: ph.Shots | None) -> tuple[Tensor, Tensor]:
-        precision, right = torch.eye(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
-        for shots in parts:
+    def posterior(*sets: ph.Shots | None) -> tuple[Tensor, Tensor]:
+        precision = torch.eye(2, dtype=torch.float64)
+        right = torch.zeros(2, dtype=torch.float64)
+        for shots in sets:
             if shots is None or shots.values is None:
                 continue
             lines = torch.stack([1.0 - shots.times, shots.times], -1)
-            counts = shots.scored[..., 0].double() / 0.1**2
-            precision = precision + torch.einsum("tsn,ni,nj->tij", counts, lines, lines)
-            right = right + torch.einsum("tsn,tsn,ni->ti", counts, shots.values[..., 0], lines)
+            weight = shots.scored[..., 0].double() / 0.1**2
+            precision = precision + torch.einsum("tsn,ni,nj->tij", weight, lines, lines)
+            right = right + torch.einsum("tsn,tsn,ni->ti", weight, shots.values[..., 0], lines)
         covariance = torch.linalg.inv(precision)
-        return (covariance @ right.unsqueeze(-1)).squeeze(-1), covariance.diagonal(
-            dim1=-2, dim2=-1
-        ).sqrt()
+        mean = (covariance @ right.unsqueeze(-1)).squeeze(-1)
+        return mean, covariance.diagonal(dim1=-2, dim2=-1).sqrt()
 
     def prior(support: ph.Shots | None) -> tuple[Tensor, Tensor]:
         mean, scale = posterior(support)
@@ -735,12 +738,11 @@ def lines(tasks: int, seed: int = 0) -> ph.Tasks:
         tasks, 4, 10, 1, generator=generator, dtype=torch.float64
     )
     mask = times[:, None] <= 0.3 + torch.rand(tasks, 1, 1, 1, generator=generator)
-    start, mask = values[:, :, 0], mask.expand_as(values)
     return ph.Tasks.from_trajectories(
         times,
         values,
         num_support=2,
-        initial=start,
-        observed=mask,
+        initial=values[:, :, 0],
+        observed=mask.expand_as(values),
         true_latents={"weights": weights},
     )

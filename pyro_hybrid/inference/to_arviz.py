@@ -13,6 +13,7 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from pyro_hybrid.data.episode import Episode
+from pyro_hybrid.data.shots import Shots
 from pyro_hybrid.data.validate_episode import check_episode
 from pyro_hybrid.errors import require
 from pyro_hybrid.inference import arviz_data
@@ -85,7 +86,7 @@ def to_arviz(
         "posterior_predictive": _chained({name: simulated[name]["value"] for name in sites}),
         "log_likelihood": _chained({name: _by_shot(site) for name, site in sites.items()}),
         "observed_data": {
-            name: _with_gaps(site["value"], episode.query.observed) for name, site in sites.items()
+            name: _observations(name, site, episode.query) for name, site in sites.items()
         },
         "constant_data": _constants(episode),
     }
@@ -107,6 +108,24 @@ def _by_shot(site: Site) -> Tensor:
     fn, mask = unwrap(site["fn"], site["mask"])
     value = fn.log_prob(site["value"])
     return torch.where(torch.as_tensor(mask, device=value.device), value, 0.0).flatten(3).sum(-1)
+
+
+def _observations(name: str, site: Site, query: Shots) -> NDArray[np.floating]:
+    """Values of an observed site, NaN where nothing was measured."""
+    values = site["value"]
+    require(
+        values.dim() == 4,
+        f"observations {name!r} with axes (task, shot, time, sensor)",
+        tuple(values.shape),
+        "Reshape them.",
+    )
+    if values.shape == query.observed.shape:
+        return _with_gaps(values, query.observed)
+    # A program may observe its sensors at several sites; each knows which of its values count.
+    is_scored = torch.as_tensor(unwrap(site["fn"], site["mask"])[1], device=values.device)
+    if is_scored.dim() > values.dim():  # the same for every draw
+        is_scored = is_scored[0]
+    return _with_gaps(values, is_scored)
 
 
 def _constants(episode: Episode) -> dict[str, NDArray[np.floating]]:
@@ -139,7 +158,7 @@ def _labels(
         strangers,
         "Name the components of a site: names={site: [...]}.",
     )
-    for name, value in groups["observed_data"].items():
+    for name in groups["observed_data"]:
         dims[name] = [
             "task",
             "shot",
@@ -148,12 +167,6 @@ def _labels(
         ]
         if name in names:
             coords[dims[name][-1]] = list(names[name])
-        require(
-            value.ndim == 4,
-            f"observations {name!r} with axes (task, shot, time, sensor)",
-            value.shape,
-            "Reshape them.",
-        )
     for name, value in groups["posterior"].items():
         dims[name] = ["task", *(["shot"] if value.ndim == 5 else []), f"{name}_component"]
         if name in names:
@@ -165,8 +178,8 @@ def _chained(values: Mapping[str, Tensor]) -> dict[str, NDArray[np.floating]]:
     return {name: _numpy(value)[None] for name, value in values.items()}
 
 
-def _with_gaps(values: Tensor, seen: Tensor) -> NDArray[np.floating]:
-    return _numpy(values.where(seen, torch.nan))
+def _with_gaps(values: Tensor, observed: Tensor) -> NDArray[np.floating]:
+    return _numpy(values.where(observed, torch.nan))
 
 
 def _numpy(value: Tensor) -> NDArray[np.floating]:
