@@ -221,6 +221,13 @@ def test_evidence_added_to_an_arrow_integrates_its_old_shots_out() -> None:
     assert total.shots is second.shots
 
 
+def test_an_expanded_belief_keeps_the_evidence_of_its_shots() -> None:
+    belief = arrow()
+    expanded = belief.expand(TASKS)
+    assert_close(expanded.task_marginal.information, belief.task_marginal.information)
+    assert_close(expanded.task_marginal.precision, belief.task_marginal.precision)
+
+
 def test_order_of_shots_does_not_matter() -> None:
     belief = arrow()
     assert belief.shots is not None

@@ -235,7 +235,8 @@ class Gaussian(Belief):
         return marginal.mean.to(self.dtype), scale.to(self.dtype)
 
     def expand(self, num_tasks: int) -> Gaussian:
-        return Gaussian(self.families, self.own.expand(num_tasks), self.dtype)
+        """Repeat a belief about any task for so many tasks; latents of shots are integrated out."""
+        return Gaussian(self.families, self.task_marginal.expand(num_tasks), self.dtype)
 
     def select_tasks(self, rows: Tensor) -> Gaussian:
         shots = None if self.shots is None else self.shots[rows]
