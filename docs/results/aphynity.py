@@ -3,14 +3,15 @@
 25 sequences of one pendulum, 40 steps of 0.5, without noise; as known physics once the pendulum without friction and
 once with it; judged on 25 others. Published, as the log MSE of the held-out sequences and the error of the parameters:
 -7.86 ± 0.60 and 4.0%, and -8.31 ± 0.30 and 0.39% (Yin et al., 2021, https://arxiv.org/abs/2010.04456). Initial states
-are drawn as in the authors' code, https://github.com/yuan-yin/APHYNITY; the error of the parameters, as there, is the
-mean over those that the physics has, of ω² and not of ω. The paper doesn't say which logarithm: ``implied`` tells what
-equations alone would miss by, whose parameters are off by as much as the published ones.
+are drawn as in the authors' code, https://github.com/yuan-yin/APHYNITY. The error of the parameters, as there, is the
+mean over those of the physics, of ω² and not of ω. The paper doesn't say which logarithm it uses: ``implied`` computes
+the error of the equations alone with parameters that are off by as much as the published ones.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import platform
@@ -79,46 +80,59 @@ class Undamped(ph.systems.System):
 
 
 class Damped(Undamped):
-    """The same, its friction being known but for a parameter."""
+    """A damped pendulum whose friction is known except for its parameter."""
 
     physics = {**Undamped.physics, "friction": ph.families.LogNormal(1, loc=-2.3, scale=0.4)}
 
 
 def sequences(choice: argparse.Namespace, seed: int) -> ph.Tasks:
-    """25 sequences of the one system, and one that is the support, which nobody reads."""
+    """Simulate 25 sequences of one system, and a support, which is not used."""
     return Undamped(choice.period).simulate(1, 26, seed, num_support=1)
 
 
 def implied(choice: argparse.Namespace, percent: float) -> dict[str, float]:
-    """log10 MSE of the damped pendulum's own equations whose two parameters are off by so much: best and worst signs."""
-    episode, system = sequences(choice, 2 * choice.seed + 1).episode(), Damped(choice.period)
-    found = []
-    for signs in ((1.0, 1.0), (1.0, -1.0), (-1.0, 1.0), (-1.0, -1.0)):
-        squared, friction = (1.0 + 0.01 * percent * sign for sign in signs)
+    """Compute log10 MSE of the damped pendulum's equations with wrong parameters: of the best and the worst signs.
+
+    Arguments:
+        choice: the options.
+        percent: error of ω² and of the friction.
+    """
+    shots = sequences(choice, 2 * choice.seed + 1).episode().query
+    system = Damped(choice.period)
+    errors = []
+    for sign_of_omega, sign_of_friction in itertools.product((1.0, -1.0), repeat=2):
+        squared = 1.0 + 0.01 * percent * sign_of_omega
+        friction = FRICTION * (1.0 + 0.01 * percent * sign_of_friction)
         physics = {
             "omega": torch.tensor(2.0 * math.pi / choice.period * math.sqrt(squared)),
-            "friction": torch.tensor(FRICTION * friction),
+            "friction": torch.tensor(friction),
         }
-        field = system.known(
-            physics, lambda angle, speed: (torch.zeros_like(angle), torch.zeros_like(speed))
-        )
-        shots = episode.query
-        start = shots.initial.unbind(-1)
+        field = system.known(physics, no_force)
+        start = shots.measured_initial.unbind(-1)
         states = ph.solve(field, start, shots.times, substeps=choice.substeps)
-        found.append(float((states - episode.query.values).square().mean().log10()))
-    return {"percent": percent, "best": round(min(found), 3), "worst": round(max(found), 3)}
+        errors.append(float((states - shots.values).square().mean().log10()))
+    return {"percent": percent, "best": round(min(errors), 3), "worst": round(max(errors), 3)}
+
+
+def no_force(angle: Tensor, speed: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a neural force of zero."""
+    return torch.zeros_like(angle), torch.zeros_like(speed)
 
 
 def least(choice: argparse.Namespace) -> float:
-    """Error of ω², in %, of the objective's own minimum: along the true states friction isn't orthogonal to gravity."""
+    """Compute the error of ω² at the minimum of the objective, in %.
+
+    It isn't zero, because friction isn't orthogonal to gravity along the true states.
+    """
     angle, speed = sequences(choice, 2 * choice.seed).episode().query.values.unbind(-1)
     credited = FRICTION * (speed * angle.sin()).sum() / angle.sin().square().sum()
     return 100.0 * float(credited) / (2.0 * math.pi / choice.period) ** 2
 
 
 def run(system: Undamped, choice: argparse.Namespace) -> dict[str, object]:
-    """Train on one set of sequences, and judge on another."""
-    train, held_out = sequences(choice, 2 * choice.seed), sequences(choice, 2 * choice.seed + 1)
+    """Train on one set of sequences, and score another."""
+    train = sequences(choice, 2 * choice.seed)
+    held_out = sequences(choice, 2 * choice.seed + 1)
     torch.manual_seed(choice.seed)
     model = ph.models.OriginalAPHYNITY(
         system, growth=choice.growth, width=choice.width, substeps=choice.substeps
@@ -138,18 +152,18 @@ def run(system: Undamped, choice: argparse.Namespace) -> dict[str, object]:
     with torch.no_grad(), local_parameters():
         states = model.trajectories(episode)
         norm = squared_norm(system, model.physics(), model.force(), episode.query.times, states)
-        found = {name: float(value) for name, value in model.physics().items()}
+        parameters = {name: float(value) for name, value in model.physics().items()}
     square = (states - episode.query.values).square()
     return {
         "log10_mse": round(float(square.mean().log10()), 3),
         "log10_mse_median_sequence": round(float(square.mean((-2, -1)).median().log10()), 3),
-        "parameters": found,
+        "parameters": parameters,
         "error_percent": {
             name: round(100.0 * (value / system.ranges[name][0] - 1.0), 3)
-            for name, value in found.items()
+            for name, value in parameters.items()
         },
         "error_percent_of_omega_squared": round(
-            100.0 * ((found["omega"] / system.ranges["omega"][0]) ** 2 - 1.0), 3
+            100.0 * ((parameters["omega"] / system.ranges["omega"][0]) ** 2 - 1.0), 3
         ),
         "norm": float(norm),
         "lambda": float(model.constraint.weight),

@@ -1,9 +1,9 @@
-"""The page of the experiments, from their results: ``python docs/results/experiments.py [--results out/experiments]``.
+"""Write the page of the experiments: ``python docs/results/experiments.py [--results out/experiments]``.
 
-With ``--results``, what ``python examples/experiments all`` wrote there is first gathered into
-``docs/results/experiments/``, one file an experiment; runs that aren't there stay as they were. From these files, and
-nothing else, come the tables of ``docs/experiments.md``, each between two markers, and the figures in ``docs/images``.
-APHYNITY's own pendulum is that of ``docs/results/aphynity.json``.
+With ``--results``, the results that ``python examples/experiments all`` wrote there are first gathered into
+``docs/results/experiments/``, one file an experiment; runs that aren't there stay as they were. The tables of
+``docs/experiments.md``, each between two markers, and the figures in ``docs/images`` are made from these files alone.
+The results on APHYNITY's own pendulum are those of ``docs/results/aphynity.json``.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ PAGE, IMAGES = (FOLDER.parents[1] / name for name in ("experiments.md", "images"
 
 
 def gathered(name: str, folder: Path, seeds: int) -> list[Result]:
-    """What the runs of an experiment wrote, and in their places those that were kept; tiny ones are refused."""
+    """Gather the runs of an experiment; committed runs fill in for missing ones, and tiny ones are refused."""
     choice = Choice(range(seeds), folder=folder)
-    found = results(experiment(name), choice)
-    if any(one["fast"] for one in found):
+    finished = results(experiment(name), choice)
+    if any(run["fast"] for run in finished):
         raise SystemExit(
             f"expected full runs in {folder / name}; got some with --fast. Run them without."
         )
-    by_name = {one["run"]: one for one in (*kept(name), *found)}
+    by_name = {run["run"]: run for run in (*kept(name), *finished)}
     ordered = [
         by_name.pop(run.name) for run in experiment(name).runs(choice) if run.name in by_name
     ]
@@ -45,33 +45,37 @@ def gathered(name: str, folder: Path, seeds: int) -> list[Result]:
 
 
 def kept(name: str) -> list[Result]:
-    """The committed results of an experiment."""
+    """Read the committed results of an experiment."""
     path = FOLDER / f"{name}.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
 
 
 def filled(page: str) -> str:
-    """The page with every table in its place."""
-    tables = {name: experiment(name).table(found) for name in NAMES if (found := kept(name))}
+    """Put every table into its place on the page."""
+    tables = {name: experiment(name).table(kept(name)) for name in NAMES if kept(name)}
     for name, table in {**tables, "aphynity": aphynity()}.items():
-        begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+        begin = f"<!-- {name} -->"
+        end = f"<!-- /{name} -->"
         before, _, after = page.partition(begin)
         page = f"{before}{begin}\n\n{table}\n\n{end}{after.partition(end)[2]}"
     return page
 
 
 def aphynity() -> str:
-    """APHYNITY on the pendulum of its own paper, beside what was published: logarithms of both bases."""
-    ours, rows = json.loads((FOLDER.parent / "aphynity.json").read_text(encoding="utf-8")), []
+    """Tabulate APHYNITY on the pendulum of its own paper beside published numbers: logarithms of both bases."""
+    ours = json.loads((FOLDER.parent / "aphynity.json").read_text(encoding="utf-8"))
+    rows = []
     for name, physics, mse, error in PUBLISHED:
-        found = ours[physics]
-        errors = [found["error_percent_of_omega_squared"], found["error_percent"].get("friction")]
-        percent = statistics.mean(abs(e) for e in errors if e is not None)
+        numbers = ours[physics]
+        errors = [numbers["error_percent_of_omega_squared"]]
+        if "friction" in numbers["error_percent"]:
+            errors.append(numbers["error_percent"]["friction"])
+        percent = statistics.mean(abs(value) for value in errors)
         rows.append(
             [
                 name,
-                f"{found['log10_mse'] * math.log(10.0):.1f}",
-                f"{found['log10_mse']:.1f}",
+                f"{numbers['log10_mse'] * math.log(10.0):.1f}",
+                f"{numbers['log10_mse']:.1f}",
                 mse,
                 f"{percent:.2g}%",
                 error,
@@ -100,16 +104,18 @@ def main() -> None:
     parser.add_argument(
         "--seeds", type=int, default=3, help="number of seeds to gather (default: 3)"
     )
-    said = parser.parse_args()
+    options = parser.parse_args()
     FOLDER.mkdir(exist_ok=True)
     for name in NAMES:
-        if said.results and (found := gathered(name, said.results, said.seeds)):
-            (FOLDER / f"{name}.json").write_text(
-                json.dumps(found, indent=1) + "\n", encoding="utf-8"
-            )
-        if found := kept(name):
-            experiment(name).figure(found).savefig(IMAGES / f"experiments_{name}.png", dpi=110)
-            print(f"{name}: {len(found)} runs")
+        finished = gathered(name, options.results, options.seeds) if options.results else []
+        if finished:
+            text = json.dumps(finished, indent=1) + "\n"
+            (FOLDER / f"{name}.json").write_text(text, encoding="utf-8")
+        committed = kept(name)
+        if committed:
+            figure = experiment(name).figure(committed)
+            figure.savefig(IMAGES / f"experiments_{name}.png", dpi=110)
+            print(f"{name}: {len(committed)} runs")
     PAGE.write_text(filled(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
 
 

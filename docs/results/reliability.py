@@ -10,7 +10,7 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 
-# What was done, what must come of it, and what came, in the words of the JSON's numbers.
+# Test, requirement and result, where braces stand for numbers of the JSON file.
 ROWS = {
     "kills": (
         "processes killed (SIGKILL) while they save without a pause",
@@ -80,7 +80,7 @@ ROWS = {
 
 
 def table(rows: dict[str, dict[str, float]]) -> str:
-    """Markdown; a row that wasn't measured is left out, and said to be."""
+    """Write a Markdown table; rows that weren't measured are left out and named below."""
     lines = ["| what was done | what must come of it | what came |", "| --- | --- | --- |"]
     for name, cells in ROWS.items():
         if name in rows:
@@ -90,8 +90,8 @@ def table(rows: dict[str, dict[str, float]]) -> str:
 
 
 def main() -> None:
-    found = json.loads((FOLDER / "reliability.json").read_text(encoding="utf-8"))
-    (FOLDER / "reliability.md").write_text(table(found["rows"]), encoding="utf-8")
+    measured = json.loads((FOLDER / "reliability.json").read_text(encoding="utf-8"))
+    (FOLDER / "reliability.md").write_text(table(measured["rows"]), encoding="utf-8")
     print(f"wrote {FOLDER / 'reliability.md'}")
 
 

@@ -15,6 +15,7 @@ from pyro_hybrid.programs.module import HybridModel, local_parameters
 __all__ = ["measure_interval_scale"]
 
 BATCH = 100  # tasks that are read at once
+NARROWEST, WIDEST = 0.1, 100.0  # limits of the factor: a program that is further off must be trained first
 
 
 @torch.no_grad()
@@ -54,9 +55,12 @@ def measure_interval_scale(model: HybridModel, tasks: Tasks, prob: float = 0.9) 
             other = _read(model, batch.shots(slice(half, None)))
             variance = _evidence_variance(model, one) + _evidence_variance(model, other)
             difference = one.task_marginal.mean - other.task_marginal.mean
-            ratios.append(difference.abs() / variance.sqrt())
+            ratio = difference.abs() / variance.clamp(min=0.0).sqrt()
+            ratios.append(ratio.where(variance > 0.0, torch.nan))
     nominal = torch.special.ndtri(torch.tensor(0.5 + 0.5 * prob, dtype=torch.float64))
-    return torch.cat(ratios).quantile(prob, 0) / nominal
+    scale: Tensor = torch.cat(ratios).nanquantile(prob, 0) / nominal
+    # A latent that no trajectory says anything about keeps its intervals.
+    return scale.nan_to_num(1.0).clamp(NARROWEST, WIDEST)
 
 
 def _read(model: HybridModel, shots: Shots) -> Gaussian:
