@@ -1,4 +1,4 @@
-"""pip-audit of constraints.txt, judged: about a package that could not be looked up, no news is not good news."""
+"""Run pip-audit on constraints.txt, and fail also for packages that it could not look up."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def canonical(name: str) -> str:
 
 
 def pins(text: str) -> dict[str, str]:
-    """Name and exact version of every line; anything else is refused."""
-    found: dict[str, str] = {}
+    """Parse the name and exact version of every line; refuse anything else."""
+    versions: dict[str, str] = {}
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip() or line.startswith("#"):
             continue
@@ -35,21 +35,23 @@ def pins(text: str) -> dict[str, str]:
             raise ValueError(
                 f"line {number}: expected name==version; got {line!r}. Pin one exact version."
             )
-        if canonical(pin[1]) in found:
+        if canonical(pin[1]) in versions:
             raise ValueError(f"line {number}: {pin[1]} is pinned twice. Keep one line.")
-        found[canonical(pin[1])] = pin[2]
-    return found
+        versions[canonical(pin[1])] = pin[2]
+    return versions
 
 
 def complaints(output: str, errors: str, pinned: dict[str, str]) -> list[str]:
-    """What speaks against the pins: known vulnerabilities, and whatever was not looked up."""
+    """List known vulnerabilities of the pins, and pins that were not looked up."""
     try:
-        found = json.loads(output)["dependencies"]
+        dependencies = json.loads(output)["dependencies"]
     except ValueError:
         last = errors.strip().splitlines()[-1:] or ["nothing was said"]
         return [f"Not every version could be looked up, so none counts as checked: {last[0]}"]
     known = {
-        (canonical(one["name"]), one["version"]): one["vulns"] for one in found if "vulns" in one
+        (canonical(one["name"]), one["version"]): one["vulns"]
+        for one in dependencies
+        if "vulns" in one
     }
     missing = [pin for pin in pinned.items() if pin not in known]
     return [f"{name}=={version} was not looked up." for name, version in missing] + [
@@ -63,17 +65,16 @@ def main() -> int:
     pinned = pins(CONSTRAINTS.read_text(encoding="utf-8"))
     command = [sys.executable, "-m", "pip_audit", *OPTIONS, "--requirement", str(CONSTRAINTS)]
     done = subprocess.run(command, capture_output=True, text=True)
-    found = (
+    problems = (
         complaints(done.stdout, done.stderr, pinned)
         if pinned
         else ["constraints.txt pins nothing."]
     )
-    if done.returncode and not found:
-        found = [f"pip-audit ended with {done.returncode}: {done.stderr.strip()}"]
-    print(
-        *found or [f"{len(pinned)} pinned versions looked up: no known vulnerabilities."], sep="\n"
-    )
-    return 1 if found else 0
+    if done.returncode and not problems:
+        problems = [f"pip-audit ended with {done.returncode}: {done.stderr.strip()}"]
+    all_clear = f"{len(pinned)} pinned versions looked up: no known vulnerabilities."
+    print(*problems or [all_clear], sep="\n")
+    return 1 if problems else 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Every test starts from the same random numbers and leaves the process as it found it."""
+"""Start every test from the same random numbers, and fail a test that changes global settings."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ Note = Callable[..., None]
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--figures", type=Path, help="a JSON file for what the tests of reliability measure"
+        "--figures",
+        type=Path,
+        help="write the measurements of the reliability tests to this JSON file",
     )
 
 
@@ -55,22 +57,24 @@ def without_jaxtyping() -> Iterator[None]:
 
 @pytest.fixture
 def figure(request: pytest.FixtureRequest) -> Note:
-    """For the docs: ``figure("row", kills=200, worst=0.3)`` adds up whole numbers, and keeps the largest of others."""
+    """Note measurements for the docs: ``figure("row", kills=200, worst=0.3)``.
+
+    Whole numbers are added up over tests; of others the largest is kept.
+    """
 
     def note(row: str, **numbers: float) -> None:
-        known = request.config.stash[FIGURES].setdefault(row, {})
+        figures = request.config.stash[FIGURES].setdefault(row, {})
         for name, value in numbers.items():
-            known[name] = (
-                known.get(name, 0) + value
-                if isinstance(value, int)
-                else max(known.get(name, value), value)
-            )
+            if isinstance(value, int):
+                figures[name] = figures.get(name, 0) + value
+            else:
+                figures[name] = max(figures.get(name, value), value)
 
     return note
 
 
 def global_settings() -> dict[str, Any]:
-    """What a test, and the library, may read but not change for others."""
+    """Read the settings that tests and library may read but not change."""
     return {
         "default dtype": torch.get_default_dtype(),
         "default device": torch.get_default_device(),
@@ -88,7 +92,7 @@ def global_settings() -> dict[str, Any]:
 
 
 def restore(settings: dict[str, Any]) -> None:
-    """Undo, so that one culprit doesn't fail the tests after it."""
+    """Restore settings, so that a test which changed them doesn't fail the tests after it."""
     torch.set_default_dtype(settings["default dtype"])
     torch.set_default_device(settings["default device"])
     torch.set_num_threads(settings["number of threads"])
@@ -106,16 +110,16 @@ def restore(settings: dict[str, Any]) -> None:
 
 @pytest.fixture(autouse=True)
 def leaves_no_trace() -> Iterator[None]:
-    """Fail whoever changes a global setting of torch or Pyro; seed before, and put random states back after."""
+    """Seed before a test, restore random states after it, and fail it if a setting of torch or Pyro has changed."""
     before = global_settings()
-    states = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
+    python_state = random.getstate()
+    numpy_state = np.random.get_state()
+    torch_state = torch.random.get_rng_state()
     pyro.set_rng_seed(0)
     yield
-    (
-        random.setstate(states[0]),
-        np.random.set_state(states[1]),
-        torch.random.set_rng_state(states[2]),
-    )
+    random.setstate(python_state)
+    np.random.set_state(numpy_state)
+    torch.random.set_rng_state(torch_state)
     after = global_settings()
     changed = {
         name: f"{before[name]} -> {after[name]}" for name in before if after[name] != before[name]
