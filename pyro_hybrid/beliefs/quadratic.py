@@ -64,9 +64,10 @@ class Quadratic:
         """Logarithm of the integral of f, the constant being left out."""
         factor = torch.linalg.cholesky(self.precision)
         white = torch.linalg.solve_triangular(factor, self.information[..., None], upper=False)
-        log_determinant = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        log_determinant: Tensor = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         constant = 0.5 * self.size * math.log(2.0 * math.pi)
-        return 0.5 * white.square().sum((-2, -1)) - log_determinant + constant
+        squares: Tensor = white.square().sum((-2, -1))
+        return 0.5 * squares - log_determinant + constant
 
     def __add__(self, other: Quadratic) -> Quadratic:
         return Quadratic(self.information + other.information, self.precision + other.precision)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import pyro
 import torch
 from torch import Tensor
 
+from pyro_hybrid.beliefs.belief import Belief
 from pyro_hybrid.data.shots import Shots
 
 __all__ = ["Episode"]
@@ -32,7 +32,7 @@ class Episode:
 
     support: Shots | None
     query: Shots
-    belief: Any = None
+    belief: Belief | None = None
 
     @property
     def plate(self) -> pyro.plate:

@@ -154,7 +154,7 @@ class Tasks:
 
         >>> import pandas as pd
         >>> import pyro_hybrid as ph
-        >>> rows = [(s, k, t, s * t + k) for s in ("a", "b") for k in (0, 1) for t in (0.0, 0.1, 0.2)]
+        >>> rows = [(s, k, t, t + k) for s in ("a", "b") for k in (0, 1) for t in (0.0, 0.1, 0.2)]
         >>> frame = pd.DataFrame(rows, columns=["task", "shot", "time", "angle"])
         >>> ph.Tasks.from_frame(frame, sensors=["angle"], num_support=1).values.shape
         torch.Size([2, 2, 3, 1])

@@ -247,4 +247,4 @@ def _task_step(dtype: torch.dtype) -> float:
 
 def _shot_step(dtype: torch.dtype) -> float:
     """A step of the shots' latents, which are known nearly as well before as after: a larger part of the unit."""
-    return 5.0 * torch.finfo(dtype).eps ** 0.25
+    return 5.0 * math.sqrt(math.sqrt(torch.finfo(dtype).eps))

@@ -227,7 +227,8 @@ def _align(seen: Recovered, new: Recovered) -> Tensor:
     def affine(x: Tensor) -> Tensor:
         return torch.cat([x, torch.ones(*x.shape[:-1], 1)], -1)
 
-    return affine(new.draws) @ torch.linalg.lstsq(affine(seen.mean), _known(seen)).solution
+    matrix: Tensor = torch.linalg.lstsq(affine(seen.mean), _known(seen)).solution
+    return affine(new.draws) @ matrix
 
 
 def _coverage(samples: Tensor, truth: Tensor) -> list[float]:

@@ -93,4 +93,5 @@ def _evidence_variance(model: HybridModel, belief: Gaussian) -> Tensor:
     marginal = belief.task_marginal
     covariance = marginal.covariance
     evidence = marginal.precision - model.prior.population().gaussian().own.precision
-    return (covariance @ evidence @ covariance).diagonal(dim1=-2, dim2=-1)
+    variance: Tensor = (covariance @ evidence @ covariance).diagonal(dim1=-2, dim2=-1)
+    return variance

@@ -112,8 +112,8 @@ class Residual(nn.Module):
             for weight, bias in hidden:
                 h = unit(torch.addmm(bias, weight, h))
             out = torch.addmm(straight @ u, last, h).view(self.latents + 1, self.outputs, *shape)
-            out = self.output((weights * out).sum(0), z, inputs)
-            return out[0] if self.outputs == 1 else out.unbind(0)
+            values: Tensor = self.output((weights * out).sum(0), z, inputs)
+            return values[0] if self.outputs == 1 else values.unbind(0)
 
         return term
 

@@ -139,7 +139,8 @@ class System(ABC):
         belief = Gaussian.around(families, latents, flat)
         problem = LeastSquares(self.program, support.double(), belief, unit)
         information = fisher_information(problem, latents)
-        return torch.linalg.inv(information).diagonal(dim1=-2, dim2=-1)
+        bound: Tensor = torch.linalg.inv(information).diagonal(dim1=-2, dim2=-1)
+        return bound
 
     def simulate(
         self, tasks: int, shots: int, seed: int, *, num_support: int | None = None

@@ -272,7 +272,8 @@ class _UnexplainedNoise:
         slopes = problem.jacobian(iterate.task, iterate.shot)[1][kept].double()[:, :, problem.d :]
         gram = slopes @ slopes.mT
         weight = torch.diag_embed(problem.shot_precision[kept])
-        return by_task + torch.linalg.solve(gram + weight, gram).diagonal(dim1=-2, dim2=-1).sum()
+        by_shot: Tensor = torch.linalg.solve(gram + weight, gram).diagonal(dim1=-2, dim2=-1).sum()
+        return by_task + by_shot
 
 
 def _set_noise(model: HybridModel, name: str, deviations: Tensor) -> None:

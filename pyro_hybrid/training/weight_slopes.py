@@ -51,7 +51,8 @@ def slopes_by_weight(
     def moved(move: Tensor) -> Tensor:
         pieces = zip(weights.items(), move.split(sizes), strict=True)
         values = {name: weight + piece.view_as(weight) for (name, weight), piece in pieces}
-        return torch.func.functional_call(program, values, (iterate,))
+        result: Tensor = torch.func.functional_call(program, values, (iterate,))
+        return result
 
     moves = step * torch.eye(sum(sizes), dtype=residuals.dtype, device=residuals.device)
     changed = _evaluate_many(moved, moves)
