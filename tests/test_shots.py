@@ -7,15 +7,18 @@ from dataclasses import replace
 from itertools import islice
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
+from toys import Line, in_float32, make_tasks
 
 import pyro_hybrid as ph
 from pyro_hybrid import Episode, Shots, Tasks
 from pyro_hybrid.data.segments import select_segments, to_segments, truncate
 from pyro_hybrid.data.validate_episode import check_episode
+from pyro_hybrid.inference.intervals import measure_interval_scale
 
 T, SHOTS, POINTS = 3, 4, 9
 COMMON = torch.linspace(0.0, 2.0, POINTS)
@@ -267,19 +270,75 @@ def test_a_task_that_never_changes_is_named_whatever_its_padding_holds(
 # ----------------------------------------------------------------------------------------- wrong objects
 
 
+LINE = Line()
+GUIDE = ph.AmortizedGuide(LINE, ph.SetEncoder(1, 6, 8))
+LINES = in_float32(make_tasks(4, 4))
+EPISODE = LINES.episode()
+TABLE = pd.DataFrame({"x": [0.0]})
+AN_EPISODE = r"expected an Episode; got {}\. Pass tasks.episode\(\), or ph.Episode\(None, shots\)"
+SOME_TASKS = (
+    r"expected tasks, a data set of class Tasks; got {}\. Make one with .*ph.Tasks.from_frame"
+)
+SOME_SHOTS = r"expected .* of class Shots; got {}\. Pass episode.query or episode.support"
+
 WRONG: dict[str, tuple[Callable[[], object], str]] = {
-    "a data set": (lambda: check_episode(make()), "an Episode; got a Tasks. Pass tasks.episode()"),
-    "shots": (
-        lambda: check_episode(make().shots()),
-        r"an Episode; got a Shots. Pass .*ph.Episode\(None, shots\)",
+    "draws of a data set": (
+        lambda: ph.draws(LINE, GUIDE, LINES, 2),
+        AN_EPISODE.format("Tasks"),
+    ),
+    "predictions for shots": (
+        lambda: ph.predict(LINE, EPISODE.query, 2),
+        AN_EPISODE.format("Shots"),
+    ),
+    "ArviZ data of a table": (
+        lambda: ph.to_arviz(LINE, GUIDE, TABLE, 2),
+        AN_EPISODE.format("DataFrame"),
+    ),
+    "weights for a data set": (
+        lambda: ph.pareto_k(LINE, GUIDE, LINES, 9),
+        AN_EPISODE.format("Tasks"),
+    ),
+    "the step error on a data set": (
+        lambda: ph.step_error(LINE, LINES),
+        AN_EPISODE.format("Tasks"),
+    ),
+    "training on a table": (
+        lambda: ph.meta_train(LINE, GUIDE, TABLE, num_steps=1, progress=False),
+        SOME_TASKS.format("DataFrame"),
+    ),
+    "training on an episode": (
+        lambda: ph.meta_train(LINE, GUIDE, EPISODE, num_steps=1, progress=False),
+        SOME_TASKS.format("Episode"),
+    ),
+    "held-out shots": (
+        lambda: ph.meta_train(
+            LINE, GUIDE, LINES, num_steps=1, progress=False, held_out=EPISODE.query
+        ),
+        SOME_TASKS.replace("tasks,", "held_out,").format("Shots"),
+    ),
+    "intervals from an episode": (
+        lambda: measure_interval_scale(LINE, EPISODE),
+        SOME_TASKS.format("Episode"),
+    ),
+    "an encoder of an episode": (
+        lambda: ph.SetEncoder(1, 6, 8)(EPISODE),
+        SOME_SHOTS.format("Episode"),
+    ),
+    "a belief given an episode": (
+        lambda: LINE.prior.belief(EPISODE),
+        SOME_SHOTS.format("Episode"),
+    ),
+    "a bound from an episode": (
+        lambda: ph.systems.Pendulum().cramer_rao(EPISODE, {}),
+        SOME_SHOTS.format("Episode"),
     ),
     "a tensor as the query": (
         lambda: check_episode(Episode(None, torch.zeros(3))),  # type: ignore[arg-type]
-        "Shots as the query of an episode; got a Tensor",
+        "the query of an episode of class Shots; got Tensor",
     ),
     "an episode as the support": (
         lambda: check_episode(Episode(make().episode(), make().shots())),  # type: ignore[arg-type]
-        "Shots as the support of an episode; got a Episode",
+        "the support of an episode of class Shots; got Episode",
     ),
 }
 
@@ -290,3 +349,10 @@ def test_wrong_objects_are_refused_with_how_to_make_the_right_one(case: str) -> 
     make_it, message = WRONG[case]
     with pytest.raises(TypeError, match=message):
         make_it()
+
+
+def test_doubled_names_of_components_are_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"different names along axis 'bend_component'; got \['a'\] twice. Rename"
+    ):
+        ph.to_arviz(LINE, GUIDE, EPISODE, 2, names={"bend": ["a", "a"]})

@@ -12,7 +12,7 @@ from torch import Tensor
 from pyro_hybrid.errors import fail, require
 from pyro_hybrid.shapes import Mask, Times, Trajectories
 
-__all__ = ["Shots"]
+__all__ = ["Shots", "require_shots"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,6 +196,17 @@ class Shots:
         times = None if change_times is None else change_times(self.times)
         changed = self.map_tensors(change, times)
         return replace(changed, whole=inside(self.whole), uncut=inside(self.uncut))
+
+
+def require_shots(shots: object, name: str = "shots") -> None:
+    """Require trajectories where some are needed."""
+    if not isinstance(shots, Shots):
+        fail(
+            f"{name} of class Shots",
+            type(shots).__name__,
+            "Pass episode.query or episode.support, tasks.shots(), or ph.Shots.from_tensors(...).",
+            TypeError,
+        )
 
 
 def _all_true(

@@ -281,16 +281,15 @@ class Tasks:
         )
 
 
-def require_tasks(name: str, tasks: object) -> Tasks:
+def require_tasks(tasks: object, name: str = "tasks") -> None:
     """Require a data set where one is needed."""
     if not isinstance(tasks, Tasks):
         fail(
-            f"{name} to be Tasks",
-            f"a {type(tasks).__name__}",
-            "Make them with ph.Tasks.from_trajectories, or of a table with ph.Tasks.from_frame.",
+            f"{name}, a data set of class Tasks",
+            type(tasks).__name__,
+            "Make one with ph.Tasks.from_trajectories, or of a table with ph.Tasks.from_frame.",
             TypeError,
         )
-    return tasks
 
 
 def _measured_states(

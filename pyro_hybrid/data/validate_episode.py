@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyro_hybrid.data.episode import Episode
-from pyro_hybrid.data.shots import Shots
+from pyro_hybrid.data.shots import Shots, require_shots
 from pyro_hybrid.data.validate import (
     check_clocks,
     check_times,
@@ -25,7 +25,7 @@ def check_episode(episode: object) -> Episode:
     if not isinstance(episode, Episode):
         fail(
             "an Episode",
-            f"a {type(episode).__name__}",
+            type(episode).__name__,
             "Pass tasks.episode(), or ph.Episode(None, shots) for shots without a support.",
             TypeError,
         )
@@ -46,14 +46,8 @@ def check_episode(episode: object) -> Episode:
     return replace(episode, support=support, query=query)
 
 
-def _check_shots(role: str, shots: object) -> Shots:
-    if not isinstance(shots, Shots):
-        fail(
-            f"Shots as the {role} of an episode",
-            f"a {type(shots).__name__}",
-            "Pass tasks.episode(), or build them with ph.Shots.from_tensors.",
-            TypeError,
-        )
+def _check_shots(role: str, shots: Shots) -> Shots:
+    require_shots(shots, f"the {role} of an episode")
     num_tasks, num_shots = shots.shape
     require(
         num_tasks > 0 and num_shots > 0,

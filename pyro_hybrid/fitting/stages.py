@@ -7,7 +7,7 @@ from dataclasses import asdict
 import torch
 from torch import nn
 
-from pyro_hybrid.data.tasks import Tasks
+from pyro_hybrid.data.tasks import Tasks, require_tasks
 from pyro_hybrid.errors import require
 from pyro_hybrid.evidence.gauss_newton import GaussNewton
 from pyro_hybrid.evidence.protocol import Evidence
@@ -91,6 +91,7 @@ def refine_weights(
         noise=noise,
         seed=seed,
     )
+    require_tasks(tasks)
     changed = posterior.copy()
     part = getattr(changed.model, network, None)
     require(

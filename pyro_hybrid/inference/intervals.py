@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pyro_hybrid.beliefs.belief import Gaussian
 from pyro_hybrid.data.shots import Shots
-from pyro_hybrid.data.tasks import Tasks
+from pyro_hybrid.data.tasks import Tasks, require_tasks
 from pyro_hybrid.errors import fail, require
 from pyro_hybrid.inference.prior import SupportPrior, update
 from pyro_hybrid.programs.module import HybridModel, local_parameters
@@ -47,6 +47,7 @@ def measure_interval_scale(model: HybridModel, tasks: Tasks, prob: float = 0.9) 
         repr(prob),
         "The default, 0.9, is a good choice.",
     )
+    require_tasks(tasks)
     num_shots = tasks.values.shape[1]
     require(num_shots >= 2, "tasks of two shots or more", num_shots, "Record another shot.")
     half = num_shots // 2

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from pyro_hybrid.beliefs.belief import Belief, Factorized, Gaussian, rescale
 from pyro_hybrid.beliefs.families import Family
 from pyro_hybrid.data.episode import Episode
-from pyro_hybrid.data.shots import Shots
+from pyro_hybrid.data.shots import Shots, require_shots
 from pyro_hybrid.errors import require
 from pyro_hybrid.evidence.encoder import Encoder
 from pyro_hybrid.evidence.protocol import Evidence
@@ -144,6 +144,7 @@ class SupportPrior(Prior):
         population = self.population()
         if support is None:
             return population
+        require_shots(support, "a support")
         before = population.detach().expand(support.shape[0])
         shots = support.sorted_shots
         after = update(before, self.evidence, shots, program, self.interval_scale)

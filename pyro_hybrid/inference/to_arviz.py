@@ -171,6 +171,11 @@ def _labels(
         dims[name] = ["task", *(["shot"] if value.ndim == 5 else []), f"{name}_component"]
         if name in names:
             coords[f"{name}_component"] = list(names[name])
+    for axis, labels in coords.items():
+        doubled = sorted({str(label) for label in labels if list(labels).count(label) > 1})
+        require(
+            not doubled, f"different names along axis {axis!r}", f"{doubled} twice", "Rename one."
+        )
     return dims, coords
 
 

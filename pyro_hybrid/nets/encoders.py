@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pyro_hybrid.data.shots import Shots
+from pyro_hybrid.data.shots import Shots, require_shots
 from pyro_hybrid.errors import fail, require
 
 __all__ = ["SetEncoder"]
@@ -55,6 +55,7 @@ class SetEncoder(nn.Module):
 
     def shots(self, shots: Shots) -> Tensor:
         """Features of each trajectory by itself, ``(task, shot, features)``."""
+        require_shots(shots)
         whole = shots.whole or shots
         values = whole.values
         if values is None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from pyro_hybrid.beliefs.belief import Gaussian
 from pyro_hybrid.beliefs.families import Family, Normal
 from pyro_hybrid.data.episode import Episode
-from pyro_hybrid.data.shots import Shots
+from pyro_hybrid.data.shots import Shots, require_shots
 from pyro_hybrid.data.tasks import Tasks
 from pyro_hybrid.dynamics.slopes import Field
 from pyro_hybrid.dynamics.solve import solve
@@ -126,6 +126,7 @@ class System(ABC):
 
         Computed from the true system at the true latents, the initial states being unknown but for their measurement.
         """
+        require_shots(support, "a support")
         require(
             support.values is not None,
             "a support with values",

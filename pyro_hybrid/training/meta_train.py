@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pyro_hybrid.data.tasks import Tasks
+from pyro_hybrid.data.tasks import Tasks, require_tasks
 from pyro_hybrid.errors import require
 from pyro_hybrid.evidence.encoder import Encoder
 from pyro_hybrid.nets.encoders import SetEncoder
@@ -108,6 +108,9 @@ def meta_train(
             in the model isn't part of a checkpoint.
     """
     require_local(model=model, guide=guide)
+    require_tasks(tasks)
+    if held_out is not None:
+        require_tasks(held_out, "held_out")
     require(len(tasks) > 0, "one task or more", "none", "Check the data set.")
     _require_trainable(guide, held_out, patience, segments_per_shot)
     schedule = Schedule(

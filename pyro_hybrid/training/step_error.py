@@ -10,6 +10,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_hybrid.data.episode import Episode
+from pyro_hybrid.data.validate_episode import check_episode
 from pyro_hybrid.dynamics.modes import halve_steps, nan_on_failure
 from pyro_hybrid.errors import require
 from pyro_hybrid.programs.run import Program, run_at
@@ -52,6 +53,7 @@ def step_error(program: Program, episode: Episode) -> StepError:
     >>> step_error(swing, ph.Episode(None, shots)).typical > 1.0  # steps of a sixth of a period are too long
     True
     """
+    episode = check_episode(episode)
     with poutine.block(), nan_on_failure():
         trace = poutine.trace(program).get_trace(episode)
     latents = {
