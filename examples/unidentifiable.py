@@ -65,7 +65,7 @@ class Spring(ph.HybridModel):
 
 
 def encoder() -> ph.SetEncoder:
-    return ph.SetEncoder(sensors=2, steps=POINTS, features=32)
+    return ph.SetEncoder(num_sensors=2, num_times=POINTS, num_features=32)
 
 
 def springs(systems: int) -> ph.Tasks:

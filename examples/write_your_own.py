@@ -13,7 +13,7 @@ class PredatorsAndPrey(ph.HybridModel):
 
     def __init__(self, steps: int) -> None:
         super().__init__()
-        encoder = ph.Encoder(ph.SetEncoder(2, steps, features=32))
+        encoder = ph.Encoder(ph.SetEncoder(2, steps, num_features=32))
         self.prior = ph.SupportPrior(
             encoder.then(
                 ph.GaussNewton(2, segments=(5, 5))

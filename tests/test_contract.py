@@ -37,7 +37,7 @@ def encoder(sensors: int = 1, steps: int = POINTS, features: int = 4) -> ph.SetE
 def guide_of(model: Any, **changes: Any) -> ph.AmortizedGuide:
     evidence = model.prior.evidence if isinstance(model.prior, ph.SupportPrior) else None
     some = next((m for m in model.modules() if isinstance(m, ph.SetEncoder)), None)
-    own = encoder(some.sensors, some.steps, some.features) if some else None
+    own = encoder(some.num_sensors, some.num_times, some.num_features) if some else None
     parts = {"prior": model.prior, "encoder": None if evidence else own, "evidence": evidence}
     return ph.AmortizedGuide(**(parts | changes))
 

@@ -15,7 +15,6 @@ from torch.testing import assert_close
 
 import pyro_hybrid as ph
 from pyro_hybrid.data.segments import to_segments, truncate
-from pyro_hybrid.nets.encoders import reading_once
 
 SENSORS, STEPS, FEATURES = 2, 5, 6
 TIMES = torch.linspace(0.0, 1.0, STEPS)
@@ -92,7 +91,7 @@ def test_what_is_masked_has_no_influence_but_that_it_is_masked_has() -> None:
     assert torch.equal(net(shots_of(noise, seen)), features) and torch.equal(
         net(shots_of(unknown, seen)), features
     )
-    zeros = values.where(seen, net.centre)
+    zeros = values.where(seen, net.center)
     assert (net(shots_of(zeros)) - features).abs().max() > 1e-3
 
 
@@ -118,23 +117,23 @@ def test_cut_and_shortened_episodes_are_read_whole() -> None:
         assert torch.equal(net(part.sorted_shots), net(whole.sorted_shots))
 
 
-def test_standardising_makes_the_units_of_sensors_irrelevant() -> None:
+def test_standardizing_makes_the_units_of_sensors_irrelevant() -> None:
     values, unit, zero = trajectories(20, 4), torch.tensor([1e3, 0.01]), torch.tensor([50.0, -3.0])
     net = encoder()
-    net.standardise(values, True)
+    net.standardize(values, torch.ones_like(values, dtype=torch.bool))
     features = net(shots_of(values))
-    net.standardise(unit * values + zero, True)
+    net.standardize(unit * values + zero, torch.ones_like(values, dtype=torch.bool))
     assert_close(net(shots_of(unit * values + zero)), features, rtol=0.0, atol=1e-4)
 
 
-def test_standardising_takes_mean_and_spread_of_what_was_seen() -> None:
+def test_standardizing_takes_mean_and_spread_of_what_was_seen() -> None:
     values = trajectories(20, 4).double()
     seen = torch.rand(values.shape) < 0.5
     net = encoder().double()
-    net.standardise(values.where(seen, torch.nan), seen)
+    net.standardize(values.where(seen, torch.nan), seen)
     for sensor in range(SENSORS):
         known = values[..., sensor][seen[..., sensor]]
-        assert_close(net.centre[sensor], known.mean())
+        assert_close(net.center[sensor], known.mean())
         assert_close(net.scale[sensor], known.std(correction=0))
 
 
@@ -144,8 +143,8 @@ def test_a_sensor_that_never_changes_or_is_never_seen_does_no_harm() -> None:
     seen = torch.ones(values.shape, dtype=torch.bool)
     seen[..., 1] = False
     net = encoder()
-    net.standardise(values, seen)
-    assert net.centre[0] == 3.0 and (net.scale > 0.0).all()
+    net.standardize(values, seen)
+    assert net.center[0] == 3.0 and (net.scale > 0.0).all()
     assert net(shots_of(values, seen)).isfinite().all()
 
 
@@ -155,78 +154,11 @@ def test_gradients_reach_every_parameter() -> None:
     assert all(p.grad is not None and p.grad.abs().max() > 0.0 for p in net.parameters())
 
 
-def test_standardisation_is_saved_with_the_parameters() -> None:
+def test_standardization_is_saved_with_the_parameters() -> None:
     one, other, values = encoder(), encoder(), 5.0 + trajectories(5, 4)
-    one.standardise(values, True)
+    one.standardize(values, torch.ones_like(values, dtype=torch.bool))
     other.load_state_dict(one.state_dict())
     assert torch.equal(one(shots_of(values)), other(shots_of(values)))
-
-
-class Reader(ph.SetEncoder):
-    """Counts what it reads."""
-
-    def __init__(self) -> None:
-        super().__init__(SENSORS, STEPS, FEATURES, width=16)
-        self.read = 0
-
-    def shots(self, shots: ph.Shots) -> Tensor:
-        self.read += 1
-        return super().shots(shots)
-
-
-def test_inside_reading_once_an_episode_is_read_once() -> None:
-    net, one, two = Reader(), shots_of(trajectories(3, 4)), shots_of(trajectories(3, 4))
-    expected = [net(one), net(two)]
-    with reading_once():
-        first = [net(one), net(two), net(one.sorted_shots)]
-        again = [net(one), net(two), net(one.sorted_shots)]
-    assert net.read == 2 + 3 and all(a is b for a, b in zip(first, again, strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(first, expected, strict=False))
-
-
-def test_encoders_do_not_read_for_each_other() -> None:
-    one, other, values = encoder(), encoder(), shots_of(trajectories(3, 4))
-    with reading_once():
-        assert not torch.equal(one(values), other(values))
-
-
-@pytest.mark.parametrize("grad_first", [True, False])
-def test_what_was_read_without_gradients_is_not_taken_for_what_was_read_with_them(
-    grad_first: bool,
-) -> None:
-    net, values = Reader(), shots_of(trajectories(3, 4))
-    with reading_once():
-        for grad in (grad_first, not grad_first, grad_first):
-            with torch.set_grad_enabled(grad):
-                assert net(values).requires_grad == grad
-    assert net.read == 2
-    with torch.no_grad(), reading_once():
-        assert not net(values).requires_grad
-
-
-def test_outside_of_reading_once_nothing_is_remembered() -> None:
-    net, values = Reader(), shots_of(trajectories(3, 4))
-    with reading_once():
-        before = net(values)
-    with torch.no_grad():
-        net.joint[-1].bias.add_(1.0)
-    assert_close(net(values), before + 1.0)
-    with reading_once():
-        assert_close(net(values), before + 1.0)
-    with pytest.raises(KeyError), reading_once():
-        net(values)
-        raise KeyError
-    read = net.read
-    net(values), net(values)
-    assert net.read == read + 2
-
-
-def test_episodes_that_come_and_go_are_not_taken_for_each_other() -> None:
-    net = encoder()
-    with reading_once():
-        for _ in range(20):  # one after the other, at the same place in memory
-            values = trajectories(1, 1)
-            assert torch.equal(net(shots_of(values)), net._features(shots_of(values)))
 
 
 KIND = (3, 4, STEPS, SENSORS)
@@ -234,7 +166,7 @@ BAD = {
     "another number of sensors": (
         torch.zeros(3, 4, STEPS, 3),
         ValueError,
-        r"\(time, sensor\) = \(5, 2\); got \(5, 3\). Build the SetEncoder with the steps and sensors",
+        r"\(time, sensor\) = \(5, 2\); got \(5, 3\). Build the SetEncoder with the numbers of sensors",
     ),
     "another number of steps": (
         torch.zeros(3, 4, 7, 2),
@@ -267,8 +199,8 @@ def test_trajectories_of_another_kind_are_refused_with_words(case: str) -> None:
     with pytest.raises(error, match=message):
         net(shots_of(values))
     with pytest.raises(error, match=message):
-        net.standardise(values, True)
-    assert torch.equal(net.centre, torch.zeros(SENSORS))  # nothing was changed before the check
+        net.standardize(values, torch.ones_like(values, dtype=torch.bool))
+    assert torch.equal(net.center, torch.zeros(SENSORS))  # nothing was changed before the check
 
 
 def test_nothing_to_read_is_refused_with_words() -> None:
@@ -278,3 +210,14 @@ def test_nothing_to_read_is_refused_with_words() -> None:
         match="shots with values; got values=None. An encoder reads trajectories",
     ):
         encoder()(silent)
+
+
+SIZES = {"num_sensors": 2, "num_times": 5, "num_features": 6, "width": 16}
+
+
+@pytest.mark.usefixtures("without_jaxtyping")
+@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("size", [0, -1, 1.5])
+def test_sizes_that_make_no_sense_are_refused_with_words(name: str, size: float) -> None:
+    with pytest.raises(ValueError, match=f"{name}, an integer of 1 or more; got {size}. Pass"):
+        ph.SetEncoder(**SIZES | {name: size})

@@ -53,16 +53,18 @@ class Spring(ph.HybridModel):
         return self.residual.given(z[..., None, :])
 
     def forward(self, episode: ph.Episode) -> Tensor:
-        p = self.prior(episode.support)
+        p = self.prior(episode)
         equations = self.equations
         with episode.plate:
             physics = {"omega": pyro.sample("omega", p["omega"])[..., None, 0]}
             z = pyro.sample("z", p["z"])
-            start = pyro.sample("start", dist.Normal(episode.measured, 0.1).to_event(2))
+            start = pyro.sample(
+                "start", dist.Normal(episode.query.measured_initial, 0.1).to_event(2)
+            )
             field = equations(self.gauge(equations, physics, z), z)
-            states = ph.solve(field, start.unbind(-1), episode.times)
-            x = dist.Normal(states, self.noise).mask(episode.mask)
-            return pyro.sample("x", x.to_event(3), obs=episode.query)
+            states = ph.solve(field, start.unbind(-1), episode.query.times)
+            x = dist.Normal(states, self.noise).mask(episode.query.scored)
+            return pyro.sample("x", x.to_event(3), obs=episode.query.values)
 
 
 class Gravity(Spring):
@@ -104,15 +106,15 @@ class Rod(ph.HybridModel):
         return lambda bend: self.share * bend + 0.0 * z.unsqueeze(-1)
 
     def forward(self, episode: ph.Episode) -> Tensor:
-        p = self.prior(episode.support)
+        p = self.prior(episode)
         equations = self.equations
         with episode.plate:
             physics = {"rate": pyro.sample("rate", p["rate"])[..., None, 0]}
             z = pyro.sample("z", p["z"])
             field = equations(self.gauge(equations, physics, z), z)
-            states = ph.solve(field, episode.initial, episode.times)
-            x = dist.Normal(states, 0.1).mask(episode.mask)
-            return pyro.sample("x", x.to_event(3), obs=episode.query)
+            states = ph.solve(field, episode.query.measured_initial, episode.query.times)
+            x = dist.Normal(states, 0.1).mask(episode.query.scored)
+            return pyro.sample("x", x.to_event(3), obs=episode.query.values)
 
 
 def make_tasks(num_tasks: int = 6, num_shots: int = 4) -> ph.Tasks:
@@ -132,11 +134,11 @@ def field_tasks() -> ph.Tasks:
 
 def states_at(model: Spring, omega: Tensor, z: Tensor, tasks: ph.Tasks) -> Tensor:
     """The program's trajectories at given latents."""
-    values = {"omega": omega, "z": z, "start": tasks.shots(slice(None)).measured}
+    shots = tasks.shots()
+    values = {"omega": omega, "z": z, "start": shots.measured_initial}
     with torch.no_grad():
-        trace = pyro.poutine.trace(pyro.condition(model, values)).get_trace(
-            tasks.shots(slice(None))
-        )
+        conditioned = pyro.condition(model, values)
+        trace = pyro.poutine.trace(conditioned).get_trace(ph.Episode(None, shots))
     return trace.nodes["x"]["fn"].base_dist.base_dist.loc
 
 
@@ -155,7 +157,7 @@ def test_a_gauge_changes_nothing_until_it_is_fixed() -> None:
 def test_the_gauge_of_a_user_s_program_gives_the_physics_what_the_force_did(share: float) -> None:
     tasks, model = make_tasks(), Gravity(share)
     omega = torch.full((6, 1), OMEGA)
-    truth = tasks.shots(slice(None)).query
+    truth = tasks.values
     wrong = states_at(model, omega, torch.zeros(6, 1), tasks)
     fix_gauge(model, tasks)
     right = states_at(model, omega, torch.zeros(6, 1), tasks)
@@ -175,7 +177,7 @@ def test_the_gauge_of_a_field_gives_the_physics_what_the_force_did() -> None:
 
 def test_a_fixed_gauge_keeps_every_contract_and_the_state_s_names() -> None:
     tasks, model = make_tasks(2), Spring()
-    guide = ph.AmortizedGuide(model.prior, ph.SetEncoder(2, NUM_TIMES, 8))
+    guide = ph.AmortizedGuide(model, ph.SetEncoder(2, NUM_TIMES, 8))
     names = list(model.state_dict())
     before = ph.check_hybrid_model(model, guide, tasks.episode())
     fix_gauge(model, tasks, 32)
@@ -186,7 +188,7 @@ def test_a_fixed_gauge_keeps_every_contract_and_the_state_s_names() -> None:
 def test_a_model_saved_with_its_gauge_predicts_the_same_in_a_new_process(tmp_path: Path) -> None:
     torch.manual_seed(0)
     tasks, model = make_tasks(), Spring()
-    guide = ph.AmortizedGuide(model.prior, ph.SetEncoder(2, NUM_TIMES, 8))
+    guide = ph.AmortizedGuide(model, ph.SetEncoder(2, NUM_TIMES, 8))
     fit = ph.meta_train(model, guide, tasks, num_steps=1, batch_size=4, progress=False)
     fix_gauge(model, tasks, 64)
     fit.save(tmp_path / "fit", model, guide)
@@ -196,7 +198,7 @@ def test_a_model_saved_with_its_gauge_predicts_the_same_in_a_new_process(tmp_pat
         "import sys, torch, pyro_hybrid as ph; from test_gauge import Spring, states_at, NUM_TIMES\n"
         "omega, z, times, values = torch.load(sys.argv[1] + '/data.pt')\n"
         "model = Spring()\n"
-        "guide = ph.AmortizedGuide(model.prior, ph.SetEncoder(2, NUM_TIMES, 8))\n"
+        "guide = ph.AmortizedGuide(model, ph.SetEncoder(2, NUM_TIMES, 8))\n"
         "ph.load(sys.argv[1] + '/fit', model, guide)\n"
         "tasks = ph.Tasks.from_trajectories(times, values, num_support=2)\n"
         "torch.save(states_at(model, omega, z, tasks), sys.argv[1] + '/states.pt')\n"
@@ -228,7 +230,10 @@ def test_points_fill_the_middle_of_what_trajectories_visit() -> None:
     tasks, model = make_tasks(), Gravity(0.0)
     fix_gauge(model, tasks)
     visited = states_at(
-        model, model.prior(None)["omega"].mean.expand(6, -1), torch.zeros(6, 1), tasks
+        model,
+        model.prior.population().distributions()["omega"].mean.expand(6, -1),
+        torch.zeros(6, 1),
+        tasks,
     )
     low, high = torch.quantile(visited.flatten(0, -2), torch.tensor([0.05, 0.95]), 0)
     assert len(model.gauge.states) == int(model.gauge.num_points) == 2048
@@ -275,13 +280,13 @@ def test_what_has_no_gauge_to_fix_is_refused_with_words() -> None:
     with pytest.raises(
         ValueError, match=r"a model with one ph\.Gauge; got TwoGauges with 2\. Assign"
     ):
-        ph.fix_gauge(TwoGauges(), tasks)
+        fix_gauge(TwoGauges(), tasks)
     with pytest.raises(
         ValueError, match=r"a state of 3 components; got states of \[2\] components"
     ):
-        ph.fix_gauge(OtherGauge(), tasks)
+        fix_gauge(OtherGauge(), tasks)
     with pytest.raises(ValueError, match=r"expected num_points from 1 to 2048; got 0\."):
-        ph.fix_gauge(Spring(), tasks, 0)
+        fix_gauge(Spring(), tasks, 0)
     with pytest.raises(ValueError, match=r"1 to 2048 points of 2 components; got \(3,\) times"):
         ph.Gauge(2).place(torch.zeros(3), torch.zeros(3, 1))
 

@@ -438,7 +438,7 @@ def trained() -> tuple[Line, ph.AmortizedGuide]:
     guide = ph.AmortizedGuide(model, encoder())
     tasks = in_float32(make_tasks(4000, 8, latents=1, noise=2.0))
     for network in (guide.network, model.prior.network):
-        network.encoder.standardise(tasks.values, tasks.observed)
+        network.encoder.standardize(tasks.values, tasks.observed)
     optim = torch.optim.Adam({*model.parameters(), *guide.parameters()}, 1e-2)
     svi = ph.SVI(model, guide, optim)
     schedule = torch.optim.lr_scheduler.LinearLR(optim, 1.0, 0.01, total_iters=700)

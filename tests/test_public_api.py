@@ -238,7 +238,7 @@ def episode(**changes: Any) -> ph.Episode:
 
 
 def encoder() -> ph.SetEncoder:
-    return ph.SetEncoder(sensors=1, steps=3, features=4)
+    return ph.SetEncoder(num_sensors=1, num_times=3, num_features=4)
 
 
 def prior() -> ph.SupportPrior:

@@ -216,11 +216,11 @@ def test_several_particles_are_averaged_in_the_record_too() -> None:
     assert many.log_likelihood != one.log_likelihood
 
 
-def test_the_encoders_are_standardised_with_the_training_tasks() -> None:
+def test_the_encoders_are_standardized_with_the_training_tasks() -> None:
     model, guide = pair()
     ph.meta_train(model, guide, TASKS, **SHORT)
     for encoder in (model.prior.encoder, guide.encoder):
-        assert encoder.centre.item() == pytest.approx(TASKS.values.mean().item(), rel=1e-4)
+        assert encoder.center.item() == pytest.approx(TASKS.values.mean().item(), rel=1e-4)
         assert encoder.scale.item() == pytest.approx(TASKS.values.std().item(), rel=1e-2)
 
 

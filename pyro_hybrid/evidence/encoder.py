@@ -24,7 +24,7 @@ class IncrementNetwork(nn.Module):
     .. math:: \eta(x, S) = \mathrm{head}\bigl(\mathrm{encoder}(x), \mathrm{context}(S)\bigr)
 
     Arguments:
-        encoder: maps shots to ``(task, features)``; its attribute ``features`` is their number.
+        encoder: maps shots to ``(task, features)``; its attribute ``num_features`` is their number.
         families: the family of each site.
         context: maps the shots that came before in the same way, or None.
     """
@@ -37,7 +37,7 @@ class IncrementNetwork(nn.Module):
         self.context = context
         self.families = dict(families)
         readers = [encoder] if context is None else [encoder, context]
-        num_inputs = sum(int(getattr(reader, "features")) for reader in readers)  # noqa: B009 - a module attribute
+        num_inputs = sum(int(getattr(reader, "num_features")) for reader in readers)  # noqa: B009 - a module attribute
         num_outputs = sum(family.n * family.k for family in families.values())
         self.head = nn.Sequential(nn.SiLU(), nn.Linear(num_inputs, num_outputs))
 
@@ -77,8 +77,8 @@ class Encoder:
 
     def __post_init__(self) -> None:
         require(
-            isinstance(self.encoder, nn.Module) and hasattr(self.encoder, "features"),
-            "an encoder: a module with the attribute `features` that maps shots to (task, features)",
+            isinstance(self.encoder, nn.Module) and hasattr(self.encoder, "num_features"),
+            "an encoder: a module with the attribute `num_features` that maps shots to (task, features)",
             type(self.encoder).__name__,
             "Pass ph.SetEncoder(num_sensors, num_times).",
             TypeError,

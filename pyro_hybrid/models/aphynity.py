@@ -104,9 +104,7 @@ class APHYNITY(HybridModel):
 
     def guide(self) -> AmortizedGuide:
         """A guide that reads the query, one trajectory or a set of them."""
-        return AmortizedGuide(
-            self, SetEncoder(self.system.sensors, self.system.points, features=64)
-        )
+        return AmortizedGuide(self, SetEncoder(self.system.sensors, self.system.points))
 
     def forward(self, episode: Episode) -> Tensor:
         p = self.prior(episode)

@@ -316,11 +316,11 @@ class PhysicsGuide(nn.Module):
         return Reading(shots, physics | neural, unmixed)
 
     def _unmixed(self, values: Tensor, seen: Tensor, latents: Tensor) -> Trajectories:
-        centre, scale = self.second.get_buffer("centre"), self.second.get_buffer("scale")
-        standard = ((values - centre) / scale).where(seen, 0.0)
+        center, scale = self.second.center, self.second.scale
+        standard = ((values - center) / scale).where(seen, 0.0)
         known = torch.cat([standard, seen.to(standard.dtype)], -1).flatten(-2)
         inputs = torch.cat([known, latents.unsqueeze(-2).expand(*known.shape[:-1], -1)], -1)
-        return centre + scale * (standard + self.unmixer(inputs).view_as(standard))
+        return center + scale * (standard + self.unmixer(inputs).view_as(standard))
 
     def _believed(
         self, names: tuple[str, ...], features: Tensor, counts: Tensor

@@ -106,7 +106,7 @@ class MetaHybridVAE(HybridModel):
 
     def encoder(self) -> SetEncoder:
         """An encoder that fits the system's trajectories."""
-        return SetEncoder(self.system.sensors, self.system.points, features=64)
+        return SetEncoder(self.system.sensors, self.system.points)
 
     def guide(self, evidence: GaussNewton | None = None) -> AmortizedGuide:
         """A guide for this model, of the same kind as its prior."""

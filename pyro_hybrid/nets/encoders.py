@@ -1,4 +1,4 @@
-"""SetEncoder: exchangeable trajectories -> features."""
+"""SetEncoder: trajectories in any order to features."""
 
 from __future__ import annotations
 
@@ -10,51 +10,79 @@ from pyro_hybrid.errors import fail, require
 
 __all__ = ["SetEncoder"]
 
+SMALLEST_SCALE = 1e-6  # of a sensor that never changes
+
 
 class SetEncoder(nn.Module):
-    r"""Any number of a task's shots, in any order, to one vector of features.
+    r"""Map any number of a task's shots, in any order, to one vector of features.
 
     .. math:: h(S) = \rho\Big(\tfrac{1}{|S|} \sum_{x \in S} \phi(x, m),\; \log |S| \Big)
 
-    A missing observation enters as zero together with its mask :math:`m`. Trajectories are standardised by a running
-    mean and scale of each sensor, which :func:`~pyro_hybrid.meta_train` sets from the training tasks.
+    A missing value enters as zero, together with its mask :math:`m`. Trajectories are standardized by the mean and the
+    standard deviation of each sensor, which :func:`~pyro_hybrid.meta_train` takes from the training tasks.
 
     References:
         Deep Sets (Zaheer et al., 2017), https://arxiv.org/abs/1703.06114
 
     Arguments:
-        sensors: number of observed quantities.
-        steps: number of time points of a whole trajectory.
-        features: size of the output.
+        num_sensors: number of observed quantities.
+        num_times: number of time points of a whole trajectory.
+        num_features: size of the output.
         width: size of the hidden layers.
+
+    >>> encoder = SetEncoder(num_sensors=2, num_times=3, num_features=8)
+    >>> encoder(Shots.from_tensors(torch.arange(3.0), torch.zeros(5, 4, 3, 2))).shape
+    torch.Size([5, 8])
     """
 
-    def __init__(self, sensors: int, steps: int, features: int = 64, width: int = 128) -> None:
+    center: Tensor
+    scale: Tensor
+
+    def __init__(
+        self, num_sensors: int, num_times: int, num_features: int = 64, width: int = 128
+    ) -> None:
         super().__init__()
-        self.sensors, self.steps, self.features = sensors, steps, features
-        self.register_buffer("centre", torch.zeros(sensors))
-        self.register_buffer("scale", torch.ones(sensors))
+        sizes = {
+            "num_sensors": num_sensors,
+            "num_times": num_times,
+            "num_features": num_features,
+            "width": width,
+        }
+        for name, size in sizes.items():
+            require(
+                isinstance(size, int) and size >= 1,
+                f"{name}, an integer of 1 or more",
+                repr(size),
+                "Pass ph.SetEncoder(num_sensors, num_times), as the trajectories have them.",
+            )
+        self.num_sensors = num_sensors
+        self.num_times = num_times
+        self.num_features = num_features
+        self.register_buffer("center", torch.zeros(num_sensors))
+        self.register_buffer("scale", torch.ones(num_sensors))
         self.each = nn.Sequential(
-            nn.Linear(2 * steps * sensors, width), nn.SiLU(), nn.Linear(width, features)
+            nn.Linear(2 * num_times * num_sensors, width), nn.SiLU(), nn.Linear(width, num_features)
         )
         self.joint = nn.Sequential(
-            nn.SiLU(), nn.Linear(features + 1, width), nn.SiLU(), nn.Linear(width, features)
+            nn.SiLU(), nn.Linear(num_features + 1, width), nn.SiLU(), nn.Linear(width, num_features)
         )
 
-    def standardise(self, values: Tensor, mask: Tensor | bool) -> None:
-        """Take centre and scale of each sensor from training trajectories ``(task, shot, time, sensor)``."""
+    def standardize(self, values: Tensor, observed: Tensor) -> None:
+        """Take the center and the scale of each sensor from training trajectories.
+
+        Arguments:
+            values: ``(task, shot, time, sensor)``.
+            observed: True where a value was measured, in the same shape.
+        """
         self._check(values)
-        seen = torch.as_tensor(mask, device=values.device).expand_as(values)
-        count = seen.sum((0, 1, 2)).clamp(min=1)
-        self.centre = values.where(seen, 0.0).sum((0, 1, 2)) / count
-        self.scale = (
-            ((values - self.centre).where(seen, 0.0).square().sum((0, 1, 2)) / count)
-            .sqrt()
-            .clamp(min=1e-6)
-        )
+        count = observed.sum((0, 1, 2)).clamp(min=1)
+        center = values.where(observed, 0.0).sum((0, 1, 2)) / count
+        squares = (values - center).where(observed, 0.0).square()
+        self.center = center
+        self.scale = (squares.sum((0, 1, 2)) / count).sqrt().clamp(min=SMALLEST_SCALE)
 
     def shots(self, shots: Shots) -> Tensor:
-        """Features of each trajectory by itself, ``(task, shot, features)``."""
+        """Return features of each trajectory by itself, ``(task, shot, features)``."""
         require_shots(shots)
         whole = shots.whole or shots
         values = whole.values
@@ -65,26 +93,30 @@ class SetEncoder(nn.Module):
                 "An encoder reads trajectories; simulate from the prior instead.",
             )
         self._check(values)
-        seen = whole.observed
-        standard = ((values - self.centre) / self.scale).where(seen, 0.0)
-        return self.each(torch.cat([standard, seen.to(values.dtype)], -1).flatten(-2))
+        observed = whole.observed
+        standard = ((values - self.center) / self.scale).where(observed, 0.0)
+        inputs = torch.cat([standard, observed.to(values.dtype)], -1).flatten(-2)
+        features: Tensor = self.each(inputs)
+        return features
 
     def forward(self, shots: Shots) -> Tensor:
-        """Features of the set, ``(task, features)``."""
+        """Return features of the set, ``(task, features)``."""
         each = self.shots(shots)
-        size = each.new_full((*each.shape[:-2], 1), each.shape[-2]).log()
-        return self.joint(torch.cat([each.mean(-2), size], -1))
+        log_size = each.new_full((*each.shape[:-2], 1), each.shape[-2]).log()
+        features: Tensor = self.joint(torch.cat([each.mean(-2), log_size], -1))
+        return features
 
     def _check(self, values: Tensor) -> None:
+        expected = (self.num_times, self.num_sensors)
         require(
-            values.dim() >= 4 and tuple(values.shape[-2:]) == (self.steps, self.sensors),
-            f"trajectories of (time, sensor) = ({self.steps}, {self.sensors})",
+            values.dim() >= 4 and tuple(values.shape[-2:]) == expected,
+            f"trajectories of (time, sensor) = {expected}",
             tuple(values.shape[-2:]),
-            "Build the SetEncoder with the steps and sensors of these trajectories.",
+            "Build the SetEncoder with the numbers of sensors and times of these trajectories.",
         )
         require(
-            values.dtype == self.centre.dtype,
-            f"trajectories in {self.centre.dtype}, as the encoder",
+            values.dtype == self.center.dtype,
+            f"trajectories in {self.center.dtype}, as the encoder",
             values.dtype,
             "Convert the model with model.double() or .float(), or the values before they become tasks.",
             TypeError,

@@ -236,7 +236,7 @@ def _prepared(
     guide.to(device)
     for module in {*model.modules(), *guide.modules()}:
         if isinstance(module, SetEncoder):
-            module.standardise(tasks.values.to(module.centre.device), tasks.observed)
+            module.standardize(tasks.values.to(module.center.device), tasks.observed)
     optimizer = adam(model, guide, settings.schedule.learning_rate, device)
     return SVI(model, guide, optimizer, loss)
 

@@ -109,7 +109,7 @@ class Guide(nn.Module):
         super().__init__()
         self.model = model
         same = like.network.encoder
-        encoder = ph.SetEncoder(same.sensors, same.steps, same.features)
+        encoder = ph.SetEncoder(same.num_sensors, same.num_times, same.num_features)
         self.amortized = ph.AmortizedGuide(model, encoder).to(model.prior.raw)
         self.amortized.network.load_state_dict(like.network.state_dict())
 
@@ -125,7 +125,7 @@ def standardise(model: nn.Module, guide: nn.Module, tasks: ph.Tasks) -> None:
     """What ``ph.meta_train`` does first: encoders take centre and scale of each sensor from the training tasks."""
     for module in {*model.modules(), *guide.modules()}:
         if isinstance(module, ph.SetEncoder):
-            module.standardise(tasks.values, tasks.observed)
+            module.standardize(tasks.values, tasks.observed)
 
 
 def named(model: nn.Module, guide: ph.AmortizedGuide) -> dict[str, Tensor]:

@@ -31,7 +31,7 @@ import pyro_hybrid as ph
 
 Array = Any
 Weights = dict[str, Array]
-CONSTANT = "centre", "scale", "loc", "periodic"
+CONSTANT = "center", "scale", "loc", "periodic"
 
 
 class Batch(NamedTuple):
@@ -63,7 +63,7 @@ def weights(model: ph.models.MetaHybridVAE, guide: ph.AmortizedGuide) -> dict[st
     both = named(model, guide) | {"residual.scale": model.residual.scale}
     for name, encoder in (("prior", model.prior.network.encoder), ("guide", guide.network.encoder)):
         place = f"{name}.network.encoder"
-        both |= {f"{place}.centre": encoder.centre, f"{place}.scale": encoder.scale}
+        both |= {f"{place}.center": encoder.center, f"{place}.scale": encoder.scale}
     for key in ("loc", "scale"):
         values = [
             float(getattr(family, key))
@@ -81,7 +81,7 @@ def linear(w: Weights, name: str, x: Array) -> Array:
 
 def encode(w: Weights, name: str, values: Array) -> Array:
     """The library's SetEncoder, where nothing is missing."""
-    standard = (values - w[f"{name}.centre"]) / w[f"{name}.scale"]
+    standard = (values - w[f"{name}.center"]) / w[f"{name}.scale"]
     each = jnp.concatenate([standard, jnp.ones_like(standard)], -1).reshape(*values.shape[:2], -1)
     each = linear(w, f"{name}.each.2", jax.nn.silu(linear(w, f"{name}.each.0", each)))
     size = jnp.full((len(values), 1), math.log(values.shape[1]), values.dtype)
