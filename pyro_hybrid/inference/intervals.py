@@ -15,7 +15,10 @@ from pyro_hybrid.programs.module import HybridModel, local_parameters
 __all__ = ["measure_interval_scale"]
 
 BATCH = 100  # tasks that are read at once
-NARROWEST, WIDEST = 0.1, 100.0  # limits of the factor: a program that is further off must be trained first
+NARROWEST, WIDEST = (
+    0.1,
+    100.0,
+)  # limits of the factor: a program that is further off must be trained first
 
 
 @torch.no_grad()
