@@ -48,15 +48,15 @@ def with_clock(tasks: Tasks, clock: Tensor | float = 0.0) -> Tasks:
     shape = (*tasks.values.shape[:3], 1)
     start = torch.as_tensor(clock, dtype=tasks.values.dtype).expand(shape[:2])
     values = torch.cat([tasks.values, (start.unsqueeze(-1) + tasks.times).unsqueeze(-1)], -1)
-    made = Tasks.from_trajectories(
+    clocked = Tasks.from_trajectories(
         tasks.times,
         values,
         initial=values,
         num_support=tasks.num_support,
         true_latents=tasks.true_latents,
     )
-    counts = torch.tensor([True] * tasks.values.shape[-1] + [False])
-    return replace(made, scored=made.scored & counts)
+    is_sensor = torch.tensor([True] * tasks.values.shape[-1] + [False])
+    return replace(clocked, scored=clocked.scored & is_sensor)
 
 
 def cut(long: Tasks, pieces: int) -> Tasks:

@@ -31,7 +31,8 @@ from experiments.run import Choice, Result, Run, digits
 from experiments.tables import markdown, spread
 from pyro_hybrid.data.tasks import Tasks
 from pyro_hybrid.dynamics.modes import nan_on_failure
-from pyro_hybrid.dynamics.solve import Field, solve
+from pyro_hybrid.dynamics.slopes import Field
+from pyro_hybrid.dynamics.solve import solve
 from pyro_hybrid.errors import fail, require
 from pyro_hybrid.fitting.posterior import Posterior
 from pyro_hybrid.models import MetaHybridVAE
