@@ -5,7 +5,7 @@ from pyro_hybrid.beliefs import families
 from pyro_hybrid.data.episode import Episode
 from pyro_hybrid.data.shots import Shots
 from pyro_hybrid.data.tasks import Tasks
-from pyro_hybrid.diagnostics.calibration import Calibration, check_calibration
+from pyro_hybrid.diagnostics.calibration import CalibrationReport, check_calibration
 from pyro_hybrid.diagnostics.contract import ContractError, check_hybrid_model
 from pyro_hybrid.dynamics.failures import SolverError
 from pyro_hybrid.dynamics.interpolate import interpolate
@@ -34,8 +34,8 @@ from pyro_hybrid.nets.hybrid_field import HybridField
 from pyro_hybrid.nets.mixing import Mixing
 from pyro_hybrid.nets.residual import Residual
 from pyro_hybrid.programs.module import HybridModel
+from pyro_hybrid.scores.ica import disentangle
 from pyro_hybrid.scores.mcc import mcc
-from pyro_hybrid.scores.separability import disentangle
 from pyro_hybrid.training.fit import Fit, load
 from pyro_hybrid.training.loop import TrainingError
 from pyro_hybrid.training.meta_train import meta_train
@@ -49,7 +49,7 @@ __version__ = "0.1.0"
 __all__ = [
     "SVI",
     "AmortizedGuide",
-    "Calibration",
+    "CalibrationReport",
     "Certificate",
     "CheckpointError",
     "ContractError",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+from numbers import Integral
 from typing import Any, NoReturn
 
 import torch
@@ -14,9 +15,12 @@ __all__ = [
     "fail",
     "is_installed",
     "require",
+    "require_callable",
     "require_finite",
     "require_floating",
+    "require_integer",
     "require_package",
+    "require_seed",
 ]
 
 
@@ -89,3 +93,25 @@ def require_finite(name: str, value: Tensor, mask: Tensor | None = None) -> None
             f"{value[where].item()} at index {where} ({int(bad.sum())} such entries)",
             "Drop them, or pass observed= with False where a value is missing.",
         )
+
+
+def require_integer(
+    name: str, value: object, least: int, remedy: str, most: int | None = None
+) -> None:
+    """Require a whole number within limits; True, 1.5 and 2.0 are not whole numbers."""
+    limits = f"of {least} or more" if most is None else f"from {least} to {most}"
+    expected = f"{name} as a whole number {limits}"
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        fail(expected, repr(value), remedy, TypeError)
+    is_within = least <= int(value) and (most is None or int(value) <= most)
+    require(is_within, expected, value, remedy)
+
+
+def require_seed(seed: object) -> None:
+    """Require a seed that both torch and numpy accept."""
+    require_integer("seed", seed, 0, "Pass seed=0, or another seed for other random numbers.")
+
+
+def require_callable(name: str, value: object, remedy: str) -> None:
+    """Require something that can be called, such as a Pyro program."""
+    require(callable(value), f"{name} to be callable", type(value).__name__, remedy, TypeError)

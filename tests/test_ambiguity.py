@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyro_hybrid.identifiability.check import Check
-from pyro_hybrid.scores.ambiguity import Ambiguity, ambiguity, judge_ambiguity
+from pyro_hybrid.scores.ambiguity import Ambiguity, judge_ambiguity, measure_ambiguity
+from pyro_hybrid.scores.check import Check
 
 
 def uniform(tasks: int, components: int, seed: int = 0) -> Tensor:
@@ -27,7 +27,7 @@ def rotation(degrees: float) -> Tensor:
 
 
 def found(one: Tensor, other: Tensor) -> tuple[Ambiguity, Check]:
-    numbers = ambiguity(one, other)
+    numbers = measure_ambiguity(one, other)
     return numbers, judge_ambiguity(numbers)
 
 
@@ -41,7 +41,7 @@ def test_the_same_latents_twice_are_identical() -> None:
     assert numbers.condition == pytest.approx(1.0)
     assert (
         check.status == "holds"
-        and check.why == "the two are the same as they stand (R 1.00 or more)"
+        and check.why == "The two are the same without any alignment (R at least 1.00)."
     )
 
 
@@ -63,15 +63,15 @@ def test_another_order_sign_scale_or_offset_is_a_permutation_both_ways(change) -
         assert numbers.strong == pytest.approx(1.0) and numbers.condition == pytest.approx(1.0)
         assert (
             check.status == "holds"
-            and "up to order, sign, scale and offset (correlation 1.00" in check.why
+            and "up to order, sign, scale and offset (correlation at least 1.00" in check.why
         )
 
 
 def test_identity_is_the_same_from_either_side_and_measured_by_what_varies_less() -> None:
     z = uniform(200, 2)
     wide = 1.3 * z
-    assert ambiguity(wide, z).identity == pytest.approx(ambiguity(z, wide).identity)
-    assert ambiguity(z, wide).identity == pytest.approx(math.sqrt(1 - 0.3**2), abs=0.01)
+    assert measure_ambiguity(wide, z).identity == pytest.approx(measure_ambiguity(z, wide).identity)
+    assert measure_ambiguity(z, wide).identity == pytest.approx(math.sqrt(1 - 0.3**2), abs=0.01)
 
 
 @pytest.mark.parametrize("degrees", [30, 45])
@@ -85,7 +85,7 @@ def test_a_rotation_is_linear_its_strong_score_is_the_cosine_and_its_matrix_the_
     np.testing.assert_allclose(numbers.matrix, rotation(degrees), atol=0.03)
     assert numbers.condition == pytest.approx(1.0, abs=0.05)
     assert check.status == "holds" and check.value == numbers.linear
-    assert f"not up to a permutation (strong {numbers.strong:.2f})" in check.why
+    assert f"but not up to a permutation (strong {numbers.strong:.2f})" in check.why
 
 
 def test_the_condition_number_is_that_of_the_map_between_standardised_latents() -> None:
@@ -108,7 +108,7 @@ def test_one_mixed_pair_among_many_is_not_hidden_by_the_mean() -> None:
 def test_independent_latents_have_no_relation() -> None:
     numbers, check = found(uniform(300, 2, seed=1), uniform(300, 2, seed=2))
     assert numbers.kind == "none" and numbers.linear < 0.2
-    assert check.status == "fails" and "don't agree up to a linear map" in check.why
+    assert check.status == "fails" and "do not agree up to a linear map" in check.why
     assert check.remedy.startswith("Train both longer")
 
 
@@ -142,7 +142,7 @@ def test_noise_between_two_recoveries_decides_by_the_correlation_that_it_leaves(
     low, high = numbers.linear_interval
     assert low < 1 / math.sqrt(1 + ratio) < high + 0.02
     assert check.status == status and numbers.kind == ("linear" if status == "holds" else "none")
-    assert ("whether the two agree up to a linear map is open" in check.why) == (
+    assert ("leave open whether the two agree up to a linear map" in check.why) == (
         status == "undecided"
     )
 
@@ -176,12 +176,14 @@ def test_what_counts_is_the_smaller_side_from_the_larger_in_either_order() -> No
     for one, other in ((z, smaller), (smaller, z)):
         numbers, check = found(one, other)
         assert numbers.kind == "linear" and check.status == "holds"
-        assert check.why.endswith("what counts is the 2 latents of one side, from the other's 3")
+        assert check.why.endswith(
+            "Only the 2 latents of one side are judged, as functions of the 3 of the other."
+        )
         assert numbers.matrix.shape == (one.shape[1], other.shape[1]) and numbers.matched.shape == (
             2,
         )
         assert numbers.identity == 0.0
-    lost = ambiguity(z, smaller).one_from_other
+    lost = measure_ambiguity(z, smaller).one_from_other
     assert lost[:2].min() > 0.99 and lost[2] < 0.2
 
 
@@ -199,12 +201,12 @@ def test_numbers_repeat_for_tensors_and_arrays_and_leave_the_global_random_state
     one = uniform(50, 2, seed=1).requires_grad_()
     other = (one + 0.5 * uniform(50, 2, seed=2)).detach()
     before, before_torch = str(np.random.get_state()), torch.get_rng_state()
-    first = ambiguity(one, other, seed=3)
+    first = measure_ambiguity(one, other, seed=3)
     for left, right in zip(
-        first, ambiguity(one.detach().numpy(), other.numpy(), seed=3), strict=True
+        first, measure_ambiguity(one.detach().numpy(), other.numpy(), seed=3), strict=True
     ):
         np.testing.assert_array_equal(left, right)
-    assert ambiguity(one, other, seed=4).linear_interval != first.linear_interval
+    assert measure_ambiguity(one, other, seed=4).linear_interval != first.linear_interval
     assert str(np.random.get_state()) == before and torch.equal(torch.get_rng_state(), before_torch)
 
 
@@ -213,10 +215,20 @@ def test_unusable_latents_are_named_by_side() -> None:
     constant = z.clone()
     constant[:, 1] = 0.5
     for one, other, message in (
-        (z, z[:49], "one row a task in both one and other; got 50 and 49 rows"),
+        (z, z[:49], "one row per task in both one and other; got 50 and 49 rows"),
         (z, constant, r"every component of other to vary over tasks; got component \[1\]"),
         (z[:6], z[:6], "at least 7 tasks in one and other for 2 components; got 6 tasks"),
         (z[:, 0], z, r"one of shape \(tasks, components\); got shape \(50,\)"),
     ):
         with pytest.raises(ValueError, match=message):
-            ambiguity(one, other)
+            measure_ambiguity(one, other)
+
+
+@pytest.mark.parametrize("unit", [1e-300, 1e160, 1e307])
+def test_units_do_not_matter_from_the_smallest_number_to_the_largest(unit: float) -> None:
+    z = uniform(100, 2)
+    assert measure_ambiguity(unit * z, unit * z).kind == "identity"
+    assert (
+        measure_ambiguity(unit * z, z).kind == measure_ambiguity(z, unit * z).kind == "permutation"
+    )
+    assert measure_ambiguity(unit * z @ rotation(30).T, z).kind == "linear"

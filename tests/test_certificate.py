@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import pyro_hybrid as ph
-from pyro_hybrid.identifiability.certificate import SAYS
-from pyro_hybrid.identifiability.check import Check, Status, Threshold, judged, unchecked
-from pyro_hybrid.identifiability.variability import too_few
+from pyro_hybrid.identifiability.certificate import HEADLINES
+from pyro_hybrid.identifiability.variability import judge_too_few_tasks
+from pyro_hybrid.scores.check import Check, Status, Threshold
 
 SEEN = Threshold(holds=3.0, fails=1.0)
 SPRING = Check(
@@ -29,10 +29,10 @@ SPRING = Check(
     "observe more.",
 )
 NOISE = Check("noise (i)", "holds", why="x: Normal, exp(-σ²t²/2) is nowhere zero")
-CLOSE = judged(
+CLOSE = Check.from_interval(
     "fit", 1.234, (1.1, 1.46), Threshold(2.0, 2.0, larger=False), "errors are as large as the noise"
 )
-SKIPPED = unchecked("efficiency", "a direction isn't seen at all", "See (ii).")
+SKIPPED = Check.skipped("efficiency", "a direction isn't seen at all", "See (ii).")
 WHY, GAP = 53, 2  # the texts start so far behind the names; between columns
 
 
@@ -109,12 +109,12 @@ def test_a_certificate_cannot_be_changed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("status", "word"), [("holds", "certified"), ("fails", "REFUSED"), ("undecided", "undecided")]
+    ("status", "word"), [("holds", "Certified"), ("fails", "REFUSED"), ("undecided", "Undecided")]
 )
 def test_the_first_lines_are_the_verdict_and_what_it_rests_on(status: Status, word: str) -> None:
     check = Check("only", status)
     lines = str(ph.Certificate([check], systems=1000, shots=4, seconds=12.34)).splitlines()
-    assert lines[:3] == [SAYS[status], "(1000 systems, supports of 4 shots; 12 s)", ""]
+    assert lines[:3] == [HEADLINES[status], "(1000 systems, supports of 4 shots; 12 s)", ""]
     assert lines[0].startswith(f"{word}: ") and lines[3].startswith("condition")
 
 
@@ -219,7 +219,7 @@ def test_numbers_are_as_long_as_they_need_be(
 
 
 def test_what_there_is_to_say_of_too_few_tasks_can_be_printed() -> None:
-    text = str(ph.Certificate(too_few(8, 5)))
+    text = str(ph.Certificate(judge_too_few_tasks(8, 5)))
     assert re.split(r"  +", rows(text)["variability (iv)"][0])[:4] == [
         "variability (iv)",
         "FAILS",
@@ -241,12 +241,14 @@ def test_no_line_is_longer_than_120_characters(
     value: float, low: float, wanted: float, words: list[str], name: str
 ) -> None:
     text = " ".join(words)
-    for verdict in SAYS:
+    for verdict in HEADLINES:
         check = Check(name, verdict, value, (low, math.inf), Threshold(wanted, 0.0), text, text)
         shown = str(
             ph.Certificate([check], [check._replace(status="not checked")], {}, 1000, 10, 432.1)
         )
-        assert shown.startswith(SAYS[verdict]) and max(map(len, shown.splitlines())) <= 120, shown
+        assert shown.startswith(HEADLINES[verdict]) and max(map(len, shown.splitlines())) <= 120, (
+            shown
+        )
 
 
 def test_a_row_that_is_too_full_keeps_its_columns_and_wraps_the_why() -> None:
@@ -275,7 +277,7 @@ def test_a_check_is_found_by_the_beginning_of_its_name() -> None:
     assert certificate["injectivity"] is SPRING and certificate["injectivity, local (ii)"] is SPRING
     assert certificate["efficiency"] is SKIPPED  # one of the further ones
     assert (
-        spring(conditions=[CLOSE, *too_few(8, 5)])["variability (iv)"].condition
+        spring(conditions=[CLOSE, *judge_too_few_tasks(8, 5)])["variability (iv)"].condition
         == "variability (iv)"
     )
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyro_hybrid.identifiability.check import Check, Status, Threshold, judged, unchecked
+from pyro_hybrid.scores.check import Check, Status, Threshold
 
 MORE, LESS = Threshold(holds=2.0, fails=1.0), Threshold(holds=1.0, fails=2.0, larger=False)
 NAN, INF = math.nan, math.inf
@@ -75,7 +75,8 @@ def test_a_threshold_says_what_is_wanted() -> None:
 
 def test_a_check_that_holds_needs_no_remedy() -> None:
     good, bad, open_ = (
-        judged("c", x, (x - 0.5, x + 0.5), MORE, "why", "do this") for x in (3.0, 0.4, 1.5)
+        Check.from_interval("c", x, (x - 0.5, x + 0.5), MORE, "why", "do this")
+        for x in (3.0, 0.4, 1.5)
     )
     assert [check.status for check in (good, bad, open_)] == ["holds", "fails", "undecided"]
     assert [check.remedy for check in (good, bad, open_)] == ["", "do this", "do this"]
@@ -83,11 +84,11 @@ def test_a_check_that_holds_needs_no_remedy() -> None:
 
 
 def test_a_value_that_passes_on_its_own_is_not_enough() -> None:
-    assert judged("c", 3.0, (0.5, 4.0), MORE, "").status == "undecided"
+    assert Check.from_interval("c", 3.0, (0.5, 4.0), MORE, "").status == "undecided"
 
 
 def test_what_was_not_checked_says_why_and_measured_nothing() -> None:
-    check = unchecked("c", "no data", "record some")
+    check = Check.skipped("c", "no data", "record some")
     assert (check.status, check.why, check.remedy, check.threshold) == (
         "not checked",
         "no data",
@@ -105,7 +106,7 @@ def test_json_gets_none_for_what_is_no_number(odd: float) -> None:
 
 
 def test_json_gets_everything_else_as_it_is() -> None:
-    assert judged("c", 1.5, (1.0, 2.0), LESS, "why", "do this").to_dict() == {
+    assert Check.from_interval("c", 1.5, (1.0, 2.0), LESS, "why", "do this").to_dict() == {
         "condition": "c",
         "status": "undecided",
         "value": 1.5,
@@ -114,4 +115,4 @@ def test_json_gets_everything_else_as_it_is() -> None:
         "why": "why",
         "remedy": "do this",
     }
-    assert unchecked("c", "why").to_dict()["threshold"] is None
+    assert Check.skipped("c", "why").to_dict()["threshold"] is None

@@ -23,7 +23,7 @@ from toys import POINTS, SYSTEMS, Line, features, in_float32, make_tasks, with_q
 
 import pyro_hybrid as ph
 from pyro_hybrid.data.segments import to_segments
-from pyro_hybrid.diagnostics.contracts import STAGES
+from pyro_hybrid.diagnostics.contract import STAGES
 
 EPISODE = in_float32(make_tasks(3, 5, num_support=2)).episode()
 NAMES = [contract.__name__.replace("_", " ") for stage in STAGES for contract in stage]
@@ -665,3 +665,102 @@ def test_an_episode_that_says_too_little_is_refused(episode: ph.Episode, came: s
         ValueError, match=f"expected an episode of whole trajectories .*{came}.*Pass tasks"
     ):
         ph.check_hybrid_model(model, guide_of(model), episode)
+
+
+@pytest.mark.parametrize(
+    "thing", [in_float32(make_tasks(3, 5, num_support=2)), EPISODE.query, None]
+)
+def test_what_is_no_episode_is_answered_with_how_to_make_one(
+    without_jaxtyping: None, thing: object
+) -> None:
+    model = Good()
+    with pytest.raises(
+        TypeError, match=r"an episode \(ph\.Episode\); got \w+\. Pass .*tasks\[:3\]\.episode\(\)"
+    ):
+        ph.check_hybrid_model(model, guide_of(model), thing)  # type: ignore[arg-type]
+
+
+def test_a_program_that_is_no_module_is_answered_with_what_to_derive_it_from(
+    without_jaxtyping: None,
+) -> None:
+    with pytest.raises(ph.ContractError, match="got function. Derive it from ph.HybridModel"):
+        ph.check_hybrid_model(lambda episode: None, guide_of(Good()), EPISODE)  # type: ignore[arg-type]
+
+
+# ---- rounding ------------------------------------------------------------------------------------
+
+
+class Counts(ph.HybridModel):
+    """Counts of a million, whose rate a network says: derivatives by differences are off by rounding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.prior = ph.SupportPrior(
+            encoder(steps=12),
+            ph.GaussNewton(2),
+            rate=ph.families.Normal(1),
+            decay=ph.families.Normal(1),
+        )
+        self.network = nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 1))
+
+    def forward(self, episode: ph.Episode) -> Tensor:
+        p = self.prior(episode)
+        with episode.plate:
+            z = torch.cat([pyro.sample(name, p[name]) for name in p], -1)
+            growth = self.network(z)[..., None, None, :] * episode.query.times.unsqueeze(-1)
+            mean = self.rate(growth, episode)
+            return pyro.sample(
+                "x", dist.Poisson(mean).mask(episode.query.scored).to_event(3), obs=episode.query.values
+            )
+
+    def rate(self, growth: Tensor, episode: ph.Episode) -> Tensor:
+        return 1e6 * growth.exp() * torch.ones_like(episode.query.initial).unsqueeze(-2)
+
+
+class MixedCounts(Counts):
+    """The same, its rate being compared with the mean over tasks."""
+
+    def rate(self, growth: Tensor, episode: ph.Episode) -> Tensor:
+        return super().rate(growth - 1e-3 * growth.mean(-4, keepdim=True), episode)
+
+
+def counts() -> ph.Episode:
+    generator = torch.Generator().manual_seed(0)
+    times = torch.linspace(0.0, 2.0, 12)
+    decay = torch.rand(3, 1, 1, 1, generator=generator)
+    rate = 1e6 * (-decay * times.unsqueeze(-1)).exp() * torch.ones(3, 4, 1, 1)
+    values = torch.poisson(rate, generator=generator)
+    return ph.Tasks.from_trajectories(times, values, num_support=2).episode()
+
+
+def test_a_poisson_program_is_not_accused_of_what_rounding_does() -> None:
+    torch.manual_seed(0)
+    model = Counts()
+    assert len(ph.check_hybrid_model(model, guide_of(model), counts())) == len(NAMES)
+
+
+def test_a_poisson_program_that_mixes_tasks_is_still_found() -> None:
+    torch.manual_seed(0)
+    model = MixedCounts()
+    with pytest.raises(ph.ContractError) as caught:
+        ph.check_hybrid_model(model, guide_of(model), counts())
+    assert "Mix nothing over the axis of tasks" in caught.value.failed["tasks"]
+
+
+class InSingle(Good):
+    """A line that computes in float32 whatever it is given."""
+
+    def mean(self, z: Tensor, episode: ph.Episode) -> Tensor:
+        times = episode.query.times
+        grown = features(times) - features(times[..., :1])
+        mean = (grown.float() @ z.float()[..., None, :, None]).squeeze(-1)
+        return super().start(episode).float() + self.gain.float() * mean
+
+    def observe(self, mean: Tensor, episode: ph.Episode) -> Tensor:
+        x = dist.Normal(mean, self.noise.float() / 30.0).mask(episode.query.scored)
+        return pyro.sample("x", x.to_event(3), obs=episode.query.values)
+
+
+def test_a_program_that_computes_in_float32_is_compared_in_float32() -> None:
+    model = InSingle()
+    assert len(ph.check_hybrid_model(model, guide_of(model), EPISODE)) == len(NAMES)

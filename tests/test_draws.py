@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import arviz
 import numpy as np
@@ -31,7 +33,7 @@ from toys import (
 )
 
 import pyro_hybrid as ph
-from pyro_hybrid.identifiability.check import Check, Threshold, unchecked
+from pyro_hybrid.scores.check import Check, Threshold
 
 STANDARD = {"loc": (0.0, 0.0, 0.0), "scale": (1.0, 1.0, 1.0)}
 NAMES = {"slope": ["rate"], "bend": ["sine", "square"], "x": ["angle"]}
@@ -128,10 +130,11 @@ def test_reading_takes_no_random_number_so_that_draws_follow_the_seed(
 
 @pytest.mark.parametrize("inferred", [False, True])
 def test_pareto_k_is_low_where_the_guide_is_the_exact_posterior(inferred: bool) -> None:
-    k = ph.pareto_k(*pair(inferred=inferred, sites=TOGETHER), episode(inferred=inferred), 500)
-    assert k.shape == (3,)
-    assert k.dtype == np.float64
-    assert (k < 0.7).all()
+    both = pair(inferred=inferred, sites=TOGETHER)
+    weights = ph.pareto_k(*both, episode(inferred=inferred), 500)
+    assert weights.k_hat.shape == (3,) and weights.k_hat.dtype == np.float64
+    assert (weights.k_hat < 0.7).all() and weights.is_reliable.all()
+    assert weights.relative_ess == pytest.approx(np.ones(3), abs=1e-6)
 
 
 def test_pareto_k_is_high_where_the_guide_is_far_too_narrow() -> None:
@@ -146,7 +149,9 @@ def test_pareto_k_is_high_where_the_guide_is_far_too_narrow() -> None:
             with data.plate:
                 pyro.sample("both", narrow)
 
-    assert (ph.pareto_k(model, Narrow(), episode(), 1000) > 0.7).all()
+    weights = ph.pareto_k(model, Narrow(), episode(), 1000)
+    assert (weights.k_hat > 0.7).all() and not weights.is_reliable.any()
+    assert (weights.relative_ess < 0.5).all()
 
 
 # ---- ArviZ ---------------------------------------------------------------------------------------
@@ -270,7 +275,7 @@ CERTIFICATE = ph.Certificate(
             "errors are as large as the noise",
         )
     ],
-    [unchecked("efficiency", "σ², too few tasks", "Pass more tasks.")],
+    [Check.skipped("efficiency", "σ², too few tasks", "Pass more tasks.")],
     {"reading": object()},
     300,
     4,
@@ -345,6 +350,29 @@ def test_what_is_no_episode_is_refused(sampler: object) -> None:
     message = r"expected an Episode; got a Tasks\. Pass tasks\.episode\(\)"
     with without_type_checks(), pytest.raises(TypeError, match=message):
         sampler(*pair(), make_tasks(3, 4), 5)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda both: ph.draws(*both, episode(), 4),
+        lambda both: ph.predict(both[0], episode(), 4),
+        lambda both: ph.to_arviz(*both, episode(), 4),
+        lambda both: ph.pareto_k(*both, episode(), 4),
+    ],
+    ids=["draws", "predict", "to_arviz", "pareto_k"],
+)
+def test_parameters_that_are_not_finite_are_refused_by_name(
+    call: Callable[[Any], object], value: float
+) -> None:
+    model, guide = pair()
+    model.noise_unconstrained.data.fill_(value)
+    with pytest.raises(
+        ValueError,
+        match=r"finite parameters of the model; got NaN or Inf in noise\. Load an earlier",
+    ):
+        call((model, guide))
 
 
 def test_names_of_the_wrong_number_are_refused() -> None:

@@ -15,8 +15,8 @@ from toys import NOISE, SEPARATE, TIMES, Line, features, make_tasks
 
 import pyro_hybrid as ph
 from pyro_hybrid.beliefs.families import LogNormal, Normal
-from pyro_hybrid.identifiability.efficiency import Efficiency, efficiency, judge_efficiency
-from pyro_hybrid.identifiability.task_beliefs import Reading
+from pyro_hybrid.identifiability.efficiency import Efficiency, judge_efficiency, measure_efficiency
+from pyro_hybrid.identifiability.task_beliefs import TaskBeliefs
 
 TASKS, SHOTS = 150, 8
 DESIGN = features(TIMES) - features(TIMES[:1])
@@ -25,7 +25,7 @@ MODEL = Line().double()
 
 def least_squares(
     tasks: ph.Tasks, noise: float = NOISE, spoil: tuple[float, float, float] = (0.0, 0.0, 0.0)
-) -> Reading:
+) -> TaskBeliefs:
     """What two halves of the shots say with a flat prior; spoilt by noise of so many standard deviations."""
     halves = tasks.shots(slice(0, SHOTS // 2)), tasks.shots(slice(SHOTS // 2, None))
     parts: list[tuple[Tensor, Tensor]] = []
@@ -41,7 +41,7 @@ def least_squares(
         "slope": Normal(1).from_gaussian(mean[..., :1], scale[..., :1]),
         "bend": Normal(2).from_gaussian(mean[..., 1:], scale[..., 1:]),
     }
-    return Reading(SEPARATE, natural, shots=SHOTS // 2)
+    return TaskBeliefs(SEPARATE, natural, num_support=SHOTS // 2)
 
 
 def data(noise: float = NOISE, mask: Tensor | None = None, tasks: int = TASKS) -> ph.Tasks:
@@ -57,7 +57,7 @@ def interval(found: Efficiency) -> tuple[Tensor, Tensor]:
 
 def test_the_bound_is_that_of_least_squares() -> None:
     tasks = data()
-    found = efficiency(MODEL, tasks, least_squares(tasks))
+    found = measure_efficiency(MODEL, tasks, least_squares(tasks))
     expected = torch.linalg.inv(4 * DESIGN.mT @ DESIGN / NOISE**2).diagonal()
     assert_close(found.bound, expected, rtol=1e-5, atol=0.0)
 
@@ -66,8 +66,11 @@ def test_the_bound_is_that_of_least_squares() -> None:
 def test_least_squares_reach_it(known: bool) -> None:
     noise = 0.02  # small beside the differences of systems, so that a regression on estimates has their slope
     tasks, model = data(noise), Line(noise=noise).double()
-    found = efficiency(
-        model, tasks, least_squares(tasks, noise), truth=tasks.true_latents if known else None
+    found = measure_efficiency(
+        model,
+        tasks,
+        least_squares(tasks, noise),
+        true_latents=tasks.true_latents if known else None,
     )
     low, high = interval(found)
     assert found.against == ("truth" if known else "halves")
@@ -81,15 +84,19 @@ def test_least_squares_reach_it(known: bool) -> None:
 
 def test_the_error_is_half_the_squared_difference_of_halves() -> None:
     tasks = data()
-    reading = least_squares(tasks)
-    one, other = reading.coordinates()[0]
-    assert_close(efficiency(MODEL, tasks, reading).error, (0.5 * (one - other) ** 2).mean(0))
+    beliefs = least_squares(tasks)
+    one, other = beliefs.mean
+    assert_close(
+        measure_efficiency(MODEL, tasks, beliefs).error, (0.5 * (one - other) ** 2).mean(0)
+    )
 
 
 def test_masked_observations_are_missing_from_the_bound_too() -> None:
     mask = torch.ones(TASKS, SHOTS, 6, 1, dtype=torch.bool)
     mask[:, [1, 2, 3, 4, 6, 7], 1:] = False  # of each half a quarter is left
-    whole, gaps = (efficiency(MODEL, x, least_squares(x)) for x in (data(), data(mask=mask)))
+    whole, gaps = (
+        measure_efficiency(MODEL, x, least_squares(x)) for x in (data(), data(mask=mask))
+    )
     assert_close(gaps.bound, 4.0 * whole.bound, rtol=1e-5, atol=0.0)
     low, high = interval(gaps)
     assert (low < 1.0).all() and (high > 1.0).all() and (high - low < 0.8).all()
@@ -102,7 +109,9 @@ def test_the_truth_may_come_in_other_units_and_mixed() -> None:
     )
     tasks, model = data(noise), Line(noise=noise).double()
     mixed = torch.cat(list((tasks.true_latents or {}).values()), -1) @ turn + 7.0
-    found = efficiency(model, tasks, least_squares(tasks, noise), truth={"other": mixed})
+    found = measure_efficiency(
+        model, tasks, least_squares(tasks, noise), true_latents={"other": mixed}
+    )
     low, high = interval(found)
     assert found.names == ["other[0]", "other[1]", "other[2]"]
     assert (low < 1.0).all() and (high > 1.0).all()
@@ -135,8 +144,11 @@ def test_of_a_positive_latent_the_bound_is_mapped_to_its_own_units() -> None:
     weight = clock / clock.square().sum()
     estimate = torch.einsum("tsno,n->st", values, weight).unsqueeze(-1)
     natural = {"z": LogNormal(1).from_gaussian(estimate.log(), torch.full_like(estimate, 0.01))}
-    found = efficiency(
-        program, tasks, Reading({"z": LogNormal(1)}, natural, shots=1), truth={"z": z}
+    found = measure_efficiency(
+        program,
+        tasks,
+        TaskBeliefs({"z": LogNormal(1)}, natural, num_support=1),
+        true_latents={"z": z},
     )
     assert float(found.bound) == pytest.approx(noise**2 / float(clock.square().sum()), rel=0.02)
     low, high = interval(found)
@@ -150,44 +162,52 @@ def test_of_a_positive_latent_the_bound_is_mapped_to_its_own_units() -> None:
 def test_a_noisy_reading_is_called_inefficient_and_the_latent_named(known: bool) -> None:
     noise = 0.02
     tasks, model = data(noise), Line(noise=noise).double()
-    reading = least_squares(tasks, noise, spoil=(0.0, 5.0, 0.0))
-    found = efficiency(model, tasks, reading, truth=tasks.true_latents if known else None)
+    beliefs = least_squares(tasks, noise, spoil=(0.0, 5.0, 0.0))
+    found = measure_efficiency(
+        model, tasks, beliefs, true_latents=tasks.true_latents if known else None
+    )
     check = judge_efficiency(found)
     assert check.status == "fails" and check.value == pytest.approx(26.0, rel=0.35)
     assert int((found.error / found.bound).argmax()) == 1
-    assert f"bend[0] {check.value:.3g}" in check.why and check.remedy.startswith(
-        "Read supports with evidence="
+    assert f"`bend[0]` {check.value:.3g}" in check.why and check.remedy.startswith(
+        "Infer latents with evidence="
     )
     assert check.why.endswith(
-        "(after a linear map to the truth)" if known else "(between halves of a task)"
+        "(after a linear map to the truth)."
+        if known
+        else "(from the difference of two halves of each task)."
     )
 
 
 def test_a_moderately_noisy_reading_of_some_systems_is_left_open() -> None:
     tasks = data()
-    check = judge_efficiency(efficiency(MODEL, tasks, least_squares(tasks, spoil=(2.3, 0.0, 0.0))))
+    check = judge_efficiency(
+        measure_efficiency(MODEL, tasks, least_squares(tasks, spoil=(2.3, 0.0, 0.0)))
+    )
     assert check.status == "undecided" and 4.0 < check.value < 10.0
 
 
 def test_what_both_halves_have_in_common_is_seen_against_the_truth_alone() -> None:
     noise = 0.02
     tasks, model = data(noise), Line(noise=noise).double()
-    reading = least_squares(tasks, noise)
+    beliefs = least_squares(tasks, noise)
     shift = 0.2 * torch.randn(
         TASKS, 1, 1, dtype=torch.float64
     )  # wrong by as much in every support of a task
-    mean, scale = reading.coordinates()
-    reading = reading._replace(
-        natural=reading.natural
+    mean, scale = beliefs.mean, beliefs.sd
+    beliefs = beliefs._replace(
+        natural=beliefs.natural
         | {
             "slope": Normal(1).from_gaussian(
                 mean[..., :1] + shift[:, 0], scale[..., :1].contiguous()
             )
         }
     )
-    assert judge_efficiency(efficiency(model, tasks, reading)).status == "holds"
+    assert judge_efficiency(measure_efficiency(model, tasks, beliefs)).status == "holds"
     assert (
-        judge_efficiency(efficiency(model, tasks, reading, truth=tasks.true_latents)).status
+        judge_efficiency(
+            measure_efficiency(model, tasks, beliefs, true_latents=tasks.true_latents)
+        ).status
         == "fails"
     )
 
@@ -195,10 +215,13 @@ def test_what_both_halves_have_in_common_is_seen_against_the_truth_alone() -> No
 def test_a_reading_of_nothing_but_noise_is_not_saved_by_the_regression() -> None:
     noise = 0.02
     tasks, model = data(noise), Line(noise=noise).double()
-    reading = least_squares(tasks, noise)
+    beliefs = least_squares(tasks, noise)
     order = torch.randperm(TASKS, generator=torch.Generator().manual_seed(1))
     shuffled = {name: value[order] for name, value in (tasks.true_latents or {}).items()}
-    assert judge_efficiency(efficiency(model, tasks, reading, truth=shuffled)).status == "fails"
+    assert (
+        judge_efficiency(measure_efficiency(model, tasks, beliefs, true_latents=shuffled)).status
+        == "fails"
+    )
 
 
 # ---- what can't be known -------------------------------------------------------------------------
@@ -233,33 +256,37 @@ def test_where_a_direction_is_not_seen_there_is_no_bound_to_compare_with(
 ) -> None:
     tasks = data(tasks=20)
     mean = torch.randn(2, 20, 2, dtype=torch.float64)
-    reading = Reading(
-        {"z": Normal(2)}, {"z": Normal(2).from_gaussian(mean, torch.ones_like(mean))}, shots=4
+    beliefs = TaskBeliefs(
+        {"z": Normal(2)}, {"z": Normal(2).from_gaussian(mean, torch.ones_like(mean))}, num_support=4
     )
     truth = {"z": mean[0]} if known else None
-    check = judge_efficiency(efficiency(program(states), tasks, reading, truth=truth))
+    check = judge_efficiency(
+        measure_efficiency(program(states), tasks, beliefs, true_latents=truth)
+    )
     assert (
         check.status == "not checked"
         and math.isnan(check.value)
-        and "isn't seen at all" in check.why
+        and "say nothing about a direction of the latents" in check.why
     )
 
 
 def test_without_truth_one_support_of_each_task_is_refused() -> None:
     tasks = data()
-    reading = least_squares(tasks)
-    one = reading._replace(natural={name: value[:1] for name, value in reading.natural.items()})
-    assert efficiency(MODEL, tasks, one, truth=tasks.true_latents).against == "truth"
+    beliefs = least_squares(tasks)
+    one = beliefs._replace(natural={name: value[:1] for name, value in beliefs.natural.items()})
+    assert measure_efficiency(MODEL, tasks, one, true_latents=tasks.true_latents).against == "truth"
     with pytest.raises(
         ValueError,
-        match="expected two supports or more of each task, or the truth; got one support",
+        match="expected two supports or more of each task, or the true latents; got one support",
     ):
-        efficiency(MODEL, tasks, one)
+        measure_efficiency(MODEL, tasks, one)
 
 
 def test_global_random_numbers_are_left_alone_and_the_seed_decides() -> None:
     tasks = data(tasks=20)
-    reading, before = least_squares(tasks), torch.get_rng_state()
-    one, again, other = (efficiency(MODEL, tasks, reading, seed=seed).ratios for seed in (0, 0, 1))
+    beliefs, before = least_squares(tasks), torch.get_rng_state()
+    one, again, other = (
+        measure_efficiency(MODEL, tasks, beliefs, seed=seed).ratios for seed in (0, 0, 1)
+    )
     assert torch.equal(one, again) and not torch.equal(one, other)
     assert torch.equal(before, torch.get_rng_state())

@@ -16,8 +16,8 @@ from torch.testing import assert_close
 from toys import NOISE, TIMES, TOGETHER, Line, alone, features, make_tasks, with_query
 
 import pyro_hybrid as ph
-from pyro_hybrid.identifiability.check import Check
-from pyro_hybrid.identifiability.fit import Misfit, judge_fit, misfit
+from pyro_hybrid.identifiability.fit import Misfit, judge_misfit, measure_misfit
+from pyro_hybrid.scores.check import Check
 
 DESIGN = features(TIMES) - features(TIMES[:1])
 MODEL = Line(sites=TOGETHER).double()
@@ -56,7 +56,7 @@ def drawing(found: Exact) -> Callable[[ph.Episode], None]:
 def judged(claimed: float, episode: ph.Episode = EPISODE) -> Check:
     """Of a program that claims this noise, and its exact posterior."""
     model = Line(sites=TOGETHER, noise=claimed).double()
-    return judge_fit(misfit(model, drawing(posterior(episode, claimed)), episode))
+    return judge_misfit(measure_misfit(model, drawing(posterior(episode, claimed)), episode))
 
 
 def test_errors_at_the_middle_of_the_exact_posterior_are_as_in_closed_form() -> None:
@@ -64,7 +64,7 @@ def test_errors_at_the_middle_of_the_exact_posterior_are_as_in_closed_form() -> 
     values = (EPISODE.query.values - EPISODE.query.initial.unsqueeze(-2))[:, :, 1:, 0]
     away = values - (found.mean @ DESIGN[1:].mT).unsqueeze(1)
     expected = away.square().sum((1, 2)) / (4 * 5) / NOISE**2
-    measured = misfit(MODEL, drawing(found), EPISODE, num_samples=4000).error
+    measured = measure_misfit(MODEL, drawing(found), EPISODE, num_samples=4000).error
     assert_close(measured, expected, rtol=0.02, atol=0.0)
     assert measured.dtype == torch.float64 and measured.mean() == pytest.approx(1.0, abs=0.1)
 
@@ -84,7 +84,7 @@ def test_the_exact_model_holds() -> None:
 def test_the_library_s_own_guide_does_as_well() -> None:
     model = Line(ph.GaussNewton(10), sites=TOGETHER).double()
     guide = ph.AmortizedGuide(model.prior, evidence=ph.GaussNewton(10)).double()
-    assert judge_fit(misfit(model, guide, EPISODE)).value == pytest.approx(1.0, abs=0.15)
+    assert judge_misfit(measure_misfit(model, guide, EPISODE)).value == pytest.approx(1.0, abs=0.15)
 
 
 def test_latents_that_trade_off_against_each_other_do_not_count_against_a_factorised_guide() -> (
@@ -93,7 +93,7 @@ def test_latents_that_trade_off_against_each_other_do_not_count_against_a_factor
     """Slope and bend are correlated by -0.99: independent draws of them would miss by twice the noise."""
     model = Line(ph.GaussNewton(10)).double()
     guide = ph.AmortizedGuide(model.prior, evidence=ph.GaussNewton(10)).double()
-    check = judge_fit(misfit(model, guide, make_tasks(40, 8, num_support=4).episode()))
+    check = judge_misfit(measure_misfit(model, guide, make_tasks(40, 8, num_support=4).episode()))
     assert check.status == "holds" and check.value < 1.5
 
 
@@ -118,14 +118,14 @@ def test_what_the_program_cannot_express_fails() -> None:
 
 def test_near_the_threshold_it_stays_open() -> None:
     error = torch.linspace(1.0, 8.0, 9, dtype=torch.float64)
-    check = judge_fit(Misfit(error))
+    check = judge_misfit(Misfit(error))
     assert check.status == "undecided" and check.interval[0] < 2.0 < check.interval[1]
 
 
 def test_the_typical_task_counts_not_the_worst() -> None:
     error = torch.ones(50, dtype=torch.float64)
     error[7] = 1e6
-    check = judge_fit(Misfit(error))
+    check = judge_misfit(Misfit(error))
     assert check.status == "holds" and "1e+03 times in the worst of 50 systems" in check.why
 
 
@@ -133,9 +133,9 @@ def test_the_typical_task_counts_not_the_worst() -> None:
     ("error", "factor"), [(9.0, 3.0), (1 / 9.0, 3.0), (1.0, 1.0), (0.0, 1e12), (math.inf, 1e12)]
 )
 def test_too_large_and_too_small_are_told_by_the_same_factor(error: float, factor: float) -> None:
-    assert judge_fit(Misfit(torch.full((20,), error, dtype=torch.float64))).value == pytest.approx(
-        factor
-    )
+    assert judge_misfit(
+        Misfit(torch.full((20,), error, dtype=torch.float64))
+    ).value == pytest.approx(factor)
 
 
 def test_masked_observations_do_not_count_whatever_their_values() -> None:
@@ -146,9 +146,9 @@ def test_masked_observations_do_not_count_whatever_their_values() -> None:
     wild = with_query(episode, values=query.values.where(query.scored | query.observed, torch.nan))
     found = drawing(posterior(episode))
     pyro.set_rng_seed(0)
-    clean = misfit(MODEL, found, episode).error
+    clean = measure_misfit(MODEL, found, episode).error
     pyro.set_rng_seed(0)
-    assert torch.equal(misfit(MODEL, found, wild).error, clean)
+    assert torch.equal(measure_misfit(MODEL, found, wild).error, clean)
     assert clean.mean() == pytest.approx(1.0, abs=0.15)
 
 
@@ -158,24 +158,24 @@ def test_a_task_of_which_nothing_is_observed_is_left_out() -> None:
     assert not torch.equal(mask, EPISODE.query.scored)
     found = drawing(posterior(EPISODE))
     pyro.set_rng_seed(0)
-    whole = misfit(MODEL, found, EPISODE).error
+    whole = measure_misfit(MODEL, found, EPISODE).error
     pyro.set_rng_seed(0)
-    some = misfit(MODEL, found, with_query(EPISODE, scored=mask)).error
+    some = measure_misfit(MODEL, found, with_query(EPISODE, scored=mask)).error
     assert_close(some, whole[torch.arange(30) != 3])
 
 
 def test_where_nothing_is_observed_nothing_is_judged() -> None:
     blind = with_query(EPISODE, scored=torch.zeros_like(EPISODE.query.scored))
-    check = judge_fit(misfit(MODEL, drawing(posterior(EPISODE)), blind))
+    check = judge_misfit(measure_misfit(MODEL, drawing(posterior(EPISODE)), blind))
     assert (
         check.status == "not checked"
-        and check.why == "of no system is anything observed but its support"
+        and check.why == "No system has observations beside its support."
     )
 
 
 def test_one_system_is_told_in_the_singular() -> None:
-    assert judge_fit(Misfit(torch.ones(1, dtype=torch.float64))).why.endswith(
-        "1 times in the worst of 1 system"
+    assert judge_misfit(Misfit(torch.ones(1, dtype=torch.float64))).why.endswith(
+        "1 times in the worst of 1 system."
     )
 
 
@@ -213,13 +213,13 @@ def growing(
 
 
 def test_a_program_that_diverges_fails_and_does_not_crash() -> None:
-    check = judge_fit(misfit(*growing(torch.full((6,), 40.0, dtype=torch.float64))))
+    check = judge_misfit(measure_misfit(*growing(torch.full((6,), 40.0, dtype=torch.float64))))
     assert check.status == "fails" and check.value >= 1e6
     json.dumps(check.to_dict(), allow_nan=False)
 
 
 def test_a_task_that_diverges_leaves_the_others_alone() -> None:
-    error = misfit(*growing(torch.tensor([0.3, 40.0, 0.1], dtype=torch.float64))).error
+    error = measure_misfit(*growing(torch.tensor([0.3, 40.0, 0.1], dtype=torch.float64))).error
     assert error[1] > 1e12 and (error[[0, 2]] < 1e-3).all()
 
 
@@ -231,7 +231,7 @@ def test_a_task_without_a_prediction_is_as_wrong_as_can_be() -> None:
             pyro.sample("x", dist.Normal(mean, 0.1).to_event(3), obs=episode.query.values)
 
     _, guide, episode = growing(torch.tensor([0.25, -1.0, 0.36], dtype=torch.float64))
-    error = misfit(model, guide, episode).error
+    error = measure_misfit(model, guide, episode).error
     assert error[1] > 1e12 and torch.isfinite(error[[0, 2]]).all()
 
 
@@ -244,7 +244,7 @@ def test_an_observation_that_no_latent_moves_counts_like_any_other() -> None:
 
     found = posterior(EPISODE)
     alone, both = (
-        misfit(program, drawing(found), EPISODE, num_samples=500).error
+        measure_misfit(program, drawing(found), EPISODE, num_samples=500).error
         for program in (MODEL, model)
     )
     assert_close(both, (20 * alone + 24 * 4.0) / 44, rtol=0.05, atol=0.0)
@@ -252,5 +252,5 @@ def test_an_observation_that_no_latent_moves_counts_like_any_other() -> None:
 
 def test_it_leaves_no_random_trace_in_the_judgement() -> None:
     found, before = Misfit(torch.linspace(1.0, 8.0, 9, dtype=torch.float64)), torch.get_rng_state()
-    assert judge_fit(found) == judge_fit(found) != judge_fit(found, seed=1)
+    assert judge_misfit(found) == judge_misfit(found) != judge_misfit(found, seed=1)
     assert torch.equal(before, torch.get_rng_state())

@@ -15,43 +15,47 @@ from toys import SEPARATE, Line, alone, make_tasks, with_query
 import pyro_hybrid as ph
 from pyro_hybrid.beliefs.families import Family, LogNormal, Normal
 from pyro_hybrid.identifiability import injectivity as module
-from pyro_hybrid.identifiability.check import Check
-from pyro_hybrid.identifiability.fisher import Fisher, posed
-from pyro_hybrid.identifiability.injectivity import Twins, judge_twins, twins
-from pyro_hybrid.identifiability.task_beliefs import Reading
+from pyro_hybrid.identifiability.fisher import FisherInformation, least_squares_at
+from pyro_hybrid.identifiability.injectivity import (
+    EquivalentLatents,
+    equivalent_latents,
+    judge_equivalent_latents,
+)
+from pyro_hybrid.identifiability.task_beliefs import TaskBeliefs
 from pyro_hybrid.programs.run import Program
+from pyro_hybrid.scores.check import Check
 
 CLOCK = torch.linspace(0.0, 2.0, 9, dtype=torch.float64)
 NAN, INF = torch.nan, torch.inf
 
 
-def believed(families: dict[str, Family], points: Tensor) -> Reading:
+def believed(families: dict[str, Family], points: Tensor) -> TaskBeliefs:
     """Two supports that are both sure of the same points (task, latent)."""
     natural, at = {}, 0
     for name, family in families.items():
         part = points[:, at : at + family.n].expand(2, -1, -1).contiguous()
         natural[name], at = family.from_gaussian(part, torch.full_like(part, 1e-3)), at + family.n
-    return Reading(families, natural, shots=1)
+    return TaskBeliefs(families, natural, num_support=1)
 
 
-def at(program: Program, episode: ph.Episode, reading: Reading) -> Fisher:
-    """Fisher information at the points themselves."""
-    points = reading.coordinates()[0][0]
-    spread = reading.spread()[1]
+def at(program: Program, episode: ph.Episode, beliefs: TaskBeliefs) -> FisherInformation:
+    """FisherInformation information at the points themselves."""
+    points = beliefs.mean[0]
+    spread = beliefs.population_sd
     scaled = (
-        information(posed(program, episode, reading, points), points)
+        information(least_squares_at(program, episode, beliefs, points), points)
         * spread
         * spread.unsqueeze(-1)
     )
     singular = torch.linalg.eigvalsh(scaled).clamp(min=0.0).sqrt()
-    return Fisher(
-        reading.names, points[None], scaled[None], singular[None], torch.ones(points.shape[1])
+    return FisherInformation(
+        beliefs.names, points[None], scaled[None], singular[None], torch.ones(points.shape[1])
     )
 
 
 def hunt(
     states: Callable[..., Tensor], families: dict[str, Family], points: Tensor, noise: float = 0.05
-) -> Twins:
+) -> EquivalentLatents:
     """For twins of these points under x = states(latents, times) + noise."""
     episode = alone(
         CLOCK, torch.zeros(len(points), 2, 9, 1).double(), (torch.zeros(len(points), 2).double(),)
@@ -74,8 +78,10 @@ def hunt(
             )
             pyro.sample("x", dist.Normal(mean, noise).to_event(3), obs=episode.query.values)
 
-    reading = believed(families, points)
-    return twins(program, episode, reading, at(program, episode, reading), progress=False)
+    beliefs = believed(families, points)
+    return equivalent_latents(
+        program, episode, beliefs, at(program, episode, beliefs), progress=False
+    )
 
 
 def both_signs(tasks: int) -> Tensor:
@@ -95,9 +101,11 @@ def test_of_a_square_the_twin_is_the_negative() -> None:
     points = both_signs(20)
     found = hunt(lambda z, t: z**2 * t, {"z": Normal(1)}, points)
     assert (found.second + points).abs().max() < 1e-3 and (found.distance < 1e-2).all()
-    check = judge_twins(found)
+    check = judge_equivalent_latents(found)
     assert check.status == "fails" and check.value == 0.0
-    assert check.why.startswith("20 of 20 systems have a twin, such as (z ")
+    assert check.why.startswith(
+        "20 of 20 systems have other latents with the same trajectories: `z` "
+    )
     assert "a positive family, a fixed sign or order" in check.remedy
 
 
@@ -127,7 +135,10 @@ def test_only_the_latents_that_differ_are_told() -> None:
     points = torch.cat([both_signs(20), gaussian(20, 1)], -1)
     found = hunt(lambda z, t: z[..., :1] ** 2 * t + z[..., 1:] * t**2, {"z": Normal(2)}, points)
     assert (found.second[:, 1] - points[:, 1]).abs().max() < 1e-3
-    assert "(z[0] " in judge_twins(found).why and "z[1]" not in judge_twins(found).why
+    assert (
+        "`z[0]` " in judge_equivalent_latents(found).why
+        and "z[1]" not in judge_equivalent_latents(found).why
+    )
 
 
 @pytest.mark.parametrize("weight", [0.0, 1e-3], ids=["ignored", "hardly seen"])
@@ -135,9 +146,9 @@ def test_a_latent_that_is_not_seen_has_a_twin_wherever_it_is_else(weight: float)
     found = hunt(
         lambda z, t: z[..., :1] * t + weight * z[..., 1:] * t**2, {"z": Normal(2)}, gaussian(40, 2)
     )
-    check = judge_twins(found)
+    check = judge_equivalent_latents(found)
     assert check.status == "fails" and check.value == 0.0 and (found.distance < 0.5).all()
-    assert "(z[1] " in check.why and "z[0]" not in check.why
+    assert "`z[1]` " in check.why and "z[0]" not in check.why
 
 
 # ---- what isn't there isn't claimed --------------------------------------------------------------
@@ -153,18 +164,18 @@ def test_a_latent_that_is_not_seen_has_a_twin_wherever_it_is_else(weight: float)
 )
 def test_a_monotone_map_has_no_twins(states: Callable[..., Tensor]) -> None:
     found = hunt(states, {"z": Normal(1)}, gaussian(40, 1))
-    check = judge_twins(found)
+    check = judge_equivalent_latents(found)
     assert check.status == "holds" and check.value == 1.0 and not check.remedy
-    assert (found.distance > 1.0).all() and found.hunts >= module.STARTS
+    assert (found.distance > 1.0).all() and found.num_searches >= module.STARTS
 
 
 def test_a_linear_program_with_latents_of_shots_has_no_twins() -> None:
     tasks = make_tasks(40, 3, num_support=1, inferred=True)
     truth = torch.cat(list((tasks.true_latents or {}).values()), -1)
-    episode, reading = tasks.episode(), believed(SEPARATE, truth)
+    episode, beliefs = tasks.episode(), believed(SEPARATE, truth)
     model = Line(inferred=True, noise=0.03).double()
-    found = twins(model, episode, reading, at(model, episode, reading), progress=False)
-    assert judge_twins(found).status == "holds"
+    found = equivalent_latents(model, episode, beliefs, at(model, episode, beliefs), progress=False)
+    assert judge_equivalent_latents(found).status == "holds"
 
 
 @pytest.mark.parametrize("held", [0, 8])
@@ -184,8 +195,10 @@ def test_twins_are_found_past_latents_of_shots_moved_or_held(
             pyro.sample("x", dist.Normal(mean, 0.05).to_event(3), obs=episode.query.values)
 
     episode = alone(CLOCK, torch.zeros(10, 2, 9, 1).double(), (torch.ones(10, 2).double(),))
-    reading = believed({"z": Normal(1)}, points)
-    found = twins(program, episode, reading, at(program, episode, reading), progress=False)
+    beliefs = believed({"z": Normal(1)}, points)
+    found = equivalent_latents(
+        program, episode, beliefs, at(program, episode, beliefs), progress=False
+    )
     assert (found.second + points).abs().max() < 1e-3 and (found.distance < 1e-2).all()
 
 
@@ -206,9 +219,9 @@ def test_what_is_observed_does_not_matter_but_what_could_be() -> None:
 
     episode = alone(CLOCK, torch.zeros(10, 2, 9, 1).double(), (torch.zeros(10, 2).double(),))
     other = with_query(episode, values=torch.full_like(episode.query.values, 5.0))
-    reading = believed(states, points)
+    beliefs = believed(states, points)
     one, two = (
-        twins(program, e, reading, at(program, e, reading), progress=False)
+        equivalent_latents(program, e, beliefs, at(program, e, beliefs), progress=False)
         for e in (episode, other)
     )
     assert (one.second - two.second).abs().max() < 1e-6
@@ -229,21 +242,21 @@ def test_what_is_far_from_all_systems_is_no_twin() -> None:
     """(z - 3)² has its twin at 6 - z, more than three spreads from zero."""
     points = torch.linspace(-2.0, 2.0, 40, dtype=torch.float64).unsqueeze(-1)
     found = hunt(lambda z, t: (z - 3.0) ** 2 * t, {"z": Normal(1)}, points)
-    assert judge_twins(found).status == "holds"
+    assert judge_equivalent_latents(found).status == "holds"
 
 
 # ---- the verdict ---------------------------------------------------------------------------------
 
 
-def pairs(distance: list[float]) -> Twins:
+def pairs(distance: list[float]) -> EquivalentLatents:
     first = torch.arange(float(len(distance))).unsqueeze(-1)
     far = torch.tensor(distance)
     second = torch.where(torch.isfinite(far).unsqueeze(-1), first + 2.0, NAN)
-    return Twins(["z"], first, second, second - first, far, hunts=12)
+    return EquivalentLatents(["z"], first, second, second - first, far, num_searches=12)
 
 
 def judged(alike: int, tasks: int) -> Check:
-    return judge_twins(pairs([0.1] * alike + [INF] * (tasks - alike)))
+    return judge_equivalent_latents(pairs([0.1] * alike + [INF] * (tasks - alike)))
 
 
 @pytest.mark.parametrize(
@@ -277,20 +290,25 @@ def test_few_systems_say_little_and_many_say_more(alike: int, tasks: int, status
 
 
 def test_pairs_whose_trajectories_can_be_told_apart_are_reported_and_not_counted() -> None:
-    check = judge_twins(pairs([INF] * 20 + [4.0, 7.0] + [INF] * 20))
+    check = judge_equivalent_latents(pairs([INF] * 20 + [4.0, 7.0] + [INF] * 20))
     assert check.status == "holds"
     assert check.why == (
-        "in 12 hunts for each of 42 systems the closest pair was (z 20 and 22), whose trajectories "
-        "differ by 4 standard deviations of the noise"
+        "Of 12 searches for each of 42 systems, none found other latents with the same trajectories. "
+        "The closest pair: `z` 20 and 22, whose trajectories differ by 4 standard deviations of the noise."
     )
 
 
 def test_one_system_with_a_twin_is_told_in_the_singular() -> None:
-    assert judged(1, 40).why.startswith("1 of 40 systems has a twin, such as (z ")
+    assert judged(1, 40).why.startswith(
+        "1 of 40 systems has other latents with the same trajectories: `z` "
+    )
 
 
 def test_where_nothing_was_found_it_says_so() -> None:
-    assert judged(0, 40).why == "12 hunts for a twin of each of 40 systems all led back to it"
+    assert judged(0, 40).why == (
+        "All of 12 searches for other latents with the same trajectories, for each of 40 systems, led "
+        "back to the system's own."
+    )
 
 
 def test_how_far_twins_are_apart_is_in_spreads_in_unconstrained_coordinates() -> None:
@@ -300,7 +318,7 @@ def test_how_far_twins_are_apart_is_in_spreads_in_unconstrained_coordinates() ->
         .unsqueeze(-1)
     )
     found = hunt(lambda z, t: z.log() ** 2 * t, {"z": LogNormal(1)}, points)
-    spread = believed({"z": LogNormal(1)}, points).spread()[1]
+    spread = believed({"z": LogNormal(1)}, points).population_sd
     assert (found.apart + 2.0 * points / spread).abs().max() < 1e-3
     assert (
         found.first - points.exp()

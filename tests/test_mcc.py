@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import Tensor
+from toys import make_tasks
 
-from pyro_hybrid.scores.mcc import _matrix, mcc
+from pyro_hybrid.scores.mcc import mcc
 
 
 def uniform(tasks: int, components: int, seed: int = 0) -> Tensor:
@@ -260,13 +262,75 @@ def test_data_of_other_tasks_or_without_variation_are_refused() -> None:
 
 def test_rows_that_are_not_the_same_tasks_are_refused() -> None:
     with pytest.raises(
-        ValueError, match="one row a task in both estimate and truth; got 50 and 49 rows"
+        ValueError, match="one row per task in both estimate and true_latents; got 50 and 49 rows"
     ):
         mcc(uniform(50, 2), uniform(49, 2))
 
 
-def test_lists_and_unknown_methods_are_refused() -> None:
-    with pytest.raises(TypeError, match="estimate to be a torch tensor or a numpy array; got list"):
-        _matrix("estimate", [[1.0]])
+def test_unknown_methods_are_refused() -> None:
     with pytest.raises(Exception, match="spearman"):  # beartype's own, where it checks the package
         mcc(uniform(50, 2), uniform(50, 2), method="kendall")  # type: ignore[arg-type]
+
+
+# ---- units ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("unit", [1e-300, 1e-200, 1e-8, 1e8, 1e160, 1e300, 1e307])
+def test_units_do_not_matter_from_the_smallest_number_to_the_largest(unit: float) -> None:
+    z = uniform(100, 2)
+    noisy = z + 0.1 * uniform(100, 2, seed=1)
+    expected = mcc(noisy, z, data=noisy)
+    for estimate, true_latents, data in ((unit * noisy, z, noisy), (noisy, unit * z, unit * noisy)):
+        score = mcc(estimate, true_latents, data=data)
+        for name in ("score", "low", "high", "random", "pca"):
+            np.testing.assert_allclose(
+                np.hstack(getattr(score, name)), np.hstack(getattr(expected, name)), atol=1e-9
+            )
+
+
+def test_an_offset_of_a_billion_sds_does_not_matter() -> None:
+    z = uniform(100, 2)
+    assert mcc(z + 1e9, z).strong == pytest.approx(1.0, abs=1e-6)
+
+
+# ---- wrong objects -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("estimate", "message"),
+    [
+        ([[1.0]], r"estimate to be a torch tensor or a numpy array; got list\. Convert it: torch"),
+        (pd.DataFrame({"z": [1.0]}), r"got DataFrame\. Convert it: estimate\.to_numpy\(\)"),
+        (
+            make_tasks(2, 2),
+            r'got Tasks\. Pass the latents themselves, such as tasks\.truth\["omega"\]',
+        ),
+        (
+            {"z": torch.zeros(3, 1)},
+            r"got dict\. Pass one matrix: torch\.cat\(list\(estimate\.values",
+        ),
+        (torch.zeros(9, 2, dtype=torch.complex64), r"real numbers; got dtype torch\.complex64"),
+        (np.array([["a", "b"]] * 9), r"real numbers; got dtype <U1\. Convert the entries"),
+        (np.array([[None, 1.0]] * 9), r"real numbers; got dtype object"),
+    ],
+    ids=["list", "frame", "tasks", "dictionary", "complex", "text", "objects"],
+)
+def test_wrong_objects_are_answered_with_what_to_pass(
+    without_jaxtyping: None, estimate: object, message: str
+) -> None:
+    with pytest.raises(TypeError, match=message):
+        mcc(estimate, uniform(9, 2))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=message.replace("estimate", "data")):
+        mcc(uniform(9, 2), uniform(9, 2), data=estimate)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("seed", "error"), [(-1, ValueError), (0.5, TypeError), (None, TypeError)])
+def test_a_seed_is_a_whole_number(without_jaxtyping: None, seed: object, error: type) -> None:
+    with pytest.raises(error, match="seed as a whole number of 0 or more; got "):
+        mcc(uniform(9, 2), uniform(9, 2), seed=seed)  # type: ignore[arg-type]
+
+
+def test_precisions_that_numpy_lacks_and_whole_numbers_are_scored() -> None:
+    z = uniform(200, 2)
+    assert mcc(z.bfloat16(), z).strong > 0.99 and mcc(z.half(), z).strong > 0.99
+    assert mcc((1e6 * z).long(), (1e6 * z).long().numpy()).strong == pytest.approx(1.0)

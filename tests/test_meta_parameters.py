@@ -17,14 +17,14 @@ from torch.testing import assert_close
 from toys import NOISE, POINTS, SEPARATE, features, make_tasks
 
 import pyro_hybrid as ph
+from pyro_hybrid.identifiability.agreement import measure_agreement
 from pyro_hybrid.identifiability.meta_parameters import (
     LARGEST,
     MetaParameters,
-    agreement,
     judge_meta_parameters,
-    meta_parameters,
+    measure_meta_parameters,
 )
-from pyro_hybrid.identifiability.weight_losses import Weights, weights_of
+from pyro_hybrid.identifiability.weight_losses import WeightLosses, weight_losses
 
 Losses = Callable[[Tensor], Tensor]
 CENTRE = torch.tensor([1.0, -2.0, 3.0, 0.5], dtype=torch.float64)
@@ -51,7 +51,7 @@ def products(p: Tensor) -> Tensor:
 
 
 def judged(losses: Losses, at: Tensor, **options: Any) -> tuple[MetaParameters, str, str]:
-    numbers = meta_parameters(losses, at, **options)
+    numbers = measure_meta_parameters(losses, at, **options)
     check = judge_meta_parameters(numbers)
     assert check.condition == "meta-parameters" and "ocally, at this point" in check.why
     assert (check.remedy == "") == (check.status == "holds")
@@ -101,7 +101,7 @@ def test_three_quadratics_in_four_dimensions_have_one_optimum_though_none_alone_
     )
     assert status == "holds"
     assert (
-        numbers.tasks == 3
+        numbers.num_tasks == 3
         and numbers.rank == 4
         and numbers.jacobian_rank == 4
         and numbers.score_rank == 0
@@ -134,7 +134,9 @@ def test_the_mean_loss_is_not_injective_where_its_optimum_is_the_only_one() -> N
 
 def test_spectra_and_gain_of_quadratics_are_their_closed_forms() -> None:
     matrices, at = normal(6, 3, 4), CENTRE + 0.5
-    numbers = meta_parameters(quadratics(matrices), at, residuals=lambda p: matrices @ (p - CENTRE))
+    numbers = measure_meta_parameters(
+        quadratics(matrices), at, residuals=lambda p: matrices @ (p - CENTRE)
+    )
     hessians = matrices.mT @ matrices
     gradient = hessians.mean(0) @ (at - CENTRE)
     assert_close(numbers.eigenvalues, torch.linalg.eigvalsh(hessians.mean(0)), atol=1e-8, rtol=0.0)
@@ -153,7 +155,7 @@ def test_spectra_and_gain_of_quadratics_are_their_closed_forms() -> None:
 
 def test_without_residuals_the_stacked_jacobian_is_that_of_the_gradients() -> None:
     matrices = normal(3, 2, 4)
-    numbers = meta_parameters(quadratics(matrices), CENTRE)
+    numbers = measure_meta_parameters(quadratics(matrices), CENTRE)
     assert_close(
         numbers.singular_values,
         torch.linalg.svdvals((matrices.mT @ matrices).flatten(0, 1)) / 3**0.5,
@@ -168,7 +170,7 @@ def test_the_order_of_tasks_does_not_matter() -> None:
     def losses(p: Tensor) -> Tensor:
         return quadratics(matrices)(p) + torch.cos(lines @ (p - CENTRE))
 
-    one, other = (meta_parameters(f, CENTRE) for f in (losses, lambda p: losses(p)[order]))
+    one, other = (measure_meta_parameters(f, CENTRE) for f in (losses, lambda p: losses(p)[order]))
     assert one.interval[0] < one.smallest < one.interval[1]
     for name in set(one._fields) - {"given", "eigenvectors", "directions"}:
         a, b = (torch.as_tensor(getattr(numbers, name)) for numbers in (one, other))
@@ -212,7 +214,7 @@ def test_a_chain_of_linear_layers_is_flat_in_as_many_directions_as_it_can_be_res
         and len(numbers.directions) == 4
     )
     assert all("first[" in direction and "last[" in direction for direction in numbers.directions)
-    assert meta_parameters(losses, start, residuals=residuals).jacobian_rank == 4
+    assert measure_meta_parameters(losses, start, residuals=residuals).jacobian_rank == 4
 
 
 def test_a_dead_parameter_is_named_alone() -> None:
@@ -314,14 +316,17 @@ def test_other_weights_of_tasks_are_judged_at_their_own_optimum() -> None:
 
 def test_restarts_that_agree_differ_by_nothing() -> None:
     losses = quadratics(normal(5, 4, 4))
-    ends = [meta_parameters(losses, CENTRE + 1e-3 * normal(4, seed=seed)).at for seed in range(3)]
-    apart = agreement(ends, meta_parameters(losses, CENTRE).hessian)
+    ends = [
+        measure_meta_parameters(losses, CENTRE + 1e-3 * normal(4, seed=seed)).at
+        for seed in range(3)
+    ]
+    apart = measure_agreement(ends, measure_meta_parameters(losses, CENTRE).hessian)
     assert apart.gap < 1e-20 and apart.difference < 1e-12
 
 
 def test_restarts_along_a_flat_direction_differ_at_no_cost() -> None:
     one, other = double(1.0, 2.0, 2.0), double(1.01, 2.0 / 1.01, 2.0)
-    apart = agreement([one, other], meta_parameters(products, one).hessian)
+    apart = measure_agreement([one, other], measure_meta_parameters(products, one).hessian)
     assert apart.gap < 1e-6 and apart.difference > 5e-3
 
 
@@ -336,7 +341,7 @@ def test_a_flipped_tanh_unit_is_another_optimum_and_both_are_locally_unique() ->
     numbers = [judged(losses, end)[0] for end in ends]
     assert [judge_meta_parameters(n).status for n in numbers] == ["holds", "holds"]
     assert_close(ends[0], -ends[1])
-    apart = agreement(ends, numbers[0].hessian)
+    apart = measure_agreement(ends, numbers[0].hessian)
     assert apart.difference == pytest.approx(2.0) and apart.gap > 10.0
 
 
@@ -376,13 +381,13 @@ def program(evidence: ph.GaussNewton | None = None) -> tuple[Drift, ph.Amortized
     return model, ph.AmortizedGuide(model.prior, encoder, evidence)
 
 
-def measured(weights: Weights, at: Tensor) -> tuple[MetaParameters, str, str]:
+def measured(weights: WeightLosses, at: Tensor) -> tuple[MetaParameters, str, str]:
     return judged(weights.losses, at, names=weights.names, given=weights.given)
 
 
 def test_a_programs_redundant_parameters_are_named_and_one_of_them_alone_has_one_optimum() -> None:
     model, guide = program()
-    both = weights_of(model, guide, EPISODE, ["left", "right", "noise"], particles=4)
+    both = weight_losses(model, guide, EPISODE, ["left", "right", "noise"], num_particles=4)
     at = optimum(both.losses, both.at)
     numbers, status, why = measured(both, at)
     assert (
@@ -394,7 +399,7 @@ def test_a_programs_redundant_parameters_are_named_and_one_of_them_alone_has_one
     assert re.search(r"with \d+ other parameter tensors of model and guide held fixed", why)
     with torch.no_grad():
         model.left.copy_(at[0]), model.right.copy_(at[1])
-    alone = weights_of(model, guide, EPISODE, ["left", "noise"], particles=4)
+    alone = weight_losses(model, guide, EPISODE, ["left", "noise"], num_particles=4)
     assert measured(alone, alone.at)[1] == "undecided"
     alone.at[1] = at[2]
     assert measured(alone, alone.at)[1] == "holds"
@@ -404,9 +409,9 @@ def test_a_programs_redundant_parameters_are_named_and_one_of_them_alone_has_one
 def test_the_hessian_of_a_program_is_the_slope_of_its_gradient(
     evidence: ph.GaussNewton | None,
 ) -> None:
-    weights = weights_of(*program(evidence), EPISODE)
+    weights = weight_losses(*program(evidence), EPISODE)
     assert weights.names == {"left": (), "right": (), "noise": (), "prior.base": (6,)}
-    numbers = meta_parameters(weights.losses, weights.at)
+    numbers = measure_meta_parameters(weights.losses, weights.at)
 
     def gradient(at: Tensor) -> Tensor:
         at = at.requires_grad_()
@@ -425,7 +430,7 @@ def test_a_programs_loss_is_its_elbo_and_neither_model_nor_random_state_are_touc
         {k: v.clone() for k, v in model.state_dict().items()},
         torch.random.get_rng_state(),
     )
-    weights = weights_of(model, guide, EPISODE, seed=5)
+    weights = weight_losses(model, guide, EPISODE, seed=5)
     values = weights.losses(weights.at)
     assert torch.equal(weights.losses(weights.at), values)
     assert torch.equal(torch.random.get_rng_state(), random)
@@ -448,17 +453,17 @@ def test_a_residual_inside_a_vector_field_has_second_derivatives() -> None:
     torch.manual_seed(0)
     model = ph.models.MetaHybridVAE(pendulum, width=2).eval()
     episode = pendulum.simulate(2, 3, seed=0).episode()
-    weights = weights_of(model, model.guide(), episode, ["residual"], particles=2)
+    weights = weight_losses(model, model.guide(), episode, ["residual"], num_particles=2)
     assert set(weights.names) == {
         f"residual.{n}"
         for n in ("straight", "first.weight", "first.bias", "last.weight", "last.bias")
     }
-    numbers = meta_parameters(**weights._asdict())
+    numbers = measure_meta_parameters(**weights._asdict())
     assert numbers.rank > 10 and judge_meta_parameters(numbers).status == "undecided"
 
 
 def test_the_guides_parameters_can_be_named_too() -> None:
-    weights = weights_of(*program(), EPISODE, ["noise", "guide.head.1"])
+    weights = weight_losses(*program(), EPISODE, ["noise", "guide.head.1"])
     assert list(weights.names) == ["noise", "guide.head.1.weight", "guide.head.1.bias"]
 
 
@@ -510,24 +515,24 @@ def test_what_can_not_be_measured_is_refused(
     losses: Losses, at: Tensor, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
-        meta_parameters(losses, at, **options)
+        measure_meta_parameters(losses, at, **options)
 
 
 def test_restarts_of_other_sizes_are_refused() -> None:
     with pytest.raises(ValueError, match=r"expected two points or more of shape \(2,\)"):
-        agreement([double(1.0, 2.0)], torch.eye(2))
+        measure_agreement([double(1.0, 2.0)], torch.eye(2))
 
 
 def test_programs_that_can_not_be_judged_are_refused() -> None:
     model, guide = program()
     with pytest.raises(ValueError, match=r"expected parameters among .*'left'.*; got \['lft'\]"):
-        weights_of(model, guide, EPISODE, ["lft"])
-    with pytest.raises(ValueError, match="expected particles of 1 or more"):
-        weights_of(model, guide, EPISODE, particles=0)
+        weight_losses(model, guide, EPISODE, ["lft"])
+    with pytest.raises(ValueError, match="expected num_particles as a whole number of 1 or more"):
+        weight_losses(model, guide, EPISODE, num_particles=0)
     with pytest.raises(ValueError, match="expected a parameter or more"):
-        weights_of(model, guide, EPISODE, [])
+        weight_losses(model, guide, EPISODE, [])
     model.large = torch.nn.Parameter(torch.zeros(LARGEST))
     with pytest.raises(
         ValueError, match=f"expected at most {LARGEST} parameters.*'large'.*name some"
     ):
-        weights_of(model, guide, EPISODE)
+        weight_losses(model, guide, EPISODE)

@@ -16,7 +16,7 @@ from scipy.special import gamma, kv
 from toys import Line, alone, make_tasks
 
 import pyro_hybrid as ph
-from pyro_hybrid.identifiability.noise import CHARACTERISTIC, Noise, judge_noise, noise
+from pyro_hybrid.identifiability.noise import CHARACTERISTIC, Noise, inspect_noise, judge_noise
 
 Complex = NDArray[np.complex128]
 SCALE, NU, TURN = 0.7, 3.5, torch.tensor([[1.0, 0.0], [0.4, 0.3]])
@@ -143,7 +143,7 @@ def judged(
 ) -> Any:
     values = torch.zeros(3, 2, 6, 1) if values is None else values
     return judge_noise(
-        noise(observing(make), alone(torch.arange(6.0), values, (torch.zeros(3, 2),)))
+        inspect_noise(observing(make), alone(torch.arange(6.0), values, (torch.zeros(3, 2),)))
     )
 
 
@@ -188,7 +188,7 @@ def test_each_sensor_may_have_its_own_noise() -> None:
 
 def test_wrappers_and_masks_do_not_hide_what_the_noise_is() -> None:
     episode = make_tasks(3, 4, num_support=2).episode()
-    found = noise(Line().double(), episode)
+    found = inspect_noise(Line().double(), episode)
     assert found.kinds == {"x": torch.distributions.Normal} and found.moving == {"x": False}
 
 
@@ -209,7 +209,10 @@ def test_what_is_not_additive_is_not_checked(
         type(make(torch.zeros(1), torch.zeros(1))).__name__,
     )
     assert check.status == "not checked"
-    assert check.why == f"{kind} at 'x' isn't additive noise that the table knows"
+    assert check.why == (
+        f"The observations 'x' are distributed as {kind}, which is none of the additive noise that this "
+        "check knows."
+    )
     assert check.remedy == "Observe with additive noise, such as dist.Normal(prediction, noise)."
 
 
@@ -236,7 +239,9 @@ def test_noise_that_moves_with_the_latents_is_not_checked(
 ) -> None:
     check = judged(make)
     assert check.status == "not checked"
-    assert check.why == "the noise of 'x' depends on the latents, so x = F(z) + noise doesn't hold"
+    assert check.why == (
+        "The noise of 'x' depends on the latents, so that x = F(z) + noise does not hold."
+    )
 
 
 def test_a_run_that_diverges_says_nothing_of_the_noise() -> None:
@@ -246,7 +251,7 @@ def test_a_run_that_diverges_says_nothing_of_the_noise() -> None:
 
 def test_a_program_that_observes_nothing_is_not_checked() -> None:
     episode = alone(torch.arange(6.0), None, (torch.zeros(3, 2),))
-    check = judge_noise(noise(observing(ADDITIVE["Normal"]), episode))
+    check = judge_noise(inspect_noise(observing(ADDITIVE["Normal"]), episode))
     assert (check.status, check.remedy) == ("not checked", "Pass obs=episode.query.values.")
 
 

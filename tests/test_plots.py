@@ -17,16 +17,16 @@ from matplotlib.figure import Figure
 
 import pyro_hybrid as ph
 from pyro_hybrid.identifiability import plots
-from pyro_hybrid.identifiability.certificate import SAYS
-from pyro_hybrid.identifiability.check import Check, Status, unchecked
+from pyro_hybrid.identifiability.certificate import HEADLINES
 from pyro_hybrid.identifiability.efficiency import RATIO, Efficiency
-from pyro_hybrid.identifiability.fisher import SEEN, Fisher
+from pyro_hybrid.identifiability.fisher import SEEN, FisherInformation
 from pyro_hybrid.identifiability.fit import FACTOR, Misfit
-from pyro_hybrid.identifiability.injectivity import ALIKE, Twins
-from pyro_hybrid.identifiability.learning_curves import Curve
+from pyro_hybrid.identifiability.injectivity import ALIKE, EquivalentLatents
+from pyro_hybrid.identifiability.learning_curves import LearningCurve
 from pyro_hybrid.identifiability.statistics import INDEPENDENT, Statistics
 from pyro_hybrid.identifiability.variability import LOCATIONS, NATS, Variability
 from pyro_hybrid.scores.ambiguity import Ambiguity
+from pyro_hybrid.scores.check import Check, Status
 from pyro_hybrid.scores.separability import Separability
 
 LATENTS, TERMS = (
@@ -43,16 +43,16 @@ def fit(*factors: float) -> Misfit:
     return Misfit(doubles(*factors).square())
 
 
-def fisher(singular: torch.Tensor) -> Fisher:
+def fisher(singular: torch.Tensor) -> FisherInformation:
     n = singular.shape[-1]
     points = torch.zeros(*singular.shape)
-    return Fisher(
+    return FisherInformation(
         LATENTS[:n], points, torch.diag_embed(singular.square()), singular, torch.full((n,), 1 / n)
     )
 
 
-def twins(distance: torch.Tensor, apart: torch.Tensor) -> Twins:
-    return Twins(LATENTS, torch.zeros_like(apart), apart, apart, distance, 18)
+def twins(distance: torch.Tensor, apart: torch.Tensor) -> EquivalentLatents:
+    return EquivalentLatents(LATENTS, torch.zeros_like(apart), apart, apart, distance, 18)
 
 
 def statistics(margin: torch.Tensor) -> Statistics:
@@ -105,11 +105,13 @@ def numbers() -> dict[str, Any]:
     """What a certificate of all checks holds."""
     generator = torch.Generator().manual_seed(0)
     return {
-        "reading": None,
+        "beliefs": None,
         "noise": None,
         "fit": fit(0.8, 1.0, 1.1, 1.3),
         "fisher": fisher(doubles([[4.0, 40.0], [5.0, 50.0], [6.0, 60.0]])),
-        "twins": twins(doubles(5.0, torch.inf, 30.0), doubles([1.0, 1.0], [0.0, 0.0], [0.0, 2.0])),
+        "equivalent latents": twins(
+            doubles(5.0, torch.inf, 30.0), doubles([1.0, 1.0], [0.0, 0.0], [0.0, 2.0])
+        ),
         "statistics": statistics(torch.rand(2, 4, generator=generator, dtype=torch.float64)),
         "variability": variability(doubles(4.0, 90.0), doubles(0.02, 0.1, 0.4, 3.0)),
         "against restart 1": ambiguity(np.array([[1.0, 0.5], [0.2, -2.0]])),
@@ -196,7 +198,7 @@ def names(axis: Axes) -> list[str]:
 
 def test_fit_counts_systems_by_their_error_and_marks_the_factor_both_ways() -> None:
     axis = axes()
-    plots.fit(axis, fit(0.7, 1.0, 1.05, 4.0, 30.0))
+    plots.plot_misfit(axis, fit(0.7, 1.0, 1.05, 4.0, 30.0))
     counts = {
         (bar.get_x(), bar.get_x() + bar.get_width()): bar.get_height() for bar in axis.patches
     }
@@ -215,7 +217,7 @@ def test_fit_counts_systems_by_their_error_and_marks_the_factor_both_ways() -> N
 @pytest.mark.parametrize("factors", [(0.0, 1.0), (math.inf, 1.0), (1e-9, 1e9), (1.0,)])
 def test_fit_shows_systems_that_are_off_the_scale_at_its_ends(factors: tuple[float, ...]) -> None:
     axis = axes()
-    plots.fit(axis, fit(*factors))
+    plots.plot_misfit(axis, fit(*factors))
     low, high = axis.get_xlim()
     shown = [tick for tick in axis.get_xticks() if low <= tick <= high]
     assert sum(bar.get_height() for bar in axis.patches) == len(factors) and len(shown) >= 3
@@ -224,7 +226,9 @@ def test_fit_shows_systems_that_are_off_the_scale_at_its_ends(factors: tuple[flo
 def test_local_shows_the_middle_nine_tenths_of_every_direction() -> None:
     axis = axes()
     steps = torch.linspace(0.0, 1.0, 101, dtype=torch.float64)
-    plots.local(axis, fisher(torch.stack([2.0 + steps, 20.0 + 10.0 * steps], -1).unsqueeze(0)))
+    plots.plot_information(
+        axis, fisher(torch.stack([2.0 + steps, 20.0 + 10.0 * steps], -1).unsqueeze(0))
+    )
     points, ends = marks(axis)
     assert np.allclose(points, [[0, 2.5], [1, 25.0]]) and np.allclose(
         ends, [[2.05, 2.95], [20.5, 29.5]]
@@ -234,14 +238,14 @@ def test_local_shows_the_middle_nine_tenths_of_every_direction() -> None:
 
 def test_local_has_a_place_for_a_direction_that_nothing_sees() -> None:
     axis = axes()
-    plots.local(axis, fisher(torch.zeros(2, 3, 1, dtype=torch.float64)))
+    plots.plot_information(axis, fisher(torch.zeros(2, 3, 1, dtype=torch.float64)))
     points, _ = marks(axis)
     assert 0.0 < points[0, 1] <= 1e-3 and limits(axis) == [SEEN.holds]
 
 
 def test_twin_shows_the_pairs_and_counts_the_systems_without_one() -> None:
     axis = axes()
-    plots.twin(
+    plots.plot_equivalent_latents(
         axis,
         twins(doubles(0.01, torch.inf, 30.0), doubles([3.0, 4.0], [torch.nan] * 2, [0.0, -2.0])),
     )
@@ -253,7 +257,9 @@ def test_twin_shows_the_pairs_and_counts_the_systems_without_one() -> None:
 @pytest.mark.parametrize("distance", [torch.inf, 1e-7], ids=["no pair", "twins everywhere"])
 def test_twin_keeps_its_limit_in_view_whatever_was_found(distance: float) -> None:
     axis = axes()
-    plots.twin(axis, twins(doubles(distance, distance), doubles([1.5, 0.0], [0.0, 1.5])))
+    plots.plot_equivalent_latents(
+        axis, twins(doubles(distance, distance), doubles([1.5, 0.0], [0.0, 1.5]))
+    )
     low, high = axis.get_ylim()
     offsets = np.asarray(axis.collections[0].get_offsets())
     assert len(offsets) == (0 if math.isinf(distance) else 2) and all(
@@ -264,14 +270,14 @@ def test_twin_keeps_its_limit_in_view_whatever_was_found(distance: float) -> Non
 
 def test_statistic_shows_the_worst_quarter_of_every_latent() -> None:
     axis = axes()
-    plots.statistic(axis, statistics(doubles([0.5, 1e-3, 0.4, 0.2], [0.3, 0.2, 0.1, 1e-11])))
+    plots.plot_statistics(axis, statistics(doubles([0.5, 1e-3, 0.4, 0.2], [0.3, 0.2, 0.1, 1e-11])))
     assert bars(axis) == pytest.approx([1e-3, 1e-11]) and names(axis) == LATENTS
     assert limits(axis) == [INDEPENDENT.fails] and axis.get_yscale() == "log"
 
 
 def test_means_shows_the_signal_to_noise_ratios() -> None:
     axis = axes()
-    plots.means(axis, variability(doubles(0.5, 90.0), torch.ones(4)))
+    plots.plot_means(axis, variability(doubles(0.5, 90.0), torch.ones(4)))
     assert (
         bars(axis) == pytest.approx([0.5, 90.0])
         and names(axis) == ["0", "1"]
@@ -281,14 +287,14 @@ def test_means_shows_the_signal_to_noise_ratios() -> None:
 
 def test_nats_shows_the_evidence_of_all_tasks() -> None:
     axis = axes()
-    plots.nats(axis, variability(torch.ones(2), doubles(0.001, 0.01, 0.1, 2.0), tasks=500))
+    plots.plot_nats(axis, variability(torch.ones(2), doubles(0.001, 0.01, 0.1, 2.0), tasks=500))
     assert bars(axis) == pytest.approx([0.5, 5.0, 50.0, 1000.0]) and limits(axis) == [NATS]
     assert "500 systems" in axis.get_ylabel()
 
 
 def test_ratio_shows_errors_in_units_of_the_bound() -> None:
     axis = axes()
-    plots.ratio(axis, efficiency(doubles(1.5, 8.0)))
+    plots.plot_efficiency(axis, efficiency(doubles(1.5, 8.0)))
     assert bars(axis) == pytest.approx([1.5, 8.0]) and names(axis) == LATENTS
     assert sorted(limits(axis)) == [1.0, RATIO.holds]
 
@@ -297,13 +303,13 @@ def test_ratio_shows_errors_in_units_of_the_bound() -> None:
     ("draw", "found", "expected"),
     [
         (
-            plots.statistic,
+            plots.plot_statistics,
             statistics(torch.full((2, 4), 1e-17, dtype=torch.float64)),
             [INDEPENDENT.fails],
         ),
-        (plots.means, variability(doubles(-0.3, 0.1), torch.ones(4)), [LOCATIONS.holds]),
-        (plots.nats, variability(torch.ones(2), torch.full((4,), 1e-9)), [NATS]),
-        (plots.ratio, efficiency(doubles(1e-3, 0.2)), [1.0, RATIO.holds]),
+        (plots.plot_means, variability(doubles(-0.3, 0.1), torch.ones(4)), [LOCATIONS.holds]),
+        (plots.plot_nats, variability(torch.ones(2), torch.full((4,), 1e-9)), [NATS]),
+        (plots.plot_efficiency, efficiency(doubles(1e-3, 0.2)), [1.0, RATIO.holds]),
     ],
     ids=["statistic", "means", "nats", "ratio"],
 )
@@ -319,14 +325,14 @@ def test_a_limit_that_no_bar_reaches_is_in_view(
 
 def test_matrix_shows_every_row_by_its_largest_entry() -> None:
     axis = axes()
-    plots.matrix(axis, ambiguity(np.array([[4.0, -1.0, 0.0], [0.2, 0.1, -0.4]])))
+    plots.plot_ambiguity(axis, ambiguity(np.array([[4.0, -1.0, 0.0], [0.2, 0.1, -0.4]])))
     assert np.allclose(axis.images[0].get_array(), [[1.0, 0.25, 0.0], [0.5, 0.25, 1.0]])
     assert axis.images[0].get_clim() == (0.0, 1.0)
 
 
 def test_separability_shows_intervals_and_what_a_gaussian_reaches() -> None:
     axis = axes()
-    plots.separability(
+    plots.plot_separability(
         axis, separability([0.1, 0.3, 0.0], [(0.05, 0.2), (0.2, 0.5), (0.0, 0.01)], 0.02)
     )
     points, ends = marks(axis)
@@ -334,9 +340,9 @@ def test_separability_shows_intervals_and_what_a_gaussian_reaches() -> None:
     assert np.allclose(ends, [[0.05, 0.2], [0.2, 0.5], [0.0, 0.01]]) and limits(axis) == [0.02]
 
 
-def learned(threshold: int | None) -> Curve:
+def learned(threshold: int | None) -> LearningCurve:
     r = np.array([[0.2, 0.5], [0.7, 0.8], [0.9, 0.99]])
-    return Curve(
+    return LearningCurve(
         "tasks" if threshold else "shots",
         ["rate", "drag"],
         [10, 100, 1000],
@@ -352,7 +358,7 @@ def test_curve_shows_every_latent_with_its_interval_and_what_the_theorem_counts(
     threshold: int | None,
 ) -> None:
     axis, found = axes(), learned(threshold)
-    plots.curve(axis, found)
+    plots.plot_learning_curve(axis, found)
     for i in range(2):
         points, ends = marks(axis, i)
         assert np.allclose(points, np.stack([found.sizes, found.linear_r[:, i]], -1))
@@ -380,13 +386,13 @@ def test_a_certificate_is_nine_panels_each_with_its_verdict(tmp_path: Path) -> N
 @pytest.mark.parametrize("status", ["holds", "fails", "undecided"])
 def test_the_headline_is_the_verdict_in_its_colour(status: Status) -> None:
     figure = certificate(status).plot()
-    assert figure.get_suptitle() == SAYS[status]
+    assert figure.get_suptitle() == HEADLINES[status]
     colours = {figure._suptitle.get_color(), *(axis.title.get_color() for axis in figure.axes)}
-    assert colours == {plots.COLOURS[status]}
+    assert colours == {plots.COLORS[status]}
 
 
 def test_what_was_not_checked_shows_why() -> None:
-    checks = {name: unchecked(name, f"no {name} because") for name in (*CONDITIONS, *FURTHER)}
+    checks = {name: Check.skipped(name, f"no {name} because") for name in (*CONDITIONS, *FURTHER)}
     figure = certificate(
         conditions=[checks[name] for name in CONDITIONS],
         further=[checks[name] for name in FURTHER],
@@ -400,7 +406,7 @@ def test_what_was_not_checked_shows_why() -> None:
 def test_without_a_second_training_the_panel_of_the_ambiguity_says_so() -> None:
     """The check then has the name of neither side."""
     further = [
-        unchecked("residual ambiguity", "there is nothing to compare with"),
+        Check.skipped("residual ambiguity", "there is nothing to compare with"),
         *certificate().further[1:],
     ]
     found = {name: value for name, value in numbers().items() if not name.startswith("against")}
@@ -414,7 +420,10 @@ def test_without_a_second_training_the_panel_of_the_ambiguity_says_so() -> None:
 def test_what_was_measured_but_not_judged_shows_why_as_well() -> None:
     """Without a bound there is no ratio to the bound, and a bar of height zero would look like a good one."""
     blind = efficiency(doubles(1.0, 1.0))._replace(bound=torch.full((2,), torch.inf))
-    further = [*certificate().further[:2], unchecked("efficiency", "a direction isn't seen at all")]
+    further = [
+        *certificate().further[:2],
+        Check.skipped("efficiency", "a direction isn't seen at all"),
+    ]
     axis = certificate(further=further, numbers={**numbers(), "efficiency": blind}).plot().axes[8]
     assert (
         axis.get_title() == "efficiency: not checked"
@@ -446,5 +455,5 @@ def test_restarts_come_before_the_truth() -> None:
 def test_drawing_leaves_pyplot_and_its_settings_alone(tmp_path: Path) -> None:
     figures, settings = matplotlib.pyplot.get_fignums(), dict(matplotlib.rcParams)
     certificate().plot().savefig(tmp_path / "certificate.png")
-    plots.curve(axes(), learned(5))
+    plots.plot_learning_curve(axes(), learned(5))
     assert matplotlib.pyplot.get_fignums() == figures and dict(matplotlib.rcParams) == settings

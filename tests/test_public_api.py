@@ -22,9 +22,10 @@ from scripts import HANGING
 
 import pyro_hybrid as ph
 from pyro_hybrid.data.segments import to_segments
-from pyro_hybrid.diagnostics.ranks import Latent
-from pyro_hybrid.identifiability.check import Check
+from pyro_hybrid.diagnostics.ranks import LatentCalibration
 from pyro_hybrid.inference import arviz_data as _arviz
+from pyro_hybrid.inference.importance import ParetoK
+from pyro_hybrid.scores.check import Check
 
 ROOT = Path(__file__).parents[1]
 DESIGNED = {
@@ -339,12 +340,12 @@ MISUSES: dict[str, tuple[Callable[[], object], str]] = {
         lambda: ph.UnconditionalPrior(omega=torch.distributions.Normal(0.0, 1.0)),
         r"expected a family from ph\.families for 'omega'; got Normal\. For example omega=ph\.families\.Normal\(2\)",
     ),
-    "Calibration": (
-        lambda: ph.Calibration(
-            [Latent("rate", "holds", "fine", (), (), 0.0, 1.0, 0.5)],
-            Check("k-hat", "holds"),
+    "CalibrationReport": (
+        lambda: ph.CalibrationReport(
+            [LatentCalibration("rate", "holds", "fine", (), (), 0.0, 1.0, 0.5)],
+            Check("weights", "holds"),
             torch.zeros(1, 1).numpy(),
-            torch.zeros(1).numpy(),
+            ParetoK(torch.zeros(1).numpy(), torch.ones(1).numpy()),
             1,
             99,
         )["drag"],
@@ -356,7 +357,7 @@ MISUSES: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "check_calibration": (
         lambda: ph.check_calibration(Empty(), Empty(), episode()),  # type: ignore[arg-type]
-        r"expected tasks; got Episode\. It makes their episodes itself",
+        r"expected tasks to be a data set \(ph\.Tasks\); got Episode\. Make one with ph\.Tasks",
     ),
     "check_hybrid_model": (
         lambda: ph.check_hybrid_model(Empty(), Empty(), episode()),
@@ -401,7 +402,7 @@ MISUSES: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "mcc": (
         lambda: ph.mcc(torch.randn(9, 2), torch.randn(8, 2)),
-        r"one row a task in both estimate and truth; got 9 and 8 rows",
+        r"one row per task in both estimate and true_latents; got 9 and 8 rows",
     ),
     "meta_train": (
         lambda: ph.meta_train(Empty(), Empty(), tasks(torch.zeros(2, 3, 3, 1)), num_steps=0),

@@ -11,10 +11,15 @@ import torch
 from scipy.stats import norm
 from torch import Tensor
 
-from pyro_hybrid.identifiability.check import Check
-from pyro_hybrid.scores import separability
+from pyro_hybrid.scores import ica, separability
+from pyro_hybrid.scores.check import Check
+from pyro_hybrid.scores.ica import disentangle
 from pyro_hybrid.scores.mcc import mcc
-from pyro_hybrid.scores.separability import Separability, disentangle, judge_separability, separable
+from pyro_hybrid.scores.separability import (
+    Separability,
+    judge_separability,
+    measure_separability,
+)
 
 Sampler = Callable[[np.random.Generator, tuple[int, int]], np.ndarray]
 
@@ -65,7 +70,7 @@ def uniform(tasks: int, components: int, seed: int = 0) -> Tensor:
 
 def judged(kind: str, tasks: int, components: int, seed: int = 0, gaussians: int = 0) -> Check:
     return judge_separability(
-        separable(mixed(kind, tasks, components, seed, gaussians)[0], seed=seed)
+        measure_separability(mixed(kind, tasks, components, seed, gaussians)[0], seed=seed)
     )
 
 
@@ -129,10 +134,10 @@ def test_disentangle_returns_the_type_precision_and_shape_it_was_given() -> None
 def test_disentangle_warns_in_its_own_words_when_no_run_converges(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(separability, "ITERATIONS", 1)
-    monkeypatch.setattr(separability, "PATIENCE", 2)
+    monkeypatch.setattr(ica, "ITERATIONS", 1)
+    monkeypatch.setattr(ica, "PATIENCE", 2)
     with pytest.warns(
-        RuntimeWarning, match="expected ICA to converge; got 15 runs of 2 iterations that didn't"
+        RuntimeWarning, match="expected ICA to converge; got 15 runs of 2 iterations that did not"
     ):
         disentangle(uniform(200, 4))
 
@@ -180,7 +185,9 @@ def test_disentangle_of_all_components_is_the_same_whether_or_not_it_is_told() -
 
 @pytest.mark.parametrize("components", [0, 5])
 def test_disentangle_refuses_more_components_than_latents_and_none(components: int) -> None:
-    with pytest.raises(ValueError, match=f"expected 1 to 4 components; got {components}"):
+    with pytest.raises(
+        ValueError, match=f"components as a whole number from 1 to 4; got {components}"
+    ):
         disentangle(spared(0)[0], components=components)
 
 
@@ -195,11 +202,11 @@ def test_disentangle_refuses_a_fit_of_other_width() -> None:
 @pytest.mark.parametrize("kind", sorted(INDEPENDENT))
 def test_independent_sources_that_are_not_gaussian_hold(kind: str) -> None:
     z, sources = mixed(kind, 500, 3, seed=1)
-    numbers = separable(z, seed=1)
+    numbers = measure_separability(z, seed=1)
     check = judge_separability(numbers)
     assert check.status == "holds" and check.remedy == "", check
     assert check.value == numbers.stability > 0.98 and check.interval[0] > 0.95
-    assert "at most one is Gaussian" in check.why
+    assert "At most one component is Gaussian" in check.why
     found = mcc(disentangle(z, seed=1), sources)
     np.testing.assert_allclose(
         numbers.agreement[found.assignment], found.matched, atol=0.02
@@ -212,14 +219,14 @@ def test_many_sources_hold() -> None:
 
 def test_one_gaussian_among_others_is_allowed_and_found() -> None:
     z, sources = mixed("uniform", 1000, 3, seed=0, gaussians=1)
-    numbers = separable(z)
+    numbers = measure_separability(z)
     gaussian = mcc(disentangle(z), sources).assignment[0]
     assert judge_separability(numbers).status == "holds"
     assert (numbers.non_gaussianity < numbers.noise_level).nonzero()[0].tolist() == [gaussian]
 
 
 def test_a_single_latent_has_nothing_to_be_separated_from() -> None:
-    numbers = separable(uniform(30, 1))
+    numbers = measure_separability(uniform(30, 1))
     assert (numbers.dependence, numbers.dependence_level) == (0.0, 0.0)
     assert numbers.stability == pytest.approx(1.0) and judge_separability(numbers).status == "holds"
 
@@ -231,7 +238,7 @@ def test_gaussian_sources_fail_and_their_rotation_is_blamed() -> None:
     check = judged("gaussian", 500, 2)
     assert check.status == "fails" and check.interval[0] < 0.9, check
     assert (
-        "components 0 and 1 look Gaussian over tasks: any rotation of them fits as well"
+        "Components 0 and 1 look Gaussian over tasks: any rotation of them fits as well"
         in check.why
     )
     assert check.remedy.startswith("Report them up to a rotation, or resolve it by what is known")
@@ -240,9 +247,9 @@ def test_gaussian_sources_fail_and_their_rotation_is_blamed() -> None:
 def test_two_gaussians_are_named_and_the_rest_is_not() -> None:
     z, sources = mixed("uniform", 500, 3, seed=0, gaussians=2)
     one, other = sorted(mcc(disentangle(z), sources).assignment[:2])
-    check = judge_separability(separable(z))
+    check = judge_separability(measure_separability(z))
     assert check.status == "fails" and check.why.startswith(
-        f"components {one} and {other} look Gaussian"
+        f"Components {one} and {other} look Gaussian"
     ), check
 
 
@@ -250,7 +257,7 @@ def test_two_gaussians_are_named_and_the_rest_is_not() -> None:
 def test_dependent_sources_fail_however_stable_their_components_are(kind: str) -> None:
     check = judged(kind, 500, 2, seed=1)
     assert check.status == "fails" and check.interval[0] > 0.1, check
-    assert check.why.startswith("components 0 and 1 depend on each other over tasks")
+    assert check.why.startswith("Components 0 and 1 depend on each other over tasks")
     assert "name the physics" in check.remedy
 
 
@@ -261,7 +268,7 @@ def test_dependent_sources_fail_however_stable_their_components_are(kind: str) -
 def test_thirty_tasks_decide_nothing(kind: str) -> None:
     check = judged(kind, 30, 2)
     assert check.status == "undecided" and check.remedy.startswith("Pool more tasks"), check
-    assert "can't be seen with so few tasks" in check.why
+    assert "cannot be seen with so few tasks" in check.why
 
 
 # ---- the numbers, against what is known ----------------------------------------------------------
@@ -270,7 +277,7 @@ def test_thirty_tasks_decide_nothing(kind: str) -> None:
 def test_negentropy_is_zero_for_a_gaussian_and_that_of_a_uniform_is_the_yardstick() -> None:
     grid = (np.arange(20000) + 0.5) / 20000
     columns = np.stack([norm.ppf(grid), grid, 1e3 * grid - 7, -np.log(grid)], 1)
-    gaussian, uniformly, moved, exponential = separability._negentropy(columns)
+    gaussian, uniformly, moved, exponential = separability.negentropy(columns)
     assert gaussian == pytest.approx(0.0, abs=1e-5)
     assert uniformly == pytest.approx(separability.UNIFORM, abs=1e-4) and moved == pytest.approx(
         uniformly
@@ -279,22 +286,24 @@ def test_negentropy_is_zero_for_a_gaussian_and_that_of_a_uniform_is_the_yardstic
 
 
 def test_independent_components_exceed_the_level_of_dependence_once_in_a_hundred() -> None:
-    rng, level = np.random.default_rng(0), separability._dependence_level(200, 3)
-    exceeded = [separability._dependence(rng.laplace(size=(200, 3)))[0] > level for _ in range(300)]
+    rng, level = np.random.default_rng(0), separability.dependence_level(200, 3)
+    exceeded = [
+        separability.largest_dependence(rng.laplace(size=(200, 3)))[0] > level for _ in range(300)
+    ]
     assert sum(exceeded) <= 10
 
 
 def test_dependence_names_the_pair_whatever_monotone_map_hides_it() -> None:
     sources = np.random.default_rng(0).uniform(-1, 1, (500, 4))
     sources[:, 3] = sources[:, 1] ** 2
-    value, pair = separability._dependence(sources)
+    value, pair = separability.largest_dependence(sources)
     assert pair == (1, 3) and value > 0.9
-    assert separability._dependence(np.exp(5 * sources))[0] == pytest.approx(value)
+    assert separability.largest_dependence(np.exp(5 * sources))[0] == pytest.approx(value)
 
 
 def test_what_ica_makes_of_noise_is_more_than_noise_has() -> None:
-    level = separability._noise_level((200, 5), np.random.default_rng(0))
-    untouched = separability._negentropy(np.random.default_rng(1).normal(size=(200, 1000)))
+    level = separability.noise_level((200, 5), np.random.default_rng(0))
+    untouched = separability.negentropy(np.random.default_rng(1).normal(size=(200, 1000)))
     assert level > np.quantile(untouched, 0.95)
 
 
@@ -302,7 +311,9 @@ def test_numbers_repeat_and_leave_the_global_random_state_alone() -> None:
     z, _ = mixed("bimodal", 60, 2, seed=5)
     before, before_torch = str(np.random.get_state()), torch.get_rng_state()
     for left, right in zip(
-        separable(z, seed=9), separable(torch.as_tensor(z), seed=9), strict=True
+        measure_separability(z, seed=9),
+        measure_separability(torch.as_tensor(z), seed=9),
+        strict=True,
     ):
         np.testing.assert_array_equal(left, right)
     np.testing.assert_array_equal(disentangle(z, seed=9), disentangle(z, seed=9))
@@ -331,18 +342,18 @@ GAUSSIAN, UNCERTAIN, CLEAR = [0.0, 0.02], [0.005, 0.1], [0.05, 0.07]
         (
             {},
             "holds",
-            r"hardly depend on each other \(0\.10, by chance up to 0\.15\); at most one is Gaussian",
+            r"correlation is 0\.10, and chance gives up to 0\.15\. At most one component is Gaussian",
         ),
         (
             {"stability_interval": (0.94, 0.99)},
             "undecided",
-            "component 1 is another one .* by 0.94 only",
+            "Component 1 changes with the tasks .* by 0.94 only",
         ),
-        ({"non_gaussianity_interval": np.array([CLEAR, GAUSSIAN, CLEAR])}, "holds", "at most one"),
+        ({"non_gaussianity_interval": np.array([CLEAR, GAUSSIAN, CLEAR])}, "holds", "At most one"),
         (
             {"non_gaussianity_interval": np.array([GAUSSIAN, CLEAR, GAUSSIAN])},
             "undecided",
-            "components 0 and 2 can't be told from Gaussians",
+            "Components 0 and 2 cannot be told from Gaussian components",
         ),
         (
             {
@@ -350,7 +361,7 @@ GAUSSIAN, UNCERTAIN, CLEAR = [0.0, 0.02], [0.005, 0.1], [0.05, 0.07]
                 "stability_interval": (0.7, 0.9),
             },
             "fails",
-            "components 0 and 2 look Gaussian over tasks: any rotation of them fits as well",
+            "Components 0 and 2 look Gaussian over tasks: any rotation of them fits as well",
         ),
         (
             {
@@ -358,15 +369,15 @@ GAUSSIAN, UNCERTAIN, CLEAR = [0.0, 0.02], [0.005, 0.1], [0.05, 0.07]
                 "stability_interval": (0.7, 0.9),
             },
             "undecided",
-            "components 0, 1 and 2 can't be told",
+            "Components 0, 1 and 2 cannot be told",
         ),
-        ({"dependence": 0.2}, "undecided", "components 0 and 2 depend on each other"),
-        ({"dependence": 0.3}, "fails", "components 0 and 2 depend on each other"),
+        ({"dependence": 0.2}, "undecided", "Components 0 and 2 depend on each other"),
+        ({"dependence": 0.3}, "fails", "Components 0 and 2 depend on each other"),
         ({"dependence": 0.05, "dependence_level": 0.03}, "holds", "hardly depend"),
         (
             {"dependence": 0.3, "dependence_level": 0.4, "stability_interval": (0.5, 1.0)},
             "undecided",
-            "below 0.40 can't be seen with so few tasks; component 1 is another one",
+            "below 0.40 cannot be seen with so few tasks. Component 1 changes",
         ),
     ],
 )
@@ -383,7 +394,7 @@ def test_a_yes_needs_all_conditions_and_a_no_needs_evidence(
 # ---- messages ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("score", [disentangle, separable])
+@pytest.mark.parametrize("score", [disentangle, measure_separability])
 def test_unusable_latents_are_named(score: Callable[[Tensor], object]) -> None:
     z = uniform(50, 3)
     constant, broken = z.clone(), z.clone()
@@ -403,3 +414,18 @@ def test_unusable_latents_are_named(score: Callable[[Tensor], object]) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             score(unusable)
+
+
+@pytest.mark.parametrize("unit", [1e-300, 1e160, 1e307])
+@pytest.mark.parametrize("components", [None, 2])
+def test_units_do_not_matter_from_the_smallest_number_to_the_largest(
+    unit: float, components: int | None
+) -> None:
+    z, _ = mixed("uniform", 200, 3, seed=0)
+    expected = disentangle(z, components=components)
+    np.testing.assert_allclose(disentangle(unit * z, components=components), expected, rtol=1e-6)
+
+
+def test_a_number_of_components_that_is_not_whole_is_refused(without_jaxtyping: None) -> None:
+    with pytest.raises(TypeError, match="components as a whole number from 1 to 3; got 1.5"):
+        disentangle(uniform(50, 3), components=1.5)  # type: ignore[arg-type]

@@ -20,8 +20,8 @@ from pyro_hybrid.beliefs.families import (
     VonMises,
 )
 from pyro_hybrid.identifiability import statistics as module
-from pyro_hybrid.identifiability.statistics import Statistics, judge_statistics, statistics
-from pyro_hybrid.identifiability.task_beliefs import Reading
+from pyro_hybrid.identifiability.statistics import Statistics, judge_statistics, measure_statistics
+from pyro_hybrid.identifiability.task_beliefs import TaskBeliefs
 
 
 class Repeated(Normal):
@@ -45,16 +45,20 @@ class Constant(Normal):
         return torch.stack([z, torch.full_like(z, 0.1)], -1)
 
 
-def believed(family: Family, centre: float = 0.0, spread: float = 1.0, tasks: int = 200) -> Reading:
+def believed(
+    family: Family, centre: float = 0.0, spread: float = 1.0, tasks: int = 200
+) -> TaskBeliefs:
     """Means that spread over tasks, each known to a third of that."""
     mean = centre + spread * torch.randn(2, tasks, family.n, dtype=torch.float64)
-    return Reading(
-        {"z": family}, {"z": family.from_gaussian(mean, torch.full_like(mean, spread / 3))}, shots=1
+    return TaskBeliefs(
+        {"z": family},
+        {"z": family.from_gaussian(mean, torch.full_like(mean, spread / 3))},
+        num_support=1,
     )
 
 
 def status(family: Family, centre: float = 0.0, spread: float = 1.0) -> str:
-    return judge_statistics(statistics(believed(family, centre, spread))).status
+    return judge_statistics(measure_statistics(believed(family, centre, spread))).status
 
 
 # ---- the number ----------------------------------------------------------------------------------
@@ -87,11 +91,11 @@ def test_on_a_quarter_it_is_the_margin_of_the_statistics_there() -> None:
 
 @pytest.mark.parametrize("family", [Normal, LogNormal, Gamma, Beta, VonMises])
 def test_every_family_of_the_library_holds(family: Callable[[int], Family]) -> None:
-    check = judge_statistics(statistics(believed(family(2))))
+    check = judge_statistics(measure_statistics(believed(family(2))))
     assert check.status == "holds" and not check.remedy
     assert check.why in (
-        "the least independent are those of z[0]",
-        "the least independent are those of z[1]",
+        "The sufficient statistics of `z[0]` are the least independent ones.",
+        "The sufficient statistics of `z[1]` are the least independent ones.",
     )
 
 
@@ -129,14 +133,17 @@ def test_a_narrow_range_far_from_zero_does_not_count_against_a_family(
 def test_a_statistic_that_follows_from_the_other_fails(
     family: Callable[[int], Family], centre: float, spread: float
 ) -> None:
-    check = judge_statistics(statistics(believed(family(1), centre, spread)))
-    assert check.status == "fails" and check.why == "one statistic of z follows from the others"
+    check = judge_statistics(measure_statistics(believed(family(1), centre, spread)))
+    assert (
+        check.status == "fails"
+        and check.why == "One sufficient statistic of `z` follows from its others."
+    )
     assert check.remedy.startswith("Give the family statistics none of which follows")
 
 
 def test_statistics_that_are_dependent_on_half_of_the_line_fail_thanks_to_quarters() -> None:
-    reading = believed(Absolute(1))
-    found = statistics(reading)
+    beliefs = believed(Absolute(1))
+    found = measure_statistics(beliefs)
     assert judge_statistics(found).status == "fails"
     u = torch.randn(2000, 1, dtype=torch.float64)
     assert (
@@ -146,24 +153,26 @@ def test_statistics_that_are_dependent_on_half_of_the_line_fail_thanks_to_quarte
 
 
 def test_a_family_that_is_no_product_over_components_fails() -> None:
-    check = judge_statistics(statistics(believed(FullNormal(2))))
+    check = judge_statistics(measure_statistics(believed(FullNormal(2))))
     assert (
         check.status == "fails"
-        and check.why == "the prior of z[0], z[1] isn't a product over components"
+        and check.why == "The prior of `z[0]`, `z[1]` is not a product over components."
     )
-    assert "factorised" in check.remedy
+    assert "factorized" in check.remedy
 
 
 def test_the_latent_at_fault_is_named() -> None:
     one, other = believed(Normal(2)), believed(Repeated(1))
-    reading = Reading(
+    beliefs = TaskBeliefs(
         {"good": Normal(2), "bad": Repeated(1)},
         {"good": one.natural["z"], "bad": other.natural["z"]},
         1,
     )
-    found = statistics(reading)
-    assert found.names == ["good[0]", "good[1]", "bad"] and found.factorised == [True] * 3
-    assert judge_statistics(found).why == "one statistic of bad follows from the others"
+    found = measure_statistics(beliefs)
+    assert found.names == ["good[0]", "good[1]", "bad"] and found.factorized == [True] * 3
+    assert (
+        judge_statistics(found).why == "One sufficient statistic of `bad` follows from its others."
+    )
 
 
 # ---- what can't be known says so -----------------------------------------------------------------
@@ -174,11 +183,11 @@ def test_so_narrow_and_so_far_from_zero_that_rounding_hides_all_it_stays_open(
     family: Callable[[int], Family],
 ) -> None:
     check = judge_statistics(
-        statistics(believed(family(1), 100.0 if family is not Gamma else 3.0, 1e-8))
+        measure_statistics(believed(family(1), 100.0 if family is not Gamma else 3.0, 1e-8))
     )
     assert check.status == "undecided" and check.interval[0] == 0.0 < check.interval[1]
-    assert check.why.startswith("rounding hides whether those of z are independent")
-    assert check.remedy == "Give the latent an origin and a unit near its values."
+    assert check.why.startswith("Rounding hides whether the statistics of `z` are independent")
+    assert check.remedy == "Choose an origin and a unit near the values of the latent."
 
 
 class Verdict(NamedTuple):
@@ -203,7 +212,7 @@ def test_the_worst_quarter_of_the_worst_latent_decides(case: Verdict) -> None:
     )
     margin[1, 2], rounding[1, 2] = case.margin, case.rounding
     check = judge_statistics(Statistics(["a", "b", "c"], margin, rounding, [True] * 3))
-    assert (check.value, check.status) == (case.margin, case.status) and "of b" in check.why
+    assert (check.value, check.status) == (case.margin, case.status) and "`b`" in check.why
 
 
 def test_what_is_dependent_comes_before_what_rounding_hides() -> None:
@@ -212,11 +221,14 @@ def test_what_is_dependent_comes_before_what_rounding_hides() -> None:
         torch.tensor([[1e-3], [1e-14]], dtype=torch.float64),
     )
     check = judge_statistics(Statistics(["far", "bad"], margin, rounding, [True] * 2))
-    assert check.status == "fails" and check.why == "one statistic of bad follows from the others"
+    assert (
+        check.status == "fails"
+        and check.why == "One sufficient statistic of `bad` follows from its others."
+    )
 
 
 def test_global_random_numbers_are_left_alone_and_the_seed_decides() -> None:
-    reading, before = believed(Normal(1)), torch.get_rng_state()
-    one, again, other = (statistics(reading, seed=seed).margin for seed in (0, 0, 1))
+    beliefs, before = believed(Normal(1)), torch.get_rng_state()
+    one, again, other = (measure_statistics(beliefs, seed=seed).margin for seed in (0, 0, 1))
     assert torch.equal(one, again) and not torch.equal(one, other)
     assert torch.equal(before, torch.get_rng_state())

@@ -20,13 +20,13 @@ import pyro_hybrid as ph
 from pyro_hybrid.beliefs.families import Beta, Family, Gamma, LogNormal, Normal, VonMises
 from pyro_hybrid.identifiability import nearest_hyperplane as hyperplanes
 from pyro_hybrid.identifiability import variability as module
-from pyro_hybrid.identifiability.task_beliefs import Reading, read
+from pyro_hybrid.identifiability.directions import main_contributors
+from pyro_hybrid.identifiability.task_beliefs import TaskBeliefs, infer_tasks
 from pyro_hybrid.identifiability.variability import (
     Variability,
-    culprits,
+    judge_too_few_tasks,
     judge_variability,
-    too_few,
-    variability,
+    measure_variability,
 )
 
 Array = NDArray[np.float64]
@@ -53,9 +53,9 @@ def systems(
     return z + spread * normal(supports, tasks, n), spread
 
 
-def believed(mean: Tensor, scale: Tensor, family: Callable[[int], Family] = Normal) -> Reading:
+def believed(mean: Tensor, scale: Tensor, family: Callable[[int], Family] = Normal) -> TaskBeliefs:
     members = family(mean.shape[-1])
-    return Reading({"z": members}, {"z": members.from_gaussian(mean, scale)}, shots=4)
+    return TaskBeliefs({"z": members}, {"z": members.from_gaussian(mean, scale)}, num_support=4)
 
 
 def statuses(found: Variability) -> tuple[str, str]:
@@ -95,14 +95,14 @@ def test_natural_parameters_are_those_of_the_normal_equations() -> None:
     tasks, times = make_tasks(40, 8, num_support=4), np.asarray(TIMES)
     design = np.stack([times, np.sin(3.0 * times), times**2], -1)
     design[1:] -= design[0]
-    reading = read(Line(ph.GaussNewton(10)).double(), tasks, progress=False)
+    beliefs = infer_tasks(Line(ph.GaussNewton(10)).double(), tasks, progress=False)
     values = tasks.values.squeeze(-1).numpy()
     expected = np.stack(
         [normal_equations(values[:, :4], design), normal_equations(values[:, 4:], design)]
     )
-    assert reading.flat.shape == (2, 40, 6)
+    assert beliefs.flat.shape == (2, 40, 6)
     unit = np.abs(expected).max((0, 1))
-    assert np.abs(reading.flat.numpy() - expected).max((0, 1)) / unit == pytest.approx(
+    assert np.abs(beliefs.flat.numpy() - expected).max((0, 1)) / unit == pytest.approx(
         0.0, abs=1e-6
     )
 
@@ -116,10 +116,10 @@ def test_signal_to_noise_ratios_are_those_of_a_multivariate_analysis_of_variance
     within = sum(np.cov(x[:, t].T) for t in range(30)) / 30
     between = np.cov(x.mean(0).T) - within / supports
     expected, vectors = scipy.linalg.eigh(between, within)
-    found = variability(believed(torch.tensor(x), scale))
+    found = measure_variability(believed(torch.tensor(x), scale))
     assert found.locations.tolist() == pytest.approx(expected.tolist(), rel=1e-6, abs=1e-8)
-    share = (vectors[:, 0] * believed(torch.tensor(x), scale).spread()[1].numpy()) ** 2
-    assert found.location_weights.tolist() == pytest.approx(
+    share = (vectors[:, 0] * believed(torch.tensor(x), scale).population_sd.numpy()) ** 2
+    assert found.location_shares.tolist() == pytest.approx(
         (share / share.sum()).tolist(), rel=1e-5, abs=1e-8
     )
 
@@ -174,14 +174,14 @@ def test_nats_are_the_least_loss_over_all_hyperplanes(kind: str, seed: int) -> N
         torch.tensor(np.stack([mean, mean]))[..., None],
         torch.tensor(np.stack([scale, scale]))[..., None],
     )
-    assert float(variability(believed(*same)).nats[0]) == pytest.approx(
+    assert float(measure_variability(believed(*same)).nats[0]) == pytest.approx(
         least_loss(mean, scale), rel=1e-6
     )
 
 
 def problem(mean: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """What the search is given, for means without noise."""
-    natural, inverse = module._noiseless(believed(mean, scale), mean.mean(0), scale)
+    natural, inverse = module._noiseless(believed(mean, scale), mean.mean(0))
     tasks = natural.shape[0] * natural.shape[1]
     return (
         natural.flatten(0, 1),
@@ -195,22 +195,23 @@ def test_in_many_directions_nats_are_near_the_least_of_many_searches(
     varied: float, seed: int
 ) -> None:
     mean, scale = systems(100, 4, varied=varied, seed=seed)
-    given, random = problem(mean, scale), np.random.default_rng(seed)
+    cloud, random = hyperplanes._Cloud(*problem(mean, scale)), np.random.default_rng(seed)
     best = min(
-        minimize(hyperplanes._loss, random.normal(size=8), args=given, jac=True).fun
+        minimize(hyperplanes._loss, random.normal(size=8), args=(cloud,), jac=True).fun
         for _ in range(50)
     )
-    natural, inverse = (x.unflatten(0, (2, 100)) for x in given[:2])
+    natural, inverse = (x.unflatten(0, (2, 100)) for x in cloud[:2])
     assert (
-        hyperplanes.weakest(natural, inverse, torch.ones(100, dtype=torch.float64))[0][0]
+        hyperplanes.nearest_hyperplane(natural, inverse, torch.ones(100, dtype=torch.float64))[0][0]
         <= 1.03 * best
     )
 
 
 def test_the_gradient_of_the_loss_is_its_derivative() -> None:
-    given, at = problem(*systems(20, 2)), np.random.default_rng(0).normal(size=4)
-    slope = approx_fprime(at, lambda v: hyperplanes._loss(v, *given)[0], 1e-7)
-    assert hyperplanes._loss(at, *given)[1].tolist() == pytest.approx(
+    cloud = hyperplanes._Cloud(*problem(*systems(20, 2)))
+    at = np.random.default_rng(0).normal(size=4)
+    slope = approx_fprime(at, lambda v: hyperplanes._loss(v, cloud)[0], 1e-7)
+    assert hyperplanes._loss(at, cloud)[1].tolist() == pytest.approx(
         slope.tolist(), rel=1e-4, abs=1e-6
     )
 
@@ -273,14 +274,14 @@ def test_noise_of_supports_adds_no_nats() -> None:
     """Means as noisy as systems differ: their spread is first brought back to what systems alone would have."""
     mean, scale = systems(600, 1, scale=1.0, varied=0.3)
     clean = systems(600, 1, scale=1e-9, varied=0.0)[0]
-    noisy, quiet = (variability(believed(x, scale)) for x in (mean, clean))
+    noisy, quiet = (measure_variability(believed(x, scale)) for x in (mean, clean))
     assert noisy.nats.tolist() == pytest.approx(quiet.nats.tolist(), rel=0.1)
 
 
 def test_a_support_that_was_misread_by_far_does_not_hide_how_systems_differ() -> None:
     mean, scale = systems(300, 1)
     mean[0, 7] = 1e6
-    assert statuses(variability(believed(mean, scale)))[0] == "holds"
+    assert statuses(measure_variability(believed(mean, scale)))[0] == "holds"
 
 
 # ---- what mustn't matter -------------------------------------------------------------------------
@@ -293,41 +294,41 @@ def test_units_and_origin_of_a_latent_do_not_matter() -> None:
         torch.tensor([50.0, -7.0], dtype=torch.float64),
     )
     one, other = (
-        variability(believed(mean, scale)),
-        variability(believed(a * mean + b, a.abs() * scale)),
+        measure_variability(believed(mean, scale)),
+        measure_variability(believed(a * mean + b, a.abs() * scale)),
     )
     assert_close(one.locations, other.locations, rtol=1e-6, atol=1e-9)
     assert_close(one.nats, other.nats, rtol=1e-4, atol=1e-9)
-    assert_close(one.location_weights, other.location_weights, rtol=1e-5, atol=1e-9)
+    assert_close(one.location_shares, other.location_shares, rtol=1e-5, atol=1e-9)
 
 
 def test_the_order_of_tasks_and_of_supports_does_not_matter() -> None:
     mean, scale = systems(40)
     order = torch.randperm(40, generator=torch.Generator().manual_seed(1))
-    one = variability(believed(mean, scale))
-    other = variability(believed(mean[:, order].flip(0), scale[:, order].flip(0)))
+    one = measure_variability(believed(mean, scale))
+    other = measure_variability(believed(mean[:, order].flip(0), scale[:, order].flip(0)))
     assert_close(one.locations, other.locations, rtol=1e-9, atol=1e-12)
     assert_close(one.nats, other.nats, rtol=1e-5, atol=1e-12)
 
 
 def test_the_split_of_latents_into_sites_does_not_matter() -> None:
     mean, scale = systems(40)
-    apart = Reading(
+    apart = TaskBeliefs(
         {"a": Normal(1), "b": Normal(1)},
         {
             "a": Normal(1).from_gaussian(mean[..., :1], scale[..., :1]),
             "b": Normal(1).from_gaussian(mean[..., 1:], scale[..., 1:]),
         },
-        shots=4,
+        num_support=4,
     )
-    one, other = variability(believed(mean, scale)), variability(apart)
+    one, other = measure_variability(believed(mean, scale)), measure_variability(apart)
     assert_close(one.nats, other.nats, rtol=1e-9, atol=1e-12)
     assert other.latents == ["a", "b"] and other.terms == ["a: z", "a: z²", "b: z", "b: z²"]
 
 
 def test_global_random_numbers_are_left_alone_and_the_seed_decides() -> None:
-    reading, before = believed(*systems(20, 1)), torch.get_rng_state()
-    one, again, other = (variability(reading, seed=seed) for seed in (0, 0, 1))
+    beliefs, before = believed(*systems(20, 1)), torch.get_rng_state()
+    one, again, other = (measure_variability(beliefs, seed=seed) for seed in (0, 0, 1))
     assert torch.equal(before, torch.get_rng_state())
     assert one.location_interval == again.location_interval != other.location_interval
     assert one.nats_interval == again.nats_interval != other.nats_interval
@@ -339,7 +340,7 @@ def test_global_random_numbers_are_left_alone_and_the_seed_decides() -> None:
 def test_systems_that_differ_and_supports_that_say_more_or_less_satisfy_the_condition(
     thorough: None,
 ) -> None:
-    found = variability(believed(*systems(60)))
+    found = measure_variability(believed(*systems(60)))
     assert statuses(found) == ("holds", "holds")
     assert all(check.remedy == "" for check in judge_variability(found))
     assert found.location_interval[0] <= found.locations[0] <= found.location_interval[1]
@@ -348,14 +349,16 @@ def test_systems_that_differ_and_supports_that_say_more_or_less_satisfy_the_cond
 
 @pytest.mark.parametrize("family", [LogNormal, Gamma, Beta, VonMises])
 def test_other_families_satisfy_it_as_well(family: Callable[[int], Family]) -> None:
-    found = variability(believed(*systems(60, 1), family))
+    found = measure_variability(believed(*systems(60, 1), family))
     assert statuses(found) == ("holds", "holds")
     assert [term.split(": ")[1] for term in found.terms] == list(family(1).terms)
 
 
 def test_nats_count_for_all_tasks_of_which_the_reading_is_a_sample() -> None:
-    reading = believed(*systems(60, varied=0.1))
-    few, many = (judge_variability(variability(reading, tasks=tasks))[1] for tasks in (60, 6000))
+    beliefs = believed(*systems(60, varied=0.1))
+    few, many = (
+        judge_variability(measure_variability(beliefs, num_tasks=tasks))[1] for tasks in (60, 6000)
+    )
     assert (few.status, many.status) == ("undecided", "holds")
     assert many.value == pytest.approx(100.0 * few.value)
 
@@ -364,16 +367,16 @@ def test_nats_count_for_all_tasks_of_which_the_reading_is_a_sample() -> None:
 
 
 def test_where_all_supports_say_as_much_half_of_the_directions_are_missing() -> None:
-    found = variability(believed(*systems(60, varied=0.0)))
+    found = measure_variability(believed(*systems(60, varied=0.0)))
     assert found.nats[:2].abs().max() < 1e-12 and (found.nats[2:] > 0.05).all()
     assert statuses(found) == ("holds", "fails")
     check = judge_variability(found)[1]
-    assert "2 directions have more than one" in check.why
+    assert "2 directions have more than one nat" in check.why
     assert "Let supports differ in how much they say" in check.remedy
 
 
 def test_a_missing_direction_fails_however_many_tasks_there_are() -> None:
-    assert statuses(variability(believed(*systems(60, varied=0.0)), tasks=10**6)) == (
+    assert statuses(measure_variability(believed(*systems(60, varied=0.0)), num_tasks=10**6)) == (
         "holds",
         "fails",
     )
@@ -382,30 +385,32 @@ def test_a_missing_direction_fails_however_many_tasks_there_are() -> None:
 def test_a_latent_whose_variance_alone_varies_is_starved_and_named() -> None:
     mean, scale = systems(300)
     still, _ = systems(300, between=0.0, seed=1)
-    found = variability(believed(torch.stack([mean[..., 0], still[..., 1]], -1), scale))
+    found = measure_variability(believed(torch.stack([mean[..., 0], still[..., 1]], -1), scale))
     check = judge_variability(found)[0]
     assert check.status == "fails" and abs(found.locations[0]) < 0.25 < 10.0 < found.locations[1]
-    assert found.location_weights[1] > 0.9 and "weakest direction: z[1]," in check.why
-    assert check.remedy.startswith("Record systems that differ more in z[1]")
+    assert found.location_shares[1] > 0.9 and "Weakest direction: `z[1]`;" in check.why
+    assert check.remedy.startswith("Record systems that differ more in `z[1]`")
 
 
 def test_one_task_repeated_never_passes_however_often(thorough: None) -> None:
     for tasks in (20, 600):
-        found = variability(believed(*systems(tasks, 1, between=0.0, varied=0.0)), tasks=10**6)
+        found = measure_variability(
+            believed(*systems(tasks, 1, between=0.0, varied=0.0)), num_tasks=10**6
+        )
         low, high = found.location_interval
         assert low < 0.0 < high and "holds" not in statuses(found)
     assert statuses(found)[0] == "fails"
 
 
 def test_a_prior_that_is_deaf_to_the_support_fails() -> None:
-    found = variability(
+    found = measure_variability(
         believed(torch.full((2, 30, 1), 0.3).double(), torch.full((2, 30, 1), 0.7).double())
     )
     assert statuses(found) == ("fails", "fails")
 
 
 def test_with_fewer_tasks_than_the_theorem_counts_it_fails_unseen() -> None:
-    checks = too_few(6, 5)
+    checks = judge_too_few_tasks(6, 5)
     assert [check.condition for check in checks] == [MEANS, ALL]
     assert all(check.status == "fails" and "n·k + 1 = 7" in check.why for check in checks)
     assert all(
@@ -418,13 +423,13 @@ def test_with_fewer_tasks_than_the_theorem_counts_it_fails_unseen() -> None:
 
 
 def test_few_noisy_systems_leave_it_undecided(thorough: None) -> None:
-    found = variability(believed(*systems(12, 1, between=0.7, scale=1.0)))
+    found = measure_variability(believed(*systems(12, 1, between=0.7, scale=1.0)))
     assert found.location_interval[0] < 0.25 and found.location_interval[1] > 1.0
     assert statuses(found)[0] == "undecided"
 
 
 def test_of_very_few_systems_nothing_can_be_said_against_the_means() -> None:
-    found = variability(believed(*systems(7, 1, between=0.0)))
+    found = measure_variability(believed(*systems(7, 1, between=0.0)))
     assert found.location_interval[1] == math.inf
     assert statuses(found)[0] == "undecided"
 
@@ -434,22 +439,22 @@ def test_at_the_threshold_itself_the_means_are_mostly_left_undecided(
     thorough: None, monkeypatch: pytest.MonkeyPatch, true: float
 ) -> None:
     monkeypatch.setattr(
-        module, "weakest", lambda natural, *_: (natural[0, 0], natural[0, 0])
+        module, "nearest_hyperplane", lambda natural, *_: (natural[0, 0], natural[0, 0])
     )  # these aren't looked at
     verdicts = []
     for seed in range(10):
         mean, scale = systems(60, 1, between=math.sqrt(true), scale=1.0, varied=0.0, seed=seed)
-        verdicts.append(statuses(variability(believed(mean, scale)))[0])
+        verdicts.append(statuses(measure_variability(believed(mean, scale)))[0])
     assert verdicts.count("undecided") >= 8
 
 
 def test_as_many_systems_as_the_remedy_asks_for_will_do(thorough: None) -> None:
-    check = judge_variability(variability(believed(*systems(100, 1, varied=0.1))))[1]
+    check = judge_variability(measure_variability(believed(*systems(100, 1, varied=0.1))))[1]
     assert check.status == "undecided"
     needed = int(check.remedy.split()[0])
-    assert check.remedy == f"{needed} systems like these would do." and 200 < needed < 2000
+    assert check.remedy == f"{needed} systems like these are enough." and 200 < needed < 2000
     more, fewer = (
-        variability(believed(*systems(n, 1, varied=0.1, seed=1)))
+        measure_variability(believed(*systems(n, 1, varied=0.1, seed=1)))
         for n in (needed * 5 // 4, needed // 4)
     )
     assert judge_variability(more)[1].status == "holds"
@@ -458,7 +463,7 @@ def test_as_many_systems_as_the_remedy_asks_for_will_do(thorough: None) -> None:
 
 def test_the_remedy_says_how_many_shots_would_tell_systems_apart() -> None:
     mean, scale = systems(300, 1, between=0.6, scale=1.0, varied=0.0)
-    found = variability(believed(mean, scale))
+    found = measure_variability(believed(mean, scale))
     check = judge_variability(found)[0]
     shots = int(check.remedy.split(", or ")[1].split()[0])
     assert check.status == "undecided" and shots == math.ceil(4 / float(found.locations[0]))
@@ -470,23 +475,24 @@ def test_the_remedy_says_how_many_shots_would_tell_systems_apart() -> None:
 @pytest.mark.parametrize(
     ("weights", "said"),
     [
-        ([0.95, 0.05, 0.0], "a"),
-        ([0.3, 0.6, 0.1], "b (60%), a (30%)"),
-        ([0.34, 0.33, 0.33], "a (34%), b (33%), c (33%)"),
+        ([0.95, 0.05, 0.0], "`a`"),
+        ([0.85, 0.1, 0.05], "`a` (85%)"),
+        ([0.3, 0.6, 0.1], "`b` (60%), `a` (30%)"),
+        ([0.34, 0.33, 0.33], "`a` (34%), `b` (33%), `c` (33%)"),
     ],
 )
 def test_a_direction_is_described_by_what_most_of_it_is(weights: list[float], said: str) -> None:
-    assert culprits(["a", "b", "c"], torch.tensor(weights)) == said
+    assert main_contributors(["a", "b", "c"], torch.tensor(weights)) == said
 
 
 def test_of_a_direction_spread_evenly_over_many_names_one_is_given() -> None:
-    assert culprits(list("abcdefghij"), torch.full((10,), 0.1)).startswith("a")
+    assert main_contributors(list("abcdefghij"), torch.full((10,), 0.1)) == "`a` (10%)"
 
 
 def test_one_support_of_each_system_is_too_few() -> None:
     mean, scale = systems(40, supports=1)
     with pytest.raises(
         ValueError,
-        match="two supports or more of each system; got 1. What two supports .* disagree",
+        match="two supports or more of each system; got 1. Differences between supports",
     ):
-        variability(believed(mean, scale))
+        measure_variability(believed(mean, scale))

@@ -81,13 +81,13 @@ def train(computed: bool, tasks: ph.Tasks, steps: int) -> tuple[Spring, ph.Amort
 
 
 def suspects(
-    found: ph.Calibration, model: Spring, guide: ph.AmortizedGuide, tasks: ph.Tasks
+    found: ph.CalibrationReport, model: Spring, guide: ph.AmortizedGuide, tasks: ph.Tasks
 ) -> list[dict]:
-    """Compare draws with the truth, unknown for real data, of those springs whose k-hat is large."""
-    large = (torch.from_numpy(found.pareto_k) > 0.7).nonzero()[:, 0]
-    if not len(large):
+    """Compare draws with the truth, unknown for real data, of those springs whose weights are not reliable."""
+    suspicious = (~torch.from_numpy(found.pareto_k.is_reliable)).nonzero()[:, 0]
+    if not len(suspicious):
         return []
-    drawn = ph.draws(model, guide, tasks[large].episode(), 999)
+    drawn = ph.draws(model, guide, tasks[suspicious].episode(), 999)
     return [
         {"spring": int(row)}
         | {
@@ -98,7 +98,7 @@ def suspects(
             }
             for name, values in drawn.items()
         }
-        for i, row in enumerate(large)
+        for i, row in enumerate(suspicious)
     ]
 
 

@@ -37,7 +37,7 @@ def pair(name: str, certificates: list[ph.Certificate], out: Path) -> None:
         numbers = next(
             (value for label, value in made.numbers.items() if label.startswith(key)), None
         )
-        plots.panel(axis, made[condition], numbers, draw)
+        plots.plot_panel(axis, made[condition], numbers, draw)
         axis.set_title(f"{title}: {made[condition].status}", fontsize=10)
     figure.savefig(out / f"identify_{key}_{name.split()[-1].strip('()')}.png", dpi=100)
 
@@ -57,7 +57,7 @@ def curves(
     by_shots = shots_curve(model, held_out)
     figure = Figure(figsize=(9, 3), layout="constrained")
     for axis, found in zip(figure.subplots(1, 2), (by_tasks, by_shots), strict=True):
-        plots.curve(axis, found)
+        plots.plot_learning_curve(axis, found)
     figure.savefig(out / "identify_samples.png", dpi=100)
     return {
         f"{found.of}_curve": {
@@ -86,7 +86,7 @@ def rotations(out: Path) -> dict[str, object]:
     ):
         found = separable(sources @ mixing)
         check = judge_separability(found)
-        plots.separability(axis, found)
+        plots.plot_separability(axis, found)
         axis.set_title(f"{name} sources: {check.status}", fontsize=10)
         numbers[name] = {
             "status": check.status,

@@ -28,8 +28,8 @@ from experiments.trained import (
 )
 from pyro_hybrid.data.tasks import Tasks
 from pyro_hybrid.errors import fail
+from pyro_hybrid.scores.ica import disentangle
 from pyro_hybrid.scores.mcc import mcc
-from pyro_hybrid.scores.separability import disentangle
 
 __all__ = ["errors", "figure", "known_latents", "runs", "scores", "table", "true_latents"]
 

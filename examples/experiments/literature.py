@@ -31,8 +31,8 @@ from pyro_hybrid.errors import fail
 from pyro_hybrid.evidence.encoder import Encoder
 from pyro_hybrid.evidence.gauss_newton import GaussNewton
 from pyro_hybrid.fitting.posterior import Posterior
+from pyro_hybrid.scores.ica import disentangle
 from pyro_hybrid.scores.mcc import mcc
-from pyro_hybrid.scores.separability import disentangle
 from pyro_hybrid.systems import ForcedPendulum
 from pyro_hybrid.training.fit import Fit
 from pyro_hybrid.training.meta_train import meta_train

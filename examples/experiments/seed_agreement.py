@@ -18,8 +18,8 @@ from experiments.run import Choice, Result, Run, slug
 from experiments.settings import CASES, MODELS
 from experiments.tables import grouped, markdown, panels, spread
 from experiments.trained import load_or_train
+from pyro_hybrid.scores.ica import disentangle
 from pyro_hybrid.scores.mcc import mcc
-from pyro_hybrid.scores.separability import disentangle
 
 __all__ = ["agreement", "figure", "runs", "table"]
 

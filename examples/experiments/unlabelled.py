@@ -48,8 +48,8 @@ from pyro_hybrid.evidence.gauss_newton import GaussNewton
 from pyro_hybrid.fitting.posterior import Posterior
 from pyro_hybrid.inference.guide import AmortizedGuide
 from pyro_hybrid.models import MetaHybridVAE
+from pyro_hybrid.scores.ica import disentangle
 from pyro_hybrid.scores.mcc import mcc
-from pyro_hybrid.scores.separability import disentangle
 from pyro_hybrid.systems import Pendulum
 from pyro_hybrid.training.second_order import Refinement
 

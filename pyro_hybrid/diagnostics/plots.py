@@ -1,76 +1,66 @@
-"""The figure of a calibration: every latent's ranks in their band above, what else was counted below."""
+"""Draw a calibration report: all latents' ranks in their band above, everything else below."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 
-from pyro_hybrid.diagnostics.ranks import COVERED, Array, Latent, band, ecdf
-from pyro_hybrid.inference import arviz_data as _arviz
+from pyro_hybrid.diagnostics.calibration import CalibrationReport
+from pyro_hybrid.diagnostics.ranks import COVERED, Array, LatentCalibration, ecdf, uniform_band
+from pyro_hybrid.inference import arviz_data
+from pyro_hybrid.inference.importance import RELIABLE_K
 
-if TYPE_CHECKING:
-    from pyro_hybrid.diagnostics.calibration import Calibration
+__all__ = ["plot_calibration"]
 
-__all__ = ["calibration"]
+COLORS = {"holds": "#0072b2", "fails": "#d55e00", "undecided": "#767676"}
+GREY = "#767676"
+PALE = "#dcdcdc"
+ACROSS = 4  # panels in a row
+HIGHEST = 2.0  # k-hat at which larger values are cut
 
-COLOURS = {"holds": "#0072b2", "fails": "#d55e00", "undecided": "#767676"}
-GREY, PALE = "#767676", "#dcdcdc"
-ACROSS, HIGH = 4, 2.0  # panels in a row, and the highest k-hat that is told from higher ones
 
-
-def calibration(made: Calibration, reliable: float) -> Figure:
-    """The whole figure, its title in the colour of the verdict."""
-    rows = -(-len(made.latents) // ACROSS)
-    heights = [0.5 + 1.7 * rows, 1.3 + 0.26 * max(4, len(made.latents))]
+def plot_calibration(report: CalibrationReport) -> Figure:
+    """Draw the whole report, its title in the color of the verdict."""
+    latents = report.latents
+    rows = -(-len(latents) // ACROSS)
+    heights = [0.5 + 1.7 * rows, 1.3 + 0.26 * max(4, len(latents))]
     figure = Figure(figsize=(12.0, 0.4 + sum(heights)), layout="constrained")
-    figure.suptitle(made.says, color=COLOURS[made.verdict], fontsize=13)
+    figure.suptitle(report.headline, color=COLORS[report.verdict], fontsize=13)
     above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=heights).flat
-    _all_ranks(above, made.latents, made.ranks, rows)
+    _draw_all_ranks(above, latents, report.ranks, rows)
     coverage, z, contraction, weights = below.subplots(1, 4, width_ratios=[1.5, 1.0, 1.0, 1.2])
-    for axis in (coverage, z, contraction):
-        _named(axis, made.latents if axis is coverage else [None] * len(made.latents))
-    _coverage(coverage, made.latents)
-    _z(z, made.latents)
-    _contraction(contraction, made.latents)
-    _weights(weights, made, reliable)
+    names = [latent.name for latent in latents]
+    _set_rows(coverage, names)
+    _set_rows(z, [""] * len(names))
+    _set_rows(contraction, [""] * len(names))
+    _draw_coverage(coverage, latents)
+    _draw_z(z, latents)
+    _draw_contraction(contraction, latents)
+    _draw_weights(weights, report)
     return figure
 
 
-def _all_ranks(figure: SubFigure, latents: Sequence[Latent], ranks: Array, rows: int) -> None:
-    """One panel for each latent, all on one scale."""
-    grid, low, high = band(len(ranks), len(latents))
-    panels = figure.subplots(
-        rows, -(-len(latents) // rows), squeeze=False, sharex=True, sharey=True
-    )
-    far = max(
-        np.abs([low - grid, high - grid]).max(),
-        *(np.abs(ecdf(column) - grid).max() for column in ranks.T),
-    )
-    for i, axis in enumerate(panels.flat):
-        if i >= len(latents):
+def _draw_all_ranks(
+    figure: SubFigure, latents: Sequence[LatentCalibration], ranks: Array, rows: int
+) -> None:
+    """Draw one panel for each latent, all on one scale."""
+    columns = -(-len(latents) // rows)
+    axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    grid, low, high = uniform_band(len(ranks), len(latents))
+    of_band = np.abs([low - grid, high - grid]).max()
+    of_ranks = [np.abs(ecdf(column) - grid).max() for column in ranks.T]
+    reach = 1.15 * max(of_band, *of_ranks)
+    for i, axis in enumerate(axes.flat):
+        if i < len(latents):
+            _draw_ranks(axis, latents[i], ranks[:, i], len(latents))
+            axis.set(xlim=(0.0, 1.0), ylim=(-reach, reach), xlabel="", ylabel="")
+            axis.set_xticks([0.0, 0.5, 1.0])
+            axis.xaxis.set_major_formatter("{x:g}")
+        else:
             axis.set_axis_off()
-            continue
-        axis.fill_between(
-            [0.0, *grid, 1.0], [0.0, *low - grid, 0.0], [0.0, *high - grid, 0.0], color=PALE, lw=0
-        )
-        axis.axhline(0.0, color=GREY, lw=0.8, ls="--")
-        _arviz.plot_ranks(ranks[:, i], axis, COLOURS[latents[i].status])
-        axis.set_title(
-            f"{latents[i].name}: {latents[i].says}", color=COLOURS[latents[i].status], fontsize=10
-        )
-        axis.set(
-            xlim=(0.0, 1.0),
-            ylim=(-1.15 * far, 1.15 * far),
-            xlabel="",
-            ylabel="",
-            xticks=[0.0, 0.5, 1.0],
-        )
-        axis.xaxis.set_major_formatter("{x:g}")
-        axis.spines[["top", "right"]].set_visible(False)
     figure.supylabel("ECDF − uniform", fontsize=10)
     figure.supxlabel(
         "rank of the truth among the guide's draws: right inside the band (99%, all latents together)",
@@ -78,77 +68,80 @@ def _all_ranks(figure: SubFigure, latents: Sequence[Latent], ranks: Array, rows:
     )
 
 
-def _named(axis: Axes, latents: Sequence[Latent | None]) -> None:
-    """A line for each latent, the first on top."""
-    axis.set_yticks(
-        range(len(latents)),
-        ["" if latent is None else latent.name for latent in latents],
-        fontsize=9,
-    )
-    middle, reach = 0.5 * (len(latents) - 1), 0.5 * max(len(latents), 3) + 0.1
+def _draw_ranks(axis: Axes, latent: LatentCalibration, ranks: Array, num_latents: int) -> None:
+    grid, low, high = uniform_band(len(ranks), num_latents)
+    color = COLORS[latent.status]
+    places = [0.0, *grid, 1.0]
+    lower = [0.0, *(low - grid), 0.0]
+    upper = [0.0, *(high - grid), 0.0]
+    axis.fill_between(places, lower, upper, color=PALE, lw=0)
+    axis.axhline(0.0, color=GREY, lw=0.8, ls="--")
+    arviz_data.plot_ranks(ranks, axis, color)
+    axis.set_title(f"{latent.name}: {latent.finding}", color=color, fontsize=10)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _set_rows(axis: Axes, names: Sequence[str]) -> None:
+    """Give each latent a row, the first on top."""
+    axis.set_yticks(range(len(names)), names, fontsize=9)
+    middle = 0.5 * (len(names) - 1)
+    reach = 0.5 * max(len(names), 3) + 0.1
     axis.set_ylim(middle + reach, middle - reach)
     axis.tick_params(left=False)
     axis.spines[["top", "right", "left"]].set_visible(False)
 
 
-def _coverage(axis: Axes, latents: Sequence[Latent]) -> None:
-    for k, p in enumerate(COVERED):
-        axis.axvline(100 * p, color=GREY, lw=0.9, ls="--")
+def _draw_coverage(axis: Axes, latents: Sequence[LatentCalibration]) -> None:
+    for k, probability in enumerate(COVERED):
+        axis.axvline(100 * probability, color=GREY, lw=0.9, ls="--")
         for i, latent in enumerate(latents):
-            axis.plot(
-                100 * np.array(latent.intervals[k]), [i, i], color=COLOURS[latent.status], lw=1.5
-            )
-            axis.plot(100 * latent.coverage[k], i, "o", ms=5, color=COLOURS[latent.status])
-    axis.set(
-        xlabel="truth inside, %",
-        xlim=(min(30.0, *(90 * low for x in latents for low, _ in x.intervals)), 101.0),
-        xticks=[100 * p for p in COVERED],
-    )
+            color = COLORS[latent.status]
+            axis.plot(100 * np.array(latent.intervals[k]), [i, i], color=color, lw=1.5)
+            axis.plot(100 * latent.coverage[k], i, "o", ms=5, color=color)
+    lowest = min(low for latent in latents for low, _ in latent.intervals)
+    ticks = [100 * probability for probability in COVERED]
+    axis.set(xlabel="truth inside, %", xlim=(min(30.0, 90 * lowest), 101.0), xticks=ticks)
     axis.set_title("coverage: right on the dashed lines", fontsize=10)
 
 
-def _z(axis: Axes, latents: Sequence[Latent]) -> None:
+def _draw_z(axis: Axes, latents: Sequence[LatentCalibration]) -> None:
     axis.axvspan(-1.0, 1.0, color=PALE, lw=0)
     axis.axvline(0.0, color=GREY, lw=0.9, ls="--")
     for i, latent in enumerate(latents):
-        axis.errorbar(
-            latent.z_mean,
-            i,
-            xerr=latent.z_sd,
-            fmt="o",
-            ms=5,
-            capsize=3,
-            color=COLOURS[latent.status],
-        )
-    far = max(abs(latent.z_mean) + latent.z_sd for latent in latents)
-    axis.set(
-        xlabel="(mean − truth) / sd: mean ± sd",
-        xlim=np.array([-1.0, 1.0]) * np.clip(1.1 * far, 2.5, 10.0),
-    )
+        color = COLORS[latent.status]
+        axis.errorbar(latent.z_mean, i, xerr=latent.z_sd, fmt="o", ms=5, capsize=3, color=color)
+    largest = max(abs(latent.z_mean) + latent.z_sd for latent in latents)
+    reach = np.clip(1.1 * largest, 2.5, 10.0)
+    axis.set(xlabel="(mean − truth) / sd: mean ± sd", xlim=(-reach, reach))
     axis.set_title("z: right from −1 to 1", fontsize=10)
 
 
-def _contraction(axis: Axes, latents: Sequence[Latent]) -> None:
+def _draw_contraction(axis: Axes, latents: Sequence[LatentCalibration]) -> None:
     for i, latent in enumerate(latents):
-        axis.barh(i, max(latent.contraction, -1.0), height=0.55, color=COLOURS[latent.status])
+        axis.barh(i, max(latent.contraction, -1.0), height=0.55, color=COLORS[latent.status])
         if latent.contraction < -1.0:
-            axis.text(-0.97, i, f"{latent.contraction:.3g}", color="white", va="center", fontsize=9)
+            label = f"{latent.contraction:.3g}"
+            axis.text(-0.97, i, label, color="white", va="center", fontsize=9)
     axis.axvline(0.0, color=GREY, lw=0.9)
-    least = min(0.0, *(latent.contraction for latent in latents))
-    axis.set(xlabel="1 − posterior / prior variance", xlim=(max(-1.0, least), 1.0))
-    axis.set_title("contraction: what the query adds", fontsize=10)
+    smallest = min(0.0, *(latent.contraction for latent in latents))
+    axis.set(xlabel="1 − posterior / prior variance", xlim=(max(-1.0, smallest), 1.0))
+    axis.set_title("contraction: share that the query adds", fontsize=10)
 
 
-def _weights(axis: Axes, made: Calibration, reliable: float) -> None:
-    k = np.sort(np.clip(made.pareto_k, -0.5, HIGH))
-    axis.plot(
-        range(1, len(k) + 1), k, "o", ms=3.5, color=COLOURS[made.weights.status], clip_on=False
-    )
-    axis.axhline(reliable, color=GREY, lw=0.9, ls="--")
-    axis.set(
-        xlabel="task, sorted",
-        ylim=(min(0.0, k[0]) - 0.05, max(1.0, k[-1]) + 0.05),
-        ylabel=f"PSIS k-hat{f', cut at {HIGH:g}' if k[-1] == HIGH else ''}",
-    )
+def _draw_weights(axis: Axes, report: CalibrationReport) -> None:
+    """Draw sorted k-hats; hollow marks are tasks whose weights are almost equal, where k-hat says nothing."""
+    order = np.argsort(report.pareto_k.k_hat)
+    k_hat = np.clip(report.pareto_k.k_hat[order], -0.5, HIGHEST)
+    is_even = report.pareto_k.relative_ess[order] >= arviz_data.NEARLY_EQUAL
+    places = np.arange(1, len(k_hat) + 1)
+    color = COLORS[report.weights.status]
+    axis.plot(places[~is_even], k_hat[~is_even], "o", ms=3.5, color=color, clip_on=False)
+    axis.plot(places[is_even], k_hat[is_even], "o", ms=3.5, mfc="none", color=color, clip_on=False)
+    axis.axhline(RELIABLE_K, color=GREY, lw=0.9, ls="--")
+    cut = f", cut at {HIGHEST:g}" if k_hat[-1] == HIGHEST else ""
+    bottom = min(0.0, k_hat[0]) - 0.05
+    top = max(1.0, k_hat[-1]) + 0.05
+    axis.set(xlabel="task, sorted", ylim=(bottom, top), ylabel=f"PSIS k-hat{cut}")
     axis.spines[["top", "right"]].set_visible(False)
-    axis.set_title(f"real queries: right below {reliable}", fontsize=10)
+    hollow = " (hollow: equal weights)" if is_even.any() else ""
+    axis.set_title(f"real queries: right below {RELIABLE_K}{hollow}", fontsize=10)

@@ -20,8 +20,8 @@ from pyro_hybrid.inference.draws import draws, predict
 from pyro_hybrid.inference.guide import AmortizedGuide
 from pyro_hybrid.inference.prior import SupportPrior
 from pyro_hybrid.programs.module import HybridModel, local_parameters
+from pyro_hybrid.scores.ica import disentangle
 from pyro_hybrid.scores.mcc import mcc
-from pyro_hybrid.scores.separability import disentangle
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -1,4 +1,4 @@
-"""Certificate: every condition with what was measured, and what follows for the whole."""
+"""Hold and print the result of :func:`~pyro_hybrid.certify`."""
 
 from __future__ import annotations
 
@@ -8,31 +8,32 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from pyro_hybrid.identifiability.check import Check, Status
+from pyro_hybrid.scores.check import Check, Interval, Status
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Certificate"]
+__all__ = ["HEADLINES", "Certificate"]
 
 WIDTH = 118
-SAYS = {
-    "holds": "certified: every condition holds under which latents are identified up to a linear map",
-    "fails": "REFUSED: a condition fails under which latents are identified",
-    "undecided": "undecided: a condition could neither be shown to hold nor to fail",
+INDENT = 53  # columns before the explanation, besides the condition's name
+HEADLINES: dict[Status, str] = {
+    "holds": "Certified: every condition holds under which the latents are identified up to a linear map.",
+    "fails": "REFUSED: a condition fails that is needed to identify the latents up to a linear map.",
+    "undecided": "Undecided: the measurements show neither that all conditions hold nor that one of them fails.",
 }
 
 
 @dataclass(frozen=True)
 class Certificate:
-    """Whether a program's latents are identified: the theorem's conditions one by one, and what is left to know.
+    """Identifiability of a program's latents: the theorem's conditions one by one, and further checks.
 
     Attributes:
         conditions: the theorem's conditions and its premise, in order.
-        further: what doesn't decide: the ambiguity that remains, whether ICA resolves it, efficiency.
-        numbers: what each check was judged by, for pictures and for a closer look.
+        further: checks that do not decide the verdict: remaining ambiguity, separability by ICA, efficiency.
+        numbers: measurements that the checks were judged by, for pictures and for a closer look.
         systems, shots: number of tasks, and of shots in their supports.
-        seconds: how long it took.
+        seconds: duration.
     """
 
     conditions: Sequence[Check]
@@ -44,35 +45,48 @@ class Certificate:
 
     @property
     def verdict(self) -> Status:
-        """``holds`` if every condition does, ``fails`` if one of them does, ``undecided`` otherwise."""
-        found = {check.status for check in self.conditions}
-        return "fails" if "fails" in found else "holds" if found == {"holds"} else "undecided"
+        """``holds`` if all conditions do, ``fails`` if one of them does, ``undecided`` otherwise."""
+        statuses = {check.status for check in self.conditions}
+        if "fails" in statuses:
+            return "fails"
+        return "holds" if statuses == {"holds"} else "undecided"
+
+    @property
+    def headline(self) -> str:
+        """The verdict as a sentence."""
+        return HEADLINES[self.verdict]
+
+    @property
+    def checks(self) -> list[Check]:
+        """All checks: the conditions first, then the further ones."""
+        return [*self.conditions, *self.further]
 
     def __getitem__(self, condition: str) -> Check:
-        """One check by the beginning of its name."""
-        for check in (*self.conditions, *self.further):
+        """Return the first check whose name begins with ``condition``."""
+        for check in self.checks:
             if check.condition.startswith(condition):
                 return check
-        raise KeyError(
-            f"{condition!r} isn't among {[c.condition for c in (*self.conditions, *self.further)]}"
-        )
+        names = [check.condition for check in self.checks]
+        raise KeyError(f"{condition!r} isn't among {names}")
 
     def __str__(self) -> str:
-        name = max((len(check.condition) for check in (*self.conditions, *self.further)), default=9)
-        blocks = [
-            SAYS[self.verdict],
-            f"({self.systems} system{'s' * (self.systems != 1)}, supports of {self.shots} "
-            f"shot{'s' * (self.shots != 1)}; {self.seconds:.0f} s)",
+        width = max((len(check.condition) for check in self.checks), default=9)
+        systems = f"{self.systems} system{'s' * (self.systems != 1)}"
+        shots = f"{self.shots} shot{'s' * (self.shots != 1)}"
+        lines = [
+            self.headline,
+            f"({systems}, supports of {shots}; {self.seconds:.0f} s)",
             "",
-            _row("condition", "verdict", "value [95%]", "wanted", "why, and what to do", name),
+            _row("condition", "verdict", "value [95%]", "wanted", "why, and what to do", width),
         ]
-        blocks += [_lines(check, name) for check in self.conditions]
+        lines += [_lines(check, width) for check in self.conditions]
         if self.further:
-            blocks += ["", "beyond the theorem"] + [_lines(check, name) for check in self.further]
-        return "\n".join(blocks)
+            lines += ["", "beyond the theorem"]
+            lines += [_lines(check, width) for check in self.further]
+        return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything that was judged, as JSON can hold it."""
+        """Return all verdicts and their reasons as JSON holds them."""
         return {
             "verdict": self.verdict,
             "systems": self.systems,
@@ -83,35 +97,44 @@ class Certificate:
         }
 
     def plot(self) -> Figure:
-        """A picture of every number that was judged, with its threshold."""
-        from pyro_hybrid.identifiability.plots import certificate
+        """Draw all numbers that were judged, with their thresholds."""
+        from pyro_hybrid.identifiability.plots import plot_certificate  # imports matplotlib
 
-        return certificate(self)
+        return plot_certificate(self)
 
 
-def _lines(check: Check, name: int) -> str:
+def _lines(check: Check, width: int) -> str:
     status = check.status.upper() if check.status == "fails" else check.status
-    value = "" if math.isnan(check.value) else f"{_short(check.value)} {_span(check.interval)}"
-    row = _row(check.condition, status, value, str(check.threshold or ""), check.why, name)
-    space = " " * (name + 53)
-    remedy = textwrap.wrap(
-        f"-> {check.remedy}", WIDTH, initial_indent=space, subsequent_indent=space + "   "
+    value = ""
+    if not math.isnan(check.value):
+        value = f"{_format(check.value)} {_format_interval(check.interval)}"
+    row = _row(check.condition, status, value, str(check.threshold or ""), check.why, width)
+    if not check.remedy:
+        return row
+    indent = " " * (width + INDENT)
+    remedy = textwrap.fill(
+        f"-> {check.remedy}", WIDTH, initial_indent=indent, subsequent_indent=indent + "   "
     )
-    return "\n".join([row, *remedy] if check.remedy else [row])
+    return f"{row}\n{remedy}"
 
 
-def _row(condition: str, status: str, value: str, wanted: str, why: str, name: int) -> str:
-    first = f"{condition:<{name}}  {status:<11}  {value:<27}  {wanted:<7}  "
-    return (
-        textwrap.fill(why, WIDTH, initial_indent=first, subsequent_indent=" " * (name + 53))
-        or first.rstrip()
-    )
+def _row(condition: str, status: str, value: str, wanted: str, why: str, width: int) -> str:
+    first = f"{condition:<{width}}  {status:<11}  {value:<27}  {wanted:<7}  "
+    indent = " " * (width + INDENT)
+    filled = textwrap.fill(why, WIDTH, initial_indent=first, subsequent_indent=indent)
+    return filled or first.rstrip()
 
 
-def _span(interval: tuple[float, float]) -> str:
-    low, high = (_short(x, 2) for x in interval)
-    return "" if low == high or math.isnan(interval[0]) else f"[{low}, {high}]"
+def _format_interval(interval: Interval) -> str:
+    if math.isnan(interval[0]):
+        return ""
+    low, high = (_format(bound, 2) for bound in interval)
+    return "" if low == high else f"[{low}, {high}]"
 
 
-def _short(x: float, digits: int = 3) -> str:
-    return f"{x:g}" if math.isinf(x) else f"{x:.0f}" if 100 <= abs(x) < 1e5 else f"{x:.{digits}g}"
+def _format(x: float, digits: int = 3) -> str:
+    if math.isinf(x):
+        return f"{x:g}"
+    if 100 <= abs(x) < 1e5:
+        return f"{x:.0f}"
+    return f"{x:.{digits}g}"

@@ -1,4 +1,4 @@
-"""How near estimates come to what is possible: their error against the Cramér-Rao bound."""
+"""Compare the errors of estimates with the Cramér-Rao bound, the smallest that is possible."""
 
 from __future__ import annotations
 
@@ -12,25 +12,29 @@ from pyro_hybrid.data.episode import Episode
 from pyro_hybrid.data.tasks import Tasks
 from pyro_hybrid.errors import require
 from pyro_hybrid.evidence.least_squares import fisher_information
-from pyro_hybrid.identifiability.check import Check, Interval, Threshold, judged, unchecked
-from pyro_hybrid.identifiability.fisher import posed
-from pyro_hybrid.identifiability.task_beliefs import Reading, names_of
+from pyro_hybrid.identifiability.fisher import least_squares_at
+from pyro_hybrid.identifiability.task_beliefs import TaskBeliefs, latent_names
 from pyro_hybrid.programs.run import Program
+from pyro_hybrid.scores.check import Check, Threshold
 
-__all__ = ["Efficiency", "efficiency", "judge_efficiency"]
+__all__ = ["RATIO", "Efficiency", "judge_efficiency", "measure_efficiency"]
 
 RATIO = Threshold(holds=4.0, fails=10.0, larger=False)
-RESAMPLES, FOLDS = 200, 5
-BLIND = 1e-2  # a direction that moves observations by less, in noises, has no bound worth the name
+RESAMPLES = 200
+FOLDS = 5
+UNSEEN = (
+    1e-2  # noise sds by which observations must move: less in a direction gives it no useful bound
+)
 
 
 class Efficiency(NamedTuple):
-    """Mean squared errors and the smallest that unbiased estimates from the same support could have.
+    """Mean squared errors, and the smallest that unbiased estimates from the same support could have.
 
     Attributes:
         names: of the latents, or of the true ones.
         against: ``halves`` where errors come from two supports of each task, ``truth`` where they are known.
-        error, bound: mean squared error and mean bound, by name.
+        error: mean squared error, by name.
+        bound: mean bound, by name; infinite where a direction is not seen.
         ratios: of the two, resampled over tasks, ``(resample, name)``.
     """
 
@@ -42,115 +46,124 @@ class Efficiency(NamedTuple):
 
 
 @torch.no_grad()
-def efficiency(
+def measure_efficiency(
     program: Program,
     tasks: Tasks,
-    reading: Reading,
+    beliefs: TaskBeliefs,
     *,
-    truth: Mapping[str, Tensor] | None = None,
+    true_latents: Mapping[str, Tensor] | None = None,
     seed: int = 0,
 ) -> Efficiency:
-    r"""Errors of what is read from supports, in units of the Cramér-Rao bound.
+    r"""Measure errors of estimates from supports, in units of the Cramér-Rao bound.
 
     .. math:: \operatorname{E} (\hat z_i - z_i)^2 \;\ge\; \operatorname{E} \bigl[(J^\top W J)^{-1}\bigr]_{ii}
 
-    The bound is the program's own, linearised where the support's estimate is. Without truth, half the mean squared
-    difference of two supports' estimates stands for the error: what both have in common isn't seen. With truth, the
-    error is what a linear map to it leaves, fitted on other tasks, and the bound is mapped along.
+    The bound is the program's own, linearized at the support's estimate. Without true latents, half the mean squared
+    difference of two supports' estimates stands for the error: an error that both have in common is not seen. With
+    true latents, the error is the rest after a linear map to them, fitted on other tasks, and the bound is mapped
+    along.
 
     Arguments:
         program: the model.
-        tasks: the tasks of the reading, in its order.
-        reading: natural parameters from two supports or more of each task.
-        truth: the true latents by name, ``(task, component)``, where they are known.
+        tasks: the tasks of the beliefs, in their order.
+        beliefs: natural parameters from two supports or more of each task.
+        true_latents: by name, ``(task, component)``, where they are known.
         seed: of the resampling.
     """
-    mean = reading.coordinates()[0]
+    mean = beliefs.mean
     require(
-        truth is not None or len(mean) > 1,
-        "two supports or more of each task, or the truth",
+        true_latents is not None or len(mean) > 1,
+        "two supports or more of each task, or the true latents",
         "one support",
-        "Read smaller supports: read(..., shots=...).",
+        "Infer tasks from smaller supports: infer_tasks(..., num_support=...).",
     )
-    support = tasks.shots(slice(0, reading.shots))
-    problem = posed(program, Episode(support, support), reading, mean[0])
-    fisher, spread = fisher_information(problem, mean[0]), reading.spread()[1]
-    inverse = torch.linalg.pinv(fisher, hermitian=True)
-    blind = torch.linalg.eigvalsh(fisher * spread * spread.unsqueeze(-1))[:, 0] < BLIND**2
-    if truth is None:
-        names, error, bound = (
-            reading.names,
-            0.5 * (mean[0] - mean[1]).square(),
-            inverse.diagonal(dim1=-2, dim2=-1),
-        )
+    support = tasks.shots(slice(0, beliefs.num_support))
+    problem = least_squares_at(program, Episode(support, support), beliefs, mean[0])
+    fisher = fisher_information(problem, mean[0])
+    covariance = torch.linalg.pinv(fisher, hermitian=True)
+    if true_latents is None:
+        names = beliefs.names
+        error = 0.5 * (mean[0] - mean[1]).square()
+        bound = covariance.diagonal(dim1=-2, dim2=-1)
     else:
-        names = names_of({name: value.shape[-1] for name, value in truth.items()})
-        step = 1e-5 * spread
-        slope = (reading.constrained(mean[0] + step) - reading.constrained(mean[0] - step)) / (
-            2.0 * step
-        )
-        error, map_ = _linear(
-            reading.constrained(mean[0]),
-            torch.cat([value.double() for value in truth.values()], -1),
-        )
-        inverse = slope.unsqueeze(-1) * inverse * slope.unsqueeze(-2)
-        bound = torch.einsum("ia,tij,ja->ta", map_, inverse, map_)
-    bound = bound.masked_fill(blind.unsqueeze(-1), torch.inf)
-    rows = torch.randint(
-        len(error), (RESAMPLES, len(error)), generator=torch.Generator().manual_seed(seed)
-    )
+        names = latent_names({name: value.shape[-1] for name, value in true_latents.items()})
+        target = torch.cat([value.double() for value in true_latents.values()], -1)
+        error, linear_map = _regress(beliefs.constrained(mean[0]), target)
+        to_target = linear_map * _constrained_slope(beliefs, mean[0]).unsqueeze(-1)
+        bound = torch.einsum("tia,tij,tja->ta", to_target, covariance, to_target)
+    bound = bound.masked_fill(_is_unseen(fisher, beliefs.population_sd).unsqueeze(-1), torch.inf)
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randint(len(error), (RESAMPLES, len(error)), generator=generator)
     return Efficiency(
-        names,
-        "halves" if truth is None else "truth",
-        error.mean(0),
-        bound.mean(0),
-        error[rows].mean(1) / bound[rows].mean(1),
+        names=names,
+        against="halves" if true_latents is None else "truth",
+        error=error.mean(0),
+        bound=bound.mean(0),
+        ratios=error[rows].mean(1) / bound[rows].mean(1),
     )
 
 
-def _linear(z: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared errors of the truth regressed on z, each fold's by a map of the others; and the map of all of them."""
-    centre, scale = z.mean(0), z.std(0).clamp(min=1e-300)
-    design = torch.cat([(z - centre) / scale, torch.ones_like(z[:, :1])], -1)
-    fold, error = torch.arange(len(z)) % FOLDS, torch.empty_like(truth)
-    for k in range(FOLDS):
-        found = torch.linalg.lstsq(design[fold != k], truth[fold != k], driver="gelsd").solution
-        error[fold == k] = (truth[fold == k] - design[fold == k] @ found).square()
-    found = torch.linalg.lstsq(design, truth, driver="gelsd").solution
-    return error, found[:-1] / scale.unsqueeze(-1)
+def _is_unseen(fisher: Tensor, sd: Tensor) -> Tensor:
+    """Return True for tasks in which a direction of the latents hardly moves the observations."""
+    scaled = fisher * sd * sd.unsqueeze(-1)
+    smallest: Tensor = torch.linalg.eigvalsh(scaled)[:, 0]
+    return smallest < UNSEEN**2
 
 
-def judge_efficiency(found: Efficiency) -> Check:
-    """The latent whose error is the largest multiple of its bound."""
-    if not torch.isfinite(found.bound).all():
-        return unchecked(
+def _constrained_slope(beliefs: TaskBeliefs, u: Tensor) -> Tensor:
+    """Return the derivative of each latent with respect to its unconstrained coordinate."""
+    step = 1e-5 * beliefs.population_sd
+    difference = beliefs.constrained(u + step) - beliefs.constrained(u - step)
+    return difference / (2.0 * step)
+
+
+def _regress(z: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Regress a target on z: squared errors, each fold's by a map of the others; and the map of all tasks."""
+    center = z.mean(0)
+    scale = z.std(0).clamp(min=1e-300)
+    design = torch.cat([(z - center) / scale, torch.ones_like(z[:, :1])], -1)
+    folds = torch.arange(len(z)) % FOLDS
+    error = torch.empty_like(target)
+    for fold in range(FOLDS):
+        held_out = folds == fold
+        coefficients = _solve(design[~held_out], target[~held_out])
+        error[held_out] = (target[held_out] - design[held_out] @ coefficients).square()
+    return error, _solve(design, target)[:-1] / scale.unsqueeze(-1)
+
+
+def _solve(design: Tensor, target: Tensor) -> Tensor:
+    solution: Tensor = torch.linalg.lstsq(design, target, driver="gelsd").solution
+    return solution
+
+
+def judge_efficiency(efficiency: Efficiency) -> Check:
+    """Judge the latent whose error is the largest multiple of its bound.
+
+    Arguments:
+        efficiency: result of :func:`measure_efficiency`.
+    """
+    if not torch.isfinite(efficiency.bound).all():
+        return Check.skipped(
             "efficiency",
-            "in some systems a direction of the latents isn't seen at all",
+            "In some systems the observations say nothing about a direction of the latents.",
             "See (ii).",
         )
-    ratio = found.error / found.bound
+    ratio = efficiency.error / efficiency.bound
     worst = int(ratio.argmax())
-    low, high = (
-        found.ratios[:, worst].quantile(torch.tensor([0.025, 0.975], dtype=ratio.dtype)).tolist()
-    )
-    interval: Interval = (low, high)
-    why = (
-        "mean squared error over Cramér-Rao bound, "
-        + ", ".join(
-            f"{name} {value:.3g}" for name, value in zip(found.names, ratio.tolist(), strict=True)
-        )
-        + (
-            " (after a linear map to the truth)"
-            if found.against == "truth"
-            else " (between halves of a task)"
-        )
-    )
-    return judged(
+    quantiles = torch.tensor([0.025, 0.975], dtype=ratio.dtype)
+    low, high = efficiency.ratios[:, worst].quantile(quantiles).tolist()
+    pairs = zip(efficiency.names, ratio.tolist(), strict=True)
+    by_name = ", ".join(f"`{name}` {value:.3g}" for name, value in pairs)
+    if efficiency.against == "truth":
+        source = "after a linear map to the truth"
+    else:
+        source = "from the difference of two halves of each task"
+    return Check.from_interval(
         "efficiency",
         float(ratio[worst]),
-        interval,
+        (low, high),
         RATIO,
-        why,
-        "Read supports with evidence=ph.GaussNewton(...), with restarts for tasks in a wrong optimum; "
-        "what remains is the neural term's own error.",
+        f"Mean squared error in units of the Cramér-Rao bound, the smallest possible: {by_name} ({source}).",
+        "Infer latents with evidence=ph.GaussNewton(...), with restarts for tasks in a wrong optimum; the rest is the "
+        "neural term's own error.",
     )

@@ -1,4 +1,4 @@
-"""The theorem's premise: the ELBO is at its maximum, so that at the least the program explains its trajectories."""
+"""Check the theorem's premise, a maximum of the ELBO: the program must at least explain its trajectories."""
 
 from __future__ import annotations
 
@@ -9,21 +9,23 @@ import torch
 from torch import Tensor
 
 from pyro_hybrid.data.episode import Episode
-from pyro_hybrid.identifiability.check import Check, Threshold, judged, unchecked
 from pyro_hybrid.inference.draws import draws
 from pyro_hybrid.programs.module import local_parameters
-from pyro_hybrid.programs.run import Program, run_at
+from pyro_hybrid.programs.run import Observation, Program, run_at
+from pyro_hybrid.scores.check import Check, Threshold
 
-__all__ = ["Misfit", "judge_fit", "misfit"]
+__all__ = ["FACTOR", "Misfit", "judge_misfit", "measure_misfit"]
 
 FACTOR = Threshold(holds=2.0, fails=2.0, larger=False)
 RESAMPLES = 200
 
 
 class Misfit(NamedTuple):
-    """Mean squared errors of reconstructed trajectories, in variances of the program's own noise, by task.
+    """Errors of reconstructed trajectories.
 
-    Tasks of which nothing was observed are left out.
+    Attributes:
+        error: mean squared error in variances of the program's own noise, by task; tasks without observations are
+            left out.
     """
 
     error: Tensor
@@ -31,63 +33,87 @@ class Misfit(NamedTuple):
 
 @torch.no_grad()
 @pyro.validation_enabled(False)
-def misfit(model: Program, guide: Program, episode: Episode, *, num_samples: int = 50) -> Misfit:
-    r"""How far observations are from what the program says at the middle of its posterior.
+def measure_misfit(
+    model: Program, guide: Program, episode: Episode, *, num_samples: int = 50
+) -> Misfit:
+    r"""Measure how far observations are from the program's prediction at the median of its posterior.
 
     .. math:: \tfrac{1}{N} \sum_{i=1}^{N} (x_i - \mu_i(\bar z))^2 / \sigma_i^2,
               \qquad \bar z = \operatorname{median} \, q(z \mid S, x)
 
-    At a maximum of the ELBO it is near 1 where the noise was learned: a noise that doesn't match the errors could be
-    improved, whatever the rest. At the median, because draws from a factorised posterior miss where latents correlate.
+    At a maximum of the ELBO it is near 1 where the noise was learned: a noise that does not match the errors could be
+    improved, whatever else is wrong. The median is used because draws from a factorized posterior miss where latents
+    correlate.
 
     Arguments:
         model, guide: the program and its guide.
         episode: trajectories of some tasks, with their support.
         num_samples: draws from the posterior, for their median.
     """
-    middle = {
-        name: value.median(0).values
-        for name, value in draws(model, guide, episode, num_samples).items()
-    }
-    total, count = torch.zeros(2, episode.query.shape[0], dtype=torch.float64)
+    samples = draws(model, guide, episode, num_samples)
+    medians = {name: value.median(0).values for name, value in samples.items()}
     with local_parameters():
-        sites = run_at(model, episode, middle).observations
-    for site in sites:
-        error = ((site.value - site.mean) / site.scale).square().double().expand(site.value.shape)
-        counts = site.mask.expand_as(error)
-        total += error.where(counts, 0.0).nan_to_num(torch.inf).flatten(1).sum(1).cpu()
-        count += counts.double().flatten(1).sum(1).cpu()
-    seen = count > 0.0
-    return Misfit(total[seen] / count[seen])
+        observations = run_at(model, episode, medians).observations
+    total = torch.zeros(episode.query.shape[0], dtype=torch.float64)
+    count = torch.zeros_like(total)
+    for observation in observations:
+        squared, is_counted = _squared_errors(observation)
+        total += squared
+        count += is_counted
+    has_observations = count > 0.0
+    return Misfit(total[has_observations] / count[has_observations])
 
 
-def judge_fit(found: Misfit, *, seed: int = 0) -> Check:
-    """By what factor the typical task's errors are larger or smaller than the noise that the program claims."""
-    generator, tasks = torch.Generator().manual_seed(seed), len(found.error)
-    if tasks == 0:
-        return unchecked(
+def _squared_errors(site: Observation) -> tuple[Tensor, Tensor]:
+    """Return each task's sum of squared errors in variances of the noise, and the number of observations."""
+    error = ((site.value - site.mean) / site.scale).square().double().expand(site.value.shape)
+    is_counted = site.mask.expand_as(error)
+    error = error.where(is_counted, 0.0).nan_to_num(torch.inf)
+    return error.flatten(1).sum(1).cpu(), is_counted.double().flatten(1).sum(1).cpu()
+
+
+def judge_misfit(misfit: Misfit, *, seed: int = 0) -> Check:
+    """Judge by what factor the typical task's errors are larger or smaller than the noise that the program claims.
+
+    Arguments:
+        misfit: result of :func:`measure_misfit`.
+        seed: of the resampling of tasks.
+    """
+    num_tasks = len(misfit.error)
+    if num_tasks == 0:
+        return Check.skipped(
             "fit",
-            "of no system is anything observed but its support",
+            "No system has observations beside its support.",
             "Take fewer shots into the support, or record more.",
         )
-    rows = torch.randint(tasks, (RESAMPLES, tasks), generator=generator)
-    resampled = _factor(found.error[rows].median(1).values)
-    middle = float(found.error.median().sqrt())
+    typical = float(misfit.error.median().sqrt())
+    largest = float(misfit.error.max().sqrt())
     why = (
-        f"errors are typically {middle:.2g} times the noise that the program claims, "
-        f"{float(found.error.max().sqrt()):.2g} times in the worst of {tasks} system{'s' * (tasks > 1)}"
+        f"Errors of reconstructed trajectories are typically {typical:.2g} times the noise that the program claims, "
+        f"and {largest:.2g} times in the worst of {num_tasks} system{'s' * (num_tasks > 1)}."
     )
-    interval = float(resampled.quantile(0.025)), float(resampled.quantile(0.975))
-    remedy = (
-        "Learn the noise, or train until it has come down."
-        if middle < 1.0
-        else "Train longer, or let the neural term express what is missing: the theorem speaks of an ELBO's maximum."
+    if typical < 1.0:
+        remedy = "Learn the noise, or train until it has come down."
+    else:
+        remedy = "Train longer, or let the neural term express what is missing: the theorem is about a maximum of the ELBO."
+    value = float(_factor(misfit.error.median()))
+    check = Check.from_interval(
+        "fit", value, _resampled_interval(misfit.error, seed), FACTOR, why, remedy
     )
-    check = judged("fit", float(_factor(found.error.median())), interval, FACTOR, why, remedy)
-    # A noise that is still too large says that the ELBO can rise, but not that anything is beyond the program.
-    return check._replace(status="undecided") if check.status == "fails" and middle < 1.0 else check
+    if check.status == "fails" and typical < 1.0:
+        # A noise that is still too large shows that the ELBO can rise, not that anything is beyond the program.
+        return check._replace(status="undecided")
+    return check
+
+
+def _resampled_interval(error: Tensor, seed: int) -> tuple[float, float]:
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randint(len(error), (RESAMPLES, len(error)), generator=generator)
+    factors = _factor(error[rows].median(1).values)
+    return float(factors.quantile(0.025)), float(factors.quantile(0.975))
 
 
 def _factor(error: Tensor) -> Tensor:
-    error = error.sqrt().clamp(1e-12, 1e12)
-    return torch.maximum(error, error.reciprocal())
+    """Return the ratio of error to noise, or its inverse where that is larger."""
+    ratio = error.sqrt().clamp(1e-12, 1e12)
+    return torch.maximum(ratio, ratio.reciprocal())

@@ -1,44 +1,49 @@
-"""Condition (ii), globally: a hunt for two sets of latents, far apart, with the same trajectories."""
+"""Check condition (ii), globally: search for latents far apart that have the same trajectories."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
+import pyro
 import torch
-from scipy.stats import beta
+from pyro import poutine
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_hybrid.data.episode import Episode
+from pyro_hybrid.dynamics.modes import nan_on_failure
 from pyro_hybrid.evidence.gauss_newton import GaussNewton
 from pyro_hybrid.evidence.least_squares import Iterate, LeastSquares
-from pyro_hybrid.identifiability.check import Check, Interval, Threshold, judged
-from pyro_hybrid.identifiability.fisher import Fisher, posed
-from pyro_hybrid.identifiability.task_beliefs import Reading
+from pyro_hybrid.identifiability.fisher import FisherInformation, least_squares_at
+from pyro_hybrid.identifiability.task_beliefs import TaskBeliefs
+from pyro_hybrid.programs.module import local_parameters
 from pyro_hybrid.programs.run import Program
+from pyro_hybrid.programs.sites import random_sites, unwrap
+from pyro_hybrid.scores.check import Check, Threshold, proportion_interval
 
-__all__ = ["Twins", "judge_twins", "twins"]
+__all__ = ["EquivalentLatents", "equivalent_latents", "judge_equivalent_latents"]
 
-ALONE = Threshold(holds=0.9, fails=0.9)  # share of systems without a twin
-APART, WITHIN = (
-    1.0,
-    3.0,
-)  # spreads: twins are further from each other, and nearer to the other systems
+UNIQUE = Threshold(holds=0.9, fails=0.9)  # share of systems whose latents are the only ones
+APART = 1.0  # population sds from the latents: nearer ones are no others
+WITHIN = 3.0  # population sds from the center: latents further out are no system's
 ALIKE = 1.0  # standard deviations of the noise, over all observations together
-STARTS, ROUNDS, ITERATIONS = 8, 4, 4
-HELD = 8  # so many latents of a shot, and they stay where they are: each costs a solve
+STARTS = 8
+ROUNDS = 4
+ITERATIONS = 4
+HELD = 8  # a shot's latents stay fixed if there are more of them: each costs a solve
 
 
-class Twins(NamedTuple):
-    """The nearest thing to a second solution that was found, by task.
+class EquivalentLatents(NamedTuple):
+    """Nearest thing to a second solution, by task.
 
     Attributes:
-        names: the latents.
-        first: what the hunt was for a twin of, ``(task, latent)``.
-        second: what was found; NaN where nothing far enough was.
-        apart: how far from each other, in spreads of the systems, in unconstrained coordinates.
-        distance: between their trajectories, in standard deviations of the noise; infinite where nothing was found.
-        hunts: descents that were tried for each task.
+        names: of the latents.
+        first: latents of the task, ``(task, latent)``.
+        second: other latents with the most similar trajectories; NaN where none far enough was found.
+        apart: difference of the two in unconstrained coordinates, in standard deviations over systems.
+        distance: between their trajectories, in standard deviations of the noise; infinite where none was found.
+        num_searches: number of starts for each task.
     """
 
     names: list[str]
@@ -46,138 +51,179 @@ class Twins(NamedTuple):
     second: Tensor
     apart: Tensor
     distance: Tensor
-    hunts: int
-
-
-class _Against(LeastSquares):
-    """A problem whose observations are the program's own noise-free trajectories at a point."""
-
-    def __init__(self, problem: LeastSquares, task: Tensor) -> None:
-        super().__init__(problem.program, problem.shots, problem.belief, problem.unit)
-        self._there = problem.residuals(task.unsqueeze(0), problem.shot_mean.unsqueeze(0))
-        self._shot = problem.shot_mean
-        self._held = problem.m > HELD
-        if self._held:
-            self.m = 0
-            self.shot_mean = self.shot_mean[..., :0]
-            self.shot_precision = self.shot_precision[..., :0]
-
-    def values(self, task: Tensor, shot: Tensor) -> dict[str, Tensor]:
-        if not self._held:
-            return super().values(task, shot)
-        parts = self._shot.split(list(self.shot_sizes.values()), -1)
-        return super().values(task, shot) | dict(zip(self.shot_sizes, parts, strict=True))
-
-    def residuals(self, task: Tensor, shot: Tensor) -> Tensor:
-        return super().residuals(task, shot) - self._there
-
-    def distance(self, task: Tensor) -> Tensor:
-        """Between the trajectories there and at the point, in standard deviations of the noise."""
-        return (
-            self.residuals(task.unsqueeze(0), self.shot_mean.unsqueeze(0))[0]
-            .square()
-            .sum((1, 2))
-            .sqrt()
-        )
+    num_searches: int
 
 
 @torch.no_grad()
-def twins(
-    program: Program, episode: Episode, reading: Reading, found: Fisher, *, progress: bool = True
-) -> Twins:
-    """Descend from many starts towards the trajectories of a point, and see whether another point is reached.
+def equivalent_latents(
+    program: Program,
+    episode: Episode,
+    beliefs: TaskBeliefs,
+    fisher: FisherInformation,
+    *,
+    progress: bool = True,
+) -> EquivalentLatents:
+    """Descend from many starts towards the trajectories of each task's latents, and see if other latents are reached.
 
-    Starts are mirror images of the point in every latent (about zero, and about the systems' centre), both ends of its
-    weakest direction, and points that fill the region of the systems. They are judged as well as the ends: where a
-    latent is ignored, or nearly, a start has the same trajectories. What is within a spread of the point, or more than
-    three from the systems' centre in some latent, doesn't count.
+    Starts are mirror images of the latents (about zero, and about the population's center), both ends of their weakest
+    direction, and points that fill the region of the population. Starts are judged like the ends of descents: where a
+    latent is ignored, or nearly, a start has the same trajectories. Latents nearer than one population standard
+    deviation, or more than three from the population's center in some component, do not count.
 
     Arguments:
         program: the model.
         episode: trajectories of some tasks, with their support; their initial states and times are used.
-        reading: families and spread of the latents.
-        found: Fisher information at the points, the first draw of each task.
+        beliefs: families and population of the latents.
+        fisher: Fisher information at the latents, which are the first draw of each task.
+        progress: show a progress bar.
     """
-    point, (centre, spread) = found.points[0], reading.spread()
-    problem = _Against(posed(program, episode, reading, point), point)
-    starts = _starts(point, centre, spread, found)
-    best, distance = torch.full_like(point, torch.nan), torch.full_like(point[:, 0], torch.inf)
-    for start in tqdm(
-        starts, desc="hunting for twins", unit="start", leave=False, disable=not progress
-    ):
+    latents = fisher.points[0]
+    problem = _towards_trajectories_of(
+        latents, least_squares_at(program, episode, beliefs, latents)
+    )
+    center = beliefs.population_mean
+    sd = beliefs.population_sd
+    best = torch.full_like(latents, torch.nan)
+    distance = torch.full_like(latents[:, 0], torch.inf)
+    starts = _starts(latents, center, sd, fisher)
+    bar = tqdm(
+        starts,
+        desc="searching for equivalent latents",
+        unit="start",
+        leave=False,
+        disable=not progress,
+    )
+    for start in bar:
         end = _descend(problem, start)
-        for place, away in ((start, problem.distance(start)), (end.task, end.cost.sqrt())):
-            far = ((place - point) / spread).norm(dim=-1) > APART
-            near = (((place - centre) / spread).abs() <= WITHIN).all(-1)
-            better = far & near & (away < distance)
-            best = torch.where(better.unsqueeze(-1), place, best)
-            distance = torch.where(better, away, distance)
-    return Twins(
-        reading.names,
-        reading.constrained(point),
-        reading.constrained(best),
-        (best - point) / spread,
-        distance,
-        len(starts),
+        candidates = [(start, _distance(problem, start)), (end.task, end.cost.sqrt())]
+        for candidate, its_distance in candidates:
+            is_far = ((candidate - latents) / sd).norm(dim=-1) > APART
+            is_inside = (((candidate - center) / sd).abs() <= WITHIN).all(-1)
+            is_better = is_far & is_inside & (its_distance < distance)
+            best = torch.where(is_better.unsqueeze(-1), candidate, best)
+            distance = torch.where(is_better, its_distance, distance)
+    return EquivalentLatents(
+        names=beliefs.names,
+        first=beliefs.constrained(latents),
+        second=beliefs.constrained(best),
+        apart=(best - latents) / sd,
+        distance=distance,
+        num_searches=len(starts),
     )
 
 
+def _towards_trajectories_of(latents: Tensor, problem: LeastSquares) -> LeastSquares:
+    """Return the same problem with the noise-free trajectories of ``latents`` in place of the observations."""
+    values = problem.values(latents, problem.shot_mean)
+    target = poutine.condition(
+        problem.program, data=_noise_free(problem.program, problem.episode, values)
+    )
+    if problem.m > HELD:
+        target = _with_fixed(target, {name: values[name] for name in problem.shot_sizes})
+    return LeastSquares(target, problem.shots, problem.belief, problem.unit)
+
+
+def _noise_free(program: Program, episode: Episode, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the means of the observed sites, by name, with latents at ``values``."""
+    with (
+        local_parameters(),
+        nan_on_failure(),
+        poutine.block(),
+        pyro.validation_enabled(False),
+    ):
+        trace = poutine.trace(poutine.condition(program, data=values)).get_trace(episode)
+    return {
+        name: unwrap(site["fn"], None)[0].mean
+        for name, site in random_sites(trace).items()
+        if site["is_observed"] and name not in values
+    }
+
+
+def _with_fixed(program: Program, values: dict[str, Tensor]) -> Program:
+    """Return the program with some latents fixed, so that no handler outside sees them."""
+    fixed: Callable[[Episode], object] = poutine.condition(program, data=values)
+    return poutine.block(fixed, hide=list(values))
+
+
+def _distance(problem: LeastSquares, latents: Tensor) -> Tensor:
+    """Return the distance between the trajectories of ``latents`` and the target's, in noise standard deviations."""
+    residuals = problem.residuals(latents.unsqueeze(0), problem.shot_mean.unsqueeze(0))[0]
+    return residuals.square().sum((1, 2)).sqrt()
+
+
 def _descend(problem: LeastSquares, start: Tensor) -> Iterate:
-    """To a minimum, or for so many rounds: those that return to the point itself are quick."""
-    hunter = GaussNewton()
-    end = hunter.descend(problem, start, ITERATIONS)
+    """Descend to a minimum, or for a few rounds; descents that return to the latents themselves end early."""
+    method = GaussNewton()
+    end = method.descend(problem, start, ITERATIONS)
     for _ in range(ROUNDS - 1):
-        before, end = end, hunter.descend(problem, end.task, ITERATIONS, end.shot)
-        if bool((end.cost > 0.9 * before.cost).logical_or(end.cost < 1e-3).all()):
+        before = end
+        end = method.descend(problem, before.task, ITERATIONS, before.shot)
+        has_stalled = end.cost > 0.9 * before.cost
+        has_arrived = end.cost < 1e-3
+        if bool((has_stalled | has_arrived).all()):
             break
     return end
 
 
-def _starts(point: Tensor, centre: Tensor, spread: Tensor, found: Fisher) -> list[Tensor]:
-    mirrored = []
-    for i in range(point.shape[-1]):
-        for about in (0.0, float(centre[i])):
-            image = point.clone()
-            image[:, i] = 2.0 * about - point[:, i]
-            mirrored.append(image)
-    weakest = torch.linalg.eigh(found.information[0]).eigenvectors[..., 0] * spread
-    even = torch.quasirandom.SobolEngine(len(centre)).draw(STARTS + 2, dtype=point.dtype)[2:]
-    filling = [(centre + 2.5 * (2.0 * place - 1.0) * spread).expand_as(point) for place in even]
-    return [*mirrored, point + 2.0 * weakest, point - 2.0 * weakest, *filling]
+def _starts(latents: Tensor, center: Tensor, sd: Tensor, fisher: FisherInformation) -> list[Tensor]:
+    starts = []
+    for i in range(latents.shape[-1]):
+        for mirror in (0.0, float(center[i])):
+            image = latents.clone()
+            image[:, i] = 2.0 * mirror - latents[:, i]
+            starts.append(image)
+    weakest = torch.linalg.eigh(fisher.information[0]).eigenvectors[..., 0] * sd
+    starts += [latents + 2.0 * weakest, latents - 2.0 * weakest]
+    sobol = torch.quasirandom.SobolEngine(len(center))
+    for place in sobol.draw(STARTS + 2, dtype=latents.dtype)[2:]:
+        starts.append((center + 2.5 * (2.0 * place - 1.0) * sd).expand_as(latents))
+    return starts
 
 
-def judge_twins(found: Twins) -> Check:
-    """The share of systems without a twin: a pair is evidence against, none in so many hunts evidence for."""
-    alike = found.distance < ALIKE
-    count, tasks = int(alike.sum()), len(alike)
-    nearest = int(found.distance.argmin())
+def judge_equivalent_latents(equivalents: EquivalentLatents) -> Check:
+    """Judge the share of systems without equivalent latents: a pair is evidence against, none in many searches for.
+
+    Arguments:
+        equivalents: result of :func:`equivalent_latents`.
+    """
+    num_tasks = len(equivalents.distance)
+    count = int((equivalents.distance < ALIKE).sum())
+    nearest = int(equivalents.distance.argmin())
     if count:
-        why = f"{count} of {tasks} systems ha{'s' if count == 1 else 've'} a twin, such as {_pair(found, nearest)}"
-    elif torch.isfinite(found.distance[nearest]):
-        why = f"in {found.hunts} hunts for each of {tasks} systems the closest pair was {_pair(found, nearest)}"
+        verb = "has" if count == 1 else "have"
+        why = (
+            f"{count} of {num_tasks} systems {verb} other latents with the same trajectories: "
+            f"{_describe_pair(equivalents, nearest)}."
+        )
+    elif torch.isfinite(equivalents.distance[nearest]):
+        why = (
+            f"Of {equivalents.num_searches} searches for each of {num_tasks} systems, none found other latents with "
+            f"the same trajectories. The closest pair: {_describe_pair(equivalents, nearest)}."
+        )
     else:
-        why = f"{found.hunts} hunts for a twin of each of {tasks} systems all led back to it"
-    return judged(
+        why = (
+            f"All of {equivalents.num_searches} searches for other latents with the same trajectories, for each of "
+            f"{num_tasks} systems, led back to the system's own."
+        )
+    return Check.from_interval(
         "injectivity, global (ii)",
-        1.0 - count / tasks,
-        _share(tasks - count, tasks),
-        ALONE,
+        1.0 - count / num_tasks,
+        proportion_interval(num_tasks - count, num_tasks),
+        UNIQUE,
         why,
-        "Restrict the latents to where the program is one-to-one: a positive family, a fixed sign or order.",
+        "Restrict the latents to a region where the program is one-to-one: a positive family, a fixed sign or order.",
     )
 
 
-def _share(count: int, of: int) -> Interval:
-    """Clopper and Pearson's interval."""
-    low = float(beta.ppf(0.025, count, of - count + 1)) if count else 0.0
-    high = float(beta.ppf(0.975, count + 1, of - count)) if count < of else 1.0
-    return low, high
-
-
-def _pair(found: Twins, i: int) -> str:
-    apart = found.apart[i].abs()
-    moved = [j for j in apart.argsort(descending=True).tolist() if apart[j] > 0.1 * apart.max()]
-    values = ", ".join(
-        f"{found.names[j]} {found.first[i, j]:.3g} and {found.second[i, j]:.3g}" for j in moved[:3]
+def _describe_pair(equivalents: EquivalentLatents, task: int) -> str:
+    apart = equivalents.apart[task].abs()
+    order = apart.argsort(descending=True).tolist()
+    moved = [i for i in order if apart[i] > 0.1 * apart.max()]
+    values = [
+        f"`{equivalents.names[i]}` {equivalents.first[task, i]:.3g} and {equivalents.second[task, i]:.3g}"
+        for i in moved[:3]
+    ]
+    return (
+        f"{', '.join(values)}, whose trajectories differ by {equivalents.distance[task]:.2g} standard deviations of "
+        "the noise"
     )
-    return f"({values}), whose trajectories differ by {found.distance[i]:.2g} standard deviations of the noise"

@@ -1,6 +1,8 @@
-"""The hyperplane of natural parameters that costs a prior the least, and its price in nats."""
+"""Find the hyperplane of natural parameters that costs a prior the least, and its price in nats."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -8,86 +10,108 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize
 from torch import Tensor
 
-__all__ = ["generalised", "weakest"]
+__all__ = ["generalized_eigen", "nearest_hyperplane"]
 
-THROUGH, ROUNDS, STARTS, ALIKE = 60, 6, 12, 0.99
+THROUGH = 60  # tasks through which hyperplanes are put to start from
+ROUNDS = 6
+STARTS = 12
+ALIKE = 0.99  # cosine above which two directions are one
 
 
-def weakest(
+class _Cloud(NamedTuple):
+    """Natural parameters (point, number), the inverse metric at each, and the weight of each."""
+
+    natural: Tensor
+    inverse: Tensor
+    weight: Tensor
+
+
+def nearest_hyperplane(
     natural: Tensor, inverse: Tensor, counts: Tensor, start: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    r"""The least loss over hyperplanes, with those of the directions orthogonal to its own, and that direction.
+    r"""Return the least loss over hyperplanes, with the losses of the directions orthogonal to its own, and its normal.
 
     .. math:: \min_{v, c} \; \tfrac12 \sum_t w_t \frac{(v^\top \lambda_t - c)^2}{v^\top G_t^{-1} v}
 
     Arguments:
         natural: λ, ``(support, task, number)``.
         inverse: :math:`G^{-1}` there.
-        counts: how often each task counts.
+        counts: number of times that each task counts.
         start: the direction to descend from, instead of a search for it.
     """
     weight = (counts / counts.sum() / len(natural)).expand(natural.shape[:2]).flatten()
-    problem = natural.flatten(0, 1), inverse.flatten(0, 1), weight
-    starts = _starts(*problem) if start is None else [start]
+    cloud = _Cloud(natural.flatten(0, 1), inverse.flatten(0, 1), weight)
+    starts = _starts(cloud) if start is None else [start]
     ends = [
         minimize(
-            _loss, begun.numpy(), args=problem, jac=True, method="BFGS", options={"gtol": 1e-12}
+            _loss, begin.numpy(), args=(cloud,), jac=True, method="BFGS", options={"gtol": 1e-12}
         )
-        for begun in starts
+        for begin in starts
     ]
     best = min(ends, key=lambda end: end.fun)
     direction = natural.new_tensor(best.x)
-    values = 0.5 * _reweighted(direction.unsqueeze(0), *problem)[0][0]
-    return values.clamp(min=best.fun).index_fill(
-        0, torch.tensor(0), best.fun
-    ), direction / direction.norm()
+    values = 0.5 * _reweighted_eigen(direction.unsqueeze(0), cloud)[0][0]
+    values = values.clamp(min=best.fun)
+    values[0] = best.fun
+    return values, direction / direction.norm()
 
 
-def _loss(
-    direction: NDArray[np.float64], natural: Tensor, inverse: Tensor, weight: Tensor
-) -> tuple[float, Tensor]:
-    """The divergence to the best hyperplane across a direction, and its gradient."""
-    across = torch.from_numpy(direction)
-    turned = inverse @ across
-    bound = turned @ across
-    share, along = weight / bound, natural @ across
-    along = along - (share @ along) / share.sum()
-    excess = share * along
-    return float(0.5 * (excess @ along)), excess @ natural - (excess * along / bound) @ turned
+def _loss(direction: NDArray[np.float64], cloud: _Cloud) -> tuple[float, Tensor]:
+    """Return the divergence to the best hyperplane across a direction, and its gradient."""
+    normal = torch.from_numpy(direction)
+    turned = cloud.inverse @ normal
+    bound = turned @ normal
+    share = cloud.weight / bound
+    height = cloud.natural @ normal
+    height = height - (share @ height) / share.sum()
+    excess = share * height
+    gradient = excess @ cloud.natural - (excess * height / bound) @ turned
+    return float(0.5 * (excess @ height)), gradient
 
 
-def _starts(natural: Tensor, inverse: Tensor, weight: Tensor) -> list[Tensor]:
-    """The best directions of many, of each kind one: across hyperplanes through many tasks, and what these lead to."""
-    some = torch.linspace(0, len(natural) - 1, min(THROUGH, len(natural))).long()
-    through = torch.linalg.inv(inverse[some]).flatten(0, 1)
-    pool = [torch.cat([through, torch.eye(natural.shape[1], dtype=natural.dtype)])]
+def _starts(cloud: _Cloud) -> list[Tensor]:
+    """Return the best of many directions, one of each kind.
+
+    Candidates are the normals of hyperplanes through many tasks, the axes, and the directions that these lead to.
+    """
+    rows = torch.linspace(0, len(cloud.natural) - 1, min(THROUGH, len(cloud.natural))).long()
+    through = torch.linalg.inv(cloud.inverse[rows]).flatten(0, 1)
+    axes = torch.eye(cloud.natural.shape[1], dtype=cloud.natural.dtype)
+    pool = [torch.cat([through, axes])]
     for _ in range(ROUNDS):
-        pool.append(_reweighted(pool[-1], natural, inverse, weight)[1][..., 0])
-    every = torch.cat(pool)
-    every = every / every.norm(dim=-1, keepdim=True)
-    bound = torch.einsum("si,tij,sj->st", every, inverse, every)
-    share, along = weight / bound, every @ natural.mT
-    along = along - ((share * along).sum(1) / share.sum(1)).unsqueeze(1)
+        pool.append(_reweighted_eigen(pool[-1], cloud)[1][..., 0])
+    candidates = torch.cat(pool)
+    candidates = candidates / candidates.norm(dim=-1, keepdim=True)
     kept: list[Tensor] = []
-    for direction in every[(share * along.square()).sum(1).argsort()]:
-        if len(kept) < STARTS and all(abs(direction @ other) < ALIKE for other in kept):
+    for direction in candidates[_losses(candidates, cloud).argsort()]:
+        is_new = all(abs(direction @ other) < ALIKE for other in kept)
+        if len(kept) < STARTS and is_new:
             kept.append(direction)
     return kept
 
 
-def _reweighted(
-    direction: Tensor, natural: Tensor, inverse: Tensor, weight: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The eigenproblem that each direction would solve if the bound of every task stayed as it is there."""
-    share = weight / torch.einsum("si,tij,sj->st", direction, inverse, direction)
-    centre = share @ natural / share.sum(1, keepdim=True)
-    spread = torch.einsum("st,ti,tj->sij", share, natural, natural)
-    spread = spread - share.sum(1)[:, None, None] * centre.unsqueeze(2) * centre.unsqueeze(1)
-    return generalised(spread, torch.einsum("st,tij->sij", share, inverse))
+def _losses(directions: Tensor, cloud: _Cloud) -> Tensor:
+    share = cloud.weight / _bounds(directions, cloud)
+    height = directions @ cloud.natural.mT
+    height = height - ((share * height).sum(1) / share.sum(1)).unsqueeze(1)
+    return (share * height.square()).sum(1)
 
 
-def generalised(matrix: Tensor, metric: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues of matrix x = e metric x, rising, and eigenvectors as columns, with x metric x = 1."""
+def _bounds(directions: Tensor, cloud: _Cloud) -> Tensor:
+    return torch.einsum("si,tij,sj->st", directions, cloud.inverse, directions)
+
+
+def _reweighted_eigen(directions: Tensor, cloud: _Cloud) -> tuple[Tensor, Tensor]:
+    """Solve the eigenproblem that each direction would have if every task's bound stayed as it is there."""
+    share = cloud.weight / _bounds(directions, cloud)
+    center = share @ cloud.natural / share.sum(1, keepdim=True)
+    second = torch.einsum("st,ti,tj->sij", share, cloud.natural, cloud.natural)
+    second = second - share.sum(1)[:, None, None] * center.unsqueeze(2) * center.unsqueeze(1)
+    return generalized_eigen(second, torch.einsum("st,tij->sij", share, cloud.inverse))
+
+
+def generalized_eigen(matrix: Tensor, metric: Tensor) -> tuple[Tensor, Tensor]:
+    """Solve matrix x = e metric x: ascending eigenvalues, and eigenvectors as columns, with x metric x = 1."""
     root = torch.linalg.cholesky(metric)
     white = torch.linalg.solve_triangular(root, matrix, upper=False)
     white = torch.linalg.solve_triangular(root, white.mT, upper=False)

@@ -20,11 +20,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "GROUPS",
+    "NEARLY_EQUAL",
     "Grouped",
     "import_arviz",
     "load",
     "pareto_k",
     "plot_ranks",
+    "relative_ess",
     "save",
     "summary",
     "to_inference_data",
@@ -163,6 +165,20 @@ def pareto_k(log_weights: Array) -> Array:
         if has_tail.any():
             k[has_tail] = np.nan_to_num(_psis(weights[has_tail]), nan=np.inf, posinf=np.inf)
     return k
+
+
+def relative_ess(log_weights: Array) -> Array:
+    """Compute the effective sample size of importance weights ``(..., draw)``, as a share of all draws.
+
+    The result is 1 where all weights are equal, and 0 where none counts or one is infinite.
+    """
+    log_weights = np.where(np.isnan(log_weights), -np.inf, log_weights)
+    largest = log_weights.max(-1, keepdims=True)
+    is_finite = np.isfinite(largest)
+    shifted = log_weights - np.where(is_finite, largest, 0.0)
+    weights = np.exp(np.where(is_finite, shifted, -np.inf))
+    squares = np.maximum((weights**2).sum(-1), np.finfo(float).tiny)
+    return np.asarray(weights.sum(-1) ** 2 / squares / log_weights.shape[-1])
 
 
 def _effective_share(log_weights: Array) -> Array:

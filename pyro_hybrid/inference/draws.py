@@ -5,7 +5,7 @@ from __future__ import annotations
 import pyro
 import torch
 from pyro import poutine
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyro_hybrid.data.episode import Episode
 from pyro_hybrid.data.validate_episode import check_episode
@@ -14,7 +14,13 @@ from pyro_hybrid.programs.module import local_parameters, with_belief
 from pyro_hybrid.programs.run import Program
 from pyro_hybrid.programs.sites import Site, latent_values, random_sites
 
-__all__ = ["draws", "predict", "require_num_samples", "sample_sites"]
+__all__ = [
+    "draws",
+    "predict",
+    "require_finite_parameters",
+    "require_num_samples",
+    "sample_sites",
+]
 
 
 def draws(model: Program, guide: Program, episode: Episode, num_samples: int) -> dict[str, Tensor]:
@@ -27,6 +33,7 @@ def draws(model: Program, guide: Program, episode: Episode, num_samples: int) ->
         num_samples: number of draws.
     """
     require_num_samples(num_samples)
+    require_finite_parameters(model=model, guide=guide)
     episode = _with_belief(model, check_episode(episode))
     return latent_values(sample_sites(guide, episode, num_samples))
 
@@ -40,6 +47,7 @@ def predict(model: Program, episode: Episode, num_samples: int) -> dict[str, Ten
         num_samples: number of draws.
     """
     require_num_samples(num_samples)
+    require_finite_parameters(model=model)
     episode = _with_belief(model, check_episode(episode))
     return latent_values(sample_sites(model, episode.simulation(), num_samples))
 
@@ -58,6 +66,23 @@ def require_num_samples(num_samples: int) -> None:
         repr(num_samples),
         "Some hundreds of draws make a smooth picture.",
     )
+
+
+def require_finite_parameters(**programs: Program) -> None:
+    """Refuse parameters that are NaN or infinite, by name: computed evidence would silently return the prior."""
+    for role, program in programs.items():
+        named = program.named_parameters() if isinstance(program, nn.Module) else ()
+        not_finite = [
+            name.removesuffix("_unconstrained")
+            for name, value in named
+            if not bool(torch.isfinite(value.detach()).all())
+        ]
+        require(
+            not not_finite,
+            f"finite parameters of the {role}",
+            f"NaN or Inf in {', '.join(not_finite)}",
+            "Load an earlier checkpoint, or set these parameters to finite values.",
+        )
 
 
 def _with_belief(model: Program, episode: Episode) -> Episode:

@@ -1,38 +1,40 @@
-"""Are recovered latents the true ones? Correlations as they stand and after a linear map, intervals and controls."""
+"""Score recovered latents against the true ones, as they stand and after a linear map."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment
 from scipy.stats import rankdata
 from torch import Tensor
 
-from pyro_hybrid.errors import fail, require
+from pyro_hybrid.errors import require, require_seed
+from pyro_hybrid.scores.arrays import Array, flatten_data, to_same_tasks
+from pyro_hybrid.scores.regression import (
+    cross_validated_r,
+    held_out_cca,
+    match_components,
+    matched_correlation,
+    percentile_interval,
+    resampling_weights,
+    standardize,
+)
 
 __all__ = ["MCC", "Scores", "mcc"]
 
-Array = NDArray[np.float64]
-Latents = TypeVar("Latents", Tensor, NDArray[Any])
-
-FOLDS = 5
-RIDGE = 1e-6
-RESAMPLES = 200
 NOISES = 5
 
 
 class Scores(NamedTuple):
-    """One column of the table that an :class:`MCC` prints.
+    """Column of the table that an :class:`MCC` prints.
 
     Attributes:
-        pearson: Strong score by Pearson's correlation.
-        spearman: Strong score by Spearman's, which also forgives a monotone map of each component.
-        weak: Mean held-out canonical correlation.
-        linear_r: Cross-validated :math:`R` of each true component on all estimates, of shape :math:`(D,)`.
+        pearson: strong score by Pearson's correlation.
+        spearman: strong score by Spearman's, which also forgives a monotone map of each component.
+        weak: mean held-out canonical correlation.
+        linear_r: cross-validated :math:`R` of each true component on all estimates, of shape :math:`(D,)`.
     """
 
     pearson: float
@@ -42,19 +44,19 @@ class Scores(NamedTuple):
 
 
 class MCC(NamedTuple):
-    r"""What :func:`mcc` found; prints as a table.
+    r"""Result of :func:`mcc`; prints as a table.
 
     Attributes:
-        strong: Mean of ``matched``: are the estimates the truth up to order, sign and scale?
-        matched: Each true component's \|correlation\| with its partner, 0 where it has none, of shape :math:`(D,)`.
-        assignment: The estimate's column that partners each true component, -1 for none, of shape :math:`(D,)`.
-        weak: Mean held-out canonical correlation: are they the truth up to an invertible linear map?
+        strong: mean of ``matched``: are the estimates the truth up to order, sign and scale?
+        matched: each true component's \|correlation\| with its partner, 0 where it has none, of shape :math:`(D,)`.
+        assignment: the estimate's column that partners each true component, -1 for none, of shape :math:`(D,)`.
+        weak: mean held-out canonical correlation: are they the truth up to an invertible linear map?
         linear_r: :math:`\sqrt{R^2}` of each true component on all estimates, cross-validated, of shape :math:`(D,)`.
-        score: All scores of the estimate, with both kinds of correlation.
-        low: Where their 95% intervals over tasks begin.
-        high: Where they end.
-        random: What noise of the estimate's shape scores, the mean of some draws.
-        pca: What principal components of the data score, as many as there are estimates; None without data.
+        score: all scores of the estimate, with both kinds of correlation.
+        low: lower ends of their 95% intervals over tasks.
+        high: upper ends of the same intervals.
+        random: mean scores of noise of the estimate's shape.
+        pca: scores of principal components of the data, as many as there are estimates; None without data.
     """
 
     strong: float
@@ -69,35 +71,26 @@ class MCC(NamedTuple):
     pca: Scores | None
 
     def __str__(self) -> str:
-        names = [
-            "strong (Pearson)",
-            "strong (Spearman)",
-            "weak",
-            *(f"linear R {i}" for i in range(len(self.linear_r))),
-        ]
-        controls = [self.random] if self.pca is None else [self.random, self.pca]
-        columns = [np.hstack(scores) for scores in (self.score, self.low, self.high, *controls)]
-        lines = [
-            f"{'':<18}{'score':>6}{'95% interval':>16}{'random':>8}"
-            + ("" if self.pca is None else f"{'PCA':>7}")
-        ]
-        for name, score, low, high, *others in zip(names, *columns, strict=True):
-            control = "".join(
-                f"{other:>{width}.3f}" for other, width in zip(others, (8, 7), strict=False)
-            )
-            lines.append(f"{name:<18}{score:>6.3f}{f'{low:.3f} to {high:.3f}':>16}{control}")
-        return "\n".join(lines)
+        names = ["strong (Pearson)", "strong (Spearman)", "weak"]
+        names += [f"linear R {i}" for i in range(len(self.linear_r))]
+        columns = [self.score, self.low, self.high, self.random]
+        header = f"{'':<18}{'score':>6}{'95% interval':>16}{'random':>8}"
+        if self.pca is not None:
+            columns.append(self.pca)
+            header += f"{'PCA':>7}"
+        rows = zip(names, *(np.hstack(column) for column in columns), strict=True)
+        return "\n".join([header, *(_format_row(*row) for row in rows)])
 
 
 def mcc(
     estimate: Tensor | NDArray[Any],
-    truth: Tensor | NDArray[Any],
+    true_latents: Tensor | NDArray[Any],
     *,
     method: Literal["pearson", "spearman"] = "pearson",
     data: Tensor | NDArray[Any] | None = None,
     seed: int = 0,
 ) -> MCC:
-    r"""Mean correlation coefficients between estimated and true latents, pooled over held-out tasks.
+    r"""Compute mean correlation coefficients between estimated and true latents, pooled over held-out tasks.
 
     .. math::
         \text{strong} = \frac1D \max_\pi \sum_{i=1}^{D} \bigl|\operatorname{corr}(\hat z_{\pi(i)}, z_i)\bigr|,
@@ -106,12 +99,12 @@ def mcc(
 
     Strong aligns nothing; weak aligns both sides by CCA, fitted on one half of the tasks and scored on the other;
     linear R regresses the truth on the estimate with coefficients :math:`a, c` of the other folds' tasks, which is
-    what a theorem with :math:`\hat z = A z + c` promises. The matching maximises over permutations: within one task
+    what a theorem with :math:`\hat z = A z + c` promises. The matching maximizes over permutations: within one task
     its chance level is 0.7 to 0.8, so pool the tasks. A true component without a partner (:math:`D' < D`) counts as 0.
 
     Intervals resample the tasks that are scored; matching, alignment and coefficients stay, so that no task is on both
     sides. Two controls go with each score: noise in place of the estimate, and principal components of the data, which
-    say how much of the truth lies open.
+    say how much of the truth can be had without a model.
 
     References:
         | Variational Autoencoders and Nonlinear ICA: A Unifying Framework (Khemakhem et al., 2020)
@@ -120,18 +113,19 @@ def mcc(
         | https://arxiv.org/abs/1605.06336
 
     Arguments:
-        estimate: Estimated latents, of shape :math:`(T, D')`, one row a task; :math:`D'` may differ from :math:`D`.
-        truth: True latents, of shape :math:`(T, D)`.
-        method: Correlation behind ``strong``; Spearman's also forgives a monotone map of each component.
-        data: What the latents were recovered from, for the control, of shape :math:`(T, \dots)`: say, each task's mean
-            support trajectory.
-        seed: Splits the tasks into halves and folds, and resamples; the global random state is neither read nor
+        estimate: estimated latents, of shape :math:`(T, D')`, one row per task; :math:`D'` may differ from :math:`D`.
+        true_latents: true latents, of shape :math:`(T, D)`.
+        method: correlation behind ``strong``; Spearman's also forgives a monotone map of each component.
+        data: observations that the latents were recovered from, of shape :math:`(T, \dots)`, for the control: say,
+            each task's mean support trajectory.
+        seed: splits the tasks into halves and folds, and resamples; the global random state is neither read nor
             changed.
 
     Example:
-        >>> truth = torch.rand(200, 3, generator=torch.Generator().manual_seed(0))
-        >>> mixed = truth @ torch.tensor([[1.0, 1.0, 0.0], [0.0, 1.0, 1.0], [1.0, 0.0, 1.0]])
-        >>> print(mcc(mixed, truth))
+        >>> import torch
+        >>> true_latents = torch.rand(200, 3, generator=torch.Generator().manual_seed(0))
+        >>> mixed = true_latents @ torch.tensor([[1.0, 1.0, 0.0], [0.0, 1.0, 1.0], [1.0, 0.0, 1.0]])
+        >>> print(mcc(mixed, true_latents))
                            score    95% interval  random
         strong (Pearson)   0.716  0.686 to 0.746   0.080
         strong (Spearman)  0.708  0.677 to 0.740   0.081
@@ -146,240 +140,95 @@ def mcc(
         repr(method),
         "Choose one of the two.",
     )
-    z_hat, z = _same_tasks("estimate", estimate, "truth", truth)
-    observed = None if data is None else _flattened(data, len(z))
-    matched, assignment = _match(
-        *(rankdata(v, axis=0) if method == "spearman" else v for v in (z_hat, z))
-    )
+    require_seed(seed)
+    z_hat, z = to_same_tasks("estimate", estimate, "true_latents", true_latents)
+    observations = None if data is None else flatten_data(data, len(z))
+    matched, assignment = _match(z_hat, z, method)
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(z))
-    z_hat, z = z_hat[order], z[order]
+    z_hat = z_hat[order]
+    z = z[order]
     score = _score(z_hat, z)
-    low, high = (
-        _scores(end)
-        for end in zip(*map(_interval, _kinds(z_hat, z, _weights(rng, len(z)))), strict=True)
-    )
-    noises = zip(*(_score(rng.normal(size=z_hat.shape), z) for _ in range(NOISES)), strict=True)
-    random = _scores(np.mean(draws, axis=0) for draws in noises)
-    pca = None if observed is None else _score(_principal(observed, z_hat.shape[1])[order], z)
+    low, high = _intervals(z_hat, z, resampling_weights(rng, len(z)))
+    random = _score_noise(rng, z_hat.shape, z)
+    pca = None
+    if observations is not None:
+        components = _principal_components(observations, z_hat.shape[1])
+        pca = _score(components[order], z)
     return MCC(
-        float(matched.mean()),
-        matched,
-        assignment,
-        score.weak,
-        score.linear_r,
-        score,
-        low,
-        high,
-        random,
-        pca,
+        strong=float(matched.mean()),
+        matched=matched,
+        assignment=assignment,
+        weak=score.weak,
+        linear_r=score.linear_r,
+        score=score,
+        low=low,
+        high=high,
+        random=random,
+        pca=pca,
     )
 
 
-def _kinds(estimate: Array, truth: Array, weights: Array) -> tuple[Array, Array, Array, Array]:
-    """Every kind of :class:`Scores` under each row of weights of the tasks, stacked along the first axis."""
-    x, y = _standardise(estimate), _standardise(truth)
-    ranks = rankdata(x, axis=0), rankdata(y, axis=0)
+def _match(z_hat: Array, z: Array, method: str) -> tuple[Array, NDArray[np.int64]]:
+    if method == "spearman":
+        return match_components(rankdata(z_hat, axis=0), rankdata(z, axis=0))
+    return match_components(z_hat, z)
+
+
+def _weighted_scores(
+    estimate: Array, target: Array, weights: Array
+) -> tuple[Array, Array, Array, Array]:
+    """Return the fields of :class:`Scores` under each row of task weights, stacked along the first axis."""
+    x = standardize(estimate)
+    y = standardize(target)
     return (
-        _strong(x, y, weights).mean(1),
-        _strong(*ranks, weights).mean(1),
-        _held_out_cca(x, y, weights),
-        _cross_validated_r(x, y, weights),
+        matched_correlation(x, y, weights).mean(1),
+        matched_correlation(rankdata(x, axis=0), rankdata(y, axis=0), weights).mean(1),
+        held_out_cca(x, y, weights),
+        cross_validated_r(x, y, weights),
     )
 
 
-def _scores(kinds: Iterable[Any]) -> Scores:
-    pearson, spearman, weak, linear_r = kinds
+def _score(estimate: Array, target: Array) -> Scores:
+    fields = _weighted_scores(estimate, target, np.ones((1, len(target))))
+    return _to_scores(field[0] for field in fields)
+
+
+def _intervals(estimate: Array, target: Array, weights: Array) -> tuple[Scores, Scores]:
+    fields = _weighted_scores(estimate, target, weights)
+    low, high = zip(*(percentile_interval(field) for field in fields), strict=True)
+    return _to_scores(low), _to_scores(high)
+
+
+def _score_noise(rng: np.random.Generator, shape: tuple[int, ...], target: Array) -> Scores:
+    scores = [_score(rng.normal(size=shape), target) for _ in range(NOISES)]
+    return _to_scores(np.mean(field, axis=0) for field in zip(*scores, strict=True))
+
+
+def _to_scores(fields: Iterable[Any]) -> Scores:
+    pearson, spearman, weak, linear_r = fields
     return Scores(float(pearson), float(spearman), float(weak), linear_r)
 
 
-def _score(estimate: Array, truth: Array) -> Scores:
-    return _scores(kind[0] for kind in _kinds(estimate, truth, np.ones((1, len(truth)))))
-
-
-def _weights(rng: np.random.Generator, tasks: int) -> Array:
-    """How often each task is in each resample, of shape (resample, task)."""
-    return rng.multinomial(tasks, np.full(tasks, 1 / tasks), size=RESAMPLES).astype(np.float64)
-
-
-def _interval(resampled: Array) -> Array:
-    """Both ends of the middle 95% along the first axis, in its place."""
-    return np.quantile(resampled, [0.025, 0.975], axis=0)
-
-
-def _same_tasks(name: str, value: Any, other_name: str, other: Any) -> tuple[Array, Array]:
-    """Both as matrices of the same, sufficiently many tasks."""
-    x, y = _pooled(name, value), _pooled(other_name, other)
-    require(
-        len(x) == len(y),
-        f"one row a task in both {name} and {other_name}",
-        f"{len(x)} and {len(y)} rows",
-        "Pass both for the same tasks, in the same order.",
-    )
-    _require_tasks(f"{name} and {other_name}", len(y), max(x.shape[1], y.shape[1]))
-    return x, y
-
-
-def _flattened(data: Tensor | NDArray[Any], tasks: int) -> Array:
-    """One row of observations a task."""
-    require(
-        data.ndim > 0 and len(data) == tasks,
-        f"data of {tasks} tasks, those of the estimate",
-        f"shape {tuple(data.shape)}",
-        "Pass what each task's latents were recovered from, one entry a task.",
-    )
-    return _matrix("data", data.reshape(tasks, -1))
-
-
-def _principal(data: Array, components: int) -> Array:
-    """The first principal components, as many as vary."""
+def _principal_components(data: Array, num_components: int) -> Array:
+    """Return the first principal components; fewer where fewer vary."""
+    data = np.ldexp(
+        data, -np.frexp(np.abs(data).max())[1]
+    )  # squares of huge entries would overflow
     left, singular, _ = np.linalg.svd(data - data.mean(0), full_matrices=False)
-    varying = singular > 1e-10 * np.abs(data).max() * np.sqrt(data.size)
+    varies = singular > 1e-10 * np.abs(data).max() * np.sqrt(data.size)
     require(
-        bool(varying.any()),
+        bool(varies.any()),
         "data that vary over tasks",
         "the same for all",
         "Pass each task's own observations.",
     )
-    return (left * singular)[:, varying][:, :components]
+    components: Array = (left * singular)[:, varies]
+    return components[:, :num_components]
 
 
-def _matrix(name: str, value: object) -> Array:
-    """``value`` as a finite float64 matrix (task, component)."""
-    require(
-        isinstance(value, (Tensor, np.ndarray)),
-        f"{name} to be a torch tensor or a numpy array",
-        type(value).__name__,
-        f"Convert it: torch.as_tensor({name}).",
-        TypeError,
-    )
-    array = np.asarray(
-        value.detach().cpu().double() if isinstance(value, Tensor) else value, dtype=np.float64
-    )
-    require(
-        array.ndim == 2 and array.size > 0,
-        f"{name} of shape (tasks, components)",
-        f"shape {array.shape}",
-        "One row a task, pooled over tasks; a single latent is [:, None].",
-    )
-    bad = np.argwhere(~np.isfinite(array))
-    if len(bad):
-        row, column = bad[0].tolist()
-        fail(
-            f"finite {name}",
-            f"{array[row, column]} in task {row}, component {column} ({len(bad)} such entries)",
-            "Drop these tasks from both sides, or find out why inference failed on them.",
-        )
-    return array
-
-
-def _pooled(name: str, value: Tensor | NDArray[Any]) -> Array:
-    """``value`` as a matrix whose every column varies by more than the rounding of its own precision."""
-    array = _matrix(name, value)
-    rounding = (
-        8 * (1e-7 if value.dtype in (torch.float32, np.float32) else 1e-16) * np.abs(array).max(0)
-    )
-    constant = np.flatnonzero(np.ptp(array, axis=0) <= rounding)
-    require(
-        not len(constant),
-        f"every component of {name} to vary over tasks",
-        f"component {constant.tolist()} constant over {len(array)} tasks",
-        "Its correlation is undefined: drop the column, or take latents that respond to the support.",
-    )
-    return array
-
-
-def _require_tasks(name: str, tasks: int, components: int) -> None:
-    """Each half of the tasks must overdetermine a linear map with intercept."""
-    least = 2 * (components + 1) + 1
-    require(
-        tasks >= least,
-        f"at least {least} tasks in {name} for {components} components",
-        f"{tasks} tasks",
-        "Pool more held-out tasks; never score one task at a time.",
-    )
-
-
-def _standardise(x: Array) -> Array:
-    return (x - x.mean(0)) / np.maximum(x.std(0), np.finfo(np.float64).tiny)
-
-
-def _correlation(x: Array, y: Array) -> Array:
-    """Pearson correlation of every column of ``x`` with every column of ``y``."""
-    return np.clip(_standardise(x).T @ _standardise(y) / len(x), -1.0, 1.0)
-
-
-def _match(estimate: Array, truth: Array) -> tuple[Array, NDArray[np.int64]]:
-    """The one-to-one assignment with the largest sum of absolute correlations, and these correlations."""
-    correlation = np.abs(_correlation(estimate, truth))
-    columns, components = linear_sum_assignment(correlation, maximize=True)
-    matched, assignment = np.zeros(truth.shape[1]), np.full(truth.shape[1], -1, dtype=np.int64)
-    matched[components], assignment[components] = correlation[columns, components], columns
-    return matched, assignment
-
-
-def _weighted_correlation(x: Array, y: Array, weights: Array) -> Array:
-    """Pearson correlation of each column of ``x`` with that of ``y`` under each row of weights, 0 for a constant."""
-    share = weights / np.maximum(weights.sum(1, keepdims=True), 1.0)
-    mean_x, mean_y = share @ x, share @ y
-    variances = (share @ x**2 - mean_x**2) * (share @ y**2 - mean_y**2)
-    covariance = share @ (x * y) - mean_x * mean_y
-    return np.clip(
-        covariance / np.sqrt(np.maximum(variances, np.finfo(np.float64).tiny)), -1.0, 1.0
-    )
-
-
-def _strong(estimate: Array, truth: Array, weights: Array) -> Array:
-    """Each true component's correlation with its partner under each row of weights; partner and sign are those of all
-    tasks, so that resamples of noise scatter about its score and not above it."""
-    _, assignment = _match(estimate, truth)
-    partners = estimate[:, assignment]
-    sign = np.where(assignment < 0, 0.0, np.sign(np.diag(_correlation(partners, truth))))
-    return sign * _weighted_correlation(partners, truth, weights)
-
-
-def _whitener(x: Array) -> Array:
-    """Weights that make the columns of a centred ``x`` uncorrelated with unit variance, up to a small ridge."""
-    _, singular, directions = np.linalg.svd(x / np.sqrt(len(x)), full_matrices=False)
-    return directions.T / np.sqrt(singular**2 + RIDGE)
-
-
-def _held_out_cca(x: Array, y: Array, weights: Array) -> Array:
-    """Mean correlation, on the second half, of the canonical variates of the first; a missing pair counts as 0."""
-    half = len(x) // 2
-    x, y = x - x[:half].mean(0), y - y[:half].mean(0)
-    weights_x, weights_y = _whitener(x[:half]), _whitener(y[:half])
-    left, _, right = np.linalg.svd(
-        weights_x.T @ (x[:half].T @ y[:half]) @ weights_y, full_matrices=False
-    )
-    variates_x, variates_y = x[half:] @ weights_x @ left, y[half:] @ weights_y @ right.T
-    correlation = _weighted_correlation(variates_x, variates_y, weights[:, half:])
-    return np.maximum(correlation.sum(1) / y.shape[1], 0.0)
-
-
-def _cross_validated_r(x: Array, y: Array, weights: Array) -> Array:
-    """Root of the out-of-sample R² of each column of ``y`` regressed on all of ``x``, 0 where the mean does better."""
-    design = np.column_stack([np.ones(len(x)), x])
-    fold = np.arange(len(x)) % FOLDS
-    residual = np.empty_like(y)
-    for k in range(FOLDS):
-        coefficients = np.linalg.lstsq(design[fold != k], y[fold != k], rcond=None)[0]
-        residual[fold == k] = y[fold == k] - design[fold == k] @ coefficients
-    return _explained_r(residual, y, weights)
-
-
-def _explained_r(residual: Array, y: Array, weights: Array) -> Array:
-    """Root of the R² that residuals leave, under each row of weights, 0 where the mean does better."""
-    share = weights / weights.sum(1, keepdims=True)
-    variance = np.maximum(share @ y**2 - (share @ y) ** 2, np.finfo(np.float64).tiny)
-    return np.sqrt(np.maximum(1.0 - share @ residual**2 / variance, 0.0))
-
-
-def _like(template: Latents, values: Array) -> Latents:
-    """``values`` in the type, precision and place of ``template``; integers become double."""
-    if isinstance(template, Tensor):
-        dtype = template.dtype if template.is_floating_point() else torch.float64
-        return torch.as_tensor(values, dtype=dtype, device=template.device)
-    return values.astype(
-        template.dtype if np.issubdtype(template.dtype, np.floating) else np.float64
-    )
+def _format_row(name: str, score: float, low: float, high: float, *controls: float) -> str:
+    row = f"{name:<18}{score:>6.3f}{f'{low:.3f} to {high:.3f}':>16}"
+    for control, width in zip(controls, (8, 7), strict=False):
+        row += f"{control:>{width}.3f}"
+    return row

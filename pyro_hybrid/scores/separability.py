@@ -1,75 +1,60 @@
-"""ICA over tasks: the components that it finds, and whether it is licensed to call them the true ones."""
+"""Check if independent component analysis is justified: independent, non-Gaussian, stable components."""
 
 from __future__ import annotations
 
-import warnings
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import norm, rankdata
-from sklearn.decomposition import FastICA
-from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_hybrid.errors import require
-from pyro_hybrid.identifiability.check import Check, Interval, Status, Threshold, judged
-from pyro_hybrid.scores.mcc import (
-    Array,
-    Latents,
-    _correlation,
-    _interval,
-    _like,
-    _match,
-    _matrix,
-    _pooled,
-    _require_tasks,
-    _standardise,
-)
+from pyro_hybrid.errors import require_seed
+from pyro_hybrid.scores.arrays import Array, require_enough_tasks, to_varying_matrix
+from pyro_hybrid.scores.check import Check, Interval, Status, Threshold
+from pyro_hybrid.scores.ica import CONTRASTS, least_entropy_rows, unmixing_rows
+from pyro_hybrid.scores.regression import match_components, percentile_interval, standardize
 
-__all__ = ["Separability", "disentangle", "judge_separability", "separable"]
+__all__ = [
+    "UNIFORM",
+    "Separability",
+    "dependence_level",
+    "judge_separability",
+    "largest_dependence",
+    "measure_separability",
+    "negentropy",
+    "noise_level",
+]
 
-
-def _skewness(u: Array) -> tuple[Array, Array]:
-    return u**2, 2 * u.mean(-1)
-
-
-RESTARTS = 5
-CONTRASTS = (
-    "cube",
-    "logcosh",
-    _skewness,
-)  # light tails, heavy tails, skew; which one fits is measured, not assumed
-ITERATIONS, PATIENCE = 200, 1000  # the latter where nothing has converged in the former
-SMALLEST = 1e-6  # singular values below are rounding: so ill-conditioned a mixing can't be undone in float32
-
-RESAMPLES, RESAMPLED_ITERATIONS = 50, 40
-NOISES, NOISE_ITERATIONS = 20, 20  # in noise there is nothing to converge to
+NAME = "separability"
+RESAMPLES = 50
+RESAMPLED_ITERATIONS = 40
+NOISES = 20
+NOISE_ITERATIONS = 20  # in noise there is nothing to converge to
 BOOTSTRAP = 200
 DEGREE = 3
-UNIFORM = 0.0645  # what _negentropy gives for a uniform: clearly not Gaussian, and not by much
-STABLE = Threshold(
-    holds=0.95, fails=0.9
-)  # where a tenth, and a fifth, of a component's variance belongs to others
+UNIFORM = 0.0645  # negentropy() of a uniform variable: clearly not Gaussian, and not by much
+STABLE = Threshold(holds=0.95, fails=0.9)  # a tenth, and a fifth, of the variance is others'
 INDEPENDENT = Threshold(holds=0.1, fails=0.1, larger=False)
-VISIBLE = 0.3  # as large a dependence must have had a chance to show
+VISIBLE = 0.3  # dependence that must have had a chance to show before a yes
+POOL = "Pool more tasks; until then report the latents up to a linear map."
 
 
 class Separability(NamedTuple):
-    r"""What :func:`separable` measured on the disentangled components, numbered as :func:`disentangle` returns them.
+    r"""Measurements on the disentangled components, numbered as :func:`~pyro_hybrid.disentangle` returns them.
 
     Attributes:
-        non_gaussianity: Each component's entropy below that of a Gaussian (negentropy, in nats), of shape :math:`(D,)`.
+        non_gaussianity: each component's entropy below that of a Gaussian (negentropy, in nats), of shape :math:`(D,)`.
         non_gaussianity_interval: 95% intervals over resampled tasks, of shape :math:`(D, 2)`.
-        noise_level: What ICA makes of 95% of Gaussian noise of the same shape.
-        dependence: Largest \|correlation\| between polynomials, up to cubes, of the ranks of two components.
-        dependent: These two components; (0, 0) where there is one component only.
-        dependence_level: What independent components exceed once in a hundred times, all pairs considered.
-        agreement: Each component's typical \|correlation\| with what other tasks would have given, of shape
-            :math:`(D,)`: the median over ICAs of resampled tasks.
-        stability: The same of the worst component of each resample.
-        stability_interval: 95% of the resamples' worst components.
+        noise_level: negentropy that 95% of the components stay below that ICA finds in Gaussian noise.
+        dependence: largest \|correlation\| between polynomials, up to cubes, of the ranks of two components.
+        dependent: these two components; (0, 0) where there is one component only.
+        dependence_level: dependence that independent components exceed once in a hundred times, all pairs considered.
+        agreement: each component's typical \|correlation\| with that of other tasks, of shape :math:`(D,)`: the median
+            over ICAs of resampled tasks.
+        stability: median over resamples of the worst component's agreement.
+        stability_interval: central 95% of the resamples' worst components.
     """
 
     non_gaussianity: Array
@@ -83,96 +68,20 @@ class Separability(NamedTuple):
     stability_interval: Interval
 
 
-def disentangle(
-    latents: Latents, *, components: int | None = None, seed: int = 0, fit: Latents | None = None
-) -> Latents:
-    r"""Independent components of latents over tasks (ICA): undoes a linear mixing up to order, sign and scale.
-
-    .. math::
-        \hat s = W (z - \bar z), \qquad W = \arg\min_{\operatorname{cov}(\hat s) = I} \sum_i H(\hat s_i)
-
-    Conditional priors identify latents up to :math:`z = A s + c`. If the true :math:`s` are independent across tasks
-    and at most one is Gaussian, :math:`A` is resolved too; two Gaussians stay rotated, and the output doesn't show it:
-    ask :func:`separable` whether ICA is licensed before reading a meaning into single components.
-    FastICA proposes, from several starts with contrasts for light tails, heavy tails and skew; kept is the
-    proposal with the lowest total entropy, which of the whitened mixtures has the least mutual information.
-    Component i is the one that resembles column i of the input most, with its sign; variances over ``fit`` are 1.
-    A model with more latents than its system has leaves directions in which tasks hardly differ, and where they do, as
-    a function of the others, so that nothing unmixes them all: say how many ``components`` there are.
-
-    References:
-        | Fast and Robust Fixed-Point Algorithms for Independent Component Analysis (Hyvärinen, 1999)
-        | https://doi.org/10.1109/72.761722
-        | ICA Using Spacings Estimates of Entropy (Learned-Miller & Fisher, 2003)
-        | https://www.jmlr.org/papers/v4/learned-miller03a.html
-
-    Arguments:
-        latents: Mixed latents :math:`z`, of shape :math:`(T, D)`, one row a task; several hundred tasks are wanted.
-        components: How many to look for, :math:`K`, in the directions in which the tasks differ most, in the latents'
-            own units; by default :math:`D`.
-        seed: Starting points; the global random state is neither read nor changed.
-        fit: Other latents, of shape :math:`(T', D)`, to estimate :math:`W` on, say of the training tasks.
-
-    Returns:
-        The components :math:`\hat s`, of shape :math:`(T, K)`, in the order of the columns that they resemble; tensor
-        in, tensor out, without gradient.
-
-    Example:
-        >>> import torch
-        >>> from pyro_hybrid import mcc
-        >>> sources = torch.rand(500, 3, generator=torch.Generator().manual_seed(0))
-        >>> mixed = sources @ torch.tensor([[1.0, 1.0, 0.0], [0.0, 1.0, 1.0], [1.0, 0.0, 1.0]])
-        >>> f"{mcc(mixed, sources).strong:.2f} -> {mcc(disentangle(mixed), sources).strong:.2f}"
-        '0.71 -> 1.00'
-    """
-    z = _matrix("latents", latents)
-    name, reference = (
-        ("latents", _pooled("latents", latents)) if fit is None else ("fit", _pooled("fit", fit))
-    )
-    require(
-        z.shape[1] == reference.shape[1],
-        "fit with as many components as latents",
-        f"{reference.shape[1]} and {z.shape[1]}",
-        "Pass the same latents of other tasks.",
-    )
-    _require_tasks(name, *reference.shape)
-    columns = reference.shape[1]
-    require(
-        components is None or 1 <= components <= columns,
-        f"1 to {columns} components",
-        components,
-        "Ask for at most as many as there are latents, or leave it out for all.",
-    )
-    mean, scale = reference.mean(0), reference.std(0)
-    standard = (reference - mean) / scale
-    widest = np.eye(columns)
-    if components not in (None, columns):
-        widest = (
-            scale[:, None] * np.linalg.svd(reference - mean, full_matrices=False)[2][:components].T
-        )
-    rows, converged = _unmixing(standard @ widest, np.random.default_rng(seed), standard)
-    if not converged:
-        warnings.warn(
-            f"expected ICA to converge; got {RESTARTS * len(CONTRASTS)} runs of {PATIENCE} iterations that "
-            "didn't. The best is returned, don't rely on it: pass more tasks, and ask separable(latents) "
-            "whether they are too Gaussian.",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-    return _like(latents, (z - mean) / scale @ widest @ rows.T)
-
-
-def separable(latents: Tensor | NDArray[Any], *, seed: int = 0) -> Separability:
-    r"""Are latents independent and non-Gaussian enough over tasks for ICA to resolve what is left, a linear map?
+def measure_separability(
+    latents: Tensor | NDArray[Any], *, seed: int = 0, progress: bool = True
+) -> Separability:
+    r"""Measure if latents are independent and non-Gaussian enough over tasks for ICA to resolve a linear map.
 
     .. math::
         z = A s + c \quad\text{gives } s \text{ up to order, sign and scale iff the } s_i
         \text{ are independent and at most one is Gaussian.}
 
-    Three measurements on the components that :func:`disentangle` finds. Their *non-Gaussianity* is an approximation of
-    negentropy, to be compared with that of components found in Gaussian noise: ICA looks for the least Gaussian
-    direction, and finds some. *Dependence* that no rotation removes shows in correlations of polynomials of ranks.
-    *Stability* repeats the ICA on resampled tasks: if several rotations fit as well, resamples disagree.
+    Three measurements are made on the components that :func:`~pyro_hybrid.disentangle` finds. *Non-Gaussianity* is an
+    approximation of negentropy, to be compared with that of components found in Gaussian noise: ICA looks for the least
+    Gaussian direction, and finds one in noise too. *Dependence* that no rotation removes shows in correlations of
+    polynomials of ranks. *Stability* repeats the ICA on resampled tasks: if several rotations fit equally well,
+    resamples disagree.
 
     References:
         | Independent Component Analysis, a New Concept? (Comon, 1994)
@@ -183,238 +92,200 @@ def separable(latents: Tensor | NDArray[Any], *, seed: int = 0) -> Separability:
         | (Himberg, Hyvärinen & Esposito, 2004) https://doi.org/10.1016/j.neuroimage.2004.03.027
 
     Arguments:
-        latents: Recovered latents :math:`z`, of shape :math:`(T, D)`, one row a task.
-        seed: Starting points, resamples and noise; the global random state is neither read nor changed.
+        latents: recovered latents :math:`z`, of shape :math:`(T, D)`, one row per task.
+        seed: of starting points, resamples and noise; the global random state is neither read nor changed.
+        progress: show a progress bar if it takes longer than two seconds.
 
     Example:
         >>> import torch
         >>> generator = torch.Generator().manual_seed(0)
         >>> mixing = torch.tensor([[1.0, 1.0], [-1.0, 2.0]])
-        >>> judge_separability(separable(torch.rand(500, 2, generator=generator) @ mixing)).status
+        >>> uniform = torch.rand(500, 2, generator=generator) @ mixing
+        >>> judge_separability(measure_separability(uniform)).status
         'holds'
-        >>> judge_separability(separable(torch.randn(500, 2, generator=generator) @ mixing)).status
+        >>> gaussian = torch.randn(500, 2, generator=generator) @ mixing
+        >>> judge_separability(measure_separability(gaussian)).status
         'fails'
     """
-    z = _pooled("latents", latents)
-    _require_tasks("latents", *z.shape)
+    require_seed(seed)
+    z = to_varying_matrix("latents", latents)
+    require_enough_tasks("latents", *z.shape)
     rng = np.random.default_rng(seed)
-    x = _standardise(z)
-    rows, _ = _unmixing(x, rng)
+    x = standardize(z)
+    rows, _ = unmixing_rows(x, rng)
     sources = x @ rows.T
-    resampled = [_negentropy(sources[_resample(rng, len(x))]) for _ in range(BOOTSTRAP)]
-    dependence, dependent = _dependence(sources)
-    agreement = _agreement(x, rows, rng)
+    resampled = [negentropy(sources[_resample(rng, len(x))]) for _ in range(BOOTSTRAP)]
+    dependence, dependent = largest_dependence(sources)
+    agreement = _agreement(x, rows, rng, progress)
     worst = agreement.min(1)
-    low, high = _interval(worst)
+    low, high = percentile_interval(worst)
     return Separability(
-        _negentropy(sources),
-        _interval(np.stack(resampled)).T,
-        _noise_level(x.shape, rng),
-        dependence,
-        dependent,
-        _dependence_level(*x.shape),
-        np.median(agreement, 0),
-        float(np.median(worst)),
-        (float(low), float(high)),
+        non_gaussianity=negentropy(sources),
+        non_gaussianity_interval=percentile_interval(np.stack(resampled)).T,
+        noise_level=noise_level(x.shape, rng),
+        dependence=dependence,
+        dependent=dependent,
+        dependence_level=dependence_level(*x.shape),
+        agreement=np.median(agreement, 0),
+        stability=float(np.median(worst)),
+        stability_interval=(float(low), float(high)),
     )
 
 
 def judge_separability(numbers: Separability) -> Check:
-    """Whether ICA is licensed: stable components of which at most one may be Gaussian, and no dependence in sight.
+    """Judge if ICA is justified: stable components, at most one of them Gaussian, no dependence in sight.
 
-    It fails where two components depend clearly, or where two or more are closer to a Gaussian than a uniform is and
-    resamples disagree on them. Few tasks decide nothing.
+    The check fails where two components clearly depend on each other, or where two or more are closer to a Gaussian
+    than a uniform variable is and resamples disagree on them. Few tasks decide nothing.
 
     Arguments:
-        numbers: what :func:`separable` returned.
+        numbers: result of :func:`measure_separability`.
     """
-    checks = _judge_dependence(numbers), _judge_gaussians(numbers)
-    status = min((check.status for check in checks), key=("fails", "undecided", "holds").index)
-    found = [check for check in checks if check.status == status]
-    return found[-1]._replace(why="; ".join(check.why for check in found))
+    checks = [_judge_dependence(numbers), _judge_gaussians(numbers)]
+    order: list[Status] = ["fails", "undecided", "holds"]
+    status = min((check.status for check in checks), key=order.index)
+    decisive = [check for check in checks if check.status == status]
+    why = " ".join(check.why for check in decisive)
+    return decisive[-1]._replace(why=why)
 
 
 def _judge_dependence(numbers: Separability) -> Check:
-    """The largest correlation, with a band that holds for all pairs at once."""
-    value, level, (one, other) = numbers.dependence, numbers.dependence_level, numbers.dependent
-    said = f"components {one} and {other} depend on each other over tasks: polynomials of their ranks correlate by "
-    check = judged(
-        "separability",
+    """Judge the largest correlation, with a band that holds for all pairs at once."""
+    value = numbers.dependence
+    level = numbers.dependence_level
+    one, other = numbers.dependent
+    check = Check.from_interval(
+        NAME,
         value,
         (max(value - level, 0.0), min(value + level, 1.0)),
         INDEPENDENT,
-        f"{said}{value:.2f}, those of independent ones by less than {level:.2f}",
+        f"Components {one} and {other} depend on each other over tasks: polynomials of their ranks correlate by "
+        f"{value:.2f}, those of independent components by less than {level:.2f}.",
         "Report the latents up to a linear map; or name the physics behind the dependence, as a known term.",
     )
     if check.status == "fails" or (check.status == "undecided" and value > level):
         return check
     if level > VISIBLE:
         return check._replace(
-            why=f"a dependence of components below {level:.2f} can't be seen with so few tasks",
+            why=f"A dependence of components below {level:.2f} cannot be seen with so few tasks.",
             remedy="Pool more tasks.",
         )
     return check._replace(
         status="holds",
         remedy="",
-        why=f"components hardly depend on each other ({value:.2f}, by chance up to {level:.2f})",
+        why=f"Components hardly depend on each other: their largest correlation is {value:.2f}, and chance gives up "
+        f"to {level:.2f}.",
     )
 
 
 def _judge_gaussians(numbers: Separability) -> Check:
-    """Resamples that agree, with one Gaussian at most; or two Gaussians, on whose rotation they don't."""
+    """Require that resamples agree and at most one component is Gaussian; fail for a pair that rotates freely."""
     low, high = numbers.non_gaussianity_interval.T
     candidates = np.flatnonzero(low <= numbers.noise_level)
     gaussian = candidates[high[candidates] < UNIFORM]
     stable = numbers.stability_interval[0]
-    status: Status
+    status: Status = "undecided"
+    remedy = POOL
     if len(gaussian) > 1 and stable < STABLE.fails:
-        status, why = (
-            "fails",
-            f"{_named(gaussian)} look Gaussian over tasks: any rotation of them fits as well",
-        )
+        status = "fails"
+        why = f"{_name_components(gaussian)} look Gaussian over tasks: any rotation of them fits as well."
         remedy = (
             "Report them up to a rotation, or resolve it by what is known of them: a physics latent's place in "
             "the equations, a neural term linear in its latents."
         )
     elif len(candidates) > 1:
-        status, why = (
-            "undecided",
-            f"{_named(candidates)} can't be told from Gaussians, of which ICA bears one",
+        why = (
+            f"{_name_components(candidates)} cannot be told from Gaussian components, of which ICA can separate "
+            "one only."
         )
-        remedy = "Pool more tasks; until then report the latents up to a linear map."
     elif stable <= STABLE.holds:
-        status, why = (
-            "undecided",
-            (
-                f"component {numbers.agreement.argmin()} is another one for other tasks: resamples "
-                f"agree on the worst component by {stable:.2f} only"
-            ),
+        why = (
+            f"Component {numbers.agreement.argmin()} changes with the tasks that ICA is given: over resampled tasks "
+            f"the worst component agrees by {stable:.2f} only."
         )
-        remedy = "Pool more tasks; until then report the latents up to a linear map."
     else:
-        status, why, remedy = (
-            "holds",
-            "at most one is Gaussian; resampled tasks agree on all of them",
-            "",
-        )
-    return Check(
-        "separability", status, numbers.stability, numbers.stability_interval, STABLE, why, remedy
-    )
+        status = "holds"
+        why = "At most one component is Gaussian, and resampled tasks agree on all of them."
+        remedy = ""
+    return Check(NAME, status, numbers.stability, numbers.stability_interval, STABLE, why, remedy)
 
 
-def _named(components: NDArray[np.int64]) -> str:
-    *first, last = (str(c) for c in components)
-    return f"components {', '.join(first)} and {last}"
+def _name_components(components: NDArray[np.int64]) -> str:
+    *first, last = (str(component) for component in components)
+    return f"Components {', '.join(first)} and {last}"
 
 
-def _unmixing(x: Array, rng: np.random.Generator, like: Array | None = None) -> tuple[Array, bool]:
-    """Rows that unmix ``x``, with the order and signs of its columns, or of ``like``; did any run converge?"""
-    like = x if like is None else like
-    rank = int(np.linalg.matrix_rank(x, tol=SMALLEST * np.sqrt(len(x))))
-    require(
-        rank == x.shape[1],
-        f"{x.shape[1]} linearly independent components",
-        f"rank {rank}",
-        "Drop the redundant columns before disentangling.",
-    )
-    starts = [rng.normal(size=(rank, rank)) for _ in range(RESTARTS)]
-    rows, converged = _least_entropy(x, starts, ITERATIONS)
-    if not converged:
-        rows, converged = _least_entropy(x, starts, PATIENCE)
-    _, order = _match(x @ rows.T, like)
-    matched = order >= 0
-    order = order[matched]
-    flipped = np.diag(_correlation(x @ rows[order].T, like[:, matched])) < 0
-    return np.where(flipped, -1.0, 1.0)[:, None] * rows[order], converged
+def _resample(rng: np.random.Generator, num_tasks: int) -> NDArray[np.int64]:
+    return rng.integers(num_tasks, size=num_tasks)
 
 
-def _least_entropy(
-    x: Array, starts: list[Array], iterations: int, contrasts: tuple[Any, ...] = CONTRASTS
-) -> tuple[Array, bool]:
-    """Of FastICA with every contrast from every start, the rows with the least total entropy; did any run converge?"""
-    _, singular, directions = np.linalg.svd(x / np.sqrt(len(x)), full_matrices=False)
-    whitener = directions / np.maximum(singular, SMALLEST)[:, None]
-    white = x @ whitener.T
-    found = [
-        _fast_ica(white, contrast, start @ directions.T * singular, iterations)
-        for contrast in contrasts
-        for start in starts
-    ]
-    best = min(
-        (rotation for rotation, _ in found), key=lambda rotation: _total_entropy(white @ rotation.T)
-    )
-    return best @ whitener, any(done for _, done in found)
-
-
-def _fast_ica(white: Array, contrast: Any, start: Array, iterations: int) -> tuple[Array, bool]:
-    """The rotation that one run of FastICA ends in, and whether it converged."""
-    ica = FastICA(fun=contrast, whiten=False, max_iter=iterations, w_init=start, random_state=0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        ica.fit(white)
-    return ica.components_, ica.n_iter_ < iterations
-
-
-def _total_entropy(sources: Array) -> float:
-    """Sum over columns of the m-spacing estimate of entropy, up to a constant; ties count as tiny gaps."""
-    spacing = round(len(sources) ** 0.5)
-    ordered = np.sort(sources, axis=0)
-    gaps = ordered[spacing:] - ordered[:-spacing]
-    return float(np.log(np.maximum(gaps, 1e-6)).mean(0).sum())
-
-
-def _resample(rng: np.random.Generator, tasks: int) -> NDArray[np.int64]:
-    return rng.integers(tasks, size=tasks)
-
-
-def _negentropy(sources: Array) -> Array:
-    """Hyvärinen's approximation of each column's negentropy, from one odd and one even bounded moment."""
-    s = _standardise(sources)
+def negentropy(sources: Array) -> Array:
+    """Approximate each column's negentropy by one odd and one even bounded moment (Hyvärinen, 1998)."""
+    s = standardize(sources)
     bump = np.exp(-(s**2) / 2)
-    odd, even = (s * bump).mean(0), bump.mean(0) - 0.5**0.5
-    return 36 / (8 * 3**0.5 - 9) * odd**2 + 24 / (16 * 3**0.5 - 27) * even**2
+    odd = (s * bump).mean(0)
+    even = bump.mean(0) - 0.5**0.5
+    skewed: Array = 36 / (8 * 3**0.5 - 9) * odd**2
+    heavy: Array = 24 / (16 * 3**0.5 - 27) * even**2
+    return skewed + heavy
 
 
-def _noise_level(shape: tuple[int, ...], rng: np.random.Generator) -> float:
-    """The negentropy that 95% of the components stay below that ICA finds in Gaussian noise."""
-    found = []
+def noise_level(shape: tuple[int, ...], rng: np.random.Generator) -> float:
+    """Return the negentropy that 95% of the components stay below that ICA finds in Gaussian noise."""
+    negentropies = []
     for _ in range(NOISES):
-        x = _standardise(rng.normal(size=shape))
-        rows, _ = _least_entropy(x, [rng.normal(size=(shape[1], shape[1]))], NOISE_ITERATIONS)
-        found.append(_negentropy(x @ rows.T))
-    return float(np.quantile(found, 0.95))
+        x = standardize(rng.normal(size=shape))
+        start = rng.normal(size=(shape[1], shape[1]))
+        rows, _ = least_entropy_rows(x, [start], NOISE_ITERATIONS)
+        negentropies.append(negentropy(x @ rows.T))
+    return float(np.quantile(negentropies, 0.95))
 
 
-def _dependence(sources: Array) -> tuple[float, tuple[int, int]]:
-    """The largest absolute correlation between Legendre polynomials of two columns' ranks, and these columns."""
-    tasks, components = sources.shape
-    ranks = (2 * rankdata(sources, axis=0) - 1) / tasks - 1
-    features = np.stack(
-        [_standardise(np.polynomial.Legendre.basis(k)(ranks)) for k in range(1, DEGREE + 1)]
-    )
-    correlation = np.abs(np.einsum("kti,ltj->ijkl", features, features)).max((2, 3)) / tasks
-    np.fill_diagonal(correlation, 0.0)
-    one, other = sorted(int(i) for i in np.unravel_index(correlation.argmax(), correlation.shape))
-    return float(correlation[one, other]), (one, other)
+def largest_dependence(sources: Array) -> tuple[float, tuple[int, int]]:
+    """Return the largest correlation between Legendre polynomials of two columns' ranks, and these columns."""
+    num_tasks = len(sources)
+    ranks = (2 * rankdata(sources, axis=0) - 1) / num_tasks - 1
+    polynomials = [np.polynomial.Legendre.basis(degree) for degree in range(1, DEGREE + 1)]
+    features = np.stack([standardize(polynomial(ranks)) for polynomial in polynomials])
+    products = np.einsum("kti,ltj->ijkl", features, features)
+    magnitudes = np.abs(products).max((2, 3)) / num_tasks
+    np.fill_diagonal(magnitudes, 0.0)
+    row, column = np.unravel_index(magnitudes.argmax(), magnitudes.shape)
+    one, other = sorted((int(row), int(column)))
+    return float(magnitudes[one, other]), (one, other)
 
 
-def _dependence_level(tasks: int, components: int) -> float:
-    """Ranks make it the same for all distributions: normal correlations, Bonferroni's correction for their number."""
-    number = components * (components - 1) // 2 * DEGREE**2
-    return float(norm.isf(0.005 / number) / np.sqrt(tasks)) if number else 0.0
+def dependence_level(num_tasks: int, num_components: int) -> float:
+    """Return the dependence that independent components exceed once in a hundred times.
 
-
-def _agreement(x: Array, rows: Array, rng: np.random.Generator) -> Array:
-    """Each component's absolute correlation with its partner in ICAs of resampled tasks, (resample, component).
-
-    Of the contrasts, the one that agrees best: choosing it anew for each resample adds noise of the choice only.
+    Ranks make it the same for all distributions: correlations are normal, with Bonferroni's correction for their
+    number.
     """
-    found = np.empty((len(CONTRASTS), RESAMPLES, len(rows)))
-    for k in tqdm(range(RESAMPLES), desc="ICA of resampled tasks", delay=2.0, leave=False):
-        again = x[_resample(rng, len(x))]
-        again = again - again.mean(0)
-        starts = [rows, rng.normal(size=rows.shape)]  # from where it was found, and from elsewhere
+    number = num_components * (num_components - 1) // 2 * DEGREE**2
+    return float(norm.isf(0.005 / number) / np.sqrt(num_tasks)) if number else 0.0
+
+
+def _agreement(x: Array, rows: Array, rng: np.random.Generator, progress: bool) -> Array:
+    """Correlate each component with its partner in ICAs of resampled tasks, (resample, component).
+
+    The contrast that agrees best is the same for all resamples: choosing it anew for each would add the noise of the
+    choice.
+    """
+    magnitudes: Array = np.empty((len(CONTRASTS), RESAMPLES, len(rows)))
+    bar = tqdm(
+        range(RESAMPLES),
+        desc="ICA of resampled tasks",
+        delay=2.0,
+        leave=False,
+        disable=not progress,
+    )
+    for k in bar:
+        resampled = x[_resample(rng, len(x))]
+        resampled = resampled - resampled.mean(0)
+        starts = [rows, rng.normal(size=rows.shape)]
         for c, contrast in enumerate(CONTRASTS):
-            other, _ = _least_entropy(again, starts, RESAMPLED_ITERATIONS, (contrast,))
-            found[c, k] = _match(x @ other.T, x @ rows.T)[0]
-    return found[np.quantile(found.min(2), 0.025, axis=1).argmax()]
+            other, _ = least_entropy_rows(resampled, starts, RESAMPLED_ITERATIONS, [contrast])
+            magnitudes[c, k] = match_components(x @ other.T, x @ rows.T)[0]
+    best = np.quantile(magnitudes.min(2), 0.025, axis=1).argmax()
+    agreement: Array = magnitudes[best]
+    return agreement

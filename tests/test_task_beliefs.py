@@ -26,7 +26,12 @@ from pyro_hybrid.beliefs.families import (
     VonMises,
 )
 from pyro_hybrid.identifiability import task_beliefs as module
-from pyro_hybrid.identifiability.task_beliefs import Reading, in_double, names_of, read
+from pyro_hybrid.identifiability.task_beliefs import (
+    TaskBeliefs,
+    copy_in_double,
+    infer_tasks,
+    latent_names,
+)
 
 FAMILIES: list[Callable[[int], Family]] = [Normal, LogNormal, Gamma, Beta, VonMises, FullNormal]
 
@@ -55,9 +60,9 @@ def data(tasks: int = 9, shots: int = 6, num_support: int = 2, seed: int = 0) ->
 
 
 def quietly(
-    program: Callable[[ph.Episode], object], tasks: ph.Tasks, shots: int | None = None
-) -> Reading:
-    return read(program, tasks, shots=shots, progress=False)
+    program: Callable[[ph.Episode], object], tasks: ph.Tasks, num_support: int | None = None
+) -> TaskBeliefs:
+    return infer_tasks(program, tasks, num_support=num_support, progress=False)
 
 
 # ---- what is read --------------------------------------------------------------------------------
@@ -67,7 +72,7 @@ def test_a_prior_by_hand_is_read_from_disjoint_supports() -> None:
     tasks = data()
     found = quietly(stated, tasks)
     means = torch.stack([tasks.values[:, 2 * i : 2 * i + 2].mean((1, 2)) for i in range(3)])
-    assert found.shots == 2 and found.families == {"z": Normal(1), "rate": Gamma(1)}
+    assert found.num_support == 2 and found.families == {"z": Normal(1), "rate": Gamma(1)}
     assert_close(found.natural["z"], torch.stack([means / 0.25, torch.full_like(means, -2.0)], -1))
     assert_close(
         found.natural["rate"], torch.stack([means.abs(), torch.full_like(means, -2.0)], -1)
@@ -124,7 +129,7 @@ def test_supports_are_as_large_as_in_training_where_two_of_them_fit(
 ) -> None:
     found = quietly(stated, data(4, shots, num_support), chosen)
     assert found.natural["z"].shape == (supports, 4, 1, 2)
-    assert found.shots == (chosen or min(num_support, shots // 2))
+    assert found.num_support == (chosen or min(num_support, shots // 2))
 
 
 def test_a_support_prior_and_the_same_prior_by_hand_give_the_same() -> None:
@@ -217,7 +222,7 @@ def test_numbers_stand_in_the_order_of_their_names() -> None:
         "a": torch.arange(2.0).view(1, 1, 1, 2),
         "b": torch.arange(10.0, 14.0).view(1, 1, 2, 2),
     }
-    found = Reading(families, natural, shots=1)
+    found = TaskBeliefs(families, natural, num_support=1)
     assert found.names == ["a", "b[0]", "b[1]"]
     assert found.terms == [
         "a: log z",
@@ -231,13 +236,13 @@ def test_numbers_stand_in_the_order_of_their_names() -> None:
 
 
 def test_a_full_normal_has_terms_for_all_its_products() -> None:
-    found = Reading({"z": FullNormal(2)}, {"z": torch.zeros(1, 1, 2, 3)}, shots=1)
+    found = TaskBeliefs({"z": FullNormal(2)}, {"z": torch.zeros(1, 1, 2, 3)}, num_support=1)
     assert len(found.terms) == found.flat.shape[-1] == 6
     assert found.terms[:3] == ["z[0]: z", "z[0]: z z[0]", "z[0]: z z[1]"]
 
 
 def test_a_site_of_one_component_goes_by_its_own_name() -> None:
-    assert names_of({"omega": 1, "unknown": 3}) == [
+    assert latent_names({"omega": 1, "unknown": 3}) == [
         "omega",
         "unknown[0]",
         "unknown[1]",
@@ -253,24 +258,29 @@ def test_coordinates_and_their_spread_are_those_of_all_that_is_believed() -> Non
         "a": families["a"].from_gaussian(mean[..., :1], scale[..., :1]),
         "b": families["b"].from_gaussian(mean[..., 1:], scale[..., 1:]),
     }
-    found = Reading(families, natural, shots=1)
-    assert_close(found.coordinates(), (mean, scale), rtol=1e-6, atol=1e-6)
+    found = TaskBeliefs(families, natural, num_support=1)
+    assert_close((found.mean, found.sd), (mean, scale), rtol=1e-6, atol=1e-6)
     draws = (mean + scale * torch.randn(4000, 3, 50, 3, dtype=torch.float64)).flatten(0, 2)
-    assert_close(found.spread(), (draws.mean(0), draws.std(0)), rtol=0.01, atol=0.01)
+    assert_close(
+        (found.population_mean, found.population_sd),
+        (draws.mean(0), draws.std(0)),
+        rtol=0.01,
+        atol=0.01,
+    )
 
 
 def test_constrained_latents_are_each_family_s_own() -> None:
-    found = Reading({"a": LogNormal(1), "b": Beta(1), "c": Normal(1)}, {}, shots=1)
+    found = TaskBeliefs({"a": LogNormal(1), "b": Beta(1), "c": Normal(1)}, {}, num_support=1)
     z = found.constrained(torch.tensor([[0.3, -0.7, 1.1]], dtype=torch.float64))
     assert z.flatten().tolist() == pytest.approx([math.exp(0.3), 1 / (1 + math.exp(0.7)), 1.1])
 
 
 def test_in_double_copies_a_module_and_leaves_a_function_as_it_is() -> None:
     model = nn.Linear(2, 1)
-    copy = in_double(model)
+    copy = copy_in_double(model)
     assert copy.weight.dtype == torch.float64 and model.weight.dtype == torch.float32
     assert copy.weight.tolist() == model.weight.tolist()
-    assert in_double(stated) is stated
+    assert copy_in_double(stated) is stated
 
 
 # ---- what it refuses -----------------------------------------------------------------------------
@@ -337,7 +347,7 @@ def test_a_task_on_which_the_prior_has_no_mean_is_named() -> None:
 
     with pytest.raises(
         ValueError,
-        match="a finite mean and spread of 'z'; got NaN or Inf in 1 task, the first being task 4",
+        match="a finite mean and standard deviation of 'z'; got NaN or Inf in 1 task, the first being task 4",
     ):
         quietly(latent(improper), data())
 
@@ -352,5 +362,7 @@ def test_tasks_of_one_shot_are_refused() -> None:
 
 @pytest.mark.parametrize("shots", [0, 7, -1])
 def test_supports_larger_than_a_task_or_empty_are_refused(shots: int) -> None:
-    with pytest.raises(ValueError, match=rf"supports of 1 to 6 shots; got {shots}"):
+    with pytest.raises(
+        ValueError, match=rf"num_support as a whole number from 1 to 6; got {shots}"
+    ):
         quietly(stated, data(), shots)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pyro
 import pyro.distributions as dist
@@ -11,7 +13,12 @@ from torch import Tensor
 from toys import POINTS, Line, exact, make_tasks
 
 import pyro_hybrid as ph
-from pyro_hybrid.identifiability.learning_curves import Curve, how_many, shots_curve, tasks_curve
+from pyro_hybrid.identifiability.learning_curves import (
+    LearningCurve,
+    required_size,
+    shots_curve,
+    tasks_curve,
+)
 
 C = 20.0  # variance of what a program adds to a latent, times the number of its tasks and shots, in latents' variances
 TASKS, SHOTS = 400, 8
@@ -48,11 +55,11 @@ class Apprentice:
             )
 
 
-def trend(slope: float, *sizes: int, scale: float = 5.0) -> Curve:
+def trend(slope: float, *sizes: int, scale: float = 5.0) -> LearningCurve:
     """Two latents: one that is always well recovered, one whose 1 - R² is a power of the number of tasks."""
     r = np.sqrt(1.0 - np.minimum(scale * np.array(sizes) ** slope, 1.0))
     both = np.stack([np.full_like(r, 0.9999), r], -1)
-    return Curve(
+    return LearningCurve(
         "tasks", ["a", "b"], list(sizes), both, np.stack([both, both], -1), both.mean(1), 5
     )
 
@@ -162,7 +169,7 @@ def test_a_prior_that_ignores_its_shots_gains_nothing_by_more_of_them() -> None:
             )
 
     found = shots_curve(Deaf(noisy(20), learns=False), noisy(100, seed=1), progress=False)
-    assert np.allclose(found.linear_r, found.linear_r[:1]) and how_many(found) is None
+    assert np.allclose(found.linear_r, found.linear_r[:1]) and required_size(found) is None
 
 
 def test_neither_curve_shows_a_bar_unless_asked(capsys: pytest.CaptureFixture[str]) -> None:
@@ -175,7 +182,7 @@ def test_neither_curve_shows_a_bar_unless_asked(capsys: pytest.CaptureFixture[st
     said = capsys.readouterr()
     assert (
         "training on more and more tasks" in said.err
-        and "reading from more and more shots" in said.err
+        and "inferring from more and more shots" in said.err
     )
     assert said.out == ""
 
@@ -190,7 +197,7 @@ def test_a_power_law_is_extrapolated_to_its_closed_form(slope: float, target: fl
         slope, 30, 100, 300, scale=0.5 * 30.0**-slope
     )  # half of the variance is missing at 30 tasks
     expected = (0.5 * 30.0**-slope / (1.0 - target**2)) ** (-1.0 / slope)
-    answer = how_many(found, target)
+    answer = required_size(found, target)
     if expected <= 300:
         assert answer == min(size for size in found.sizes if size >= expected)
     else:
@@ -199,8 +206,8 @@ def test_a_power_law_is_extrapolated_to_its_closed_form(slope: float, target: fl
 
 def test_what_is_reached_is_not_extrapolated() -> None:
     assert (
-        how_many(trend(-1.0, 10, 100, 1000), 0.9) == 100
-        and how_many(trend(-1.0, 1000), 0.9) == 1000
+        required_size(trend(-1.0, 10, 100, 1000), 0.9) == 100
+        and required_size(trend(-1.0, 1000), 0.9) == 1000
     )
 
 
@@ -209,7 +216,7 @@ def test_only_what_has_begun_to_fall_counts() -> None:
     begun = trend(-1.0, 10, 20, 100, 1000, 10_000, scale=200.0)
     assert begun.linear_r[:3, 1].max() == 0.0
     expected = 200.0 / (1.0 - 0.999**2)
-    assert how_many(begun, 0.999) == pytest.approx(expected, rel=1e-6, abs=1.0)
+    assert required_size(begun, 0.999) == pytest.approx(expected, rel=1e-6, abs=1.0)
 
 
 def test_a_learned_curve_is_extrapolated_near_the_truth() -> None:
@@ -218,14 +225,14 @@ def test_a_learned_curve_is_extrapolated_near_the_truth() -> None:
     )
     target = 0.999
     expected = C / (SHOTS // 2) * target**2 / (1.0 - target**2)
-    assert 0.6 < how_many(found, target) / expected < 1.7
+    assert 0.6 < required_size(found, target) / expected < 1.7
 
 
 def test_what_is_not_reached_yet_takes_more_than_there_was() -> None:
     """Even where the curve flattens, so that its trend says otherwise."""
     r = np.sqrt(1.0 - np.array([[0.8], [0.1], [0.09]]))
-    flattening = Curve("tasks", ["a"], [10, 100, 1000], r, np.stack([r, r], -1), r[:, 0], 3)
-    assert how_many(flattening, 0.92**0.5) > 1000
+    flattening = LearningCurve("tasks", ["a"], [10, 100, 1000], r, np.stack([r, r], -1), r[:, 0], 3)
+    assert required_size(flattening, 0.92**0.5) > 1000
 
 
 @pytest.mark.parametrize(
@@ -239,8 +246,8 @@ def test_what_is_not_reached_yet_takes_more_than_there_was() -> None:
     ],
     ids=["flat", "hardly falling", "worse and worse", "hardly begun", "a single size"],
 )
-def test_without_a_trend_there_is_no_answer(curve: Curve) -> None:
-    assert how_many(curve, 0.99) is None
+def test_without_a_trend_there_is_no_answer(curve: LearningCurve) -> None:
+    assert required_size(curve, 0.99) is None
 
 
 # ---- what is refused -----------------------------------------------------------------------------
@@ -259,7 +266,7 @@ def refuse(tasks: ph.Tasks) -> Apprentice:
 def test_numbers_of_tasks_that_cannot_be_are_refused_before_any_training(sizes: list[int]) -> None:
     with pytest.raises(
         ValueError,
-        match=r"expected rising sizes from 2 to 10; got \[.*\]\. Simulate more tasks, or",
+        match=r"expected ascending whole numbers from 2 to 10 as sizes; got \[.*\]\. Simulate more tasks, or",
     ):
         tasks_curve(refuse, noisy(10), noisy(50, seed=1), sizes, progress=False)
 
@@ -271,7 +278,8 @@ def test_numbers_of_tasks_that_cannot_be_are_refused_before_any_training(sizes: 
 )
 def test_numbers_of_shots_that_cannot_be_are_refused(sizes: list[int]) -> None:
     with pytest.raises(
-        ValueError, match=r"expected rising sizes from 1 to 8; got \[.*\]\. Record more shots, or"
+        ValueError,
+        match=r"expected ascending whole numbers from 1 to 8 as sizes; got \[.*\]\. Record more shots, or",
     ):
         shots_curve(Apprentice(noisy(10)), noisy(50, seed=1), sizes, progress=False)
 
@@ -285,12 +293,48 @@ def test_without_truth_there_is_nothing_to_compare_with() -> None:
         tasks_curve(refuse, noisy(10), held_out, [10], progress=False)
 
 
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: tasks_curve(noisy(10), noisy(10), noisy(50), [2, 4]),
+            r"train to be callable; got Tasks\. Pass a function from tasks to a trained model",
+        ),
+        (
+            lambda: tasks_curve(refuse, noisy(10).episode(), noisy(50), [2, 4]),
+            r"tasks to be a data set \(ph\.Tasks\); got Episode\. Make one with",
+        ),
+        (
+            lambda: tasks_curve(refuse, noisy(10), noisy(50).episode(), [2, 4]),
+            r"held_out to be a data set \(ph\.Tasks\); got Episode\. Make one with",
+        ),
+        (
+            lambda: tasks_curve(refuse, noisy(10), noisy(50), [2, 4.5]),
+            r"ascending whole numbers from 2 to 10 as sizes; got \[2, 4\.5\]",
+        ),
+        (
+            lambda: shots_curve(noisy(10), noisy(50)),
+            r"model to be callable; got Tasks\. Pass the trained program",
+        ),
+        (
+            lambda: shots_curve(Apprentice(noisy(10)), noisy(50).values),
+            r"held_out to be a data set \(ph\.Tasks\); got Tensor\. Make one with",
+        ),
+    ],
+)
+def test_wrong_objects_are_answered_with_what_to_pass(
+    without_jaxtyping: None, call: Callable[[], object], message: str
+) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        call()
+
+
 @pytest.mark.parametrize("target", [0.0, 1.0, 1.2, -0.5])
 def test_a_target_that_no_number_reaches_is_refused(target: float) -> None:
     with pytest.raises(
         ValueError, match=rf"expected a target between 0 and 1; got {target}\. Linear R of 1 takes"
     ):
-        how_many(trend(-1.0, 10, 100), target)
+        required_size(trend(-1.0, 10, 100), target)
 
 
 def test_the_toy_is_as_noisy_as_it_claims() -> None:
