@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import itertools
 import math
@@ -19,11 +18,10 @@ from conftest import Note
 from pyro.infer import SVI as StockSVI
 from pyro.infer import RenyiELBO, Trace_ELBO, TraceMeanField_ELBO
 from torch import Tensor, nn
-from toys import POINTS, SEPARATE, Line, in_float32, make_tasks
+from toys import SEPARATE, Line, encoder, in_float32, make_tasks
 
 import pyro_hybrid as ph
 from pyro_hybrid.data.segments import to_segments
-from pyro_hybrid.training import svi as svi_module
 from pyro_hybrid.training.batch import sampled_segments
 from pyro_hybrid.training.guards import ElboTerms
 
@@ -45,7 +43,7 @@ def pair(
 ) -> tuple[Line, ph.AmortizedGuide]:
     torch.manual_seed(seed)
     program = model(evidence, **options)
-    return program, ph.AmortizedGuide(program, evidence or ph.SetEncoder(1, POINTS, 8, width=16))
+    return program, ph.AmortizedGuide(program, evidence or encoder())
 
 
 def frozen(both: tuple[Line, ph.AmortizedGuide]) -> tuple[Line, ph.AmortizedGuide]:
@@ -219,9 +217,9 @@ def test_several_particles_are_averaged_in_the_record_too() -> None:
 def test_the_encoders_are_standardized_with_the_training_tasks() -> None:
     model, guide = pair()
     ph.meta_train(model, guide, TASKS, **SHORT)
-    for encoder in (model.prior.encoder, guide.encoder):
-        assert encoder.center.item() == pytest.approx(TASKS.values.mean().item(), rel=1e-4)
-        assert encoder.scale.item() == pytest.approx(TASKS.values.std().item(), rel=1e-2)
+    for part in (model.prior.network.encoder, guide.network.encoder):
+        assert part.center.item() == pytest.approx(TASKS.values.mean().item(), rel=1e-4)
+        assert part.scale.item() == pytest.approx(TASKS.values.std().item(), rel=1e-2)
 
 
 def test_support_and_query_are_drawn_anew_at_every_step() -> None:
@@ -443,7 +441,7 @@ def test_over_all_choices_of_segments_loss_and_gradient_are_those_of_all_of_them
             loss = svi.backward(episode)
         gradients = [
             model.noise_unconstrained.grad,
-            *(p.grad.flatten() for p in guide.head.parameters()),
+            *(p.grad.flatten() for p in guide.network.head.parameters()),
         ]
         return torch.cat(
             [
@@ -477,7 +475,7 @@ class Weighed(Line):
         return super().forward(episode)
 
 
-SCALES = {"x": 4.0, "start": 2.0, "slope": 0.5, "bend": 0.5, "proposals": 1.0, "weight": 1.0}
+SCALES = {"x": 4.0, "start": 2.0, "slope": 0.5, "bend": 0.5, "weight": 1.0}
 
 
 @pytest.mark.parametrize(("site", "scale"), SCALES.items())
@@ -514,58 +512,42 @@ def test_segments_of_nothing_or_with_computed_evidence_are_refused(
         ph.meta_train(*pair(evidence), TASKS, segments_per_shot=segments, **SOME)
 
 
-# ---- one reading a step --------------------------------------------------------------------------
-
-
-@READINGS
-def test_a_step_reads_every_episode_once_and_the_next_step_reads_again(
-    evidence: ph.GaussNewton | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    both, readings, plain = pair(evidence), [], ph.SetEncoder._features
-    svi, episode = ph.SVI(*both, pyro.optim.SGD({"lr": 1e-4})), TASKS.episode()
-
-    def features(self: ph.SetEncoder, episode: ph.Episode) -> Tensor:
-        readings.append((self, episode, torch.is_grad_enabled()))
-        return plain(self, episode)
-
-    monkeypatch.setattr(ph.SetEncoder, "_features", features)
-    expected = 2  # the support by the prior's encoder, with gradients; the query by the guide's, or what is proposed
-    for _ in range(2):
-        readings.clear()
-        svi.step(episode)
-        assert len(readings) == len({*readings}) == expected
-    readings.clear()
-    svi.evaluate_loss(episode)
-    assert len(readings) == len({*readings}) <= expected
-    readings.clear()
-    both[0].prior(episode.support), both[0].prior(episode.support)
-    assert len(readings) == (
-        0 if evidence else 2
-    )  # outside, computed evidence alone is remembered, by itself
+# ---- one belief a step ---------------------------------------------------------------------------
 
 
 @READINGS
 @pytest.mark.parametrize("particles", [1, 3])
-def test_reading_once_changes_no_loss_and_no_gradient(
+def test_the_belief_given_the_support_is_computed_once_a_step(
     evidence: ph.GaussNewton | None, particles: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    results = []
-    for reading in (svi_module.reading_once, contextlib.nullcontext):
-        monkeypatch.setattr(svi_module, "reading_once", reading)
-        both = pair(evidence)
-        svi = ph.SVI(
-            *both, pyro.optim.SGD({"lr": 0.0}), TraceMeanField_ELBO(num_particles=particles)
-        )
+    both, computed, plain = pair(evidence), [], ph.SupportPrior.belief
+    loss = TraceMeanField_ELBO(num_particles=particles)
+    svi, episode = ph.SVI(*both, pyro.optim.SGD({"lr": 1e-4}), loss), TASKS.episode()
+
+    def belief(self: ph.SupportPrior, *args: Any, **kwargs: Any) -> Any:
+        if args[0] is not None:  # the population costs nothing
+            computed.append(args[0])
+        return plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(ph.SupportPrior, "belief", belief)
+    for call in (svi.step, svi.step, svi.evaluate_loss):
+        computed.clear()
+        call(episode)
+        assert computed == [episode.support]
+
+
+@READINGS
+def test_a_belief_that_the_episode_brings_changes_no_loss_and_no_gradient(
+    evidence: ph.GaussNewton | None,
+) -> None:
+    results, episode = [], TASKS.episode()
+    for is_given in (False, True):
+        model, guide = pair(evidence)
+        svi = ph.SVI(model, guide, pyro.optim.SGD({"lr": 0.0}))
+        given = model.with_belief(episode) if is_given else episode
         torch.manual_seed(1)
-        loss = svi.backward(TASKS.episode())
-        results.append(
-            [
-                loss,
-                *(p.grad for p in svi.parameters()),
-                torch.tensor(svi.evaluate_loss(TASKS.episode())),
-            ]
-        )
-    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+        results.append([svi.backward(given), *(p.grad for p in svi.parameters())])
+    torch.testing.assert_close(*results, rtol=0.0, atol=0.0)
 
 
 # ---- failures ------------------------------------------------------------------------------------
@@ -690,7 +672,7 @@ class Explosive(Line):
     """x' = slope (x / 10)⁵, which blows up where it starts far from zero."""
 
     def forward(self, episode: ph.Episode) -> Tensor:
-        p = self.prior(episode.support)
+        p = self.prior(episode)
         with episode.plate:
             slope = pyro.sample("slope", p["slope"])
             pyro.sample("bend", p["bend"])
@@ -903,7 +885,7 @@ def test_loss_and_grads_adds_gradients_up_and_a_step_begins_without_any() -> Non
     ):
         torch.manual_seed(1)
         call()
-        gradients.append(both[1].head[1].weight.grad.clone())
+        gradients.append(both[1].network.head[1].weight.grad.clone())
     assert torch.equal(2.0 * gradients[0], gradients[1]) and torch.equal(gradients[0], gradients[2])
 
 
@@ -1059,10 +1041,10 @@ def test_it_steps_with_pyros_losses_and_with_torchs_and_pyros_optimizers(
     )
     before, episode = state(*both), TASKS.episode()
     assert math.isfinite(svi.evaluate_loss(episode)) and same(state(*both), before)
-    assert math.isfinite(svi.step(episode))
-    changed = [not torch.equal(a, b) for a, b in zip(before, state(*both), strict=True)]
-    buffers = sum(1 for m in both for _ in m.buffers())
-    assert sum(changed) == len(changed) - buffers  # every parameter learns, from the first step on
+    values = [parameter.detach().clone() for parameter in svi.parameters()]
+    assert math.isfinite(svi.step(episode))  # every parameter learns, from the first step on
+    pairs = zip(values, svi.parameters(), strict=True)
+    assert not any(torch.equal(value, parameter) for value, parameter in pairs)
 
 
 @READINGS
@@ -1086,7 +1068,7 @@ def test_a_gradient_of_vectorised_particles_trains_the_proposals_as_one_particle
         ph.SVI(model, guide, torch.optim.SGD(model.parameters(), 0.0), loss).backward(
             TASKS.episode()
         )
-        gradients.append(model.prior.encoder.each[0].weight.grad)
+        gradients.append(model.prior.network.encoder.each[0].weight.grad)
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-4)
 
 

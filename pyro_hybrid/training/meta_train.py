@@ -36,6 +36,7 @@ from pyro_hybrid.training.schedule import (
 )
 from pyro_hybrid.training.settings import Settings, identity, penalty_weights_of
 from pyro_hybrid.training.state import LoopState
+from pyro_hybrid.training.storage import REMEDY, CheckpointError
 from pyro_hybrid.training.svi import SVI
 
 __all__ = ["meta_train"]
@@ -139,7 +140,7 @@ def meta_train(
         folder = checkpoints.opened(resume) if checkpoints else contextlib.nullcontext()
         with folder as found:
             if found and found.manifest.finished:
-                return _finished_before(found, model, guide)
+                return _finished_before(found, num_steps, model, guide)
             state = _resumed_state(found, model, guide, len(tasks))
             device = torch.device(tasks.values.device if device is None else device)
             svi = _prepared(model, guide, tasks, settings, loss, device)
@@ -205,9 +206,17 @@ def _default_curriculum(tasks: Tasks) -> Curriculum:
     return ((0.0, last // 7), (0.25, 2 * last // 7), (0.5, None))
 
 
-def _finished_before(found: Found, model: nn.Module, guide: nn.Module) -> Fit:
+def _finished_before(found: Found, num_steps: int, model: nn.Module, guide: nn.Module) -> Fit:
     """Load a training that is finished already."""
     fit = fit_from_json(found.stored.state.get("fit"), found.source)
+    num_done = len(fit.loss)
+    require(
+        num_done == found.manifest.step and (fit.stopped_early or num_done == num_steps),
+        f"{found.source} with all of its {num_steps} steps",
+        f"{num_done} of them",
+        REMEDY,
+        CheckpointError,
+    )
     load_model_tensors(model, guide, found.stored.weights, f"{found.source} to be a checkpoint")
     return fit
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from pyro_hybrid.errors import fail
 from pyro_hybrid.training.json_values import parse_json
 
-__all__ = ["ASIDE", "CheckpointError", "Stored", "discard", "is_stored", "read", "write"]
+__all__ = ["ASIDE", "REMEDY", "CheckpointError", "Stored", "discard", "is_stored", "read", "write"]
 
 FORMAT = 2
 WEIGHTS = "model.safetensors"
