@@ -534,6 +534,17 @@ def test_a_start_that_diverges_is_replaced_by_the_mean() -> None:
     assert (task.flatten() - truth).abs().max() < 0.02
 
 
+def test_a_task_that_diverges_at_every_start_keeps_its_prior() -> None:
+    problem = escape([9.0, 0.2, 0.2])
+    start = torch.tensor([[8.0], [0.3], [0.3]], dtype=torch.float64)
+    belief = Gaussian.around(problem.belief.families, start, 1.0)
+    iterate = ph.GaussNewton(4).minimize(problem, belief)
+    after = (problem.belief + problem.increment(iterate)).gaussian().own
+    before = problem.belief.own
+    assert torch.equal(after.information[0], before.information[0])
+    assert torch.equal(after.precision[0], before.precision[0])
+
+
 # ---- Fisher information --------------------------------------------------------------------------
 
 

@@ -194,7 +194,7 @@ class LeastSquares:
         residuals = self.residuals(both, shots)
         at_mean = self.cost(residuals[0], self.mean, self.shot_mean)
         at_start = self.cost(residuals[1], start, self.shot_mean)
-        return select_rows(at_start <= at_mean, start, self.mean)
+        return select_rows(at_start < at_mean, start, self.mean)
 
     def shot_factors(self, iterate: Iterate) -> Quadratic:
         """Factors of each shot over the task's and its own latents, (task, shot, d + m), linearized at an iterate."""

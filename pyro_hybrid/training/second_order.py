@@ -142,8 +142,9 @@ def _fit_population(
         for some in rows.split(settings.batch_size):
             problem, iterate = read_batch(model, guide, tasks[some], settings.evidence)
             mean, scale = (problem.belief + problem.increment(iterate)).moments()
-            means.append(mean)
-            scales.append(scale)
+            kept = _usable_tasks(iterate.cost, settings.outlier_factor)
+            means.append(mean[kept])
+            scales.append(scale[kept])
     model.prior.fit_population(torch.cat(means), torch.cat(scales))
 
 
@@ -305,7 +306,11 @@ def _network(model: HybridModel, network: nn.Module | None) -> nn.Module:
         type(network).__name__,
         "Pass the part that was trained.",
     )
-    hooked = [name for name, weight in weights.items() if weight._backward_hooks]
+    hooked = [
+        name
+        for name, weight in weights.items()
+        if weight._backward_hooks or weight._post_accumulate_grad_hooks
+    ]
     require(
         not hooked,
         "weights without hooks on their gradients, which second-order training can't see",

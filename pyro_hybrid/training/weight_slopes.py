@@ -27,11 +27,33 @@ def weight_slopes(
     """
     if isinstance(network, Residual):
         calls = evaluate_force(problem, iterate, network, None)[1]
-        is_by_trajectory = {call.shape[1:-1] for call in calls} == {residuals.shape[:2]}
         num_weights = sum(weight.numel() for weight in trained_weights(network).values())
-        if is_by_trajectory and len(calls) * network.outputs < num_weights:
+        is_shorter = len(calls) * network.outputs < num_weights
+        if is_shorter and _is_by_trajectory(problem, iterate, network, residuals, calls):
             return slopes_by_force(problem, iterate, network, residuals, torch.stack(calls)[:, 0])
     return slopes_by_weight(problem, iterate, network, residuals)
+
+
+def _is_by_trajectory(
+    problem: LeastSquares,
+    iterate: Iterate,
+    network: Residual,
+    residuals: Tensor,
+    calls: list[Tensor],
+) -> bool:
+    """Tell if every evaluation of the force acts on the residuals of its own trajectory alone.
+
+    A force may also be evaluated at states of no trajectory, and an adaptive solver chooses one step for all: then a
+    push of one trajectory changes the others.
+    """
+    if {call.shape[1:-1] for call in calls} != {residuals.shape[:2]}:
+        return False
+    push = residuals.new_zeros(len(calls), network.outputs, *residuals.shape[:2])
+    push[..., 0] = _step(residuals, len(calls))
+    pushed, pushed_calls = evaluate_force(problem, iterate, network, push)
+    if len(pushed_calls) != len(calls):
+        return False
+    return torch.allclose(pushed[:, 1:], residuals[:, 1:], rtol=0.0, atol=0.0, equal_nan=True)
 
 
 def trained_weights(network: nn.Module) -> dict[str, nn.Parameter]:
@@ -44,7 +66,7 @@ def slopes_by_weight(
 ) -> Tensor:
     """Run the program once for each weight, many at a time."""
     program = _Residuals(network, problem)
-    step = 10.0 * math.sqrt(torch.finfo(residuals.dtype).eps)
+    step = _step(residuals, 1)
     weights = {f"network.{name}": weight for name, weight in trained_weights(network).items()}
     sizes = [weight.numel() for weight in weights.values()]
 
@@ -69,7 +91,7 @@ def slopes_by_force(
     """
     num_calls = len(calls)
     outputs = network.outputs
-    step = 10.0 * math.sqrt(num_calls * torch.finfo(residuals.dtype).eps)  # of one call of many
+    step = _step(residuals, num_calls)
     identity = torch.eye(num_calls * outputs, dtype=residuals.dtype, device=residuals.device)
     pushes = (step * identity).view(-1, num_calls, outputs)
 
@@ -93,7 +115,11 @@ def slopes_by_force(
 def evaluate_force(
     problem: LeastSquares, iterate: Iterate, network: Residual, push: Tensor | None
 ) -> tuple[Tensor, list[Tensor]]:
-    """Residuals if ``push (call, output)`` is added to the force, and each call's latents and inputs."""
+    """Residuals if a push is added to the force, and each call's latents and inputs.
+
+    Arguments:
+        push: ``(call, output)``, or ``(call, output, task, shot)`` to push trajectories differently, or None.
+    """
     calls: list[Tensor] = []
 
     def record(module: nn.Module, arguments: tuple[object, ...], force: Tensor) -> Tensor:
@@ -103,11 +129,19 @@ def evaluate_force(
         calls.append(torch.stack(parts[1:], -1))
         if push is None:
             return force
-        return force + push[index].view(-1, *[1] * (force.dim() - 1))
+        if index >= len(push):  # an adaptive solver takes other steps than before
+            return force
+        batch = [1] * (force.dim() - push.dim() + 1)
+        return force + push[index].view(-1, *batch, *push.shape[2:])
 
     with network.output.register_forward_hook(record):
         residuals = problem.residuals(iterate.task[None], iterate.shot[None])[0]
     return residuals, calls
+
+
+def _step(residuals: Tensor, num_calls: int) -> float:
+    """A step of finite differences; one call of many has a small part of the effect of all."""
+    return 10.0 * math.sqrt(num_calls * torch.finfo(residuals.dtype).eps)
 
 
 class _Residuals(nn.Module):
