@@ -71,7 +71,7 @@ def posterior(
     """A guide: the exact posterior, or so much wider, so many standard deviations to the right, or the prior."""
 
     def guide(episode: ph.Episode) -> Tensor:
-        loc, scale = believed(*[episode.support] if blind else [episode.support, episode])
+        loc, scale = believed(*[episode.support] if blind else [episode.support, episode.query])
         with episode.plate:
             return pyro.sample("z", dist.Normal(loc + shift * scale, width * scale).to_event(1))
 
@@ -209,7 +209,7 @@ def nearly_exact(episode: ph.Episode) -> None:
     with episode.plate:
         z = pyro.sample("z", dist.Normal(loc, scale).to_event(1))
         pyro.factor("rounding", 1e-5 * (1e4 * z[..., 0]).tan().clamp(-100.0, 100.0))
-        mean = episode.initial[0].unsqueeze(-1) + (z @ DESIGN.T).unsqueeze(-2)
+        mean = episode.query.initial + (z @ DESIGN.T).unsqueeze(-2)
         x = dist.Normal(mean.unsqueeze(-1), NOISE).mask(episode.query.scored)
         pyro.sample("x", x.to_event(3), obs=episode.query.values)
 
@@ -248,7 +248,7 @@ def test_few_simulations_decide_nothing() -> None:
 def test_latents_of_shots_are_ranked_too() -> None:
     torch.manual_seed(0)
     model = Line(ph.GaussNewton(6), inferred=True, sites=TOGETHER).double()
-    guide = ph.AmortizedGuide(model.prior, evidence=ph.GaussNewton(6))
+    guide = ph.AmortizedGuide(model, ph.GaussNewton(6))
     data = make_tasks(25, 4, num_support=2, inferred=True)
     found = ph.check_calibration(model, guide, data, num_draws=199, progress=False)
     assert [latent.name for latent in found.latents] == ["both[0]", "both[1]", "both[2]", "start"]
@@ -259,7 +259,7 @@ def test_segments_restart_from_the_simulated_states() -> None:
     torch.manual_seed(0)
     evidence, seen = ph.GaussNewton(3, segments=(2, 2)), []
     model = Line(evidence, sites=TOGETHER).double()
-    guide = ph.AmortizedGuide(model.prior, evidence=evidence)
+    guide = ph.AmortizedGuide(model, evidence)
 
     def spy(episode: ph.Episode) -> object:
         seen.append(episode)
@@ -317,7 +317,7 @@ def test_an_angle_about_pi_is_judged_on_its_circle() -> None:
 def test_amortised_guides_in_float32_are_checked_as_well() -> None:
     torch.manual_seed(0)
     model = Line()
-    guide = ph.AmortizedGuide(model.prior, ph.SetEncoder(1, POINTS, 8, width=16))
+    guide = ph.AmortizedGuide(model, ph.SetEncoder(1, POINTS, 8, width=16))
     found = ph.check_calibration(
         model, guide, in_float32(make_tasks(4, 4)), simulations=20, progress=False
     )
@@ -375,12 +375,12 @@ def test_the_same_seed_gives_the_same_and_the_global_random_state_stays() -> Non
 
 def test_what_was_trained_is_not_changed() -> None:
     model = Line(ph.GaussNewton(1)).double().train()
-    guide = ph.AmortizedGuide(model.prior, evidence=ph.GaussNewton(1)).train()
+    guide = ph.AmortizedGuide(model, ph.GaussNewton(1)).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     ph.check_calibration(
         model, guide, make_tasks(4, 4), simulations=4, num_draws=50, progress=False
     )
-    assert model.training and guide.training and model.prior._last is None
+    assert model.training and guide.training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
@@ -389,9 +389,7 @@ def test_what_diverges_is_left_out_and_counted() -> None:
         loc, scale = believed(episode.support)
         with episode.plate:
             z = pyro.sample("z", dist.Normal(loc, scale).to_event(1))
-            mean = (
-                episode.query.initial[0].unsqueeze(-1) + (z @ DESIGN.T).unsqueeze(-2)
-            ).unsqueeze(-1)
+            mean = (episode.query.initial + (z @ DESIGN.T).unsqueeze(-2)).unsqueeze(-1)
             mean = mean.where(
                 z[..., :1, None, None] < loc[:, :1, None, None] + scale[0, 0], torch.inf
             )
@@ -783,12 +781,11 @@ class Decay(ph.HybridModel):
 
     def __init__(self) -> None:
         super().__init__()
-        self.prior = ph.SupportPrior(
-            ph.SetEncoder(1, POINTS, 8), ph.GaussNewton(4), rate=ph.families.LogNormal(1)
-        )
+        evidence = ph.Encoder(ph.SetEncoder(1, POINTS, 8)).then(ph.GaussNewton(4))
+        self.prior = ph.SupportPrior(evidence, rate=ph.families.LogNormal(1))
 
     def forward(self, episode: ph.Episode) -> None:
-        p = self.prior(episode.support)
+        p = self.prior(episode)
         with episode.plate:
             rate = pyro.sample("rate", p["rate"])
             shots = episode.query
@@ -815,7 +812,7 @@ def integrated(model: Decay, episode: ph.Episode) -> dict[str, tuple[Tensor, Ten
         -grid[:, None] * TIMES
     )  # (task, shot, grid, time)
     errors = (episode.query.values[..., 0].unsqueeze(2) - expected)[..., 1:] / 0.1
-    prior = model.prior(episode.support)["rate"].log_prob(grid[:, None, None]).T
+    prior = model.prior(model.with_belief(episode))["rate"].log_prob(grid[:, None, None]).T
     weight = torch.softmax(prior - 0.5 * errors.square().sum((1, 3)), 1)
     mean = weight @ grid
     return {"rate": (mean[:, None], (weight @ grid.square() - mean.square()).sqrt()[:, None])}

@@ -24,6 +24,7 @@ from toys import POINTS, SYSTEMS, Line, features, in_float32, make_tasks, with_q
 import pyro_hybrid as ph
 from pyro_hybrid.data.segments import to_segments
 from pyro_hybrid.diagnostics.contract import STAGES
+from pyro_hybrid.evidence.protocol import Then
 
 EPISODE = in_float32(make_tasks(3, 5, num_support=2)).episode()
 NAMES = [contract.__name__.replace("_", " ") for stage in STAGES for contract in stage]
@@ -34,12 +35,16 @@ def encoder(sensors: int = 1, steps: int = POINTS, features: int = 4) -> ph.SetE
     return ph.SetEncoder(sensors, steps, features, width=8)
 
 
-def guide_of(model: Any, **changes: Any) -> ph.AmortizedGuide:
-    evidence = model.prior.evidence if isinstance(model.prior, ph.SupportPrior) else None
-    some = next((m for m in model.modules() if isinstance(m, ph.SetEncoder)), None)
-    own = encoder(some.num_sensors, some.num_times, some.num_features) if some else None
-    parts = {"prior": model.prior, "encoder": None if evidence else own, "evidence": evidence}
-    return ph.AmortizedGuide(**(parts | changes))
+def guide_of(model: Any, encoder: ph.SetEncoder | None = None) -> ph.AmortizedGuide:
+    """A guide of the same kind as the model's prior, or one that reads with another encoder."""
+    if encoder is not None:
+        return ph.AmortizedGuide(model, encoder)
+    evidence = model.prior.evidence
+    if isinstance(evidence, Then):
+        return ph.AmortizedGuide(model, evidence.second)
+    if isinstance(evidence, ph.GaussNewton):
+        return ph.AmortizedGuide(model, evidence)
+    return ph.AmortizedGuide(model, copy.deepcopy(evidence.encoder))
 
 
 # ---- good programs -------------------------------------------------------------------------------
@@ -113,7 +118,7 @@ class Program:
         self.noise = PyroParam(torch.tensor(0.3), constraints.positive)
 
     def forward(self, episode: ph.Episode) -> Tensor:
-        p = self.prior(episode.support)
+        p = self.prior(episode)
         with episode.plate:
             slope, bend = self.latents(p)
             mean = self.mean(torch.cat([self.slope(slope, episode), bend], -1), episode)
@@ -189,7 +194,7 @@ class HasOneMoreLatent(Good):
 
 class KnowsNoPlate(Good):
     def forward(self, episode: ph.Episode) -> Tensor:
-        p = self.prior(episode.support)
+        p = self.prior(episode)
         mean = self.mean(torch.cat(self.latents(p), -1), episode)
         return self.observe(mean.unsqueeze(-1), episode)
 
@@ -406,8 +411,16 @@ class Blind(ph.SetEncoder):
         return super().shots(replace(shots, observed=torch.ones_like(shots.observed)))
 
 
+class Asked(nn.Module):
+    """A prior that belongs to another model."""
+
+    def __init__(self, sites: dict[str, ph.families.Family]) -> None:
+        super().__init__()
+        self.prior = ph.SupportPrior(encoder(), **sites)
+
+
 def another_guide(**sites: ph.families.Family) -> ph.AmortizedGuide:
-    return ph.AmortizedGuide(ph.SupportPrior(encoder(), **sites), encoder())
+    return ph.AmortizedGuide(Asked(sites), encoder())
 
 
 Broken = tuple[Callable[[], Any], Callable[[Any], Any], str]
@@ -696,7 +709,6 @@ class Counts(ph.HybridModel):
     def __init__(self) -> None:
         super().__init__()
         self.prior = ph.SupportPrior(
-            encoder(steps=12),
             ph.GaussNewton(2),
             rate=ph.families.Normal(1),
             decay=ph.families.Normal(1),
@@ -710,7 +722,9 @@ class Counts(ph.HybridModel):
             growth = self.network(z)[..., None, None, :] * episode.query.times.unsqueeze(-1)
             mean = self.rate(growth, episode)
             return pyro.sample(
-                "x", dist.Poisson(mean).mask(episode.query.scored).to_event(3), obs=episode.query.values
+                "x",
+                dist.Poisson(mean).mask(episode.query.scored).to_event(3),
+                obs=episode.query.values,
             )
 
     def rate(self, growth: Tensor, episode: ph.Episode) -> Tensor:

@@ -206,7 +206,7 @@ def test_the_program_is_posed_in_float64_with_next_to_no_prior_and_left_as_it_wa
     model, tasks = Line(ph.GaussNewton(1)), make_tasks(3, 4, num_support=2)
     points = population(3, 3)
     problem = least_squares_at(model, tasks.episode(), believed(SEPARATE, points), points)
-    assert problem.precision.abs().max() < 1e-6 and problem.episode.support is None
+    assert problem.prior.precision.abs().max() < 1e-6 and problem.episode.support is None
     assert all(p.dtype == torch.float64 for p in problem.program.parameters())
     assert all(p.dtype == torch.float32 for p in model.parameters())
 

@@ -83,7 +83,7 @@ def test_the_exact_model_holds() -> None:
 
 def test_the_library_s_own_guide_does_as_well() -> None:
     model = Line(ph.GaussNewton(10), sites=TOGETHER).double()
-    guide = ph.AmortizedGuide(model.prior, evidence=ph.GaussNewton(10)).double()
+    guide = ph.AmortizedGuide(model, ph.GaussNewton(10)).double()
     assert judge_misfit(measure_misfit(model, guide, EPISODE)).value == pytest.approx(1.0, abs=0.15)
 
 
@@ -92,7 +92,7 @@ def test_latents_that_trade_off_against_each_other_do_not_count_against_a_factor
 ):
     """Slope and bend are correlated by -0.99: independent draws of them would miss by twice the noise."""
     model = Line(ph.GaussNewton(10)).double()
-    guide = ph.AmortizedGuide(model.prior, evidence=ph.GaussNewton(10)).double()
+    guide = ph.AmortizedGuide(model, ph.GaussNewton(10)).double()
     check = judge_misfit(measure_misfit(model, guide, make_tasks(40, 8, num_support=4).episode()))
     assert check.status == "holds" and check.value < 1.5
 

@@ -14,6 +14,7 @@ from toys import SEPARATE, Line, alone, make_tasks, with_query
 
 import pyro_hybrid as ph
 from pyro_hybrid.beliefs.families import Family, LogNormal, Normal
+from pyro_hybrid.evidence.least_squares import fisher_information
 from pyro_hybrid.identifiability import injectivity as module
 from pyro_hybrid.identifiability.fisher import FisherInformation, least_squares_at
 from pyro_hybrid.identifiability.injectivity import (
@@ -39,11 +40,11 @@ def believed(families: dict[str, Family], points: Tensor) -> TaskBeliefs:
 
 
 def at(program: Program, episode: ph.Episode, beliefs: TaskBeliefs) -> FisherInformation:
-    """FisherInformation information at the points themselves."""
+    """Fisher information at the points themselves."""
     points = beliefs.mean[0]
     spread = beliefs.population_sd
     scaled = (
-        information(least_squares_at(program, episode, beliefs, points), points)
+        fisher_information(least_squares_at(program, episode, beliefs, points), points)
         * spread
         * spread.unsqueeze(-1)
     )

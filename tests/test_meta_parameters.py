@@ -353,20 +353,19 @@ class Drift(ph.HybridModel):
 
     def __init__(self, evidence: ph.GaussNewton | None = None) -> None:
         super().__init__()
-        self.prior = ph.SupportPrior(ph.SetEncoder(1, POINTS, 8, width=16), evidence, **SEPARATE)
+        reading: Any = ph.Encoder(ph.SetEncoder(1, POINTS, 8, width=16))
+        if evidence is not None:
+            reading = reading.then(evidence)
+        self.prior = ph.SupportPrior(reading, **SEPARATE)
         self.left, self.right = (torch.nn.Parameter(torch.tensor(v)) for v in (0.5, 0.4))
         self.noise = PyroParam(torch.tensor(NOISE), constraints.positive)
 
     def forward(self, episode: ph.Episode) -> Tensor:
-        p = self.prior(episode.support)
+        p = self.prior(episode)
         with episode.plate:
             z = torch.cat([pyro.sample(name, p[name]) for name in p], -1)
             grown = (features(episode.query.times) * z[..., None, None, :]).sum(-1)
-            mean = (
-                torch.stack(episode.query.initial, -1)
-                + grown
-                + self.left * self.right * episode.query.times**3
-            )
+            mean = episode.query.initial + grown + self.left * self.right * episode.query.times**3
             x = dist.Normal(mean.unsqueeze(-1), self.noise).mask(episode.query.scored)
             return pyro.sample("x", x.to_event(3), obs=episode.query.values)
 
@@ -377,8 +376,7 @@ EPISODE = make_tasks(3, 3, num_support=1).episode()
 def program(evidence: ph.GaussNewton | None = None) -> tuple[Drift, ph.AmortizedGuide]:
     torch.manual_seed(0)
     model = Drift(evidence)
-    encoder = None if evidence else ph.SetEncoder(1, POINTS, 8, width=16)
-    return model, ph.AmortizedGuide(model.prior, encoder, evidence)
+    return model, ph.AmortizedGuide(model, evidence or ph.SetEncoder(1, POINTS, 8, width=16))
 
 
 def measured(weights: WeightLosses, at: Tensor) -> tuple[MetaParameters, str, str]:
@@ -410,7 +408,7 @@ def test_the_hessian_of_a_program_is_the_slope_of_its_gradient(
     evidence: ph.GaussNewton | None,
 ) -> None:
     weights = weight_losses(*program(evidence), EPISODE)
-    assert weights.names == {"left": (), "right": (), "noise": (), "prior.base": (6,)}
+    assert weights.names == {"left": (), "right": (), "noise": (), "prior.raw": (6,)}
     numbers = measure_meta_parameters(weights.losses, weights.at)
 
     def gradient(at: Tensor) -> Tensor:
@@ -463,8 +461,8 @@ def test_a_residual_inside_a_vector_field_has_second_derivatives() -> None:
 
 
 def test_the_guides_parameters_can_be_named_too() -> None:
-    weights = weight_losses(*program(), EPISODE, ["noise", "guide.head.1"])
-    assert list(weights.names) == ["noise", "guide.head.1.weight", "guide.head.1.bias"]
+    weights = weight_losses(*program(), EPISODE, ["noise", "guide.network.head.1"])
+    assert list(weights.names) == ["noise", "guide.network.head.1.weight", "guide.network.head.1.bias"]
 
 
 # ---- messages ------------------------------------------------------------------------------------

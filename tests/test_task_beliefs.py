@@ -136,11 +136,10 @@ def test_a_support_prior_and_the_same_prior_by_hand_give_the_same() -> None:
     tasks, model = make_tasks(6, 8, num_support=4), Line(ph.GaussNewton(3)).double()
 
     def by_hand(episode: ph.Episode) -> None:
-        natural = model.prior.natural(episode.support)
-        slope, bend = (Normal(n).gaussian(natural[name]) for name, n in (("slope", 1), ("bend", 2)))
+        mean, scale = model.prior.belief(episode.support, model).moments()
         with episode.plate:
-            pyro.sample("slope", dist.Normal(*slope).to_event(1))
-            pyro.sample("bend", dist.Normal(*bend).to_event(1))
+            pyro.sample("slope", dist.Normal(mean[:, :1], scale[:, :1]).to_event(1))
+            pyro.sample("bend", dist.Normal(mean[:, 1:], scale[:, 1:]).to_event(1))
 
     one, other = quietly(model, tasks), quietly(by_hand, tasks)
     assert one.natural.keys() == other.natural.keys()
@@ -353,7 +352,13 @@ def test_a_task_on_which_the_prior_has_no_mean_is_named() -> None:
 
 
 def test_tasks_of_one_shot_are_refused() -> None:
-    one = replace(data(), values=data().values[:, :1], states=(torch.zeros(9, 1, 5).double(),))
+    tasks = data()
+    first = {
+        name: getattr(tasks, name)[:, :1]
+        for name in ("values", "observed", "scored", "initial", "states")
+        if getattr(tasks, name) is not None
+    }
+    one = replace(tasks, **first)
     with pytest.raises(
         ValueError, match="expected two shots or more of every task; got 1. One support alone"
     ):
