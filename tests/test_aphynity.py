@@ -63,7 +63,9 @@ def loss_of(
 ) -> Tensor:
     torch.manual_seed(seed)
     with local_parameters():
-        return ph.SVI(model, guide, torch.optim.SGD(model.parameters(), lr=0.0)).elbo(data)
+        return ph.SVI(model, guide, torch.optim.SGD(model.parameters(), lr=0.0)).loss(
+            model, guide, data
+        )
 
 
 def error_of(model: APHYNITY, guide: Any, data: ph.Episode) -> float:

@@ -312,6 +312,10 @@ MISUSES: dict[str, tuple[Callable[[], object], str]] = {
         lambda: ph.Mixing(3, 2)(torch.zeros(4, 2)),
         r"expected 3 components in the last axis; got \(4, 2\)\. Build the Mixing",
     ),
+    "Ramp": (
+        lambda: ph.Ramp(-1.0),
+        r"expected final to be a number in \[0, inf\); got -1.0",
+    ),
     "Residual": (
         lambda: ph.Residual(2, 3, 1).given(torch.zeros(4, 1, 2)),
         r"expected 3 latents in the last axis; got \(4, 1, 2\)",
@@ -377,7 +381,7 @@ MISUSES: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "load": (
         lambda: ph.load("/nowhere", Empty(), Empty()),
-        r"/nowhere can't be loaded: manifest\.json can't be read",
+        r"expected /nowhere with manifest\.json that can be read; got an error",
     ),
     "load_arviz": (lambda: ph.load_arviz("/nowhere/posterior.nc"), r"/nowhere/posterior\.nc"),
     "fix_gauge": (
@@ -406,7 +410,7 @@ MISUSES: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "meta_train": (
         lambda: ph.meta_train(Empty(), Empty(), tasks(torch.zeros(2, 3, 3, 1)), num_steps=0),
-        "expected steps, batch_size and tasks of 1 or more",
+        "expected num_steps to be an integer of 1 or more; got 0",
     ),
     "models": (
         lambda: ph.models.MetaHybridVAE(ph.systems.Pendulum())(episode(support=episode())),
