@@ -288,6 +288,89 @@ def test_full_normals_of_any_size_stay_factorisable_in_float32(
     family.distribution(natural + family.evidence(50 * signs[1]))
 
 
+EXTREMES = [-1e30, -1e6, -1e3, -100.0, -50.0, -20.0, 0.0, 20.0, 50.0, 100.0, 1e3, 1e6, 1e30]
+SCALES = [{}, {"loc": 2.3, "scale": 0.3}, {"loc": -4.0, "scale": 2.0}]
+OF_EVERY_SCALE = [(name, options) for name in sorted(FAMILIES) for options in SCALES] + [
+    (name, {"scale": scale}) for name in ("Normal", "FullNormal") for scale in (1e-8, 1e8)
+]
+every_scale = pytest.mark.parametrize(("name", "options"), OF_EVERY_SCALE, ids=str)
+
+
+def extremes(family: Family, dtype: torch.dtype) -> Tensor:
+    """All pairs of extreme raw numbers, (pair, 1, 2)."""
+    numbers = torch.tensor(EXTREMES, dtype=dtype)
+    return torch.cartesian_prod(numbers, numbers).view(-1, 1, family.k)
+
+
+@every_scale
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_extreme_raw_numbers_give_members_whose_values_and_moments_are_finite(
+    name: str, dtype: torch.dtype, options: dict[str, float]
+) -> None:
+    family = FAMILIES[name](1, **options)
+    raw = extremes(family, dtype).requires_grad_()
+    natural = family.from_raw(raw)
+    (gradient,) = torch.autograd.grad(natural.sum(), raw)
+    stock = family.distribution(natural)
+    z = stock.sample((100,))
+    for values in (
+        natural,
+        gradient,
+        family.log_partition(natural),
+        family.mean_statistics(natural),
+        *family.gaussian(natural),
+        stock.mean,
+        z,
+        stock.log_prob(z),
+        family.evidence(raw),
+    ):
+        assert values.dtype == dtype and values.isfinite().all()
+    family.distribution(natural + family.evidence(raw.flip(0)))
+
+
+@every_scale
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_divergences_of_extreme_members_are_finite_and_not_negative(
+    name: str, dtype: torch.dtype, options: dict[str, float]
+) -> None:
+    if name not in WITH_KL:
+        pytest.skip("leaves its divergence to sampling")
+    family = FAMILIES[name](1, **options)
+    natural = family.from_raw(extremes(family, dtype))
+    p, q = family.distribution(natural[:, None]), family.distribution(natural[None])
+    divergence = kl_divergence(p, q)
+    counts = float(natural.abs().max()) if name in ("Beta", "Gamma") else 1.0
+    rounding = 1e-5 + 3e-14 * counts  # of terms that cancel in float64, whatever the members are in
+    assert divergence.isfinite().all() and divergence.min() >= -rounding
+    assert divergence.diagonal().abs().max() <= rounding
+
+
+@pytest.mark.parametrize("name", ["Gamma", "LogNormal"])
+def test_limits_leave_what_a_log_scale_can_be_as_it_is(name: str) -> None:
+    family = FAMILIES[name](1, loc=1.0, scale=0.5)
+    raw = torch.cartesian_prod(torch.linspace(-39.0, 39.0, 7), torch.linspace(-9.0, 9.0, 7))
+    mean, scale = family.gaussian(family.from_raw(raw.view(-1, 1, 2)))
+    limit = torch.where(raw[:, 1] < 0.0, 8.0, 2.0)
+    b = raw[:, 1] / (1.0 + (raw[:, 1] / limit) ** 2).sqrt()
+    torch.testing.assert_close(mean[:, 0], 1.0 + 0.5 * raw[:, 0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(scale[:, 0], 0.5 * b.exp(), rtol=1e-5, atol=0.0)
+
+
+@pytest.mark.parametrize("name", ["Gamma", "Beta"])
+def test_the_divergence_of_narrow_members_in_float32_is_that_in_float64(name: str) -> None:
+    family = FAMILIES[name](1)
+    raw = torch.tensor([[[0.3, -20.0]], [[0.3001, -19.0]]], dtype=torch.float32)
+    natural = family.from_raw(raw)
+    narrow = [family.distribution(x) for x in natural]
+    wide = [family.distribution(x) for x in natural.double()]
+    assert kl_divergence(*narrow).dtype == torch.float32
+    torch.testing.assert_close(
+        kl_divergence(*narrow).double(), kl_divergence(*wide), rtol=1e-5, atol=1e-5
+    )
+    expanded = [x.expand((4,)) for x in narrow]
+    torch.testing.assert_close(kl_divergence(*expanded), kl_divergence(*narrow).expand(4))
+
+
 # ------------------------------------------------------------------------------------------ unconstrained coordinates
 
 
@@ -390,6 +473,27 @@ def test_batch_dimensions_pass_through(name: str, batch: tuple[int, ...]) -> Non
         == batch + components
     )
     assert family.gaussian(natural)[0].shape == (*batch, N)
+
+
+@every_family
+@pytest.mark.parametrize("batch", [(0,), (0, 4), (3, 0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_batch_may_be_empty(name: str, batch: tuple[int, ...], dtype: torch.dtype) -> None:
+    family = FAMILIES[name](N)
+    raw = torch.zeros(*batch, N, family.k, dtype=dtype)
+    natural = family.from_raw(raw) + family.evidence(raw)
+    stock = family.distribution(natural)
+    assert (stock.batch_shape, stock.event_shape) == (batch, (N,))
+    assert stock.sample().shape == (*batch, N)
+    assert family.natural(stock).shape == family.mean_statistics(natural).shape == natural.shape
+    assert family.log_partition(natural).numel() == 0
+    assert family.gaussian(natural)[0].shape == (*batch, N)
+    assert family.from_covariance(*_moments_of(family, natural)).shape == natural.shape
+
+
+def _moments_of(family: Family, natural: Tensor) -> tuple[Tensor, Tensor]:
+    mean, precision = family.information(natural)
+    return mean, torch.linalg.inv(precision)
 
 
 @independent_families
@@ -515,7 +619,7 @@ def test_a_family_is_factorised_where_its_density_is_a_product(name: str) -> Non
     (a, b), (c, d) = stock.sample((2,))
     mixed = stock.log_prob(torch.stack([a, b])) + stock.log_prob(torch.stack([c, d]))
     mixed = mixed - stock.log_prob(torch.stack([a, d])) - stock.log_prob(torch.stack([c, b]))
-    assert family.factorised == (abs(mixed.item()) < 1e-6)
+    assert family.factorized == (abs(mixed.item()) < 1e-6)
 
 
 # -------------------------------------------------------------------------------------------------------------- errors

@@ -155,7 +155,7 @@ class Factorized(Belief):
             theirs = other.natural[name]
             inner = ((mine - theirs) * family.mean_statistics(mine)).sum((-2, -1))
             partition = family.log_partition(theirs) - family.log_partition(mine)
-            total = total + inner + (partition.sum(-1) if family.factorised else partition)
+            total = total + inner + (partition.sum(-1) if family.factorized else partition)
         return total
 
 

@@ -1,4 +1,4 @@
-"""Moments inverted: the parameters of a family's member whose u has a given mean and variance, by a few steps."""
+"""Invert moments: parameters of a family's member whose u has a given mean and variance, by a few steps."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _ANGULAR = (1e-4, 4.0)
 
 
 def inverse_trigamma(variance: Tensor) -> Tensor:
-    """α with ψ₁(α) = variance: Newton in log α, where log ψ₁ is nearly straight; three steps reach 1e-14."""
+    """Find α with ψ₁(α) = variance: Newton in log α, where log ψ₁ is nearly straight; three steps reach 1e-14."""
     log_shape = ((1 + (1 + 2 * variance).sqrt()) / (2 * variance)).log()
     for _ in range(3):
         shape = log_shape.exp()
@@ -25,7 +25,7 @@ def inverse_trigamma(variance: Tensor) -> Tensor:
 
 
 def inverse_logit_moments(mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
-    r"""α, β with ψ(α) - ψ(β) = mean and ψ₁(α) + ψ₁(β) = variance, to 1e-6 in twelve steps.
+    r"""Find α, β with ψ(α) - ψ(β) = mean and ψ₁(α) + ψ₁(β) = variance, to 1e-6 in twelve steps.
 
     .. math:: \alpha = 1 / \log(1 + e^{-p}), \quad \beta = 1 / \log(1 + e^{-q}), \qquad \psi(\alpha) \approx p
 
@@ -42,13 +42,13 @@ def inverse_logit_moments(mean: Tensor, variance: Tensor) -> tuple[Tensor, Tenso
 
 
 def _digamma_at(trigamma: Tensor) -> Tensor:
-    """About ψ(α) where ψ₁(α) is this; right at both ends."""
+    """Approximate ψ(α) where ψ₁(α) is given; exact at both ends."""
     x = 2 * trigamma / (1 + (1 + 4 * trigamma).sqrt())
     return -x - (-torch.expm1(-x)).log()
 
 
 def inverse_circular(scale: Tensor) -> Tensor:
-    """κ with I₁(κ)/I₀(κ) = exp(-scale²/2): twelve steps in log κ, each leaving a fifth of the error."""
+    """Find κ with I₁(κ)/I₀(κ) = exp(-scale²/2): twelve steps in log κ, each leaving a fifth of the error."""
     goal = torch.expm1(scale.clamp(*_ANGULAR) ** 2 / 2).log()
     log_concentration = -goal
     for _ in range(12):
@@ -60,9 +60,11 @@ def inverse_circular(scale: Tensor) -> Tensor:
 
 
 def log_dispersion(concentration: Tensor) -> Tensor:
-    """log(1/A - 1) with A = I₁(κ)/I₀(κ), nearly -log κ; beyond κ = 100, where 1 - A cancels, by expansion."""
-    low, x = concentration.clamp(max=100.0), 1 / concentration.clamp(min=100.0)
-    i0, i1 = torch.special.i0e(low), torch.special.i1e(low)
+    """Compute log(1/A - 1) with A = I₁(κ)/I₀(κ), nearly -log κ; beyond κ = 100, where 1 - A cancels, by expansion."""
+    low = concentration.clamp(max=100.0)
+    x = 1 / concentration.clamp(min=100.0)
+    i0 = torch.special.i0e(low)
+    i1 = torch.special.i1e(low)
     gap = x / 2 + x**2 / 8 + x**3 / 8 + 25 * x**4 / 128 + 13 * x**5 / 32
     return torch.where(
         concentration < 100.0, (i0 - i1).log() - i1.log(), gap.log() - torch.log1p(-gap)

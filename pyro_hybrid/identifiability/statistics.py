@@ -63,7 +63,7 @@ def measure_statistics(beliefs: TaskBeliefs, *, seed: int = 0) -> Statistics:
         z = family.constrained(mean[rows, columns] + sd[rows, columns] * noise)
         margins += [_margins_by_quarter(family, z, i) for i in range(family.n)]
         names += latent_names({site: family.n})
-        factorized += [family.factorised] * family.n
+        factorized += [family.factorized] * family.n
         start += family.n
     margin, rounding = torch.stack(margins).unbind(-1)
     return Statistics(names, margin, rounding, factorized)
