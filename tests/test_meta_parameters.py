@@ -462,7 +462,11 @@ def test_a_residual_inside_a_vector_field_has_second_derivatives() -> None:
 
 def test_the_guides_parameters_can_be_named_too() -> None:
     weights = weight_losses(*program(), EPISODE, ["noise", "guide.network.head.1"])
-    assert list(weights.names) == ["noise", "guide.network.head.1.weight", "guide.network.head.1.bias"]
+    assert list(weights.names) == [
+        "noise",
+        "guide.network.head.1.weight",
+        "guide.network.head.1.bias",
+    ]
 
 
 # ---- messages ------------------------------------------------------------------------------------
