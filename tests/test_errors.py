@@ -57,7 +57,7 @@ def optional_imports() -> list[tuple[str, str]]:
 
 def test_there_are_optional_packages() -> None:
     modules = {module.partition(".")[0] for module, _ in optional_imports()}
-    assert modules >= {"h5netcdf", "pandas", "pooch"}
+    assert modules >= {"h5netcdf", "pandas", "pooch", "sklearn"}
 
 
 @pytest.mark.parametrize(("module", "extra"), optional_imports())

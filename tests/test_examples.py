@@ -17,7 +17,7 @@ import pytest
 from scripts import HANGING, load
 
 import pyro_hybrid as ph
-from pyro_hybrid.identifiability.certificate import SAYS
+from pyro_hybrid.identifiability.certificate import HEADLINES
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES, RESULTS = ROOT / "examples", ROOT / "docs" / "results"
@@ -98,7 +98,7 @@ def implied(certificate: dict[str, Any]) -> str:
 
 def compare(text: str, certificate: dict[str, Any]) -> None:
     """A printed certificate says what its JSON says: the verdict, and of every check status and value."""
-    assert text.startswith(SAYS[certificate["verdict"]]) and certificate["verdict"] == implied(
+    assert text.startswith(HEADLINES[certificate["verdict"]]) and certificate["verdict"] == implied(
         certificate
     )
     lines = iter(text.splitlines())
@@ -315,9 +315,11 @@ def test_a_redundant_program_is_refused_by_the_names_of_what_only_counts_togethe
         found["verdict"] == "fails" and local["status"] == "fails" and local["interval"][1] < 1e-2
     )
     assert (
-        "mass (" in local["why"] and "stiffness (" in local["why"] and "unknown" not in local["why"]
+        "`mass` (" in local["why"]
+        and "`stiffness` (" in local["why"]
+        and "unknown" not in local["why"]
     )
-    assert "mass (" in local["remedy"] and "stiffness (" in local["remedy"]
+    assert "`mass` (" in local["remedy"] and "`stiffness` (" in local["remedy"]
     (other,) = [
         check
         for check in refused.metrics["their ratio"]["certificate"]["conditions"]
@@ -348,7 +350,7 @@ def test_what_the_refused_example_leaves_behind_and_says_is_the_same(refused: Ru
         )
         assert f"to {metrics[name]['prediction_error_in_noises']:.1f} standard deviations" in part
         compare(
-            part[re.search("|".join(map(re.escape, SAYS.values())), part).start() :],
+            part[re.search("|".join(map(re.escape, HEADLINES.values())), part).start() :],
             metrics[name]["certificate"],
         )
 

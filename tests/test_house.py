@@ -109,28 +109,8 @@ def test_rooms_import_only_from_rooms_below_them() -> None:
 # Private names that a file of the package still uses of other modules, or of other packages. The list must shrink.
 PRIVATE: dict[str, set[str]] = {
     "dynamics/slopes.py": {"_C", "_functorch"},  # torch: is this call being transformed?
-    "identifiability/task_beliefs.py": {"_stock"},
     "programs/module.py": {"_PyroModuleMeta", "_pyro_context"},  # the one door to Pyro's own
     "programs/sites.py": {"_mask"},  # Pyro: the mask of a masked distribution
-    "scores/ambiguity.py": {
-        "_cross_validated_r",
-        "_explained_r",
-        "_interval",
-        "_same_tasks",
-        "_standardise",
-        "_strong",
-        "_weights",
-    },
-    "scores/separability.py": {
-        "_correlation",
-        "_interval",
-        "_like",
-        "_match",
-        "_matrix",
-        "_pooled",
-        "_require_tasks",
-        "_standardise",
-    },
     "training/loop.py": {"_foreach_lerp_"},
     "training/second_order.py": {"_backward_hooks"},  # torch: hooks that freeze weights
 }
@@ -190,8 +170,6 @@ def test_no_private_name_crosses_a_module(path: Path) -> None:
 
 # Files that still hold an ``assert``, which ``python -O`` would leave out. The list must shrink.
 ASSERTING: set[str] = {
-    "diagnostics/case.py",
-    "diagnostics/simulate.py",
     "models/aphynity.py",
     "systems/advection_diffusion.py",
 }

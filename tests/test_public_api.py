@@ -220,7 +220,6 @@ LATER = (
 )
 
 
-@pytest.mark.xfail(reason="scores and identifiability still import them", strict=False)
 def test_importing_leaves_to_functions_what_only_they_need() -> None:
     code = f"import json, sys, pyro_hybrid; print(json.dumps([m for m in {LATER} if m in sys.modules]))"
     assert json.loads(run("-W", "error", "-c", code)) == []

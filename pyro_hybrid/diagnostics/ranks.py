@@ -7,8 +7,8 @@ from functools import cache
 from typing import NamedTuple
 
 import numpy as np
+import scipy  # its parts are imported when they are used
 from numpy.typing import NDArray
-from scipy.stats import binom, chi2, norm
 
 from pyro_hybrid.scores.check import Interval, Status, proportion_interval
 
@@ -104,7 +104,7 @@ def uniform_band(num_simulations: int, num_latents: int = 1) -> tuple[Array, Arr
     cells = np.full(CELLS, 1.0 / CELLS)
     random = np.random.default_rng(0)
     counts = random.multinomial(num_simulations, cells, TRIALS).cumsum(1)[:, :-1]
-    law = binom(num_simulations, grid)
+    law = scipy.stats.binom(num_simulations, grid)
     possible = np.arange(num_simulations + 1)[:, None]
     tails = np.minimum(law.cdf(possible), law.sf(possible - 1))
     smallest_tails = np.take_along_axis(tails, counts, 0).min(1)
@@ -124,13 +124,13 @@ def _normal_scores(ranks: Array) -> tuple[Interval, Interval]:
     Scores of uniform ranks are standard normal, whatever the posterior's shape, and no outlier counts for more than its
     rank. A width above 1 means that the posterior is too narrow.
     """
-    scores = norm.ppf(ranks)
+    scores = scipy.stats.norm.ppf(ranks)
     total = len(ranks)
     center = float(scores.mean())
     sd = float(scores.std(ddof=1))
-    reach = float(norm.ppf(0.5 + 0.5 * SURE)) * sd / math.sqrt(total)
+    reach = float(scipy.stats.norm.ppf(0.5 + 0.5 * SURE)) * sd / math.sqrt(total)
     tails = np.array([0.995, 0.005])
-    low, high = sd * np.sqrt((total - 1) / chi2.ppf(tails, total - 1))
+    low, high = sd * np.sqrt((total - 1) / scipy.stats.chi2.ppf(tails, total - 1))
     return (center - reach, center + reach), (float(low), float(high))
 
 

@@ -58,7 +58,7 @@ class Certificate:
 
     @property
     def checks(self) -> list[Check]:
-        """All checks: the conditions first, then the further ones."""
+        """Conditions and further checks, in this order."""
         return [*self.conditions, *self.further]
 
     def __getitem__(self, condition: str) -> Check:

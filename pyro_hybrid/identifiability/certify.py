@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from pyro_hybrid.data.tasks import Tasks
-from pyro_hybrid.errors import fail, require, require_callable, require_seed
+from pyro_hybrid.errors import fail, is_installed, require, require_callable, require_seed
 from pyro_hybrid.identifiability.certificate import Certificate
 from pyro_hybrid.identifiability.efficiency import judge_efficiency, measure_efficiency
 from pyro_hybrid.identifiability.fisher import judge_information, measure_information
@@ -274,6 +274,10 @@ def _ambiguity_between(latents: Tensor, other: Tensor, seed: int) -> Callable[[]
 def _check_separability(
     latents: Tensor, measurements: _Measurements, seed: int, progress: bool
 ) -> Check:
+    if not is_installed("sklearn"):
+        why = "The check needs the module sklearn, which is not installed."
+        remedy = "Install it: pip install 'pyro_hybrid[ica]'."
+        return Check.skipped("separability", why, remedy)
     standard = (latents - latents.mean(0)) / latents.std(0)
     smallest = float(torch.linalg.svdvals(standard)[-1])
     if smallest < FOLLOWING * len(standard) ** 0.5:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+import scipy  # its parts are imported when they are used
 import torch
 from numpy.typing import NDArray
-from scipy.optimize import minimize
 from torch import Tensor
 
 __all__ = ["generalized_eigen", "nearest_hyperplane"]
@@ -43,7 +43,7 @@ def nearest_hyperplane(
     cloud = _Cloud(natural.flatten(0, 1), inverse.flatten(0, 1), weight)
     starts = _starts(cloud) if start is None else [start]
     ends = [
-        minimize(
+        scipy.optimize.minimize(
             _loss, begin.numpy(), args=(cloud,), jac=True, method="BFGS", options={"gtol": 1e-12}
         )
         for begin in starts

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, Literal, NamedTuple
 
-from scipy.stats import binomtest
+import scipy  # its parts are imported when they are used
 
 __all__ = ["Check", "Interval", "Status", "Threshold", "proportion_interval"]
 
@@ -97,7 +97,7 @@ class Check(NamedTuple):
 
 def proportion_interval(count: int, total: int) -> Interval:
     """Return the 95% interval of Clopper and Pearson for a proportion of ``count`` in ``total``."""
-    interval = binomtest(count, total).proportion_ci(0.95, method="exact")
+    interval = scipy.stats.binomtest(count, total).proportion_ci(0.95, method="exact")
     return float(interval.low), float(interval.high)
 
 

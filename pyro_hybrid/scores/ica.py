@@ -7,10 +7,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.decomposition import FastICA
-from sklearn.exceptions import ConvergenceWarning
 
-from pyro_hybrid.errors import require, require_integer, require_seed
+from pyro_hybrid.errors import require, require_integer, require_package, require_seed
 from pyro_hybrid.scores.arrays import (
     Array,
     Latents,
@@ -199,9 +197,13 @@ def _fast_ica(
     white: Array, contrast: Contrast, start: Array, iterations: int
 ) -> tuple[NDArray[np.float64], bool]:
     """Return the rotation that one run of FastICA ends in, and if it converged."""
-    ica = FastICA(fun=contrast, whiten=False, max_iter=iterations, w_init=start, random_state=0)
+    decomposition = require_package("sklearn.decomposition", extra="ica")
+    exceptions = require_package("sklearn.exceptions", extra="ica")
+    ica = decomposition.FastICA(
+        fun=contrast, whiten=False, max_iter=iterations, w_init=start, random_state=0
+    )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
+        warnings.simplefilter("ignore", exceptions.ConvergenceWarning)
         ica.fit(white)
     return ica.components_, ica.n_iter_ < iterations
 

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import scipy  # its parts are imported when they are used
 from numpy.typing import NDArray
-from scipy.stats import rankdata
 from torch import Tensor
 
 from pyro_hybrid.errors import require, require_seed
@@ -171,7 +171,9 @@ def mcc(
 
 def _match(z_hat: Array, z: Array, method: str) -> tuple[Array, NDArray[np.int64]]:
     if method == "spearman":
-        return match_components(rankdata(z_hat, axis=0), rankdata(z, axis=0))
+        return match_components(
+            scipy.stats.rankdata(z_hat, axis=0), scipy.stats.rankdata(z, axis=0)
+        )
     return match_components(z_hat, z)
 
 
@@ -183,7 +185,9 @@ def _weighted_scores(
     y = standardize(target)
     return (
         matched_correlation(x, y, weights).mean(1),
-        matched_correlation(rankdata(x, axis=0), rankdata(y, axis=0), weights).mean(1),
+        matched_correlation(
+            scipy.stats.rankdata(x, axis=0), scipy.stats.rankdata(y, axis=0), weights
+        ).mean(1),
         held_out_cca(x, y, weights),
         cross_validated_r(x, y, weights),
     )

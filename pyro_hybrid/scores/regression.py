@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+import scipy  # its parts are imported when they are used
 from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment
 
 from pyro_hybrid.scores.arrays import Array
 
@@ -76,7 +76,7 @@ def match_components(estimate: Array, target: Array) -> tuple[Array, NDArray[np.
         the estimate, -1 without one.
     """
     magnitudes = np.abs(correlation(estimate, target))
-    columns, components = linear_sum_assignment(magnitudes, maximize=True)
+    columns, components = scipy.optimize.linear_sum_assignment(magnitudes, maximize=True)
     matched = np.zeros(target.shape[1])
     matched[components] = magnitudes[columns, components]
     assignment = np.full(target.shape[1], -1, dtype=np.int64)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
+import scipy  # its parts are imported when they are used
 from numpy.typing import NDArray
-from scipy.stats import norm, rankdata
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -244,7 +244,7 @@ def noise_level(shape: tuple[int, ...], rng: np.random.Generator) -> float:
 def largest_dependence(sources: Array) -> tuple[float, tuple[int, int]]:
     """Return the largest correlation between Legendre polynomials of two columns' ranks, and these columns."""
     num_tasks = len(sources)
-    ranks = (2 * rankdata(sources, axis=0) - 1) / num_tasks - 1
+    ranks = (2 * scipy.stats.rankdata(sources, axis=0) - 1) / num_tasks - 1
     polynomials = [np.polynomial.Legendre.basis(degree) for degree in range(1, DEGREE + 1)]
     features = np.stack([standardize(polynomial(ranks)) for polynomial in polynomials])
     products = np.einsum("kti,ltj->ijkl", features, features)
@@ -262,7 +262,7 @@ def dependence_level(num_tasks: int, num_components: int) -> float:
     number.
     """
     number = num_components * (num_components - 1) // 2 * DEGREE**2
-    return float(norm.isf(0.005 / number) / np.sqrt(num_tasks)) if number else 0.0
+    return float(scipy.stats.norm.isf(0.005 / number) / np.sqrt(num_tasks)) if number else 0.0
 
 
 def _agreement(x: Array, rows: Array, rng: np.random.Generator, progress: bool) -> Array:
