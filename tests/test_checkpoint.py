@@ -181,24 +181,48 @@ RECIPE: dict[str, Any] = {
     "eval_every": 3,
     "progress": False,
 }
-FIRST = RECIPE["eval_every"]  # the first step after which there is a checkpoint
-SPOILT = {"patience": 2, "learning_rate": 1.0}  # ends early, at the best state
+EARLY = {"patience": 3, "eval_every": 2}  # ends early, at the best state
+
+
+class Recipe:
+    """A training as the examples have it: everything that steers one, in one."""
+
+    def __init__(self) -> None:
+        self.system = SYSTEMS["pendulum"]()
+        self.train, self.held_out = self.system.simulate(16, 4, seed=0).split(6)
+        self.known: dict[str, tuple[list[Tensor], ph.Fit]] = {}
+
+    def uninterrupted(self, **options: Any) -> tuple[list[Tensor], ph.Fit]:
+        """What comes out without a stop, once for all tests."""
+        key = f"{options} on {torch.get_num_threads()}"
+        if key not in self.known:
+            self.known[key] = self.run(**options)
+        return self.known[key]
+
+    def run(self, seed: int = 0, **options: Any) -> tuple[list[Tensor], ph.Fit]:
+        """Train a new model; return its state and the record."""
+        torch.manual_seed(seed)
+        model = ph.models.MetaHybridVAE(self.system, linear=False, straightness=0.1, noise=10.0)
+        guide = model.guide()
+        options = {"held_out": self.held_out, **RECIPE, **options}
+        fit = ph.meta_train(model, guide, self.train, **options)
+        return state(model, guide), fit
+
+    def resumed(self, folder: Path, stop: int, **options: Any) -> tuple[list[Tensor], ph.Fit]:
+        """What comes out after a stop and a resumption into another model."""
+
+        def interrupt(step: int, fit: ph.Fit) -> None:
+            if step == stop:
+                raise Stop
+
+        with pytest.raises(Stop):
+            self.run(checkpoint=folder, callback=interrupt, **options)
+        return self.run(seed=99, checkpoint=folder, resume=True, **options)
 
 
 @pytest.fixture(scope="module")
-def recipe() -> Callable[..., Any]:
-    """A training as the examples have it: everything that steers one, in one."""
-    system = SYSTEMS["pendulum"]()
-    train, held_out = system.simulate(16, 4, seed=0).split(6)
-
-    def run(seed: int = 0, **options: Any) -> tuple[list[Tensor], ph.Fit]:
-        torch.manual_seed(seed)
-        model = ph.models.MetaHybridVAE(system, linear=False, straightness=0.1, noise=10.0)
-        guide = model.guide()
-        fit = ph.meta_train(model, guide, train, held_out=held_out, **{**RECIPE, **options})
-        return state(model, guide), fit
-
-    return run
+def recipe() -> Recipe:
+    return Recipe()
 
 
 def history(fit: ph.Fit) -> list[str]:
@@ -207,48 +231,37 @@ def history(fit: ph.Fit) -> list[str]:
     return [f"{name}: {value}" for name, value in told.items()]
 
 
-def resumed(recipe: Callable[..., Any], folder: Path, stop: int, **options: Any) -> Any:
-    """What comes out after a stop and a resumption into another model."""
-
-    def interrupt(step: int, fit: ph.Fit) -> None:
-        if step == stop:
-            raise Stop
-
-    with pytest.raises(Stop):
-        recipe(checkpoint=folder, callback=interrupt, **options)
-    return recipe(seed=99, checkpoint=folder, resume=True, **options)
+def assert_resumes(recipe: Recipe, folder: Path, turn: int) -> None:
+    """Stop at a random step, resume, and compare with a training without a stop, bit for bit."""
+    options = EARLY if turn % 2 else {}
+    expected, fit = recipe.uninterrupted(**options)
+    first = options.get("eval_every", RECIPE["eval_every"])  # after which there is a checkpoint
+    stop = random.Random(turn).randrange(first, len(fit.loss) - 1)
+    found, again = recipe.resumed(folder, stop, **options)
+    assert same(expected, found) and history(again) == history(fit), stop
+    assert fit.stopped_early == bool(options)
 
 
 @quiet
-def test_the_full_recipe_resumes_bit_for_bit_at_5_random_stops(
-    recipe: Callable[..., Any], tmp_path: Path
+@pytest.mark.parametrize("turn", range(5))
+def test_the_full_recipe_resumes_bit_for_bit_at_a_random_stop(
+    recipe: Recipe, tmp_path: Path, turn: int
 ) -> None:
-    whole, fit = recipe()
-    for stop in random.Random(0).sample(range(FIRST, RECIPE["num_steps"] - 1), 5):
-        found, again = resumed(recipe, tmp_path / str(stop), stop)
-        assert same(whole, found), stop
-        assert history(again) == history(fit), stop
+    assert_resumes(recipe, tmp_path, turn)
 
 
 @quiet
 @pytest.mark.long
 @pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("turn", range(20))
 def test_the_full_recipe_resumes_bit_for_bit_at_20_random_stops(
-    recipe: Callable[..., Any], tmp_path: Path, threads: int, figure: Note
+    recipe: Recipe, tmp_path: Path, turn: int, threads: int, figure: Note
 ) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        dice = random.Random(threads)
-        for options in ({}, SPOILT):
-            whole, fit = recipe(**options)
-            for turn in range(10):
-                folder = tmp_path / f"{bool(options)}-{turn}"
-                stop = dice.randrange(FIRST, len(fit.loss) - 1)
-                found, again = resumed(recipe, folder, stop, **options)
-                assert same(whole, found) and history(again) == history(fit), stop
-                figure("resume", **{f"equal_on_{threads}": 1})
-        assert fit.stopped_early and len(fit.loss) < RECIPE["num_steps"]
+        assert_resumes(recipe, tmp_path, turn + 100)
+        figure("resume", **{f"equal_on_{threads}": 1})
     finally:
         torch.set_num_threads(before)
 
@@ -398,7 +411,7 @@ def test_another_program_and_other_evidence_are_noticed(
     ],
 )
 def test_penalty_weights_are_compared_by_value(
-    recipe: Callable[..., Any], tmp_path: Path, weights: Any, is_the_same: bool
+    recipe: Recipe, tmp_path: Path, weights: Any, is_the_same: bool
 ) -> None:
     def interrupt(step: int, fit: ph.Fit) -> None:
         if step == 3:
@@ -407,15 +420,15 @@ def test_penalty_weights_are_compared_by_value(
     options = {"checkpoint": tmp_path, "num_steps": 5}
     begun = {"projection": ph.Ramp(30.0, power=2)}
     with pytest.raises(Stop):
-        recipe(callback=interrupt, penalty_weights=begun, **options)
+        recipe.run(callback=interrupt, penalty_weights=begun, **options)
     if is_the_same:
-        _, fit = recipe(resume=True, penalty_weights=weights, **options)
+        _, fit = recipe.run(resume=True, penalty_weights=weights, **options)
         assert len(fit.loss) == 5
     else:
         with pytest.raises(
             ValueError, match="penalty_weights = .*, as in the training to be resum"
         ):
-            recipe(resume=True, penalty_weights=weights, **options)
+            recipe.run(resume=True, penalty_weights=weights, **options)
 
 
 def test_other_data_are_noticed(tmp_path: Path) -> None:
