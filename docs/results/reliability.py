@@ -13,7 +13,7 @@ FOLDER = Path(__file__).parent
 # Test, requirement and result, where braces stand for numbers of the JSON file.
 ROWS = {
     "kills": (
-        "processes killed (SIGKILL) while they save without a pause",
+        "processes killed (SIGKILL) at random calls of the file system while they save",
         "no checkpoint lost",
         "{kills} kills, {in_a_save} of them in a save: {lost} lost (`torch.save` over the old file: "
         "{lost_in_place} of {kills_in_place})",
@@ -26,17 +26,18 @@ ROWS = {
     "rot": (
         "{flips} bit flips, {truncations} truncations",
         "all refused",
-        "{refused} refused (torch and safetensors alone accept {accepted_by_others} of the {flips_for_others} "
+        "{refused} refused (safetensors and JSON alone accept {accepted_by_others} of the {flips_for_others} "
         "flips in their files)",
     ),
     "malice": (
         "malicious files: pickles in every place, paths that lead out, a manifest that names a module, a header "
-        "of 10 GB, a zip bomb, ...",
+        "of 10 GB, a tensor of 10 TB, numbers that no float holds, ...",
         "nothing executed, nothing written outside",
         "{files} files: {executed} executed, {written_outside} written outside",
     ),
     "resume": (
-        "trainings stopped at random steps and resumed, on 1 and on 2 threads",
+        "trainings by the full recipe (curriculum, penalty ramps, averages, early stopping) stopped at random steps "
+        "and resumed, on 1 and on 2 threads",
         "parameters equal bit for bit",
         "{equal_on_1} of 20, {equal_on_2} of 20",
     ),

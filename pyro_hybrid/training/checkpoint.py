@@ -32,7 +32,7 @@ __all__ = ["Checkpoints", "Found", "Manifest"]
 
 @dataclass(frozen=True)
 class Manifest:
-    """What the manifest of a checkpoint says about it.
+    """The statements of a manifest about its checkpoint.
 
     Attributes:
         step: number of steps that are done.

@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import pyro
 import torch
+from torch import nn
 from tqdm.auto import tqdm
 
 from pyro_hybrid.data.episode import Episode
@@ -68,7 +69,7 @@ class Loop:
     Arguments:
         svi: model, guide, loss and optimizer.
         tasks, held_out: to train on, and to look at.
-        settings: what was asked for.
+        settings: the arguments of the training.
         state: where the training stands.
         checkpoints: the folder to write checkpoints into, or None.
         callback: called after each step with its number and the record so far.
@@ -117,6 +118,7 @@ class Loop:
         start = self.state.counters.step
         batches = self.tasks.numbered_batches(settings.batch_size, settings.seed, start)
         batch_loss = BatchLoss(self.svi, settings.seed, settings.segments_per_shot)
+        trained = trained_names(self.svi.model, self.svi.guide)
         episode: Episode | None = None
         for step in bar:
             numbers, drawn = next(batches)
@@ -124,6 +126,8 @@ class Loop:
             set_penalty_weights(self.svi.model, values.penalty_weights)
             batch = Batch(step, numbers, shortened(drawn.to(self.device), values.length))
             episode = self._step(batch, values, batch_loss)
+            if values.is_averaged:
+                self._average(trained)
             if step % 20 == 0 or step == last_step:
                 bar.set_postfix_str(_summary(self.state.fit))
             if self.callback:
@@ -158,8 +162,6 @@ class Loop:
         else:
             self._skip(batch.step, evaluation.loss)
         state.counters.step = batch.step + 1
-        if values.is_averaged:
-            self._average()
         return evaluation.episode
 
     def _count_failures(self, evaluation: Evaluation) -> None:
@@ -195,10 +197,9 @@ class Loop:
             )
 
     @torch.no_grad()
-    def _average(self) -> None:
+    def _average(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Move the mean of the parameters towards their values now."""
         state = self.state
-        parameters = trained_names(self.svi.model, self.svi.guide)
         state.counters.num_averaged += 1
         if state.counters.num_averaged == 1:
             state.average = copied(parameters)

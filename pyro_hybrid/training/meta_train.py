@@ -140,23 +140,24 @@ def meta_train(
         folder = checkpoints.opened(resume) if checkpoints else contextlib.nullcontext()
         with folder as found:
             if found and found.manifest.finished:
-                return _finished_before(found, num_steps, model, guide)
-            state = _resumed_state(found, model, guide, len(tasks))
-            device = torch.device(tasks.values.device if device is None else device)
-            svi = _prepared(model, guide, tasks, settings, loss, device)
-            if state is not None:
-                state.restore(model, guide, svi.optimizer)
-            fit = Loop(
-                svi=svi,
-                tasks=tasks,
-                held_out=held_out,
-                settings=settings,
-                state=state or LoopState.initial(model, guide, len(tasks)),
-                checkpoints=checkpoints,
-                callback=callback,
-                device=device,
-                progress=progress,
-            ).run(signals)
+                fit = _finished_before(found, num_steps, model, guide)
+            else:
+                state = _resumed_state(found, model, guide, len(tasks))
+                device = torch.device(tasks.values.device if device is None else device)
+                svi = _prepared(model, guide, tasks, settings, loss, device)
+                if state is not None:
+                    state.restore(model, guide, svi.optimizer)
+                fit = Loop(
+                    svi=svi,
+                    tasks=tasks,
+                    held_out=held_out,
+                    settings=settings,
+                    state=state or LoopState.initial(model, guide, len(tasks)),
+                    checkpoints=checkpoints,
+                    callback=callback,
+                    device=device,
+                    progress=progress,
+                ).run(signals)
         _end_on_signal(signals, fit, num_steps, checkpoints)
     return fit
 

@@ -1,4 +1,4 @@
-"""Settings, what meta_train was asked for; and their description by value, which a resumed training must share."""
+"""Settings, the arguments of a training; and their description by value, which a resumed training must share."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ __all__ = ["Settings", "data_hash", "described", "identity", "penalty_weights_of
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What a training was asked for; see :func:`~pyro_hybrid.meta_train` for the arguments."""
+    """The arguments of a training that a resumed one must share; see :func:`~pyro_hybrid.meta_train`."""
 
     schedule: Schedule
     batch_size: int

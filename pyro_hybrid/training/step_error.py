@@ -1,4 +1,4 @@
-"""step_error: what fixed steps cost in accuracy, in the only unit that matters, the noise."""
+"""step_error: the error of fixed solver steps, in standard deviations of the noise."""
 
 from __future__ import annotations
 
@@ -20,7 +20,13 @@ __all__ = ["StepError", "step_error"]
 
 
 class StepError(NamedTuple):
-    """Errors of predicted observations in standard deviations of their noise: over all, the largest, and by task."""
+    """Errors of predicted observations, in standard deviations of their noise.
+
+    Attributes:
+        typical: root mean square over all observations.
+        worst: the largest error.
+        by_task: the largest error of each task.
+    """
 
     typical: float
     worst: float
@@ -28,17 +34,17 @@ class StepError(NamedTuple):
 
 
 @torch.no_grad()
-@pyro.validation_enabled(False)  # what diverges is for the caller to see, not to stumble over
+@pyro.validation_enabled(False)  # predictions that diverge are part of the result
 def step_error(program: Program, episode: Episode) -> StepError:
-    """How far a program's predictions move when every fixed step of :func:`~pyro_hybrid.solve` is halved.
+    """Measure how far predictions move if every fixed step of :func:`~pyro_hybrid.solve` is halved.
 
-    For latents drawn from the program itself, given the support. The steps are short enough where ``typical``, a root
-    mean square, is well below one: at a tenth, integration adds half a percent to the noise. Adaptive methods aren't
-    affected: their tolerances say what they are worth.
+    Latents are drawn from the program itself, given the support. The steps are short enough if ``typical`` is well
+    below one: at 0.1, integration adds half a percent to the noise. Adaptive methods aren't affected: their tolerances
+    bound their errors.
 
     Arguments:
         program: the model.
-        episode: trajectories to try it on.
+        episode: trajectories to predict.
 
     >>> import pyro_hybrid as ph, pyro, pyro.distributions as dist
     >>> def swing(episode):
