@@ -117,6 +117,7 @@ PRIVATE: dict[str, set[str]] = {
         "_post_accumulate_grad_hooks",
     },  # torch: freezing
 }
+OWN = {"self", "cls", "super()"}  # a subclass may use what its base class has
 OF_NAMED_TUPLES = {"_asdict", "_fields", "_make", "_replace"}
 
 
@@ -143,7 +144,7 @@ def private_names(text: str) -> set[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom):
             names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.Attribute):
+        elif isinstance(node, ast.Attribute) and ast.unparse(node.value) not in OWN:
             names.add(node.attr)
     return {name for name in names - set(own_names(tree)) if is_private(name)}
 
@@ -188,11 +189,8 @@ def test_the_hooks_before_a_commit_are_what_lint_runs_and_fetch_nothing() -> Non
     assert re.findall(r"repo: (.*)", hooks) == ["local"] and "://" not in hooks
 
 
-def test_types_are_checked_strictly_and_what_is_not_is_named() -> None:
+def test_types_are_checked_strictly_and_only_other_packages_are_excepted() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["mypy"]
     assert settings["strict"] is True
-    third_party, *unclean = settings["overrides"]
-    assert not any(name.startswith("pyro_hybrid") for name in third_party["module"])
-    for name in (name for section in unclean for name in section["module"]):  # must shrink
-        path = ROOT / f"{name.replace('.', '/')}.py"
-        assert path.exists(), f"{name} is gone; take it off the list"
+    excepted = [name for section in settings["overrides"] for name in section["module"]]
+    assert not [name for name in excepted if name.startswith("pyro_hybrid")]
