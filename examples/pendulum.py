@@ -60,7 +60,8 @@ def main() -> None:
             seed=choice.seed,
         )
         posterior = ph.fix_gauge(posterior, train[:200])
-        support = ph.GaussNewton(3, segments=(2, 2, 2, 7), num_restarts=4)
+        restarts = 0 if choice.fast else 4
+        support = ph.GaussNewton(3, segments=(2, 2, 2, 7), num_restarts=restarts)
         posterior = ph.compute_evidence(posterior, support, ph.GaussNewton(2))
         posterior = ph.rescale_intervals(posterior, train[:300])
     habits.export(choice, posterior, train, held_out, fit, started)

@@ -49,10 +49,13 @@ HIDDEN_STATE = (
 )
 
 ALLOWED: dict[tuple[str, str], str] = {
+    ("diagnostics/case.py", "is_grad_enabled("): "compares settings that a program must not change",
+    ("dynamics/modes.py", "ContextVar("): "the one place that tells a solver how to run",
     (
-        "diagnostics/case.py",
+        "dynamics/rk4.py",
         "is_grad_enabled(",
-    ): "one of the settings that a program must leave alone",
+    ): "recomputing saves memory only where there are gradients",
+    ("training/meta_train.py", "is_grad_enabled("): "checks the caller",
 }
 """Places that need such state, ``{(file, pattern): reason}``."""
 

@@ -35,6 +35,7 @@ from tqdm.auto import tqdm
 
 import pyro_hybrid as ph
 from pyro_hybrid.beliefs.families import LogNormal, Normal
+from pyro_hybrid.identifiability import certify as module
 
 GOOD = known("decay chain", "k1", "k2", tasks=300, support=1, shots=3, points=12, noise=0.01)
 ONE = known("decay", "k", tasks=256, support=1, shots=6, points=12, noise=0.01)
@@ -554,3 +555,13 @@ def test_of_forty_programs_none_is_judged_wrongly_and_few_not_at_all(
     assert elsewhere <= 1, "\n".join(
         rows
     )  # one is refused by another condition than the one that was spoilt
+
+
+def test_separability_is_not_checked_where_scikit_learn_is_missing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    measurements = module._Measurements(1, progress=False)
+    found = module._check_separability(torch.randn(100, 2), measurements, seed=0, progress=False)
+    assert found.status == "not checked"
+    assert "pip install 'pyro_hybrid[ica]'" in str(found)

@@ -161,7 +161,8 @@ def pareto_k(log_weights: Array) -> Array:
         weights = np.maximum(weights - weights.max(-1, keepdims=True), NEGLIGIBLE)
         counts = weights > NEGLIGIBLE
         k = np.where(counts.sum(-1) < 3.0 * num_draws**0.5, np.inf, 0.0)
-        has_tail = (_effective_share(weights) < NEARLY_EQUAL) & (k == 0.0)
+        share = relative_ess(weights) * num_draws / counts.sum(-1)  # of the draws that count
+        has_tail = (share < NEARLY_EQUAL) & (k == 0.0)
         if has_tail.any():
             k[has_tail] = np.nan_to_num(_psis(weights[has_tail]), nan=np.inf, posinf=np.inf)
     return k
@@ -179,13 +180,6 @@ def relative_ess(log_weights: Array) -> Array:
     weights = np.exp(np.where(is_finite, shifted, -np.inf))
     squares = np.maximum((weights**2).sum(-1), np.finfo(float).tiny)
     return np.asarray(weights.sum(-1) ** 2 / squares / log_weights.shape[-1])
-
-
-def _effective_share(log_weights: Array) -> Array:
-    """Compute the effective sample size of the draws that have weight, as a share of their number."""
-    weights = np.where(log_weights > NEGLIGIBLE, np.exp(log_weights), 0.0)
-    number = (weights > 0.0).sum(-1)
-    return np.asarray(weights.sum(-1) ** 2 / ((weights**2).sum(-1) * number))
 
 
 def _psis(log_weights: Array) -> Array:
@@ -288,26 +282,16 @@ def _require_package(module: str, extra: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise ImportError(
-            f"expected the module {module}; got {error}. "
-            f"Install it: pip install 'pyro_hybrid[{extra}]'."
-        ) from error
+        remedy = f"Install it: pip install 'pyro_hybrid[{extra}]'."
+        raise ImportError(f"expected the module {module}; got {error}. {remedy}") from error
 
 
 def _check_groups(groups: Mapping[str, Mapping[str, Array]]) -> None:
     unknown = sorted(set(groups) - set(GROUPS))
-    _require(
-        not unknown,
-        f"groups among {list(GROUPS)}",
-        unknown,
-        "Rename them, or put arrays into constant_data.",
-    )
-    _require(
-        any(groups.values()),
-        "at least one array",
-        "none",
-        "Pass groups={'posterior': {name: array}, ...}.",
-    )
+    remedy = "Rename them, or put arrays into constant_data."
+    _require(not unknown, f"groups among {list(GROUPS)}", unknown, remedy)
+    is_filled = any(groups.values())
+    _require(is_filled, "at least one array", "none", "Pass groups={'posterior': {...}}.")
     for group, variables in groups.items():
         for name, value in variables.items():
             _require(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pyro_hybrid.beliefs.families import Normal
 from pyro_hybrid.data.episode import Episode
 from pyro_hybrid.dynamics.solve import solve
-from pyro_hybrid.errors import require
+from pyro_hybrid.errors import fail, require
 from pyro_hybrid.inference.guide import AmortizedGuide
 from pyro_hybrid.inference.prior import UnconditionalPrior
 from pyro_hybrid.nets.encoders import SetEncoder
@@ -249,7 +249,8 @@ class Constraint(nn.Module):
         """
         whole = episode.query.whole or episode.query
         values = episode.query.values
-        assert values is not None  # for the type checker
+        if values is None:
+            fail("a query with values", "none", "Ask applies(episode) first.")
         with torch.no_grad():
             variance = noise.square().mean()
             counts = episode.query.scored

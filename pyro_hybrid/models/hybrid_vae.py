@@ -190,7 +190,8 @@ class HybridVAE(HybridModel):
         """R₂ of each task: how far what the encoder unmixed is from what its latents make the physics do."""
         with torch.no_grad():
             bare = self.observed(physics, self.nothing, read.shots)
-        return 0.5 * ((read.unmixed - bare) / self.noise.detach()).square().sum((-3, -2, -1))
+        errors: Tensor = (read.unmixed - bare) / self.noise.detach()
+        return 0.5 * errors.square().sum((-3, -2, -1))
 
     def misread(self, read: Reading) -> Tensor:
         """R₃ of each task: what the encoder misses of latents, drawn by shot, that the physics ran with."""
@@ -320,7 +321,8 @@ class PhysicsGuide(nn.Module):
         standard = ((values - center) / scale).where(seen, 0.0)
         known = torch.cat([standard, seen.to(standard.dtype)], -1).flatten(-2)
         inputs = torch.cat([known, latents.unsqueeze(-2).expand(*known.shape[:-1], -1)], -1)
-        return center + scale * (standard + self.unmixer(inputs).view_as(standard))
+        correction: Tensor = self.unmixer(inputs).view_as(standard)
+        return center + scale * (standard + correction)
 
     def _believed(
         self, names: tuple[str, ...], features: Tensor, counts: Tensor
@@ -343,4 +345,5 @@ class PhysicsGuide(nn.Module):
             one_by_one,
             observed=None if seen is None else seen.flatten(0, 1).unsqueeze(1),
         )
-        return encoder(shots).unflatten(0, values.shape[:2])
+        features: Tensor = encoder(shots).unflatten(0, values.shape[:2])
+        return features

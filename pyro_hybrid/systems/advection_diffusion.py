@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pyro_hybrid.beliefs.families import LogNormal
 from pyro_hybrid.dynamics.slopes import Field
+from pyro_hybrid.errors import fail
 from pyro_hybrid.nets.hybrid_field import Force
 from pyro_hybrid.shapes import State
 from pyro_hybrid.systems.system import System
@@ -43,7 +44,8 @@ class AdvectionDiffusion(System):
         rate = physics["diffusion"].unsqueeze(-1) / self.width**2
 
         def field(t: Tensor, state: State) -> State:
-            assert isinstance(state, Tensor)  # for the type checker
+            if not isinstance(state, Tensor):
+                fail("one tensor of temperatures", type(state).__name__, "Pass the grid as it is.")
             left, here, right = state[..., :-2], state[..., 1:-1], state[..., 2:]
             warming = rate * (left - 2.0 * here + right) + force(
                 here, (right - left) / (2.0 * self.width)
