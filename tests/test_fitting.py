@@ -252,7 +252,7 @@ def test_exact_intervals_keep_their_width_however_informative_the_population(
 
 
 def test_intervals_that_are_half_as_wide_as_they_should_be_become_twice_as_wide() -> None:
-    posterior = build(ph.GaussNewton(2), noise=0.025)
+    posterior = build(ph.GaussNewton(8), noise=0.025)
     tasks = make_tasks(1000, 7, num_support=6, noise=0.05)
     changed = ph.rescale_intervals(posterior, tasks)
     assert ((changed.model.prior.interval_scale - 2.0).abs() < 0.15).all()
