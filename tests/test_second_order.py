@@ -14,13 +14,16 @@ from pyro.distributions import constraints
 from pyro.nn import PyroParam
 from torch import Tensor, nn
 from toys import (
+    BEND,
     NOISE,
     POINTS,
+    SLOPE,
     START_NOISE,
     TIMES,
     Line,
+    Shared,
     features,
-    make_tasks,
+    shared,
     without_type_checks,
 )
 
@@ -40,37 +43,6 @@ from pyro_hybrid.training.weight_slopes import (
     slopes_by_weight,
     weight_slopes,
 )
-
-BEND = torch.tensor([[0.7, -0.4]], dtype=torch.float64)
-SITES = {"slope": Normal(1, loc=0.5, scale=2.0)}
-
-
-class Shared(Line):
-    """A line whose bend is the same in every system: a linear network of two weights."""
-
-    def __init__(self, *, inferred: bool = False, noise: float = NOISE) -> None:
-        super().__init__(sites=SITES, inferred=inferred, noise=noise)
-        self.residual = nn.Linear(2, 1, bias=False)
-
-    def forward(self, episode: ph.Episode) -> Tensor:
-        p = self.prior(episode)
-        start = episode.query.initial
-        grown = features(episode.query.times) - features(episode.query.times[..., :1])
-        with episode.plate:
-            slope = pyro.sample("slope", p["slope"])
-            if self.inferred:
-                start = pyro.sample("start", dist.Normal(start, START_NOISE).to_event(2))
-            bend = self.residual(grown[..., 1:]).squeeze(-1)
-            mean = start + grown[..., 0] * slope[..., None] + bend
-            x = dist.Normal(mean.unsqueeze(-1), self.noise).mask(episode.query.scored)
-            return pyro.sample("x", x.to_event(3), obs=episode.query.values)
-
-
-def shared(num_tasks: int, num_shots: int = 3, *, inferred: bool = False) -> ph.Tasks:
-    """Lines that all bend alike."""
-    straight = make_tasks(num_tasks, num_shots, inferred=inferred, latents=1)
-    values = straight.values + (features(TIMES)[:, 1:] @ BEND[0]).view(-1, 1)
-    return ph.Tasks.from_trajectories(TIMES, values, num_support=1, observed=straight.observed)
 
 
 def pair(*, inferred: bool = False, noise: float = NOISE) -> tuple[Shared, ph.AmortizedGuide]:
@@ -507,7 +479,7 @@ def test_evidence_that_is_no_gauss_newton_is_refused() -> None:
 
 
 def test_a_program_without_a_residual_must_name_its_network() -> None:
-    model = Line(sites=SITES).double()
+    model = Line(sites=SLOPE).double()
     guide = ph.AmortizedGuide(model, ph.GaussNewton(2))
     message = r"expected a network; got Line without a residual\. Pass network="
     with pytest.raises(ValueError, match=message):

@@ -24,8 +24,10 @@ from pyro_hybrid.inference.prior import Prior, SupportPrior
 POINTS = 6
 TIMES = torch.linspace(0.0, 1.5, POINTS, dtype=torch.float64)
 NOISE, START_NOISE = 0.3, 0.5
+SLOPE = {"slope": Normal(1, loc=0.5, scale=2.0)}
 SEPARATE = {"slope": Normal(1, loc=0.5, scale=2.0), "bend": Normal(2)}
 TOGETHER = {"both": FullNormal(3)}
+BEND = torch.tensor([[0.7, -0.4]], dtype=torch.float64)
 
 
 def features(times: Tensor) -> Tensor:
@@ -103,6 +105,34 @@ def make_tasks(
         observed=mask,
         true_latents={"slope": z[:, :1], "bend": z[:, 1:]},
     )
+
+
+class Shared(Line):
+    """A line whose bend is the same in every system: a linear network of two weights."""
+
+    def __init__(self, *, inferred: bool = False, noise: float = NOISE) -> None:
+        super().__init__(sites=SLOPE, inferred=inferred, noise=noise)
+        self.residual = torch.nn.Linear(2, 1, bias=False)
+
+    def forward(self, episode: ph.Episode) -> Tensor:
+        p = self.prior(episode)
+        start = episode.query.initial
+        grown = features(episode.query.times) - features(episode.query.times[..., :1])
+        with episode.plate:
+            slope = pyro.sample("slope", p["slope"])
+            if self.inferred:
+                start = pyro.sample("start", dist.Normal(start, START_NOISE).to_event(2))
+            bend = self.residual(grown[..., 1:]).squeeze(-1)
+            mean = start + grown[..., 0] * slope[..., None] + bend
+            x = dist.Normal(mean.unsqueeze(-1), self.noise).mask(episode.query.scored)
+            return pyro.sample("x", x.to_event(3), obs=episode.query.values)
+
+
+def shared(num_tasks: int, num_shots: int = 3, *, inferred: bool = False) -> ph.Tasks:
+    """Lines that all bend alike."""
+    straight = make_tasks(num_tasks, num_shots, inferred=inferred, latents=1)
+    values = straight.values + (features(TIMES)[:, 1:] @ BEND[0]).view(-1, 1)
+    return ph.Tasks.from_trajectories(TIMES, values, num_support=1, observed=straight.observed)
 
 
 def in_float32(tasks: ph.Tasks) -> ph.Tasks:

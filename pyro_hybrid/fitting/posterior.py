@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyro_hybrid.data.episode import Episode
 from pyro_hybrid.data.tasks import Tasks
-from pyro_hybrid.errors import require
+from pyro_hybrid.errors import fail, require
 from pyro_hybrid.evidence.settings import describe, restore
 from pyro_hybrid.fitting.report import Report, report
 from pyro_hybrid.identifiability.certificate import Certificate
@@ -259,8 +259,16 @@ class Posterior:
         stored = read(path)
         saved = _saved_posterior(stored.state.get("posterior"), path)
         prior = model.prior
+        if bool(saved.support_evidence) != isinstance(prior, SupportPrior):
+            expected = "a SupportPrior" if saved.support_evidence else "an UnconditionalPrior"
+            fail(
+                f"a model with {expected}, as {path} was saved with",
+                type(prior).__name__,
+                "Build the model as it was built for training.",
+                CheckpointError,
+            )
         support = None
-        if saved.support_evidence and isinstance(prior, SupportPrior):
+        if isinstance(prior, SupportPrior):
             support = restore(saved.support_evidence, prior.evidence)
         query = restore(saved.query_evidence, None if guide is None else guide.evidence)
         guide = AmortizedGuide(model, query) if guide is None else guide

@@ -29,9 +29,10 @@ def measure_interval_scale(model: HybridModel, tasks: Tasks, prob: float = 0.9) 
     of its shots then lie further apart than they claim. If the evidence of half i has precision :math:`P_i` and its
     posterior has covariance :math:`C_i`, the difference of the means has the covariance
 
-    .. math:: C_1 P_1 C_1 + C_2 P_2 C_2,
+    .. math:: C_1 P_1 C_1 + C_2 P_2 C_2 + (C_1 - C_2) P_0 (C_1 - C_2)
 
-    which is less than the sum of the posteriors', for both halves share the population.
+    for tasks of a population of precision :math:`P_0`. It is less than the sum of the posteriors' covariances, for both
+    halves share the population, which pulls the half of weaker evidence more than the other.
 
     Arguments:
         model: a trained program whose prior has computed evidence.
@@ -57,7 +58,7 @@ def measure_interval_scale(model: HybridModel, tasks: Tasks, prob: float = 0.9) 
             batch = tasks[start : start + BATCH]
             one = _read(model, batch.shots(slice(0, half)))
             other = _read(model, batch.shots(slice(half, None)))
-            variance = _evidence_variance(model, one) + _evidence_variance(model, other)
+            variance = _difference_variance(model, one, other)
             difference = one.task_marginal.mean - other.task_marginal.mean
             ratio = difference.abs() / variance.clamp(min=0.0).sqrt()
             ratios.append(ratio.where(variance > 0.0, torch.nan))
@@ -89,10 +90,15 @@ def _read(model: HybridModel, shots: Shots) -> Gaussian:
     return belief
 
 
-def _evidence_variance(model: HybridModel, belief: Gaussian) -> Tensor:
-    """Variance of a posterior's mean that is due to the noise of its evidence, (task, d)."""
-    marginal = belief.task_marginal
-    covariance = marginal.covariance
-    evidence = marginal.precision - model.prior.population().gaussian().own.precision
-    variance: Tensor = (covariance @ evidence @ covariance).diagonal(dim1=-2, dim2=-1)
-    return variance
+def _difference_variance(model: HybridModel, one: Gaussian, other: Gaussian) -> Tensor:
+    """Variance of the difference of two posteriors' means of the same task, (task, d)."""
+    population = model.prior.population().gaussian().own.precision
+    first = one.task_marginal.covariance
+    second = other.task_marginal.covariance
+    difference = first - second
+    covariance: Tensor = (
+        first @ (one.task_marginal.precision - population) @ first
+        + second @ (other.task_marginal.precision - population) @ second
+        + difference @ population @ difference
+    )
+    return covariance.diagonal(dim1=-2, dim2=-1)
