@@ -387,7 +387,8 @@ def test_errors_are_medians_over_windows_at_their_horizon() -> None:
 def test_what_cannot_be_fitted_is_refused_with_words() -> None:
     tasks = DoublePendulum().simulate(2, 2, seed=0)
     with pytest.raises(
-        ValueError, match="tasks with the scale of their clocks in truth; got .*Make them with"
+        ValueError,
+        match="tasks with the scale of their clocks in true_latents; got .*Make them with",
     ):
         fitted(compound, tasks)
     with pytest.raises(

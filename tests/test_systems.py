@@ -452,10 +452,9 @@ def test_the_true_program_simulates_where_nothing_is_observed(name: str) -> None
 
 def bound(system: System, support: ph.Shots, truth: Mapping[str, Tensor]) -> Tensor:
     """The Cramér-Rao bound by central differences, task by task, with nothing of the library but the solver."""
-    shots, rows = support.double(), []
-    measured = shots.initial
-    tasks, number, components = measured.shape
-    spread = torch.tensor(system.start_noise, dtype=torch.float64).repeat(number)
+    measured, rows = support.double().measured_initial, []
+    tasks, shots, components = measured.shape
+    spread = torch.tensor(system.start_noise, dtype=torch.float64).repeat(shots)
     for task in range(tasks):
         known = torch.cat([value[task] for value in truth.values()]).double()
 
