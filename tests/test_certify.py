@@ -419,7 +419,7 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "half a seed": (
         lambda: ph.certify(*ONE.build(), ONE.data(), seed=0.5),
-        r"seed as a whole number of 0 or more; got 0\.5, of type float",
+        r"seed as a whole number of 0 or more; got 0\.5",
     ),
 }
 

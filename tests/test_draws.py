@@ -347,7 +347,7 @@ def test_numbers_of_draws_that_make_no_sense_are_refused(sampler: str, num_sampl
 
 @pytest.mark.parametrize("sampler", [ph.draws, ph.to_arviz, ph.pareto_k])
 def test_what_is_no_episode_is_refused(sampler: object) -> None:
-    message = r"expected an Episode; got a Tasks\. Pass tasks\.episode\(\)"
+    message = r"expected an Episode; got Tasks\. Pass tasks\.episode\(\)"
     with without_type_checks(), pytest.raises(TypeError, match=message):
         sampler(*pair(), make_tasks(3, 4), 5)
 

@@ -125,7 +125,7 @@ def _draw_contraction(axis: Axes, latents: Sequence[LatentCalibration]) -> None:
     axis.axvline(0.0, color=GREY, lw=0.9)
     smallest = min(0.0, *(latent.contraction for latent in latents))
     axis.set(xlabel="1 − posterior / prior variance", xlim=(max(-1.0, smallest), 1.0))
-    axis.set_title("contraction: share that the query adds", fontsize=10)
+    axis.set_title("contraction by the query", fontsize=10)
 
 
 def _draw_weights(axis: Axes, report: CalibrationReport) -> None:
@@ -135,8 +135,9 @@ def _draw_weights(axis: Axes, report: CalibrationReport) -> None:
     is_even = report.pareto_k.relative_ess[order] >= arviz_data.NEARLY_EQUAL
     places = np.arange(1, len(k_hat) + 1)
     color = COLORS[report.weights.status]
-    axis.plot(places[~is_even], k_hat[~is_even], "o", ms=3.5, color=color, clip_on=False)
-    axis.plot(places[is_even], k_hat[is_even], "o", ms=3.5, mfc="none", color=color, clip_on=False)
+    for rows, face in ((~is_even, color), (is_even, "none")):
+        if rows.any():  # marks without points, drawn beyond the axes, break the layout
+            axis.plot(places[rows], k_hat[rows], "o", ms=3.5, mec=color, mfc=face, clip_on=False)
     axis.axhline(RELIABLE_K, color=GREY, lw=0.9, ls="--")
     cut = f", cut at {HIGHEST:g}" if k_hat[-1] == HIGHEST else ""
     bottom = min(0.0, k_hat[0]) - 0.05
