@@ -224,7 +224,10 @@ def test_the_certificate_on_the_screen_is_that_of_the_file_and_stands_below_the_
 ) -> None:
     certificate, lines = fast.certificate, fast.done.stdout.splitlines()
     begin, end = (
-        1 + next(i for i, line in enumerate(lines) if line.startswith("error of trajectories")),
+        1
+        + next(
+            i for i, line in enumerate(lines) if line.startswith("squared error of trajectories")
+        ),
         len(lines) - 1,
     )
     assert lines[begin] == lines[end - 1] == "" and all(

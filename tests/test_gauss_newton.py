@@ -355,8 +355,9 @@ def test_latents_of_very_different_units_have_the_exact_joint_posterior(
 
     prior = prior.to(dtype)
     if dtype == torch.float32:
-        shots = shots.map_all(lambda x: x.float() if x.is_floating_point() else x)
-        shots = shots.map_times(lambda times: times.float())
+        shots = shots.map_all(
+            lambda x: x.float() if x.is_floating_point() else x, lambda times: times.float()
+        )
     before = prior.population().expand(4)
     belief = (before + ph.GaussNewton(6)(before, shots, program)).gaussian().task_marginal
     sd = truth.covariance.diagonal(dim1=-2, dim2=-1)[:, :3].sqrt()

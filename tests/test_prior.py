@@ -704,7 +704,7 @@ def test_what_is_no_evidence_is_refused(evidence: object) -> None:
 
 
 def test_a_module_that_is_no_encoder_is_refused() -> None:
-    message = r"expected an encoder: a module with the attribute `features`.*; got Linear"
+    message = r"expected an encoder: a module with the attribute `num_features`.*; got Linear"
     with pytest.raises(TypeError, match=message):
         ph.SupportPrior(nn.Linear(3, 3), **SEPARATE)
 

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import types
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -297,7 +298,7 @@ MISUSES: dict[str, tuple[Callable[[], object], str]] = {
     "HybridModel": (lambda: Empty()(episode()), 'missing the required "forward" function'),
     "Encoder": (
         lambda: ph.Encoder(lambda shots: shots),  # type: ignore[arg-type]
-        r"expected an encoder: a module with the attribute `features`.*got function\. Pass ph\.SetEncoder",
+        r"expected an encoder: a module with the attribute `num_features`.*got function\. Pass ph\.SetEncoder",
     ),
     "GaussNewton": (
         lambda: ph.GaussNewton(0),
@@ -412,7 +413,9 @@ MISUSES: dict[str, tuple[Callable[[], object], str]] = {
         "expected num_steps to be an integer of 1 or more; got 0",
     ),
     "models": (
-        lambda: ph.models.MetaHybridVAE(ph.systems.Pendulum())(episode(support=episode())),
+        lambda: ph.models.MetaHybridVAE(ph.systems.Pendulum())(
+            replace(episode(), support=episode().query)
+        ),
         r"expected trajectories of \(time, sensor\) = \(50, 2\); got \(3, 1\)",
     ),
     "projection_penalty": (
@@ -453,6 +456,7 @@ MISUSES: dict[str, tuple[Callable[[], object], str]] = {
     ),
 }
 RESULTS = {
+    "Report",
     "CheckpointError",
     "ContractError",
     "Fit",

@@ -2,6 +2,8 @@ r"""Beliefs about a task's latents in natural form: they add, and a posterior is
 
 .. math:: p(z \mid S) = \text{population} + \text{evidence}(S), \qquad
           q(z \mid S, x) = p(z \mid S) + \text{evidence}(x)
+
+A belief that is incomplete or improper is one too: what evidence adds is of the same kind.
 """
 
 from __future__ import annotations
