@@ -418,6 +418,9 @@ class Asked(nn.Module):
         super().__init__()
         self.prior = ph.SupportPrior(encoder(), **sites)
 
+    def forward(self, episode: ph.Episode) -> None:
+        """Sample nothing else: the guide asks for latents of shots."""
+
 
 def another_guide(**sites: ph.families.Family) -> ph.AmortizedGuide:
     return ph.AmortizedGuide(Asked(sites), encoder())
@@ -428,7 +431,9 @@ BROKEN: dict[str, list[Broken]] = {
     "parameters": [
         (SharesByName, guide_of, "SharesByName, which shares them by name"),
     ],
-    "copies": [(SharesAPart, guide_of, r"got \['part\.gain'\]\. Keep parameters on the instance")],
+    "copies": [
+        (SharesAPart, guide_of, r"got \['model\.part\.gain'\]\. Keep parameters on the instance")
+    ],
     "runs": [
         (
             Good,
@@ -469,7 +474,7 @@ BROKEN: dict[str, list[Broken]] = {
     "double": [(KeepsAConstant, guide_of, "got RuntimeError: .*dtype")],
     "untouched": [
         (InTheStore, guide_of, r"got changes of \[\"parameters in Pyro's store\"\]"),
-        (CountsItsRuns, guide_of, r"got changes of \['model\.runs'\]"),
+        (CountsItsRuns, guide_of, r"got changes of \['model\.runs', 'guide\.model\.runs'\]"),
         (ChangesASetting, guide_of, r"got changes of \['cholesky_relative_jitter'\]"),
         (MasksInPlace, guide_of, r"got changes of \['query\.scored'\]"),
     ],
@@ -536,7 +541,8 @@ def test_who_breaks_a_contract_is_refused_by_its_name(
     made = model()
     with pytest.raises(ph.ContractError, match=message) as caught:
         ph.check_hybrid_model(made, guide(made), EPISODE)
-    assert list(caught.value.failed) == [name]
+    follow = {"predictive", "arviz"} if name == "simulation" else set()  # they simulate too
+    assert {name} <= set(caught.value.failed) <= {name} | follow
     assert f"\n- {name}. " in str(caught.value)
 
 
@@ -634,7 +640,7 @@ def test_nothing_is_changed_by_the_check_not_even_by_a_broken_program(
         model, episode = kind(), copy.deepcopy(EPISODE)
         guide = guide_of(model)
         pyro.get_param_store().setdefault("mine", torch.tensor(3.0))
-        model.train(), guide.eval()
+        guide.eval(), model.train()  # a guide holds its model
         weights = copy.deepcopy([model.state_dict(), guide.state_dict()])
         states = np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
         settings = dict(pyro.settings.get())

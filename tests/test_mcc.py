@@ -303,7 +303,7 @@ def test_an_offset_of_a_billion_sds_does_not_matter() -> None:
         (pd.DataFrame({"z": [1.0]}), r"got DataFrame\. Convert it: estimate\.to_numpy\(\)"),
         (
             make_tasks(2, 2),
-            r'got Tasks\. Pass the latents themselves, such as tasks\.truth\["omega"\]',
+            r'got Tasks\. Pass the latents themselves, such as tasks\.true_latents\["omega"\]',
         ),
         (
             {"z": torch.zeros(3, 1)},

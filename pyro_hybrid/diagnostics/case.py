@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from pyro_hybrid.data.episode import Episode
 from pyro_hybrid.data.shots import Shots
 from pyro_hybrid.errors import fail, require
+from pyro_hybrid.programs.module import local_parameters
 from pyro_hybrid.programs.run import Program
 from pyro_hybrid.programs.sites import Site, random_sites, unwrap
+from pyro_hybrid.training.svi import SVI
 
 __all__ = [
     "BrokenContract",
@@ -239,9 +241,10 @@ def log_density(case: Case, values: Mapping[str, Tensor], seed: int = 0) -> Tens
 def elbo_of(case: Case, **options: Any) -> Tensor:
     """Return the loss that training minimizes."""
     torch.manual_seed(0)
-    elbo = TraceMeanField_ELBO(**options)(case.model.train(), case.guide.train())
-    loss: Tensor = elbo(case.episode)
-    return loss
+    guide, model = case.guide.train(), case.model.train()
+    svi = SVI(model, guide, pyro.optim.SGD({"lr": 0.0}), TraceMeanField_ELBO(**options))
+    with local_parameters():
+        return svi.differentiable_loss(model, guide, case.episode)
 
 
 def query_sites(case: Case) -> list[str]:

@@ -138,8 +138,8 @@ def _conversion(name: str, value: object) -> str:
     """Return advice on how to make an array of ``value``."""
     if hasattr(value, "to_numpy"):  # a frame or a series of pandas
         return f"Convert it: {name}.to_numpy()."
-    if hasattr(value, "truth"):  # a data set
-        return 'Pass the latents themselves, such as tasks.truth["omega"].'
+    if hasattr(value, "true_latents"):  # a data set
+        return 'Pass the latents themselves, such as tasks.true_latents["omega"].'
     if isinstance(value, dict):
         return f"Pass one matrix: torch.cat(list({name}.values()), -1)."
     return f"Convert it: torch.as_tensor({name})."
