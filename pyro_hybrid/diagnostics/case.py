@@ -10,6 +10,7 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.infer import TraceMeanField_ELBO
+from pyro.optim import PyroOptim
 from torch import Tensor, nn
 
 from pyro_hybrid.data.episode import Episode
@@ -242,7 +243,7 @@ def elbo_of(case: Case, **options: Any) -> Tensor:
     """Return the loss that training minimizes."""
     torch.manual_seed(0)
     guide, model = case.guide.train(), case.model.train()
-    svi = SVI(model, guide, pyro.optim.SGD({"lr": 0.0}), TraceMeanField_ELBO(**options))
+    svi = SVI(model, guide, PyroOptim(torch.optim.SGD, {"lr": 0.0}), TraceMeanField_ELBO(**options))
     with local_parameters():
         return svi.differentiable_loss(model, guide, case.episode)
 
