@@ -24,7 +24,7 @@ from toys import POINTS, SYSTEMS, Line, features, in_float32, make_tasks, with_q
 import pyro_hybrid as ph
 from pyro_hybrid.data.segments import to_segments
 from pyro_hybrid.diagnostics.contract import STAGES
-from pyro_hybrid.evidence.protocol import Then
+from pyro_hybrid.evidence.encoder import Then
 
 EPISODE = in_float32(make_tasks(3, 5, num_support=2)).episode()
 NAMES = [contract.__name__.replace("_", " ") for stage in STAGES for contract in stage]

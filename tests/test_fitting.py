@@ -33,7 +33,8 @@ from toys import (
 
 import pyro_hybrid as ph
 from pyro_hybrid.beliefs.belief import Gaussian
-from pyro_hybrid.evidence.protocol import Evidence, Fixed, Then
+from pyro_hybrid.evidence.encoder import Then
+from pyro_hybrid.evidence.protocol import Evidence, Fixed
 from pyro_hybrid.evidence.settings import describe
 from pyro_hybrid.inference.intervals import measure_interval_scale
 

@@ -178,7 +178,3 @@ class FromBeginnings:
     ) -> FromBeginnings:
         """Return itself: the program says what its latents are."""
         return self
-
-    def propose(self, belief: Belief, shots: Shots) -> Belief | None:
-        """Return None: no network proposes anything."""
-        return None

@@ -1,4 +1,4 @@
-"""Learned evidence: a network's increment of natural parameters."""
+"""Learned evidence, and computed evidence that starts from it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from pyro_hybrid.beliefs.belief import Belief, Factorized
 from pyro_hybrid.beliefs.families import Family
 from pyro_hybrid.data.shots import Shots
 from pyro_hybrid.errors import fail, require
-from pyro_hybrid.evidence.protocol import Evidence, Then
+from pyro_hybrid.evidence.protocol import Evidence
 from pyro_hybrid.programs.run import Program
 
-__all__ = ["Encoder", "IncrementNetwork"]
+__all__ = ["Encoder", "IncrementNetwork", "Then"]
 
 
 class IncrementNetwork(nn.Module):
@@ -98,6 +98,14 @@ class Encoder:
         given: Shots | None = None,
     ) -> Belief:
         """Return the increment of the shots, with gradients."""
+        scored = (shots.whole or shots).scored
+        is_informed = scored.flatten(1).any(1)[:, None, None]
+        natural = self.propose(belief, shots, given).natural
+        increments = {name: value.where(is_informed, 0.0) for name, value in natural.items()}
+        return Factorized(belief.families, increments)
+
+    def propose(self, belief: Belief, shots: Shots, given: Shots | None = None) -> Factorized:
+        """Return the evidence alone, with gradients, as a belief that is proper even if nothing was observed."""
         network = self.network
         if network is None:
             fail(
@@ -105,18 +113,52 @@ class Encoder:
                 "one that doesn't",
                 "Pass it to SupportPrior or AmortizedGuide, which give it a head for their latents.",
             )
-        scored = (shots.whole or shots).scored
-        is_informed = scored.flatten(1).any(1)[:, None, None]
-        increments = {
-            name: network.families[name].evidence(raw).where(is_informed, 0.0)
-            for name, raw in network(shots.sorted_shots, given and given.sorted_shots).items()
-        }
-        return Factorized(belief.families, increments)
-
-    def propose(self, belief: Belief, shots: Shots) -> Belief | None:
-        """Return None: the encoder's increment is the result."""
-        return None
+        raw = network(shots.sorted_shots, given and given.sorted_shots)
+        natural = {name: network.families[name].evidence(value) for name, value in raw.items()}
+        return Factorized(belief.families, natural)
 
     def then(self, second: Evidence) -> Then:
         """Return evidence that goes on from the encoder's proposal, such as Gauss-Newton."""
         return Then(self, second)
+
+
+@dataclass(frozen=True)
+class Then:
+    """Computed evidence that starts where an encoder points.
+
+    The encoder's evidence alone is the start: the belief before would pull it back, however well it is trained.
+    """
+
+    first: Encoder
+    second: Evidence
+
+    def __post_init__(self) -> None:
+        require(
+            isinstance(self.first, Encoder) and self.second.network is None,
+            "an encoder, and evidence that is computed from the program after it",
+            f"{type(self.first).__name__} and {type(self.second).__name__}",
+            "Let the encoder come first: ph.Encoder(...).then(ph.GaussNewton(...)).",
+            TypeError,
+        )
+
+    @property
+    def network(self) -> nn.Module | None:
+        """The encoder's network."""
+        return self.first.network
+
+    def __call__(
+        self,
+        belief: Belief,
+        shots: Shots,
+        program: Program | None,
+        *,
+        start: Belief | None = None,
+        given: Shots | None = None,
+    ) -> Belief:
+        """Return the computed increment of the shots."""
+        proposal = self.first.propose(belief, shots, given)
+        return self.second(belief, shots, program, start=proposal, given=given)
+
+    def bind(self, families: Mapping[str, Family], context: nn.Module | None = None) -> Then:
+        """Return both parts about the latents of these families."""
+        return Then(self.first.bind(families, context), self.second.bind(families, context))

@@ -86,10 +86,6 @@ class GaussNewton:
         """Return itself: the program says what its latents are."""
         return self
 
-    def propose(self, belief: Belief, shots: Shots) -> Belief | None:
-        """Return None: no network proposes anything."""
-        return None
-
     @torch.no_grad()
     def __call__(
         self,

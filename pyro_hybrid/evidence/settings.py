@@ -6,9 +6,9 @@ from dataclasses import asdict
 from typing import Any
 
 from pyro_hybrid.errors import fail
-from pyro_hybrid.evidence.encoder import Encoder
+from pyro_hybrid.evidence.encoder import Encoder, Then
 from pyro_hybrid.evidence.gauss_newton import GaussNewton
-from pyro_hybrid.evidence.protocol import Evidence, Then
+from pyro_hybrid.evidence.protocol import Evidence
 
 __all__ = ["describe", "encoder_of", "restore"]
 
@@ -61,6 +61,5 @@ def restore(description: list[dict[str, Any]], own: Evidence | None) -> Evidence
 
 def encoder_of(evidence: Evidence) -> Encoder | None:
     """Return the encoder that evidence begins with, if there is one."""
-    while isinstance(evidence, Then):
-        evidence = evidence.first
-    return evidence if isinstance(evidence, Encoder) else None
+    first = evidence.first if isinstance(evidence, Then) else evidence
+    return first if isinstance(first, Encoder) else None

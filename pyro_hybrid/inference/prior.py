@@ -12,7 +12,7 @@ from pyro_hybrid.beliefs.families import Family
 from pyro_hybrid.data.episode import Episode
 from pyro_hybrid.data.shots import Shots, require_shots
 from pyro_hybrid.errors import require
-from pyro_hybrid.evidence.encoder import Encoder
+from pyro_hybrid.evidence.encoder import Encoder, Then
 from pyro_hybrid.evidence.protocol import Evidence
 from pyro_hybrid.programs.run import Program
 from pyro_hybrid.shapes import Stock
@@ -167,11 +167,10 @@ class SupportPrior(Prior):
         population = self.population()
         mean, scale = (x.detach() for x in belief.moments())
         loss = _divergence(mean, scale, *population.moments())
-        before = population.detach().expand(support.shape[0])
-        increment = self.evidence.propose(before, support.sorted_shots)
-        if increment is None:
+        if not isinstance(self.evidence, Then):
             return loss
-        return loss + _divergence(mean, scale, *(before + increment).moments())
+        proposal = self.evidence.first.propose(population, support)
+        return loss + _divergence(mean, scale, *proposal.moments())
 
 
 def as_evidence(evidence: Evidence | nn.Module) -> Evidence:
