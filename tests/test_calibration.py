@@ -577,7 +577,7 @@ def test_the_figure_shows_every_latent_and_says_what_is_good(narrow: ph.Calibrat
     assert [title.partition(":")[0] for title in titles[2:]] == [
         "coverage",
         "z",
-        "contraction",
+        "contraction by the query",
         "real queries",
     ]
     line = np.asarray(figure.axes[0].lines[-1].get_ydata())
