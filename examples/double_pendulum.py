@@ -16,7 +16,7 @@ import pyro_hybrid as ph
 
 def main() -> None:
     started = time.perf_counter()
-    choice = habits.options(__doc__, "double_pendulum", tasks=1000, steps=900)
+    choice = habits.options(__doc__, "double_pendulum", tasks=1000, steps=500)
 
     # A thousand pendulums to learn from, three hundred to be judged on.
     system = ph.systems.DoublePendulum()
