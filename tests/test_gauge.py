@@ -236,10 +236,19 @@ def test_points_fill_the_middle_of_what_trajectories_visit() -> None:
         tasks,
     )
     low, high = torch.quantile(visited.flatten(0, -2), torch.tensor([0.05, 0.95]), 0)
-    assert len(model.gauge.states) == int(model.gauge.num_points) == 2048
+    assert len(model.gauge.states) == int(model.gauge.num_points) == 1024
     assert torch.allclose(model.gauge.states.amin(0), low, atol=0.02)
     assert torch.allclose(model.gauge.states.amax(0), high, atol=0.02)
     assert 0.07 <= float(model.gauge.times.min()) and float(model.gauge.times.max()) <= 1.33
+
+
+@pytest.mark.parametrize("num_points", [1, 60, 300, 1024])
+def test_as_many_points_are_placed_as_were_asked_for(num_points: int) -> None:
+    tasks, model = make_tasks(), Gravity(0.0)
+    fix_gauge(model, tasks, num_points)
+    states = model.gauge.states[:num_points]
+    assert int(model.gauge.num_points) == num_points
+    assert len(states.unique(dim=0)) == num_points
 
 
 def test_fixing_a_gauge_draws_nothing_and_leaves_no_gradient() -> None:
@@ -285,9 +294,9 @@ def test_what_has_no_gauge_to_fix_is_refused_with_words() -> None:
         ValueError, match=r"a state of 3 components; got states of \[2\] components"
     ):
         fix_gauge(OtherGauge(), tasks)
-    with pytest.raises(ValueError, match=r"expected num_points from 1 to 2048; got 0\."):
+    with pytest.raises(ValueError, match=r"expected num_points from 1 to 1024; got 0\."):
         fix_gauge(Spring(), tasks, 0)
-    with pytest.raises(ValueError, match=r"1 to 2048 points of 2 components; got \(3,\) times"):
+    with pytest.raises(ValueError, match=r"1 to 1024 points of 2 components; got \(3,\) times"):
         ph.Gauge(2).place(torch.zeros(3), torch.zeros(3, 1))
 
 

@@ -13,7 +13,7 @@ from pyro_hybrid.nets.hybrid_field import RELATIVE_STEP, CollocationPoints, Hybr
 
 __all__ = ["Gauge"]
 
-MOST_POINTS, MOST_FIELDS = 2048, 512
+MOST_POINTS, MOST_FIELDS = 1024, 512
 POINTS_AT_ONCE = 256  # what a processor's cache holds
 
 

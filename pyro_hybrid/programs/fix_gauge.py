@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +17,7 @@ from pyro_hybrid.programs.run import run_at
 __all__ = ["fix_gauge"]
 
 LOWEST_RANK, RANK_RANGE = 0.05, 0.9  # beyond, in the tails, few points would outweigh all others
+LEAST_DISTINCT = 64  # points that are no mirror images of each other
 
 
 @torch.no_grad()
@@ -29,7 +32,7 @@ def fix_gauge(model: nn.Module, tasks: Tasks, num_points: int | None = None) -> 
     Arguments:
         model: a program with a Gauge, changed in place.
         tasks: where its trajectories start.
-        num_points: number of points; by default 2048, or 512 fields on a grid.
+        num_points: number of points; by default 1024, or 512 fields on a grid.
     """
     gauge = _gauge_of(model)
     require(
@@ -92,7 +95,7 @@ def _first_fields(solution: Solution, size: int) -> tuple[Tensor, Tensor]:
 
 
 def _spread(solution: Solution, size: int) -> tuple[Tensor, Tensor]:
-    """Spread time and the components of the state evenly over their ranks, by a quasi-random sequence."""
+    """Spread time and the components of the state evenly over their ranks."""
     times, states = solution
     is_finite = states.isfinite().flatten(-2).all(-1)
     ordered = states[is_finite].flatten(0, 1).sort(0).values
@@ -102,9 +105,24 @@ def _spread(solution: Solution, size: int) -> tuple[Tensor, Tensor]:
         "none",
         "Train the model first.",
     )
-    engine = torch.quasirandom.SobolEngine(ordered.shape[-1] + 1, scramble=True, seed=0)
-    even = engine.draw(size).to(ordered.device)
+    even = _mirrored_points(size, ordered.shape[-1]).to(ordered.device)
     rank = (LOWEST_RANK + RANK_RANGE * even).to(ordered.dtype)
     index = (rank[:, 1:] * (len(ordered) - 1)).round().long()
     start, end = times.min(), times.max()
     return start + rank[:, 0] * (end - start), ordered.gather(0, index)
+
+
+def _mirrored_points(size: int, num_components: int) -> Tensor:
+    """Quasi-random points, ``(size, 1 + component)``, time first, with the mirror images of each in the components.
+
+    Friction is odd in a velocity and gravity is not, so that their products average to zero where components are
+    independent. Mirrored points get this right at any size: a thousand are more accurate than ten thousand others.
+    """
+    num_mirrors = min(num_components, int(math.log2(max(1, size // LEAST_DISTINCT))))
+    engine = torch.quasirandom.SobolEngine(1 + num_components, scramble=True, seed=0)
+    points = engine.draw(-(-size // 2**num_mirrors))
+    for i in range(num_mirrors):
+        image = points.clone()
+        image[:, 1 + i] = 1.0 - image[:, 1 + i]
+        points = torch.cat([points, image])
+    return points[:size]
