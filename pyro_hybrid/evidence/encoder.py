@@ -69,7 +69,7 @@ class Encoder:
 
     >>> import pyro_hybrid as ph
     >>> ph.Encoder(ph.SetEncoder(2, 50)).then(ph.GaussNewton(2)).second
-    GaussNewton(num_iterations=2, segments=(), num_restarts=0, damping=0.001, max_step_sd=3.0)
+    GaussNewton(num_iterations=2, segments=(), num_restarts=0, damping=0.001, max_step_sd=1.0)
     """
 
     encoder: nn.Module

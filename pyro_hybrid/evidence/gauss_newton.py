@@ -50,7 +50,7 @@ class GaussNewton:
     segments: tuple[int, ...] = ()
     num_restarts: int = 0
     damping: float = 1e-3
-    max_step_sd: float = 3.0
+    max_step_sd: float = 1.0
 
     def __post_init__(self) -> None:
         require(
