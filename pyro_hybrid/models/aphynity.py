@@ -240,7 +240,7 @@ class Constraint(nn.Module):
 
     def applies(self, episode: Episode) -> bool:
         """Whether a run is one of training, and not a look or a simulation."""
-        return self.training and torch.is_grad_enabled() and episode.query.values is not None
+        return episode.is_training and episode.query.values is not None
 
     def forward(self, norm: Tensor, mean: Tensor, noise: Tensor, episode: Episode) -> Tensor:
         r""":math:`n \lVert f_N \rVert^2 / 2 \sigma^2 \lambda` of each task; its gradient makes :math:`\lambda` grow.

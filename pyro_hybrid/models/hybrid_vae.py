@@ -143,7 +143,7 @@ class HybridVAE(HybridModel):
 
     def to_answer_for(self, episode: Episode) -> Reading | None:
         """What the guide has read, while training."""
-        training = self.training and torch.is_grad_enabled() and episode.query.values is not None
+        training = episode.is_training and episode.query.values is not None
         return self.encoder.read(episode) if training else None
 
     def force(self, unknown: Tensor) -> Force:

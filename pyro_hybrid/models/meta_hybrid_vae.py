@@ -124,8 +124,7 @@ class MetaHybridVAE(HybridModel):
             )
 
             states = self.trajectories(physics, unknown, start, episode.query.times)
-            is_penalized = any(self.penalty_weights.values())
-            if self.training and torch.is_grad_enabled() and is_penalized:
+            if episode.is_training and any(self.penalty_weights.values()):
                 judged = self.collocation_states(episode, states)
                 pyro.factor("preference", -self.penalty(physics, unknown, *judged))
             x = dist.Normal(self.system.observe(states), self.noise).mask(episode.query.scored)
