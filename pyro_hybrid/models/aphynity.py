@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import pyro
@@ -42,9 +41,9 @@ class APHYNITY(HybridModel):
     the squared norm of what the neural force adds to the slopes, averaged over the states of the model's own
     trajectories; L is the mean squared error, sensors weighed by their noise.
 
-    One update of :math:`\lambda` is one gradient taken through the program in ``train()`` mode, with the L of that
-    run, of segments where they are cut. Looks without gradient, simulations and ``eval()`` change nothing. Checkpoints
-    keep it, as the buffer ``constraint.weight``.
+    One update of :math:`\lambda` is one training run: a run with an episode whose ``is_training`` is set. L is the
+    error of that run, on segments if trajectories are cut. Other runs change nothing. Checkpoints keep :math:`\lambda`
+    as the buffer ``constraint.weight``.
 
     The paper knows one system; latents of many with their KL, a learned noise and inferred initial states are
     additions. The guide reads the query, and never the support. As published, that is one trajectory at a time:
@@ -221,7 +220,7 @@ class OriginalAPHYNITY(HybridModel):
 
 
 class Constraint(nn.Module):
-    r"""The weight :math:`\lambda` of a reconstruction against the norm of a neural force; each gradient raises it."""
+    r"""The weight :math:`\lambda` of a reconstruction against the norm of a neural force; each training run raises it."""
 
     weight: Tensor
 
@@ -243,7 +242,7 @@ class Constraint(nn.Module):
         return episode.is_training and episode.query.values is not None
 
     def forward(self, norm: Tensor, mean: Tensor, noise: Tensor, episode: Episode) -> Tensor:
-        r""":math:`n \lVert f_N \rVert^2 / 2 \sigma^2 \lambda` of each task; its gradient makes :math:`\lambda` grow.
+        r""":math:`n \lVert f_N \rVert^2 / 2 \sigma^2 \lambda` of each task; then raise :math:`\lambda`.
 
         A task has the n of its whole trajectories, however many segments of them are looked at.
         """
@@ -257,11 +256,13 @@ class Constraint(nn.Module):
             errors = ((values - mean) / noise).square().where(counts, 0.0)
             loss = variance * errors.sum() / (counts.sum() * errors.numel() / counts.numel())
             n = whole.scored.flatten(1).sum(1)
-        if norm.requires_grad:
-            norm.register_hook(partial(self._grow, loss))
-        return n / (2.0 * variance * self.weight.to(norm)) * norm
+        # A copy, since the gradient needs the weight of this run, and the buffer changes in place.
+        weight = self.weight.to(norm, copy=True)
+        self._raise_weight(loss)
+        return n / (2.0 * variance * weight) * norm
 
-    def _grow(self, loss: Tensor, gradient: Tensor) -> None:
+    @torch.no_grad()
+    def _raise_weight(self, loss: Tensor) -> None:
         if loss.isfinite():
             self.weight += self.growth * loss
 
