@@ -81,6 +81,14 @@ def error_of(model: APHYNITY, guide: Any, data: ph.Episode) -> float:
     )
 
 
+def norm_of(
+    system: Any, physics: dict[str, Tensor], force: Any, times: Tensor, states: Tensor
+) -> Tensor:
+    """The squared norm of a force that has no latents."""
+    equations = ph.HybridField(system.known, lambda _: force, grid=system.grid)
+    return squared_norm(equations, physics, torch.zeros(1, 1), times, states)
+
+
 # ---- the program ---------------------------------------------------------------------------------
 
 
@@ -127,6 +135,13 @@ def test_a_constraint_that_could_not_hold_is_refused(weight: float, growth: floa
         APHYNITY(small(), weight=weight, growth=growth)
 
 
+def test_a_penalty_without_observations_is_refused() -> None:
+    model, _ = pair()
+    data = episode().simulation()
+    with pytest.raises(ValueError, match="expected a query with values; got none"):
+        model.constraint(torch.ones(5), torch.zeros(5, 2, 6, 2), model.noise, data)
+
+
 # ---- the penalty ---------------------------------------------------------------------------------
 
 
@@ -134,7 +149,7 @@ def test_the_penalty_is_the_squared_neural_force_at_the_states_of_the_trajectory
     model, _ = pair()
     data = episode()
     states, unknown = torch.randn(5, 2, 6, 2), torch.randn(5, 3)
-    force = model.residual.given(unknown[:, None, :])
+    force = model.force(unknown)
     physics = {"omega": torch.rand(5, 1)}
     expected = torch.stack(
         [
@@ -147,9 +162,7 @@ def test_the_penalty_is_the_squared_neural_force_at_the_states_of_the_trajectory
             )
         ]
     ).mean((0, 2, 3))
-    assert torch.allclose(
-        squared_norm(model.system, physics, force, data.query.times, states), expected
-    )
+    assert torch.allclose(norm_of(model.system, physics, force, data.query.times, states), expected)
 
 
 def test_a_torque_counts_by_the_acceleration_that_it_causes() -> None:
@@ -159,7 +172,7 @@ def test_a_torque_counts_by_the_acceleration_that_it_causes() -> None:
     def torque(*inputs: Tensor) -> tuple[Tensor, Tensor]:
         return torch.ones_like(inputs[0]), torch.zeros_like(inputs[0])
 
-    norm = squared_norm(system, physics, torque, torch.arange(2.0), states)
+    norm = norm_of(system, physics, torque, torch.arange(2.0), states)
     assert torch.allclose(norm, torch.tensor([2.0]))  # (2 1; 1 1) a = (1, 0) has a = (1, -1)
 
 
@@ -171,7 +184,7 @@ def test_segments_with_clocks_of_their_own_are_penalised_at_their_own_times() ->
     def force(t: Tensor, angle: Tensor, speed: Tensor) -> Tensor:
         return t + 0.0 * angle
 
-    norm = squared_norm(system, {"omega": torch.ones(5, 1)}, force, clocks, states)
+    norm = norm_of(system, {"omega": torch.ones(5, 1)}, force, clocks, states)
     assert torch.allclose(norm, clocks.square().mean().expand(5), rtol=1e-4)
 
 
@@ -190,7 +203,7 @@ def test_the_objective_is_the_published_one_times_half_the_observations_over_lam
     model = OriginalAPHYNITY(system, weight=3.0, width=4)
     data = system.simulate(1, 4, seed=0, num_support=1).episode()
     states = model.trajectories(data)
-    norm = squared_norm(system, model.physics(), model.force(), data.query.times, states)
+    norm = model.squared_norm(data.query.times, states)
     n = 3 * 5 * 2  # what is measured at the first time is where trajectories begin
     mean_square = (states - data.query.values).square()[:, :, 1:].mean()
     published = 3.0 * mean_square + norm.sum()
