@@ -178,7 +178,7 @@ class Penalized(Line):
         self.seen: list[dict[str, float]] = []
 
     def forward(self, episode: ph.Episode) -> Tensor:
-        if self.training and torch.is_grad_enabled():
+        if episode.is_training:
             self.seen.append(dict(self.penalty_weights))
             pyro.factor("size", -self.penalty_weights["size"] * self.noise_unconstrained.square())
         return super().forward(episode)

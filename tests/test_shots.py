@@ -356,3 +356,21 @@ def test_doubled_names_of_components_are_refused() -> None:
         ValueError, match=r"different names along axis 'bend_component'; got \['a'\] twice. Rename"
     ):
         ph.to_arviz(LINE, GUIDE, EPISODE, 2, names={"bend": ["a", "a"]})
+
+
+# ------------------------------------------------------------------------------------------------ episodes
+
+
+def test_a_changed_episode_remains_a_step_of_a_training_and_a_simulation_is_none() -> None:
+    episode = make().episode()
+    assert not episode.is_training
+    training = replace(episode, is_training=True)
+    changed = [
+        training.select_tasks(1),
+        training.to("cpu"),
+        training.double(),
+        training.map_shots(lambda shots: truncate(shots, 2)),
+        check_episode(training),
+    ]
+    assert all(other.is_training for other in changed)
+    assert not training.simulation().is_training

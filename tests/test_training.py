@@ -7,6 +7,7 @@ import itertools
 import math
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import jaxtyping
@@ -872,6 +873,64 @@ def test_svi_is_a_pyro_svi_with_all_that_pyro_sets_up(optim: Any) -> None:
     assert svi.evaluate_loss(episode) == float(loss.detach())
     torch.manual_seed(1)
     assert svi.step(episode) == float(loss.detach())
+
+
+class Noting(Line):
+    """A program that notes which of its runs are steps of a training, those for computed evidence apart."""
+
+    def __init__(self, evidence: ph.GaussNewton | None = None) -> None:
+        super().__init__(evidence)
+        self.runs: list[bool] = []
+        self.runs_for_evidence: list[bool] = []
+
+    def forward(self, episode: ph.Episode) -> Tensor:
+        runs = self.runs_for_evidence if episode.support is None else self.runs
+        runs.append(episode.is_training)
+        return super().forward(episode)
+
+
+@READINGS
+def test_gradient_steps_are_steps_of_a_training_and_looks_are_not(
+    evidence: ph.GaussNewton | None,
+) -> None:
+    both, episode = pair(evidence, Noting), TASKS.episode()
+    model, training = both[0], replace(episode, is_training=True)
+    svi = ph.SVI(*both, sgd(both))
+    for given in (episode, training):
+        svi.step(given), svi.backward(given), svi.loss_and_grads(*both, given)
+    assert model.runs == [True] * 6
+    model.runs.clear()
+    for given in (episode, training):
+        svi.evaluate_loss(given), svi.loss(*both, given)
+    ph.draws(*both, episode, 2), ph.predict(model, training, 2)
+    assert not any(model.runs) and len(model.runs) >= 5
+    assert not any(model.runs_for_evidence)
+
+
+def test_a_model_in_eval_mode_is_trained_without_penalties_unless_they_are_asked_for() -> None:
+    both, episode = pair(model=Noting), TASKS.episode()
+    svi = ph.SVI(*both, sgd(both))
+    both[0].eval()
+    svi.step(episode)
+    svi.step(replace(episode, is_training=True))
+    assert both[0].runs == [False, True]
+
+
+def test_a_loss_by_hand_is_of_a_training_if_its_episode_says_so() -> None:
+    both, episode = pair(model=Noting), TASKS.episode()
+    svi = ph.SVI(*both, sgd(both))
+    svi.differentiable_loss(*both, episode)
+    svi.differentiable_loss(*both, replace(episode, is_training=True))
+    assert both[0].runs == [False, True]
+
+
+def test_every_step_of_meta_train_is_of_a_training_and_no_look_at_held_out_tasks_is() -> None:
+    both = pair(model=Noting)
+    train, held_out = TASKS.split(6)
+    ph.meta_train(*both, train, held_out=held_out, eval_every=3, **SHORT)
+    steps = [True] * 3 + [False]
+    assert both[0].runs[:8] == steps * 2
+    assert not any(both[0].runs[8:])  # the measurement of the solver's step
 
 
 def test_loss_and_grads_adds_gradients_up_and_a_step_begins_without_any() -> None:

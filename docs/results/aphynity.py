@@ -24,7 +24,6 @@ from torch import Tensor
 
 import pyro_hybrid as ph
 from pyro_hybrid.dynamics.slopes import Field
-from pyro_hybrid.models.aphynity import squared_norm
 from pyro_hybrid.programs.module import local_parameters
 
 FRICTION = 0.2
@@ -151,7 +150,7 @@ def run(system: Undamped, choice: argparse.Namespace) -> dict[str, object]:
     episode = held_out.episode()
     with torch.no_grad(), local_parameters():
         states = model.trajectories(episode)
-        norm = squared_norm(system, model.physics(), model.force(), episode.query.times, states)
+        norm = model.squared_norm(episode.query.times, states)
         parameters = {name: float(value) for name, value in model.physics().items()}
     square = (states - episode.query.values).square()
     return {

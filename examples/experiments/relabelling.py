@@ -49,7 +49,7 @@ class Unpaired(MetaHybridVAE):
     def forward(self, episode: Episode) -> Tensor:
         """Add the penalty to the program while it is trained."""
         observation = super().forward(episode)
-        if self.training and torch.is_grad_enabled() and self.independence:
+        if episode.is_training and self.independence:
             self._penalize_dependence(episode)
         return observation
 

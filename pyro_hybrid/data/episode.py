@@ -23,6 +23,8 @@ class Episode:
         support: shots of the same tasks, or None for the population's prior.
         query: the shots that a program explains, or simulates if they have no values.
         belief: the belief about the tasks' latents given the support, if it was computed already.
+        is_training: whether the run is a step of a training, to which penalties belong. :class:`~pyro_hybrid.SVI` sets
+            it for its gradient steps; for a plain Pyro ELBO, pass ``dataclasses.replace(episode, is_training=True)``.
 
     >>> import pyro_hybrid as ph
     >>> shots = ph.Shots.from_tensors(torch.arange(3.0), torch.zeros(5, 4, 3, 1), torch.zeros(5, 4, 1))
@@ -33,6 +35,7 @@ class Episode:
     support: Shots | None
     query: Shots
     belief: Belief | None = None
+    is_training: bool = False
 
     @property
     def plate(self) -> pyro.plate:
@@ -41,7 +44,8 @@ class Episode:
 
     def map_shots(self, change: Callable[[Shots], Shots]) -> Episode:
         """Apply ``change`` to support and query, and drop the belief, which no longer fits them."""
-        return Episode(self.support and change(self.support), change(self.query))
+        support = self.support and change(self.support)
+        return Episode(support, change(self.query), is_training=self.is_training)
 
     def select_tasks(self, rows: int | Tensor) -> Episode:
         """Select one task, or several by index."""
@@ -56,5 +60,5 @@ class Episode:
         return self.map_shots(lambda shots: shots.double())
 
     def simulation(self) -> Episode:
-        """Remove the values of the query, so that a program simulates them; the support stays."""
-        return replace(self, query=self.query.simulation())
+        """Remove the values of the query, so that a program simulates them; a simulation is no step of a training."""
+        return replace(self, query=self.query.simulation(), is_training=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pyro
@@ -240,12 +241,12 @@ def log_density(case: Case, values: Mapping[str, Tensor], seed: int = 0) -> Tens
 
 
 def elbo_of(case: Case, **options: Any) -> Tensor:
-    """Return the loss that training minimizes."""
+    """Return the loss that training minimizes, penalties included."""
     torch.manual_seed(0)
     guide, model = case.guide.train(), case.model.train()
     svi = SVI(model, guide, PyroOptim(torch.optim.SGD, {"lr": 0.0}), TraceMeanField_ELBO(**options))
     with local_parameters():
-        return svi.differentiable_loss(model, guide, case.episode)
+        return svi.differentiable_loss(model, guide, replace(case.episode, is_training=True))
 
 
 def query_sites(case: Case) -> list[str]:

@@ -85,7 +85,8 @@ def check_hybrid_model(model: nn.Module, guide: nn.Module, episode: Episode) -> 
     """Check a Pyro program and its guide against everything that the library asks of them, in a few seconds.
 
     Nothing is changed: neither model, guide and episode nor the global random state. Where a program has to be a
-    density it is in ``eval()`` mode: penalties of training may be factors in ``train()`` mode.
+    density it runs in ``eval()`` mode, with an episode whose ``is_training`` isn't set; penalties are factors where it
+    is set.
 
     Arguments:
         model, guide: the program and its guide, as for :func:`~pyro_hybrid.meta_train`.

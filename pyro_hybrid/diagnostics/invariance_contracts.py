@@ -118,7 +118,8 @@ def _random_results(case: Case) -> list[Tensor]:
     return [
         *sample_latents(case).values(),
         *(site["value"] for site in simulated.values()),
-        elbo_of(case).nan_to_num(),
+        # A step of a training may change the model's state, such as the weight of a penalty.
+        elbo_of(copy.deepcopy(case)).nan_to_num(),
     ]
 
 

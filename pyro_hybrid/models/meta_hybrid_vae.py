@@ -1,4 +1,4 @@
-"""The support-conditioned hybrid VAE, over any system."""
+"""MetaHybridVAE: the hybrid VAE with a support-conditioned prior, over any system."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from pyro_hybrid.evidence.gauss_newton import GaussNewton
 from pyro_hybrid.evidence.protocol import Evidence
 from pyro_hybrid.inference.guide import AmortizedGuide
 from pyro_hybrid.inference.prior import SupportPrior, UnconditionalPrior
+from pyro_hybrid.models.parts import build_residual, neural_force, sample_physics, split_state
 from pyro_hybrid.nets.encoders import SetEncoder
 from pyro_hybrid.nets.gauge import Gauge
 from pyro_hybrid.nets.hybrid_field import Force, HybridField
-from pyro_hybrid.nets.residual import Residual
 from pyro_hybrid.programs.module import HybridModel
 from pyro_hybrid.systems import System
 
@@ -36,10 +36,12 @@ class MetaHybridVAE(HybridModel):
         z_P, z_N &\sim p(z \mid S), \qquad y_0 \sim \mathrm{Normal}(\hat y_0, s) \\
         \dot y &= f_P(y; z_P) + f_N(y; z_N), \qquad x \sim \mathrm{Normal}(g(y), \sigma)
 
-    Two preferences decide, while training, what the data leave open. ``correction``: the physics explains all it can
-    (:func:`~pyro_hybrid.nets.residual.overlap`). ``straightness``: halfway between two systems lies the average of their
-    neural forces, so that what stays ambiguous about the latents is as nearly linear as it can be. :meth:`settle` makes
-    the first exact.
+    In the steps of a training (``episode.is_training``), two penalties choose among the descriptions that fit the data
+    equally well. The projection penalty lets the physics explain all it can
+    (:func:`~pyro_hybrid.projection_penalty`); :func:`ph.fix_gauge <pyro_hybrid.fitting.stages.fix_gauge>` makes this exact after the training. The
+    nonlinearity penalty asks that the neural force halfway between two systems be the average of their forces
+    (:func:`~pyro_hybrid.nets.correction.nonlinearity_penalty`), so that the remaining ambiguity of the latents is as
+    nearly linear as possible.
 
     References:
         Augmenting Physical Models with Deep Networks for Complex Dynamics Forecasting (Yin et al., 2021),
@@ -47,13 +49,16 @@ class MetaHybridVAE(HybridModel):
 
     Arguments:
         system: gives the known equations and where the neural force enters.
-        evidence: how the support is read: computed evidence, or None for the encoder alone.
+        evidence: computed evidence of the support, which starts from the encoder's; None for the encoder alone.
         latents: number of neural latents; by default as many as the system has.
         linear: whether the force is linear in its latents.
-        correction, straightness: weights of the two preferences, ``penalty_weights`` "projection" and "nonlinearity".
-        noise: where the learned noise starts, in units of the system's. A high one is slow and safe: it anneals.
-        substeps, step, compile: how :func:`~pyro_hybrid.solve` takes its steps.
-        conditional: False for a prior that doesn't look at the support (not identifiable).
+        correction, straightness: weights of the two penalties, ``penalty_weights["projection"]`` and
+            ``penalty_weights["nonlinearity"]``.
+        noise: initial value of the learned noise, in units of the system's noise. A large value makes the training
+            slower and more robust, since the likelihood sharpens as the noise falls.
+        width, depth: size and number of the neural force's hidden layers.
+        substeps, step, compile: options of :func:`~pyro_hybrid.solve`.
+        conditional: False for a prior that doesn't depend on the support, with which the latents are not identifiable.
     """
 
     noise: Any  # set as a PyroParam, read as a Tensor
@@ -80,56 +85,45 @@ class MetaHybridVAE(HybridModel):
         self.system = system
         self.steps: dict[str, Any] = {"substeps": substeps, "step": step, "compile": compile}
         self.penalty_weights = {"projection": correction, "nonlinearity": straightness}
-        sites = {**system.physics, "unknown": Normal(latents or len(system.unknown))}
+        num_latents = latents or len(system.unknown)
+        sites = {**system.physics, "unknown": Normal(num_latents)}
         self.prior = (
-            SupportPrior(self._reads_with(evidence), **sites)
+            SupportPrior(self._support_evidence(evidence), **sites)
             if conditional
             else UnconditionalPrior(**sites)
         )
-        self.residual = Residual(
-            len(system.inputs),
-            sites["unknown"].n,
-            system.outputs,
-            linear,
-            width=width,
-            depth=depth,
-            scale=system.inputs,
-            periodic=system.periodic,
-        )
+        self.residual = build_residual(system, num_latents, linear=linear, width=width, depth=depth)
         self.gauge = Gauge(system.components, grid=system.grid)
         self.noise = PyroParam(noise * torch.tensor(system.noise), constraints.positive)
         self.start_noise = PyroParam(torch.tensor(system.start_noise), constraints.positive)
 
-    def _reads_with(self, evidence: GaussNewton | None) -> Evidence:
+    def _support_evidence(self, evidence: GaussNewton | None) -> Evidence:
         encoder = Encoder(self.encoder())
         return encoder if evidence is None else encoder.then(evidence)
 
     def encoder(self) -> SetEncoder:
-        """An encoder that fits the system's trajectories."""
+        """Return a new encoder for the system's trajectories."""
         return SetEncoder(self.system.sensors, self.system.points)
 
     def guide(self, evidence: GaussNewton | None = None) -> AmortizedGuide:
-        """A guide for this model, of the same kind as its prior."""
+        """Return a guide whose prior is the model's, with an encoder or with computed evidence for the query."""
         return AmortizedGuide(self, evidence or self.encoder())
 
     def forward(self, episode: Episode) -> Tensor:
         p = self.prior(episode)
+        query = episode.query
         with episode.plate:
-            physics = {
-                name: pyro.sample(name, p[name])[..., None, 0] for name in self.system.physics
-            }
+            physics = sample_physics(self.system, p)
             unknown = pyro.sample("unknown", p["unknown"])
-            start = pyro.sample(
-                "initial", dist.Normal(episode.query.measured_initial, self.start_noise).to_event(2)
-            )
+            measured = dist.Normal(query.measured_initial, self.start_noise)
+            start = pyro.sample("initial", measured.to_event(2))
 
-            states = self.trajectories(physics, unknown, start, episode.query.times)
-            is_penalized = any(self.penalty_weights.values())
-            if self.training and torch.is_grad_enabled() and is_penalized:
-                judged = self.collocation_states(episode, states)
-                pyro.factor("preference", -self.penalty(physics, unknown, *judged))
-            x = dist.Normal(self.system.observe(states), self.noise).mask(episode.query.scored)
-            return pyro.sample("x", x.to_event(3), obs=episode.query.values)
+            states = self.trajectories(physics, unknown, start, query.times)
+            if episode.is_training and any(self.penalty_weights.values()):
+                times_and_states = self.collocation_states(episode, states)
+                pyro.factor("preference", -self.penalty(physics, unknown, *times_and_states))
+            x = dist.Normal(self.system.observe(states), self.noise).mask(query.scored)
+            return pyro.sample("x", x.to_event(3), obs=query.values)
 
     def trajectories(
         self, physics: dict[str, Tensor], unknown: Tensor, start: Tensor, times: Tensor
@@ -137,7 +131,7 @@ class MetaHybridVAE(HybridModel):
         """Solve for states over time, given physics latents (..., task, 1), neural ones and initial states."""
         equations = self.equations
         field = equations(self.gauge(equations, physics, unknown), unknown)
-        return solve(field, start if self.system.grid else start.unbind(-1), times, **self.steps)
+        return solve(field, split_state(self.system, start), times, **self.steps)
 
     @property
     def equations(self) -> HybridField:
@@ -146,12 +140,10 @@ class MetaHybridVAE(HybridModel):
 
     def force(self, unknown: Tensor) -> Force:
         """Return the neural force of neural latents (..., task, component)."""
-        return self.residual.given(
-            unknown[..., None, None, :] if self.system.grid else unknown[..., None, :]
-        )
+        return neural_force(self.system, self.residual, unknown)
 
     def collocation_states(self, episode: Episode, states: Tensor) -> tuple[Tensor, Tensor]:
-        """Return times and states at which the force is judged: of trajectories, or of fields as they begin."""
+        """Return the times and states of the penalties: those of trajectories, or the initial ones of fields."""
         if not self.system.grid:
             return episode.query.times, states
         whole = episode.query.whole or episode.query
@@ -160,12 +152,12 @@ class MetaHybridVAE(HybridModel):
     def penalty(
         self, physics: dict[str, Tensor], unknown: Tensor, times: Tensor, states: Tensor
     ) -> Tensor:
-        """Weigh up both penalties of each task's neural force: see ``penalty_weights``."""
+        """Add up the weighted penalties of each task's neural force."""
         equations = self.equations
         points = equations.collocation_points(times, states.detach())
         weights = self.penalty_weights
         total = weights["projection"] * equations.projection_penalty(physics, unknown, points)
         if weights["nonlinearity"] and not self.residual.linear:
-            bend = equations.nonlinearity_penalty(physics, unknown, points)
-            total = total + weights["nonlinearity"] * bend
+            nonlinearity = equations.nonlinearity_penalty(physics, unknown, points)
+            total = total + weights["nonlinearity"] * nonlinearity
         return total

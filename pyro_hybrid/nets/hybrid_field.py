@@ -29,6 +29,17 @@ class CollocationPoints(NamedTuple):
     times: Tensor
     states: Tensor
 
+    @classmethod
+    def along(cls, times: Tensor, states: Tensor) -> CollocationPoints:
+        """Take all points of trajectories ``(task, shot, time, component)``.
+
+        Arguments:
+            times: ``(time,)``, ``(shot, time)`` or ``(task, shot, time)``.
+            states: of the trajectories, or of fields at some times.
+        """
+        clocks = times if times.dim() == 3 else times.expand(states.shape[-3], -1)
+        return cls(clocks.flatten(-2), states.flatten(-3, -2))
+
 
 class Slopes(NamedTuple):
     """The neural force's contribution to the slopes, and that of a small change of each physics latent.
@@ -94,9 +105,9 @@ class HybridField:
             states: of the trajectories, or of fields at some times.
         """
         num_copies = 1 if self.grid else NUM_SHUFFLES
-        clocks = times if times.dim() == 3 else times.expand(states.shape[-3], -1)
-        clock = torch.cat([clocks.flatten(-2)] * num_copies, -1)
-        flat = torch.cat([states.flatten(-3, -2)] * num_copies, -2)
+        points = CollocationPoints.along(times, states)
+        clock = torch.cat([points.times] * num_copies, -1)
+        flat = torch.cat([points.states] * num_copies, -2)
         if self.grid:
             return CollocationPoints(clock, flat)
         shuffled = [_shuffled(component) for component in flat.unbind(-1)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -50,6 +51,9 @@ class SVI(PyroSVI):
     One torch optimizer steps all parameters of model and guide. To add a loss to the ELBO, or to compute something once
     before it, override :meth:`differentiable_loss`.
 
+    If the model is in ``train()`` mode, :meth:`step`, :meth:`backward` and ``loss_and_grads`` set ``is_training`` of the
+    episode, so that the program adds its penalties. :meth:`evaluate_loss` and ``loss`` clear it.
+
     Arguments:
         model, guide: each an ``nn.Module``, such as a HybridModel and an AmortizedGuide.
         optim: a torch optimizer over their parameters, or a ``pyro.optim`` one, whose class and options are taken.
@@ -92,7 +96,7 @@ class SVI(PyroSVI):
     def differentiable_loss(
         self, model: nn.Module, guide: nn.Module, *args: Any, **kwargs: Any
     ) -> Tensor:
-        """Return the negative ELBO of one step, with gradients.
+        """Return the negative ELBO of one step, with gradients, and with the penalties if ``is_training`` is set.
 
         The belief given the support is computed once, for program and guide. A loss of value zero trains what no
         gradient of the ELBO reaches.
@@ -110,12 +114,15 @@ class SVI(PyroSVI):
 
     def _loss(self, model: nn.Module, guide: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         with local_parameters():
+            args = _with_is_training(args, is_training=False)
             return self.differentiable_loss(model, guide, *args, **kwargs)
 
     def _loss_and_grads(
         self, model: nn.Module, guide: nn.Module, *args: Any, **kwargs: Any
     ) -> Tensor:
         with local_parameters():
+            if model.training:
+                args = _with_is_training(args, is_training=True)
             loss = self.differentiable_loss(model, guide, *args, **kwargs)
             if loss.requires_grad:
                 loss.backward()
@@ -128,7 +135,7 @@ class SVI(PyroSVI):
         return loss
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
-        """Return the loss, with no step taken."""
+        """Return the negative ELBO without penalties, and take no step."""
         with torch.no_grad():
             return float(self.loss(self.model, self.guide, *args, **kwargs))
 
@@ -147,6 +154,13 @@ class SVI(PyroSVI):
         for _ in range(self.num_steps):
             self.step(*args, **kwargs)
         return self
+
+
+def _with_is_training(args: tuple[Any, ...], *, is_training: bool) -> tuple[Any, ...]:
+    """Set or clear ``is_training`` of the episode, if the first argument is one."""
+    if not args or not isinstance(args[0], Episode):
+        return args
+    return (replace(args[0], is_training=is_training), *args[1:])
 
 
 def _differentiable(loss: object) -> Callable[..., Tensor]:
