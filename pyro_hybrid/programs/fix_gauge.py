@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from pyro_hybrid.data.episode import Episode
 from pyro_hybrid.data.shots import Shots
-from pyro_hybrid.data.tasks import Tasks
+from pyro_hybrid.data.tasks import Tasks, require_tasks
 from pyro_hybrid.dynamics.modes import Solution, record_solutions, skip_integration
 from pyro_hybrid.errors import require
 from pyro_hybrid.nets.gauge import Gauge
@@ -33,13 +33,7 @@ def fix_gauge(model: nn.Module, tasks: Tasks, num_points: int | None = None) -> 
         num_points: number of points; by default 2048, or 512 fields on a grid.
     """
     gauge = _gauge_of(model)
-    require(
-        isinstance(tasks, Tasks),
-        "tasks, a ph.Tasks",
-        type(tasks).__name__,
-        "Build them with ph.Tasks.from_trajectories(...).",
-        TypeError,
-    )
+    require_tasks(tasks)
     require(
         num_points is None or isinstance(num_points, int) and 1 <= num_points <= gauge.capacity,
         f"num_points from 1 to {gauge.capacity}",
