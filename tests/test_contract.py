@@ -105,6 +105,36 @@ def test_a_program_in_float64_with_gaps_in_its_data_keeps_every_contract(reading
     assert len(ph.check_hybrid_model(model, guide, tasks.episode())) == len(NAMES)
 
 
+def own_clocks(tasks: ph.Tasks, *, by_task: bool) -> ph.Tasks:
+    """The same values by clocks of the shots' own; one shot of each task ends two times before the others."""
+    shape = tasks.values.shape[:2] if by_task else tasks.values.shape[1:2]
+    stretch = 1.0 + 0.1 * torch.arange(float(shape.numel())).view(*shape, 1)
+    observed = torch.ones_like(tasks.values, dtype=torch.bool)
+    observed[:, 1, -2:] = False
+    return ph.Tasks.from_trajectories(
+        stretch * tasks.times, tasks.values, num_support=2, initial=tasks.states, observed=observed
+    )
+
+
+def assert_keeps_every_contract(model: Any, tasks: ph.Tasks) -> None:
+    lines = ph.check_hybrid_model(model, guide_of(model), tasks.episode())
+    assert [line.split(":")[0] for line in lines] == NAMES
+    assert not any("not checked" in line for line in lines)
+
+
+@pytest.mark.parametrize("by_task", [False, True], ids=["by shot", "by task"])
+def test_a_line_with_clocks_and_lengths_of_its_own_keeps_every_contract(by_task: bool) -> None:
+    tasks = own_clocks(in_float32(make_tasks(3, 5, num_support=2)), by_task=by_task)
+    assert_keeps_every_contract(Line(), tasks)
+
+
+def test_a_pendulum_with_clocks_and_lengths_of_its_own_keeps_every_contract() -> None:
+    system = SYSTEMS["pendulum"]()
+    tasks = own_clocks(system.simulate(2, 4, seed=0), by_task=True)
+    model = ph.models.MetaHybridVAE(system, ph.GaussNewton(1), width=4)
+    assert_keeps_every_contract(model, tasks)
+
+
 # ---- broken ones ---------------------------------------------------------------------------------
 
 
@@ -673,9 +703,13 @@ def test_it_says_the_same_again() -> None:
 @pytest.mark.parametrize(
     ("episode", "came"),
     [
-        (EPISODE.simulation(), "query: NoneType"),
-        (replace(EPISODE, support=None), "support: NoneType"),
-        (EPISODE.map_shots(lambda shots: to_segments(shots, 2)), r"times: \(9, 3\)"),
+        (EPISODE.simulation(), "query: no values"),
+        (replace(EPISODE, support=None), "support: none"),
+        (EPISODE.map_shots(lambda shots: to_segments(shots, 2)), "query: segments"),
+        (
+            replace(EPISODE, support=to_segments(EPISODE.support, 2)),
+            "query: whole trajectories, support: segments",
+        ),
     ],
 )
 def test_an_episode_that_says_too_little_is_refused(episode: ph.Episode, came: str) -> None:

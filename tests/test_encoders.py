@@ -82,6 +82,29 @@ def test_a_shot_twice_is_not_a_shot_once() -> None:
     assert (net(shots_of(once)) - net(shots_of(once.repeat(1, 2, 1, 1)))).abs().max() > 1e-3
 
 
+def test_shots_of_which_nothing_was_observed_do_not_count() -> None:
+    net, values = encoder(), trajectories(3, 4)
+    padded = torch.cat([torch.full((3, 2, STEPS, SENSORS), torch.nan), values], 1)
+    expected = net(shots_of(values))
+    assert_close(net(shots_of(padded, padded.isfinite())), expected, rtol=0.0, atol=1e-6)
+    some_empty = torch.ones_like(values, dtype=torch.bool)
+    some_empty[1, 2:] = False
+    features = net(shots_of(values, some_empty))
+    assert_close(features[[0, 2]], expected[[0, 2]], rtol=0.0, atol=1e-6)
+    fewer = net(shots_of(values[1:2, :2]))
+    assert_close(features[1:2], fewer, rtol=0.0, atol=1e-6)
+
+
+def test_a_task_of_which_nothing_was_observed_has_finite_features_and_gradients() -> None:
+    net, values = encoder(), trajectories(2, 3)
+    seen = torch.ones_like(values, dtype=torch.bool)
+    seen[0] = False
+    features = net(shots_of(values, seen))
+    features.sum().backward()
+    assert features.isfinite().all()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
+
+
 def test_what_is_masked_has_no_influence_but_that_it_is_masked_has() -> None:
     net, values = encoder(), trajectories(3, 4)
     seen = torch.rand(values.shape) < 0.7

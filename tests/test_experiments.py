@@ -159,9 +159,10 @@ def test_as_published_one_trajectory_is_read_and_with_sets_all_of_them(
 
 @pytest.mark.parametrize("model", MODELS[:2])
 def test_reconstructions_begin_where_the_shots_say_and_not_where_they_were_measured(
-    model: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trained = load_or_train(SYSTEM, model, 0, Choice(fast=True, folder=folder))
+    monkeypatch.setattr(ph.systems.DoublePendulum, "points", 32)  # few points say little
+    trained = load_or_train(SYSTEM, model, 0, Choice(fast=True, folder=tmp_path))
     _, held_out = simulate_tasks(SYSTEM, 0, Choice(fast=True))
     episode = held_out.episode()
     begun = []
@@ -177,7 +178,7 @@ def test_reconstructions_begin_where_the_shots_say_and_not_where_they_were_measu
     trained.predict(episode, episode.query.initial, 50)
     measured = trained.model.start_noise.mean()
     assert (
-        begun[0].std(0).mean() < 0.95 * measured
+        begun[0].std(0).mean() < 0.8 * measured
     )  # the shots know more than the measurement of their beginnings
     assert begun[0].mean(0).abs().mean() > 0.1 * measured  # and disagree with it
     assert (begun[1] == 0.0).all()

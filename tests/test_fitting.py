@@ -35,7 +35,7 @@ import pyro_hybrid as ph
 from pyro_hybrid.beliefs.belief import Gaussian
 from pyro_hybrid.evidence.encoder import Then
 from pyro_hybrid.evidence.protocol import Evidence, Fixed
-from pyro_hybrid.evidence.settings import describe
+from pyro_hybrid.evidence.settings import describe, restore
 from pyro_hybrid.inference.intervals import measure_interval_scale
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
@@ -446,12 +446,47 @@ def test_a_folder_that_exists_is_not_overwritten(tmp_path: Path) -> None:
         posterior.save(tmp_path / "posterior")
 
 
-def test_evidence_of_one_s_own_is_not_saved() -> None:
-    posterior = build(ph.GaussNewton(2))
+def with_own_evidence() -> ph.Posterior:
     own = Fixed(Gaussian.around(SEPARATE, torch.zeros(1, 3, dtype=torch.float64), 1.0))
-    posterior.model.prior.evidence = own
-    with pytest.raises(TypeError, match=r"evidence made of ph\.Encoder and ph\.GaussNewton.*Fixed"):
-        posterior.save("anywhere")
+    return build(query=own)
+
+
+def test_evidence_of_one_s_own_is_not_saved_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    posterior = with_own_evidence()
+    message = (
+        r"evidence made of ph\.Encoder and ph\.GaussNewton, .*; got Fixed\. "
+        r"Save the weights alone with ph\.Fit\(\)\.save\(folder, model, guide\)"
+    )
+    with pytest.raises(TypeError, match=message):
+        posterior.save(tmp_path / "deep" / "posterior")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_are_saved_and_loaded_beside_evidence_of_one_s_own(tmp_path: Path) -> None:
+    posterior = with_own_evidence()
+    ph.Fit().save(tmp_path / "weights", *parts(posterior))
+    other = with_own_evidence()
+    with torch.no_grad():
+        for parameter in other.model.parameters():
+            parameter.add_(0.1)
+    ph.load(tmp_path / "weights", *parts(other))
+    for name, value in posterior.model.state_dict().items():
+        assert torch.equal(other.model.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize(
+    ("description", "message"),
+    [
+        ([], r"an encoder, of computed evidence, or of both in this order; got \[\]\. Load what"),
+        ([{"kind": "gauss_newton"}, {"kind": "encoder"}], r"got \['GaussNewton', 'Encoder'\]"),
+        ([{"kind": "other"}], r"evidence of a known kind; got {'kind': 'other'}\. Load it with"),
+    ],
+)
+def test_a_description_of_evidence_that_was_never_saved_is_refused(
+    description: list[Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        restore(description, ph.Encoder(encoder()))
 
 
 def assert_load_refused(folder: Path, posterior: ph.Posterior, message: str) -> None:

@@ -251,6 +251,41 @@ def test_as_many_points_are_placed_as_were_asked_for(num_points: int) -> None:
     assert len(states.unique(dim=0)) == num_points
 
 
+@pytest.mark.parametrize("by_shot", [False, True])
+def test_padding_changes_no_point_of_a_gauge(by_shot: bool) -> None:
+    tasks, num_real = make_tasks(), 10
+    shape = tasks.values.shape[:2] if by_shot else tasks.values.shape[1:2]
+    times = tasks.times.expand(*shape, -1)
+    whole = ph.Tasks.from_trajectories(
+        times[..., :num_real], tasks.values[:, :, :num_real], num_support=2
+    )
+    padded_times = times.clone()
+    padded_times[..., num_real:] += 1.0
+    observed = torch.ones_like(tasks.values, dtype=torch.bool)
+    observed[:, :, num_real:] = False
+    padded = ph.Tasks.from_trajectories(
+        padded_times, tasks.values, num_support=2, observed=observed
+    )
+    one, other = Gravity(0.0), Gravity(0.0)
+    fix_gauge(one, whole)
+    fix_gauge(other, padded)
+    assert torch.allclose(other.gauge.times, one.gauge.times)
+    assert torch.allclose(other.gauge.states, one.gauge.states)
+
+
+def test_points_of_a_gauge_are_within_each_trajectory_s_own_length() -> None:
+    tasks = make_tasks()
+    observed = torch.ones_like(tasks.values, dtype=torch.bool)
+    observed[:, 1:, 3:] = False
+    observed[:, 0, -2] = False  # a gap is no padding
+    times = tasks.times.expand(4, -1) + torch.tensor([0.0, 5.0, 5.0, 5.0]).unsqueeze(-1)
+    padded = ph.Tasks.from_trajectories(times, tasks.values, num_support=2, observed=observed)
+    model = Gravity(0.0)
+    fix_gauge(model, padded)
+    assert float(model.gauge.times.max()) <= 5.2
+    assert float(model.gauge.times.max()) > 4.8
+
+
 def test_fixing_a_gauge_draws_nothing_and_leaves_no_gradient() -> None:
     tasks, model = make_tasks(), Spring()
     state = torch.get_rng_state()

@@ -365,7 +365,7 @@ MISUSES: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "check_hybrid_model": (
         lambda: ph.check_hybrid_model(Empty(), Empty(), episode()),
-        r"expected an episode of whole trajectories .*support: NoneType.*Pass tasks\[:3\]\.episode\(\)",
+        r"expected an episode of whole trajectories .*support: none.*Pass tasks\[:3\]\.episode\(\)",
     ),
     "disentangle": (
         lambda: ph.disentangle([1.0, 2.0]),

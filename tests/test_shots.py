@@ -276,9 +276,7 @@ LINES = in_float32(make_tasks(4, 4))
 EPISODE = LINES.episode()
 TABLE = pd.DataFrame({"x": [0.0]})
 AN_EPISODE = r"expected an Episode; got {}\. Pass tasks.episode\(\), or ph.Episode\(None, shots\)"
-SOME_TASKS = (
-    r"expected tasks, a data set of class Tasks; got {}\. Make one with .*ph.Tasks.from_frame"
-)
+SOME_TASKS = r"expected (tasks|held_out) to be a data set \(ph\.Tasks\); got {}\. Make one with .*ph.Tasks.from_frame"
 SOME_SHOTS = r"expected .* of class Shots; got {}\. Pass episode.query or episode.support"
 
 WRONG: dict[str, tuple[Callable[[], object], str]] = {

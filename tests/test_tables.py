@@ -348,17 +348,14 @@ def test_without_pandas_the_message_names_the_extra(monkeypatch: pytest.MonkeyPa
         read(frame)
 
 
-def test_without_pyarrow_the_message_names_it(
+def test_without_pyarrow_the_message_names_the_extra(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "data.parquet"
     path.write_bytes(b"")
-
-    def refuse(*args: object, **options: object) -> None:
-        raise ImportError("Unable to find a usable engine")
-
-    monkeypatch.setattr(pd, "read_parquet", refuse)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(
-        ImportError, match=r"expected pyarrow.*pip install pyarrow, or save the table as CSV"
+        ImportError,
+        match=r"the module pyarrow; .*pip install 'pyro_hybrid\[parquet\]', or save the table as CSV\.",
     ):
         read(path)

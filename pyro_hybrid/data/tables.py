@@ -108,13 +108,8 @@ def _load(source: pd.DataFrame | str | Path) -> pd.DataFrame:
     path = Path(source)
     require(path.is_file(), "a file that exists", path, "Check the path.", FileNotFoundError)
     if path.suffix == ".parquet":
-        try:
-            return pandas.read_parquet(path)
-        except ImportError as error:
-            raise ImportError(
-                "expected pyarrow, with which pandas reads parquet files; got none. "
-                "Install it: pip install pyarrow, or save the table as CSV."
-            ) from error
+        require_package("pyarrow", "parquet", "save the table as CSV")
+        return pandas.read_parquet(path)
     require(
         path.suffix == ".csv",
         "a file that ends in .csv or .parquet",

@@ -285,7 +285,7 @@ def require_tasks(tasks: object, name: str = "tasks") -> None:
     """Require a data set where one is needed."""
     if not isinstance(tasks, Tasks):
         fail(
-            f"{name}, a data set of class Tasks",
+            f"{name} to be a data set (ph.Tasks)",
             type(tasks).__name__,
             "Make one with ph.Tasks.from_trajectories, or of a table with ph.Tasks.from_frame.",
             TypeError,

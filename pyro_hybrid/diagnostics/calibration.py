@@ -14,11 +14,11 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
-from pyro_hybrid.data.tasks import Tasks
+from pyro_hybrid.data.tasks import Tasks, require_tasks
 from pyro_hybrid.diagnostics.ranks import Array, LatentCalibration, judge_ranks
 from pyro_hybrid.diagnostics.simulate import episodes_of, simulate_and_rank
 from pyro_hybrid.dynamics.modes import nan_on_failure
-from pyro_hybrid.errors import fail, require_callable, require_integer, require_seed
+from pyro_hybrid.errors import require_callable, require_integer, require_seed
 from pyro_hybrid.inference.importance import RELIABLE_K, ParetoK, pareto_k
 from pyro_hybrid.programs.module import local_parameters
 from pyro_hybrid.programs.run import Program
@@ -228,13 +228,7 @@ def _check_arguments(model: object, guide: object, tasks: object) -> None:
     call = "check_calibration(model, guide, tasks)"
     require_callable("model", model, f"Pass the trained Pyro program: {call}.")
     require_callable("guide", guide, f"Pass the trained guide: {call}.")
-    if not isinstance(tasks, Tasks):
-        fail(
-            "tasks to be a data set (ph.Tasks)",
-            type(tasks).__name__,
-            "Make one with ph.Tasks.from_trajectories; it makes the episodes itself.",
-            TypeError,
-        )
+    require_tasks(tasks)
 
 
 def judge_weights(weights: ParetoK, tasks: Sequence[int]) -> Check:

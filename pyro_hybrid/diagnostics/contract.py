@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from pyro_hybrid.data.episode import Episode
+from pyro_hybrid.data.shots import Shots
 from pyro_hybrid.diagnostics import invariance_contracts as invariance
 from pyro_hybrid.diagnostics import structure_contracts as structure
 from pyro_hybrid.diagnostics import use_contracts as use
@@ -31,6 +32,8 @@ from pyro_hybrid.programs.module import local_parameters
 __all__ = ["STAGES", "Contract", "ContractError", "check_hybrid_model"]
 
 Contract = Callable[[Case], str | None]
+
+WHOLE = "whole trajectories"
 
 # Contracts of one stage take those of the stages before for granted.
 STAGES: tuple[tuple[Contract, ...], ...] = (
@@ -118,15 +121,22 @@ def _check_episode(episode: object) -> None:
             "Pass a small batch of the data set: tasks[:3].episode().",
             TypeError,
         )
-    support = type(episode.support).__name__
-    times = tuple(episode.query.times.shape)
-    values = episode.query.values
+    query = _kind(episode.query)
+    support = _kind(episode.support)
     require(
-        values is not None and episode.support is not None and len(times) == 1,
+        query == support == WHOLE,
         "an episode of whole trajectories with a query and a support",
-        f"query: {type(values).__name__}, support: {support}, times: {times}",
+        f"query: {query}, support: {support}",
         "Pass tasks[:3].episode().",
     )
+
+
+def _kind(shots: Shots | None) -> str:
+    if shots is None:
+        return "none"
+    if shots.is_segmented:
+        return "segments"
+    return "no values" if shots.values is None else WHOLE
 
 
 def _check(contract: Contract, case: Case) -> _Outcome:

@@ -148,11 +148,11 @@ def nuts(case: Case) -> None:
 
 def segments(case: Case) -> None:
     """Trajectories may be cut into segments, each a shot with a clock of its own."""
-    times = case.episode.query.times
-    if case.episode.query.states is None or len(times) < 3:
+    num_times = case.episode.query.times.shape[-1]
+    if case.episode.query.states is None or num_times < 3:
         reason = "the episode can't be cut: it has no measured states at three times or more"
         raise UncheckableContract(reason)
-    length = (len(times) - 1) // 2
+    length = (num_times - 1) // 2
     pieces = case.episode.map_shots(lambda shots: to_segments(shots, length))
     demand_finite(
         case.with_episode(pieces),

@@ -22,9 +22,10 @@ def describe(evidence: Evidence) -> list[dict[str, Any]]:
     if isinstance(evidence, Encoder):
         return [{"kind": "encoder"}]
     fail(
-        "evidence made of ph.Encoder and ph.GaussNewton, to be saved",
+        "evidence made of ph.Encoder and ph.GaussNewton, which alone can be saved",
         type(evidence).__name__,
-        "Save its settings beside the posterior, and pass them again when you load it.",
+        "Save the weights alone with ph.Fit().save(folder, model, guide), and ph.load them into a model and a guide "
+        "that you built with this evidence.",
         TypeError,
     )
 
@@ -37,26 +38,32 @@ def restore(description: list[dict[str, Any]], own: Evidence | None) -> Evidence
         own: evidence of a model or a guide that was built as for training.
     """
     encoder = None if own is None else encoder_of(own)
-    evidence: Evidence | None = None
-    for settings in description:
-        kind = settings.get("kind") if isinstance(settings, dict) else None
-        if kind == "encoder":
-            if encoder is None:
-                fail(
-                    "a model and a guide with the encoder that was saved",
-                    "one without an encoder",
-                    "Build them as they were built for training.",
-                )
-            step: Evidence = encoder
-        elif kind == "gauss_newton":
-            options = {name: value for name, value in settings.items() if name != "kind"}
-            step = GaussNewton(**options | {"segments": tuple(options.get("segments", ()))})
-        else:
-            fail("evidence of a known kind", repr(kind), "Load it with the version that wrote it.")
-        evidence = step if evidence is None else Then(evidence, step)
-    if evidence is None:
-        fail("a description of evidence", "an empty one", "Load what Posterior.save wrote.")
-    return evidence
+    steps = [_restore_step(settings, encoder) for settings in description]
+    match steps:
+        case [evidence]:
+            return evidence
+        case [Encoder() as first, second]:
+            return first.then(second)
+    fail(
+        "a description of an encoder, of computed evidence, or of both in this order",
+        [type(step).__name__ for step in steps],
+        "Load what Posterior.save wrote.",
+    )
+
+
+def _restore_step(settings: dict[str, Any], encoder: Encoder | None) -> Evidence:
+    match settings:
+        case {"kind": "gauss_newton", **options}:
+            return GaussNewton(**options | {"segments": tuple(options.get("segments", ()))})
+        case {"kind": "encoder"} if encoder is not None:
+            return encoder
+        case {"kind": "encoder"}:
+            fail(
+                "a model and a guide with the encoder that was saved",
+                "one without an encoder",
+                "Build them as they were built for training.",
+            )
+    fail("evidence of a known kind", settings, "Load it with the version that wrote it.")
 
 
 def encoder_of(evidence: Evidence) -> Encoder | None:

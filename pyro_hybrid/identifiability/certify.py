@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from pyro_hybrid.data.tasks import Tasks
+from pyro_hybrid.data.tasks import Tasks, require_tasks
 from pyro_hybrid.errors import fail, is_installed, require, require_callable, require_seed
 from pyro_hybrid.identifiability.certificate import Certificate
 from pyro_hybrid.identifiability.efficiency import judge_efficiency, measure_efficiency
@@ -80,17 +80,11 @@ def certify(
 
 
 def _check_arguments(
-    model: object, guide: object, tasks: object, restarts: object, seed: object
+    model: object, guide: object, tasks: Tasks, restarts: object, seed: object
 ) -> None:
     require_callable("model", model, "Pass the trained Pyro program: certify(model, guide, tasks).")
     require_callable("guide", guide, "Pass the trained guide: certify(model, guide, tasks).")
-    if not isinstance(tasks, Tasks):
-        fail(
-            "tasks to be a data set (ph.Tasks)",
-            type(tasks).__name__,
-            "Make one with ph.Tasks.from_trajectories; it makes the episodes itself.",
-            TypeError,
-        )
+    require_tasks(tasks)
     require(
         len(tasks) >= 2,
         "two tasks or more",

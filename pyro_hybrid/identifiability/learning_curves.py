@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_hybrid.data.tasks import Tasks
-from pyro_hybrid.errors import fail, require, require_callable
+from pyro_hybrid.data.tasks import Tasks, require_tasks
+from pyro_hybrid.errors import require, require_callable
 from pyro_hybrid.identifiability.task_beliefs import infer_tasks, latent_names
 from pyro_hybrid.programs.run import Program
 from pyro_hybrid.scores.arrays import Array
@@ -74,7 +74,7 @@ def tasks_curve(
         progress: show a progress bar.
     """
     require_callable("train", train, "Pass a function from tasks to a trained model.")
-    _require_tasks("tasks", tasks)
+    require_tasks(tasks)
     _require_truth(held_out)
     _require_sizes(sizes, 2, len(tasks), "Simulate more tasks, or ask for fewer.")
     bar = tqdm(
@@ -116,18 +116,8 @@ def shots_curve(
     return _curve("shots", held_out, sizes, points, None)
 
 
-def _require_tasks(name: str, tasks: object) -> None:
-    if not isinstance(tasks, Tasks):
-        fail(
-            f"{name} to be a data set (ph.Tasks)",
-            type(tasks).__name__,
-            "Make one with ph.Tasks.from_trajectories.",
-            TypeError,
-        )
-
-
 def _require_truth(held_out: Tasks) -> None:
-    _require_tasks("held_out", held_out)
+    require_tasks(held_out, "held_out")
     require(
         held_out.true_latents is not None,
         "held-out tasks with truth",

@@ -18,8 +18,13 @@ class SetEncoder(nn.Module):
 
     .. math:: h(S) = \rho\Big(\tfrac{1}{|S|} \sum_{x \in S} \phi(x, m),\; \log |S| \Big)
 
-    A missing value enters as zero, together with its mask :math:`m`. Trajectories are standardized by the mean and the
-    standard deviation of each sensor, which :func:`~pyro_hybrid.meta_train` takes from the training tasks.
+    A missing value enters as zero, together with its mask :math:`m`. A shot of which nothing was observed does not
+    count, neither in the mean nor in :math:`|S|`. Trajectories are standardized by the mean and the standard deviation
+    of each sensor, which :func:`~pyro_hybrid.meta_train` takes from the training tasks.
+
+    The encoder ignores times and known inputs: two shots with equal values look equal to it, whatever their clocks and
+    inputs are. Where shots have clocks or inputs of their own, compute the evidence (:class:`~pyro_hybrid.GaussNewton`)
+    or write an encoder that reads ``expanded_times`` and ``inputs`` of ``shots.whole or shots``, too.
 
     References:
         Deep Sets (Zaheer et al., 2017), https://arxiv.org/abs/1703.06114
@@ -102,8 +107,11 @@ class SetEncoder(nn.Module):
     def forward(self, shots: Shots) -> Tensor:
         """Return features of the set, ``(task, features)``."""
         each = self.shots(shots)
-        log_size = each.new_full((*each.shape[:-2], 1), each.shape[-2]).log()
-        features: Tensor = self.joint(torch.cat([each.mean(-2), log_size], -1))
+        observed = (shots.whole or shots).observed
+        is_informed = observed.flatten(-2).any(-1, keepdim=True)
+        size = is_informed.sum(-2).clamp(min=1).to(each.dtype)
+        mean = each.where(is_informed, 0.0).sum(-2) / size
+        features: Tensor = self.joint(torch.cat([mean, size.log()], -1))
         return features
 
     def _check(self, values: Tensor) -> None:

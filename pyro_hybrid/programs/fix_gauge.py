@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from pyro_hybrid.data.episode import Episode
-from pyro_hybrid.data.tasks import Tasks
+from pyro_hybrid.data.shots import Shots
+from pyro_hybrid.data.tasks import Tasks, require_tasks
 from pyro_hybrid.dynamics.modes import Solution, record_solutions, skip_integration
 from pyro_hybrid.errors import require
 from pyro_hybrid.nets.gauge import Gauge
@@ -26,8 +27,8 @@ def fix_gauge(model: nn.Module, tasks: Tasks, num_points: int | None = None) -> 
 
     Places the points of the model's :class:`~pyro_hybrid.Gauge`. The program runs on all trajectories with every latent
     at its prior mean; components of the state, and time, are spread evenly over the middle nine tenths of their
-    values, independently of each other. Fields on a grid are taken as they begin. Call it after training, with training
-    tasks.
+    values, independently of each other. What comes after a trajectory's last observation is padding and doesn't count.
+    Fields on a grid are taken as they begin. Call it after training, with training tasks.
 
     Arguments:
         model: a program with a Gauge, changed in place.
@@ -35,13 +36,7 @@ def fix_gauge(model: nn.Module, tasks: Tasks, num_points: int | None = None) -> 
         num_points: number of points; by default 1024, or 512 fields on a grid.
     """
     gauge = _gauge_of(model)
-    require(
-        isinstance(tasks, Tasks),
-        "tasks, a ph.Tasks",
-        type(tasks).__name__,
-        "Build them with ph.Tasks.from_trajectories(...).",
-        TypeError,
-    )
+    require_tasks(tasks)
     require(
         num_points is None or isinstance(num_points, int) and 1 <= num_points <= gauge.capacity,
         f"num_points from 1 to {gauge.capacity}",
@@ -51,9 +46,10 @@ def fix_gauge(model: nn.Module, tasks: Tasks, num_points: int | None = None) -> 
     size = num_points or gauge.capacity
     previous_size = int(gauge.num_points)
     gauge.clear()
+    shots = tasks.shots()
     try:
-        solution = _solution_at_means(model, Episode(None, tasks.shots()), gauge)
-        points = _first_fields(solution, size) if gauge.grid else _spread(solution, size)
+        solution = _solution_at_means(model, Episode(None, shots), gauge)
+        points = _first_fields(solution, size) if gauge.grid else _spread(solution, shots, size)
     except BaseException:
         gauge.num_points.fill_(previous_size)
         raise
@@ -94,11 +90,13 @@ def _first_fields(solution: Solution, size: int) -> tuple[Tensor, Tensor]:
     return solution.times.flatten()[:1].expand(len(fields)), fields
 
 
-def _spread(solution: Solution, size: int) -> tuple[Tensor, Tensor]:
+def _spread(solution: Solution, shots: Shots, size: int) -> tuple[Tensor, Tensor]:
     """Spread time and the components of the state evenly over their ranks."""
     times, states = solution
-    is_finite = states.isfinite().flatten(-2).all(-1)
-    ordered = states[is_finite].flatten(0, 1).sort(0).values
+    is_padding = _is_padding(times, shots)
+    is_finite = (states.isfinite().all(-1) | is_padding).all(-1, keepdim=True)
+    is_visited = is_finite & ~is_padding
+    ordered = states[is_visited].sort(0).values
     require(
         len(ordered) > 0,
         "trajectories that stay finite where latents are at their prior means",
@@ -108,7 +106,8 @@ def _spread(solution: Solution, size: int) -> tuple[Tensor, Tensor]:
     even = _mirrored_points(size, ordered.shape[-1]).to(ordered.device)
     rank = (LOWEST_RANK + RANK_RANGE * even).to(ordered.dtype)
     index = (rank[:, 1:] * (len(ordered) - 1)).round().long()
-    start, end = times.min(), times.max()
+    visited_times = times.expand(is_visited.shape)[is_visited]
+    start, end = visited_times.min(), visited_times.max()
     return start + rank[:, 0] * (end - start), ordered.gather(0, index)
 
 
@@ -126,3 +125,13 @@ def _mirrored_points(size: int, num_components: int) -> Tensor:
         image[:, 1 + i] = 1.0 - image[:, 1 + i]
         points = torch.cat([points, image])
     return points[:size]
+
+
+def _is_padding(times: Tensor, shots: Shots) -> Tensor:
+    """Tell times of a solution after the last observation of their trajectory, ``(task, shot, time)``."""
+    # A program may count time from each start, so that only the time since then can be compared.
+    elapsed = times - times[..., :1]
+    clock = shots.expanded_times
+    is_observed = shots.observed.any(-1)
+    duration = (clock - clock[..., :1]).where(is_observed, -torch.inf).amax(-1, keepdim=True)
+    return elapsed > duration
