@@ -389,6 +389,7 @@ def test_a_system_written_from_nothing_trains(capsys: pytest.CaptureFixture[str]
         (
             "quickstart",
             {
+                "DoublePendulum()": "DoublePendulum()\nsystem.points = 15",
                 "tasks=1000": "tasks=20",
                 "split(100)": "split(14)",
                 "steps=500": "steps=2",

@@ -235,20 +235,25 @@ def test_points_fill_the_middle_of_what_trajectories_visit() -> None:
         torch.zeros(6, 1),
         tasks,
     )
-    low, high = torch.quantile(visited.flatten(0, -2), torch.tensor([0.05, 0.95]), 0)
-    assert len(model.gauge.states) == int(model.gauge.num_points) == 1024
-    assert torch.allclose(model.gauge.states.amin(0), low, atol=0.02)
-    assert torch.allclose(model.gauge.states.amax(0), high, atol=0.02)
-    assert 0.07 <= float(model.gauge.times.min()) and float(model.gauge.times.max()) <= 1.33
+    # The outermost of nine nodes lie at 4% and 96% of the middle nine tenths.
+    low, high = torch.quantile(visited.flatten(0, -2), torch.tensor([0.09, 0.91]), 0)
+    count = int(model.gauge.num_points)
+    times, states = model.gauge.times[:count], model.gauge.states[:count]
+    assert count == 9**3 <= len(model.gauge.states) == 1024
+    assert torch.allclose(states.amin(0), low, atol=0.02)
+    assert torch.allclose(states.amax(0), high, atol=0.02)
+    assert 0.07 <= float(times.min()) and float(times.max()) <= 1.33
 
 
-@pytest.mark.parametrize("num_points", [1, 60, 300, 1024])
-def test_as_many_points_are_placed_as_were_asked_for(num_points: int) -> None:
+@pytest.mark.parametrize(
+    ("num_points", "placed"), [(1, 1), (60, 60), (300, 300), (728, 728), (729, 729), (1024, 729)]
+)
+def test_no_more_points_are_placed_than_were_asked_for(num_points: int, placed: int) -> None:
     tasks, model = make_tasks(), Gravity(0.0)
     fix_gauge(model, tasks, num_points)
-    states = model.gauge.states[:num_points]
-    assert int(model.gauge.num_points) == num_points
-    assert len(states.unique(dim=0)) == num_points
+    points = torch.cat([model.gauge.times.unsqueeze(-1), model.gauge.states], -1)[:placed]
+    assert int(model.gauge.num_points) == placed
+    assert len(points.unique(dim=0)) == placed
 
 
 @pytest.mark.parametrize("by_shot", [False, True])
@@ -283,7 +288,7 @@ def test_points_of_a_gauge_are_within_each_trajectory_s_own_length() -> None:
     model = Gravity(0.0)
     fix_gauge(model, padded)
     assert float(model.gauge.times.max()) <= 5.2
-    assert float(model.gauge.times.max()) > 4.8
+    assert float(model.gauge.times.max()) > 4.6
 
 
 def test_fixing_a_gauge_draws_nothing_and_leaves_no_gradient() -> None:
