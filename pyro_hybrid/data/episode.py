@@ -23,8 +23,8 @@ class Episode:
         support: shots of the same tasks, or None for the population's prior.
         query: the shots that a program explains, or simulates if they have no values.
         belief: the belief about the tasks' latents given the support, if it was computed already.
-        is_training: whether the run is a step of a training, to which penalties belong. :class:`~pyro_hybrid.SVI` sets
-            it for its gradient steps; for a plain Pyro ELBO, pass ``dataclasses.replace(episode, is_training=True)``.
+        is_training: whether a program adds its penalties. :class:`~pyro_hybrid.SVI` sets it for gradient steps of a
+            model in ``train()`` mode; for a plain Pyro ELBO, pass ``dataclasses.replace(episode, is_training=True)``.
 
     >>> import pyro_hybrid as ph
     >>> shots = ph.Shots.from_tensors(torch.arange(3.0), torch.zeros(5, 4, 3, 1), torch.zeros(5, 4, 1))

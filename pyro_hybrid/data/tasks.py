@@ -220,7 +220,7 @@ class Tasks:
         return self[: len(self) - n], self[len(self) - n :]
 
     def episode(self, num_support: int | None = None) -> Episode:
-        """All tasks as one batch: the first shots are the support, the others the query."""
+        """Return all tasks as one batch: the first shots are the support, the others the query."""
         size = self.num_support if num_support is None else num_support
         require_integer("num_support", size)
         most = self.values.shape[1] - 1

@@ -60,9 +60,9 @@ class IncrementNetwork(nn.Module):
 
 @dataclass(frozen=True)
 class Encoder:
-    """Learned evidence: an encoder reads the shots, and those that the belief contains already.
+    """Learned evidence: a network maps the shots to an increment; in a guide, it also gets the support's features.
 
-    A task of which nothing was observed gets no evidence. The order of shots doesn't matter, to the last bit.
+    A task without scored values gets no evidence. The order of shots doesn't matter, to the last bit.
 
     Arguments:
         encoder: such as :class:`~pyro_hybrid.SetEncoder`.
@@ -118,15 +118,15 @@ class Encoder:
         return Factorized(belief.families, natural)
 
     def then(self, second: Evidence) -> Then:
-        """Return evidence that goes on from the encoder's proposal, such as Gauss-Newton."""
+        """Return computed evidence, such as Gauss-Newton, that starts at the mean of the encoder's own increment."""
         return Then(self, second)
 
 
 @dataclass(frozen=True)
 class Then:
-    """Computed evidence that starts where an encoder points.
+    """Computed evidence that starts at the mean of an encoder's own increment.
 
-    The encoder's evidence alone is the start: the belief before would pull it back, however well it is trained.
+    The belief before is not added to it: it would pull the start towards its mean, however well the encoder is trained.
     """
 
     first: Encoder

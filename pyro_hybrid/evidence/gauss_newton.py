@@ -36,11 +36,11 @@ class GaussNewton:
     Arguments:
         num_iterations: number of steps on the trajectories as they are.
         segments: for each step before those, the number of time intervals in a segment.
-        num_restarts: number of further starts, spread over the belief; the best end counts, task by task. Each costs
-            as much as the first.
+        num_restarts: number of further starts, spread over the belief; the end with the lowest cost counts, task by
+            task. Each start costs as much as the first.
         damping: first Levenberg-Marquardt damping, relative to the precision's diagonal.
-        max_step_sd: the longest step of a latent, in standard deviations of the belief or in units of its family's
-            scale, whichever is more.
+        max_step_sd: the longest step of a latent, in units of the belief's standard deviation or of its family's
+            scale, whichever is larger.
 
     >>> GaussNewton(3, segments=(7, 7)) == GaussNewton(num_iterations=3, segments=(7, 7))
     True

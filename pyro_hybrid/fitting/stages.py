@@ -26,7 +26,7 @@ def compute_evidence(
     support: GaussNewton = GaussNewton(3),
     query: GaussNewton = GaussNewton(2),
 ) -> Posterior:
-    """Read support and query with the program itself, from where their encoders point if there are any.
+    """Compute the evidence of support and query with the program itself, starting where their encoders point, if any.
 
     For the final answer, more iterations and restarts help than training needs. Intervals are those of the evidence
     as it is: rescale them afterwards.
@@ -109,13 +109,13 @@ def refine_weights(
 
 
 def fix_gauge(posterior: Posterior, tasks: Tasks) -> Posterior:
-    """Credit the physics with all that it can explain: the same trajectories, with other physics latents.
+    """Credit the physics with all that it can explain: physics latents change, and trajectories hardly do.
 
     Intervals become those of the evidence as it is: rescale them afterwards.
 
     Arguments:
         posterior: the posterior so far; its model owns a :class:`~pyro_hybrid.Gauge`.
-        tasks: training tasks, whose starts say where the force is looked at.
+        tasks: training tasks; the force is evaluated at points spread over what the program visits from their starts.
     """
     changed = posterior.copy()
     place_gauge(changed.model, tasks)

@@ -68,7 +68,7 @@ def certify(
 
     Arguments:
         model, guide: any Pyro program with task-level latents from exponential families, and its guide; trained.
-        tasks: the data set that it was trained on. Its truth, if known, is compared with the recovered latents.
+        tasks: the training data. Their true latents, if known, are compared with the recovered ones.
         restarts: models of other trainings, from other seeds, whose latents are compared with the model's.
         seed: of draws and resampling; the global random state is left alone.
         progress: show progress bars.

@@ -30,7 +30,7 @@ class AmortizedGuide(nn.Module):
 
     With an encoder, :math:`\eta` is learned, and the latents of shots (such as initial states) keep their prior. With
     :class:`~pyro_hybrid.GaussNewton`, :math:`\eta` is computed from the program, and the latents of shots are drawn
-    from their Gaussian posterior given the task's. If nothing is observed, the guide is the prior.
+    from their Gaussian posterior given the task's. If no value is scored, the guide is the prior.
 
     Arguments:
         model: the program, whose attribute ``prior`` is a :class:`~pyro_hybrid.SupportPrior` or an

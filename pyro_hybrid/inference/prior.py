@@ -99,7 +99,7 @@ class Prior(nn.Module):
 
 
 class UnconditionalPrior(Prior):
-    """One learned distribution for all tasks, whatever their support. Latents then aren't identified.
+    """One learned distribution for all tasks, whatever their support. The identifiability theorem doesn't cover it.
 
     Arguments:
         families: one family for each Pyro site.

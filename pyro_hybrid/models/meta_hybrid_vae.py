@@ -58,7 +58,7 @@ class MetaHybridVAE(HybridModel):
             slower and more robust, since the likelihood sharpens as the noise falls.
         width, depth: size and number of the neural force's hidden layers.
         substeps, step, compile: options of :func:`~pyro_hybrid.solve`.
-        conditional: False for a prior that doesn't depend on the support, with which the latents are not identifiable.
+        conditional: False for a prior that doesn't depend on the support, which the theorem doesn't cover.
     """
 
     noise: Any  # set as a PyroParam, read as a Tensor

@@ -21,15 +21,16 @@ class Gauge(nn.Module):
     r"""Choose, of the equivalent decompositions of one law, that in which the physics explains all it can.
 
     A neural force may do some of the known equations' work: it then has the effect of a shift of the physics latents.
-    This module finds the shift by least squares over fixed points and takes it off,
+    This module finds the shift by least squares over fixed points and subtracts it,
 
     .. math::
         z_P \mapsto z_P - c, \qquad
         c = \arg\min_c \Bigl\lVert f_N(\cdot\,; z_N) - \sum_j c_j\, \partial_j f_P(\cdot\,; z_P) \Bigr\rVert^2 ,
 
-    before the equations see the latents. To second order, the program has the same trajectories as before, under
-    physics latents that mean the physics' whole share. Call it in the program between the latents and the equations.
-    It changes nothing until :func:`~pyro_hybrid.fix_gauge` has placed its points, which are saved with the model.
+    before the equations see the latents. Unless the state is a field on a grid, means over the points are subtracted
+    from both terms first. To second order in c, the program has the same trajectories as before, for other physics
+    latents. Call it in the program between the latents and the equations. It changes nothing until
+    :func:`~pyro_hybrid.fix_gauge` has placed its points, which are saved with the model.
 
     Physics latents must keep away from zero, as those of positive families do: their shifts are relative.
 
@@ -103,7 +104,7 @@ class Gauge(nn.Module):
     def forward(
         self, equations: HybridField, physics: Physics, unknown: Tensor
     ) -> dict[str, Tensor]:
-        """Take off the physics latents what the neural force does in their place.
+        """Correct the physics latents by what the neural force does in their place.
 
         Arguments:
             equations: the field in its two parts.

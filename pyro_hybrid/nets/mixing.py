@@ -10,7 +10,7 @@ __all__ = ["Mixing"]
 
 
 class Mixing(nn.Module):
-    r"""From state to sensors where the instrument is unknown: :math:`g(y) = y W + b + \tanh(y U + c) V`.
+    r"""Map states to sensors if the instrument is unknown: :math:`g(y) = y W + b + \tanh(y U + c) V`.
 
     Arguments:
         components: number of state components.

@@ -84,7 +84,7 @@ class Residual(nn.Module):
                 weight[:, inputs:] *= 0.1
 
     def given(self, latents: Latent) -> Callable[..., Tensor | tuple[Tensor, ...]]:
-        """The term of one task: latents ``(..., task, 1, latents)`` to a function of inputs ``(..., task, shot)``.
+        """Return the term at latents ``(..., task, 1, latents)``, as a function of inputs ``(..., task, shot)``.
 
         The function returns a tensor for one output and a tuple for several.
         """

@@ -1,4 +1,4 @@
-"""fix_gauge: place the points of a model's gauge along the trajectories of training tasks."""
+"""fix_gauge: spread the points of a model's gauge over the states that training tasks visit."""
 
 from __future__ import annotations
 

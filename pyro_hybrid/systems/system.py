@@ -84,7 +84,7 @@ class System(ABC):
         return states[..., : self.sensors]
 
     def measured(self, values: Tensor) -> Tensor:
-        """What sensors say about the state at every time: centres for the inference of initial and restart states."""
+        """What sensors say about the state at every time: centers for the inference of initial and restart states."""
         return values
 
     def full(self, latents: Mapping[str, Tensor]) -> Field:

@@ -79,14 +79,16 @@ def meta_train(
         model, guide: a Pyro program and its guide, changed in place.
         tasks: the data set. Which shots are support and which are query is drawn anew at every step.
         num_steps, batch_size: number of gradient steps, and of tasks in each.
-        learning_rate: its peak. It rises over the first 5% of the steps, then follows a cosine down to a fiftieth.
-        seed: of batches and samples. The global random state is left as it was.
+        learning_rate: peak of the learning rate, which rises over the first 5% of the steps, then follows a cosine down
+            to a fiftieth.
+        seed: seed of batches and samples. The global random state is left as it was.
         curriculum: ``{fraction of the steps: length}``. From that fraction on, trajectories are cut into segments of
             ``length`` intervals (None: not cut); of ``(length, horizon)``, only their first ``horizon`` intervals are
-            used. Default: segments of a seventh of the trajectory, then of two sevenths, then the whole.
-        segments_per_shot: look at this number of segments of each query shot, drawn anew at every step, instead of all.
-            Their likelihood is scaled up, so that the loss stays right on average. Steps cost less and inform nearly as
-            well, since the segments of a shot share its task's latents. Not with computed evidence in the guide.
+            used. Default: segments of a seventh of the trajectory, from 25% on of two sevenths, from 50% on the whole;
+            always the whole if there are fewer than 15 times, or if states are not measured at all times.
+        segments_per_shot: use this number of segments per query shot, drawn anew at every step, instead of all. Their
+            likelihood is scaled up, so that the loss stays right on average. Steps cost less and inform nearly as well,
+            since all segments of a task share its latents. The guide must not use computed evidence.
         warmup: fraction of the steps over which the weight of the KL divergence rises from 0 to 1.
         penalty_weights: weights of the model's penalties by name, numbers or functions of the progress such as
             ``{"projection": ph.Ramp(1000.0, power=2)}``. Default: those in ``model.penalty_weights``, to which the
@@ -94,9 +96,9 @@ def meta_train(
         clip: shorten gradients that are longer than this multiple of their running mean.
         average_last: average the parameters over this final fraction of the steps (0: off). An average damps the noise
             of directions that the data determine weakly.
-        held_out: tasks whose ELBO is looked at.
-        eval_every: look at the held-out tasks, and write a checkpoint, after each of this number of steps.
-        patience: stop, and go back to the best state, after this number of looks without improvement.
+        held_out: tasks on which the loss is evaluated, without training on them.
+        eval_every: evaluate the held-out tasks and write a checkpoint each time this number of steps is done.
+        patience: stop, and restore the best state, after this number of evaluations without improvement.
         loss: a Pyro ELBO; default ``TraceMeanField_ELBO()``.
         max_skips: stop after this number of consecutive non-finite steps, and restore the last good state.
         checkpoint: a folder for checkpoints. Ctrl-C, or a cluster's SIGTERM, then writes one before the training ends.

@@ -48,8 +48,8 @@ class OwnedOptim(PyroOptim):
 class SVI(PyroSVI):
     """A ``pyro.infer.SVI`` for models that own their parameters.
 
-    One torch optimizer steps all parameters of model and guide. To add a loss to the ELBO, or to compute something once
-    before it, override :meth:`differentiable_loss`.
+    One torch optimizer updates all parameters of model and guide. To add a loss to the ELBO, or to compute something
+    once before it, override :meth:`differentiable_loss`.
 
     If the model is in ``train()`` mode, :meth:`step`, :meth:`backward` and ``loss_and_grads`` set ``is_training`` of the
     episode, so that the program adds its penalties. :meth:`evaluate_loss` and ``loss`` clear it.
