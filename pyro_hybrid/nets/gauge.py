@@ -90,7 +90,7 @@ class Gauge(nn.Module):
             1 <= len(times) <= self.capacity and states.shape == (len(times), self.components),
             f"1 to {self.capacity} points of {self.components} components",
             f"{tuple(times.shape)} times and states of shape {tuple(states.shape)}",
-            "Let ph.fix_gauge(model, tasks) place them.",
+            "Let ph.fix_gauge(posterior, tasks) place them.",
         )
         self.times[: len(times)] = times
         self.states[: len(times)] = states
