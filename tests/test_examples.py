@@ -392,7 +392,7 @@ def test_a_system_written_from_nothing_trains(capsys: pytest.CaptureFixture[str]
                 "DoublePendulum()": "DoublePendulum()\nsystem.points = 15",
                 "tasks=1000": "tasks=20",
                 "split(100)": "split(14)",
-                "steps=500": "steps=2",
+                "steps=900": "steps=2",
                 "refine_weights(posterior, train": "refine_weights(posterior, train, num_steps=1, batch_size=4",
                 "batch_size=16": "batch_size=4",
                 "num_samples=100": "num_samples=5",

@@ -63,8 +63,9 @@ def refine_weights(
 ) -> Posterior:
     """Bring the weights of a network to the optimum by Gauss-Newton over many systems.
 
-    Call it once :func:`~pyro_hybrid.meta_train` has come near. Intervals become those of the evidence as it is:
-    rescale them afterwards. :func:`~pyro_hybrid.training.second_order.refine_in_place` says how it works.
+    Call it once :func:`~pyro_hybrid.meta_train` has come near. Encoders still point to the latents of the former
+    weights: call :func:`compute_evidence` afterwards, with more iterations. Intervals become those of the evidence as
+    it is: rescale them afterwards. :func:`~pyro_hybrid.training.second_order.refine_in_place` says how it works.
 
     Arguments:
         posterior: the posterior so far.
