@@ -16,7 +16,7 @@ import pyro_hybrid as ph
 
 def main() -> None:
     started = time.perf_counter()
-    choice = habits.options(__doc__, "double_pendulum", tasks=1000, steps=500)
+    choice = habits.options(__doc__, "double_pendulum", tasks=1000, steps=900)
 
     # A thousand pendulums to learn from, three hundred to be judged on.
     system = ph.systems.DoublePendulum()
@@ -49,7 +49,7 @@ def main() -> None:
         posterior, train, num_steps=1 if choice.fast else 8, seed=choice.seed
     )
     posterior = ph.fix_gauge(posterior, train[:200])
-    support = ph.GaussNewton(3, segments=(7, 7))
+    support = ph.GaussNewton(8, segments=(7, 7))
     posterior = ph.compute_evidence(posterior, support, ph.GaussNewton(2))
     posterior = ph.rescale_intervals(posterior, train)
     habits.export(choice, posterior, train, held_out, fit, started)
