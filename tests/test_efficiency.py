@@ -170,7 +170,7 @@ def test_a_noisy_reading_is_called_inefficient_and_the_latent_named(known: bool)
     assert check.status == "fails" and check.value == pytest.approx(26.0, rel=0.35)
     assert int((found.error / found.bound).argmax()) == 1
     assert f"`bend[0]` {check.value:.3g}" in check.why and check.remedy.startswith(
-        "Infer latents with evidence="
+        "Call ph.compute_evidence("
     )
     assert check.why.endswith(
         "(after a linear map to the truth)."

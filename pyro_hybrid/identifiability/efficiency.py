@@ -164,6 +164,6 @@ def judge_efficiency(efficiency: Efficiency) -> Check:
         (low, high),
         RATIO,
         f"Mean squared error in units of the Cramér-Rao bound, the smallest possible: {by_name} ({source}).",
-        "Infer latents with evidence=ph.GaussNewton(...), with restarts for tasks in a wrong optimum; the rest is the "
-        "neural term's own error.",
+        "Call ph.compute_evidence(posterior, ph.GaussNewton(8, num_restarts=4)), for tasks in a wrong optimum, and "
+        "ph.fix_gauge for physics latents whose work the neural term does; the rest is the neural term's own error.",
     )
