@@ -63,9 +63,10 @@ def hunt(
     )
 
     def program(episode: ph.Episode) -> None:
+        num_tasks = episode.query.shape[0]
         with episode.plate:
             raw = {
-                name: torch.zeros(len(points), family.n, family.k).double()
+                name: torch.zeros(num_tasks, family.n, family.k).double()
                 for name, family in families.items()
             }
             z = {
@@ -75,7 +76,7 @@ def hunt(
                 for name, family in families.items()
             }
             mean = states(**z, t=episode.query.times.unsqueeze(-1)) + torch.zeros(
-                len(points), 2, 9, 1
+                num_tasks, 2, 9, 1
             )
             pyro.sample("x", dist.Normal(mean, noise).to_event(3), obs=episode.query.values)
 
@@ -188,9 +189,8 @@ def test_twins_are_found_past_latents_of_shots_moved_or_held(
 
     def program(episode: ph.Episode) -> None:
         with episode.plate:
-            z = pyro.sample("z", dist.Normal(torch.zeros(10, 1).double(), 1.0).to_event(1))[
-                ..., None, None, :
-            ]
+            zero = torch.zeros(episode.query.shape[0], 1).double()
+            z = pyro.sample("z", dist.Normal(zero, 1.0).to_event(1))[..., None, None, :]
             start = pyro.sample("start", dist.Normal(episode.query.initial, 0.1).to_event(2))
             mean = start.unsqueeze(-2) + z**2 * episode.query.times.unsqueeze(-1)
             pyro.sample("x", dist.Normal(mean, 0.05).to_event(3), obs=episode.query.values)
@@ -208,10 +208,9 @@ def test_what_is_observed_does_not_matter_but_what_could_be() -> None:
 
     def program(episode: ph.Episode) -> None:
         with episode.plate:
-            z = pyro.sample("z", dist.Normal(torch.zeros(10, 1).double(), 1.0).to_event(1))[
-                ..., None, None, :
-            ]
-            mean = z**2 * episode.query.times.unsqueeze(-1) + torch.zeros(10, 2, 9, 1)
+            zero = torch.zeros(episode.query.shape[0], 1).double()
+            z = pyro.sample("z", dist.Normal(zero, 1.0).to_event(1))[..., None, None, :]
+            mean = z**2 * episode.query.times.unsqueeze(-1) + torch.zeros(1, 2, 9, 1)
             pyro.sample(
                 "x",
                 dist.Normal(mean, 0.05).mask(episode.query.scored).to_event(3),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import pyro
@@ -14,9 +14,9 @@ from tqdm.auto import tqdm
 from pyro_hybrid.data.episode import Episode
 from pyro_hybrid.dynamics.modes import nan_on_failure
 from pyro_hybrid.evidence.gauss_newton import GaussNewton
-from pyro_hybrid.evidence.least_squares import Iterate, LeastSquares
+from pyro_hybrid.evidence.least_squares import LeastSquares
 from pyro_hybrid.identifiability.fisher import FisherInformation, least_squares_at
-from pyro_hybrid.identifiability.task_beliefs import TaskBeliefs
+from pyro_hybrid.identifiability.task_beliefs import TaskBeliefs, copy_in_double
 from pyro_hybrid.programs.module import local_parameters
 from pyro_hybrid.programs.run import Program
 from pyro_hybrid.programs.sites import random_sites, unwrap
@@ -31,6 +31,7 @@ ALIKE = 1.0  # standard deviations of the noise, over all observations together
 STARTS = 8
 ROUNDS = 4
 ITERATIONS = 4
+AT_ONCE = 6  # starts that descend together
 HELD = 8  # a shot's latents stay fixed if there are more of them: each costs a solve
 
 
@@ -78,30 +79,34 @@ def equivalent_latents(
         progress: show a progress bar.
     """
     latents = fisher.points[0]
-    problem = _towards_trajectories_of(
-        latents, least_squares_at(program, episode, beliefs, latents)
-    )
     center = beliefs.population_mean
     sd = beliefs.population_sd
+    program = copy_in_double(program)
+
+    def pose(rows: Tensor) -> LeastSquares:
+        chosen = latents[rows]
+        problem = least_squares_at(program, episode.select_tasks(rows), beliefs, chosen)
+        return _towards_trajectories_of(chosen, problem)
+
     best = torch.full_like(latents, torch.nan)
     distance = torch.full_like(latents[:, 0], torch.inf)
-    starts = _starts(latents, center, sd, fisher)
+    starts = torch.stack(_starts(latents, center, sd, fisher))
     bar = tqdm(
-        starts,
+        total=len(starts),
         desc="searching for equivalent latents",
         unit="start",
         leave=False,
         disable=not progress,
     )
-    for start in bar:
-        end = _descend(problem, start)
-        candidates = [(start, _distance(problem, start)), (end.task, end.cost.sqrt())]
-        for candidate, its_distance in candidates:
-            is_far = ((candidate - latents) / sd).norm(dim=-1) > APART
-            is_inside = (((candidate - center) / sd).abs() <= WITHIN).all(-1)
-            is_better = is_far & is_inside & (its_distance < distance)
-            best = torch.where(is_better.unsqueeze(-1), candidate, best)
-            distance = torch.where(is_better, its_distance, distance)
+    with bar:
+        for some in starts.split(AT_ONCE):
+            for candidate, its_distance in _candidates(pose, latents, some, sd):
+                is_far = ((candidate - latents) / sd).norm(dim=-1) > APART
+                is_inside = (((candidate - center) / sd).abs() <= WITHIN).all(-1)
+                is_better = is_far & is_inside & (its_distance < distance)
+                best = torch.where(is_better.unsqueeze(-1), candidate, best)
+                distance = torch.where(is_better, its_distance, distance)
+            bar.update(len(some))
     return EquivalentLatents(
         names=beliefs.names,
         first=beliefs.constrained(latents),
@@ -145,24 +150,46 @@ def _with_fixed(program: Program, values: dict[str, Tensor]) -> Program:
     return poutine.block(fixed, hide=list(values))
 
 
-def _distance(problem: LeastSquares, latents: Tensor) -> Tensor:
-    """Return the distance between the trajectories of ``latents`` and the target's, in noise standard deviations."""
+def _candidates(
+    pose: Callable[[Tensor], LeastSquares], latents: Tensor, starts: Tensor, sd: Tensor
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield starts and the ends of descents from them, each with the distance between its trajectories and the task's.
+
+    All starts (start, task, latent) descend at once, as if they were as many tasks.
+    """
+    num_starts, num_tasks, _ = starts.shape
+    rows = torch.arange(num_tasks).repeat(num_starts)
+    ends = starts.flatten(0, 1)
+    yield from zip(starts, _distances(pose(rows), ends).view(num_starts, -1), strict=True)
+    ends, distances = _descend(pose, rows, ends, latents[rows], sd)
+    yield from zip(ends.view_as(starts), distances.view(num_starts, -1), strict=True)
+
+
+def _distances(problem: LeastSquares, latents: Tensor) -> Tensor:
+    """Return the distances between trajectories of ``latents`` and the targets, in noise standard deviations."""
     residuals = problem.residuals(latents.unsqueeze(0), problem.shot_mean.unsqueeze(0))[0]
     return residuals.square().sum((1, 2)).sqrt()
 
 
-def _descend(problem: LeastSquares, start: Tensor) -> Iterate:
-    """Descend to a minimum, or for a few rounds; descents that return to the latents themselves end early."""
-    method = GaussNewton()
-    end = method.descend(problem, start, ITERATIONS)
-    for _ in range(ROUNDS - 1):
-        before = end
-        end = method.descend(problem, before.task, ITERATIONS, before.shot)
-        has_stalled = end.cost > 0.9 * before.cost
-        has_arrived = end.cost < 1e-3
-        if bool((has_stalled | has_arrived).all()):
+def _descend(
+    pose: Callable[[Tensor], LeastSquares], rows: Tensor, start: Tensor, home: Tensor, sd: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Descend to minima, or for a few rounds, and return their distances too.
+
+    What has arrived, stalled or come back to the task's own latents takes no part in further rounds.
+    """
+    ends = start.clone()
+    costs = torch.full_like(start[:, 0], torch.inf)
+    active, shot = torch.arange(len(rows)), None
+    for _ in range(ROUNDS):
+        end = GaussNewton().descend(pose(rows[active]), ends[active], ITERATIONS, shot)
+        goes_on = (end.cost < 0.9 * costs[active]) & (end.cost > 1e-3)
+        goes_on &= ((end.task - home[active]) / sd).norm(dim=-1) > APART
+        ends[active], costs[active] = end.task, end.cost
+        active, shot = active[goes_on], end.shot[goes_on]
+        if not len(active):
             break
-    return end
+    return ends, costs.sqrt()
 
 
 def _starts(latents: Tensor, center: Tensor, sd: Tensor, fisher: FisherInformation) -> list[Tensor]:
