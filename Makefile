@@ -2,7 +2,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow test-arviz1 python-arviz1 lint house audit bench docs clean
+.PHONY: help venv demo test test-quick test-slow test-arviz1 python-arviz1 lint house audit bench docs clean
 
 BIN := .venv/bin
 PYTHON = $(shell for p in python3.11 python3 python; do \
@@ -18,9 +18,17 @@ demo: .venv/.installed ## identify a double pendulum; figures and numbers go to 
 	@echo "demo: examples/double_pendulum.py $(ARGS)"
 	@$(BIN)/python examples/double_pendulum.py $(ARGS)
 
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+NONE_CHOSEN = 5# pytest's exit status if ARGS="-k ..." leaves no test
+
 test: .venv/.installed ## run the tests (ARGS="-k guide" and the like are passed on)
-	@echo "test: pytest $(ARGS)"
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not long" -n auto --maxprocesses 4 --dist loadfile $(ARGS)
+	@echo "test: pytest $(ARGS), quick tests, which check shapes and types of every call"
+	@$(PYTEST) -m "not slow and not long" $(ARGS) || [ $$? -eq $(NONE_CHOSEN) ]
+	@echo "test: pytest $(ARGS), slow tests"
+	@$(PYTEST) -m "slow and not long" --jaxtyping-packages= $(ARGS) || [ $$? -eq $(NONE_CHOSEN) ]
+
+test-quick: .venv/.installed ## run the quick tests only (five minutes or so)
+	@$(PYTEST) -m "not slow and not long" $(ARGS)
 
 test-slow: .venv/.installed ## try hard to break it, and write docs/reliability.md's table (ten minutes or so)
 	@echo "test-slow: pytest --figures docs/results/reliability.json $(ARGS)"

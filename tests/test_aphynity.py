@@ -92,6 +92,7 @@ def norm_of(
 # ---- the program ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "linear"), [*((name, True) for name in SYSTEMS), ("pendulum", False)]
 )
@@ -345,12 +346,14 @@ def trained(damping: float, weight: float) -> tuple[OriginalAPHYNITY, Tensor, Te
         return model, model.force()(torch.tensor(1.0), angle, speed), -damping * speed
 
 
+@pytest.mark.slow
 def test_nothing_is_left_to_the_neural_force_where_the_equations_are_complete() -> None:
     model, force, _ = trained(0.0, 100.0)
     assert force.square().mean().sqrt() < 0.02
     assert float(model.omega) == pytest.approx(1.5, rel=0.01)
 
 
+@pytest.mark.slow
 def test_the_neural_force_is_the_friction_that_the_equations_lack() -> None:
     model, force, true = trained(0.3, 1000.0)
     assert (force - true).square().mean() < 0.05 * true.square().mean()

@@ -37,6 +37,8 @@ import pyro_hybrid as ph
 from pyro_hybrid.beliefs.families import LogNormal, Normal
 from pyro_hybrid.identifiability import certify as module
 
+pytestmark = pytest.mark.slow  # a certificate solves its program many times
+
 GOOD = known("decay chain", "k1", "k2", tasks=300, support=1, shots=3, points=12, noise=0.01)
 ONE = known("decay", "k", tasks=256, support=1, shots=6, points=12, noise=0.01)
 

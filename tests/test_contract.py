@@ -58,6 +58,7 @@ MODELS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reading", READINGS)
 @pytest.mark.parametrize(
     ("name", "options"), MODELS, ids=[f"{name} {'-'.join(o)}".strip() for name, o in MODELS]
@@ -81,12 +82,14 @@ def test_a_model_with_an_unconditional_prior_keeps_every_contract() -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [DampedPendulum, ComputedPendulum], ids=[*READINGS])
 def test_the_model_of_the_readme_keeps_every_contract(kind: Any) -> None:
     model, tasks = kind(6), SYSTEMS["pendulum"]().simulate(2, 4, seed=0)
     assert len(ph.check_hybrid_model(model, guide_of(model), tasks.episode())) == len(NAMES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reading", READINGS)
 @pytest.mark.parametrize("inferred", [False, True])
 def test_the_line_keeps_every_contract(inferred: bool, reading: str) -> None:
@@ -128,6 +131,7 @@ def test_a_line_with_clocks_and_lengths_of_its_own_keeps_every_contract(by_task:
     assert_keeps_every_contract(Line(), tasks)
 
 
+@pytest.mark.slow
 def test_a_pendulum_with_clocks_and_lengths_of_its_own_keeps_every_contract() -> None:
     system = SYSTEMS["pendulum"]()
     tasks = own_clocks(system.simulate(2, 4, seed=0), by_task=True)
@@ -627,6 +631,7 @@ def lines_of(episode: ph.Episode, model: Any = None) -> dict[str, str]:
     )
 
 
+@pytest.mark.slow
 def test_what_cannot_be_checked_is_said_in_its_line() -> None:
     tasks = in_float32(make_tasks(2, 3, num_support=1))
     assert lines_of(tasks.episode())["support order"].startswith(
@@ -662,6 +667,7 @@ def test_parameters_that_no_gradient_reaches_are_named() -> None:
     assert lines_of(EPISODE)["gradients"] == "Gradients of the ELBO are finite"
 
 
+@pytest.mark.slow
 def test_nothing_is_changed_by_the_check_not_even_by_a_broken_program(
     request: pytest.FixtureRequest,
 ) -> None:

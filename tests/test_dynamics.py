@@ -138,6 +138,7 @@ def test_every_trajectory_of_a_batch_of_mixed_stiffness_keeps_the_tolerance(meth
     assert (error <= 3.0 * tolerance * (1.0 + size) * (1.0 + 2.0 * rate[:, 0])).all()
 
 
+@pytest.mark.slow
 @every_method
 @pytest.mark.parametrize("tolerance", [1e-4, 1e-6])
 def test_each_of_64_trajectories_of_mixed_stiffness_is_the_same_alone_and_in_a_batch(

@@ -383,6 +383,7 @@ def test_a_system_written_from_nothing_trains(capsys: pytest.CaptureFixture[str]
 # ---- what the pages print ------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "page, smaller",
     [

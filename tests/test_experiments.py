@@ -157,6 +157,7 @@ def test_as_published_one_trajectory_is_read_and_with_sets_all_of_them(
     assert same == ("sets" not in model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS[:2])
 def test_reconstructions_begin_where_the_shots_say_and_not_where_they_were_measured(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -184,6 +185,7 @@ def test_reconstructions_begin_where_the_shots_say_and_not_where_they_were_measu
     assert (begun[1] == 0.0).all()
 
 
+@pytest.mark.slow
 def test_a_model_is_trained_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     choice = Choice(fast=True, folder=folder)
     one = load_or_train(SYSTEM, OURS, 0, choice)
@@ -195,6 +197,7 @@ def test_a_model_is_trained_once(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS)
 def test_our_own_models_end_by_second_order_and_rivals_as_published(
     model: str, monkeypatch: pytest.MonkeyPatch
@@ -301,6 +304,7 @@ def test_two_runs_agree_where_one_is_a_linear_map_of_the_other() -> None:
 # ---- as a stranger runs them ---------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "module", [identify, long_horizon, out_of_distribution, sample_size, seed_agreement]
 )

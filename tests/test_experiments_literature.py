@@ -113,6 +113,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return carry_out(literature, Choice(seeds=(0,), fast=True, folder=folder))
 
 
+@pytest.mark.slow
 def test_a_tiny_run_says_all_that_the_table_shows(results: list[dict[str, Any]]) -> None:
     assert [one["seed"] for one in results] == [0]
     for one in results:

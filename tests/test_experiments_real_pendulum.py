@@ -228,6 +228,7 @@ def test_what_diverged_counts_as_infinitely_wrong() -> None:
 # ---- as a stranger runs it -----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_fast_run_ends_in_a_table_and_a_figure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

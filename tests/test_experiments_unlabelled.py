@@ -211,6 +211,7 @@ def test_ordinary_trajectories_begin_at_zero() -> None:
     assert tasks.num_support == 2 and tasks.scored[..., 1:, :2].all()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:expected ICA to converge")
 def test_a_tiny_run_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ph.systems.Pendulum, "points", 16)

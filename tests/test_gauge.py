@@ -175,6 +175,7 @@ def test_the_gauge_of_a_field_gives_the_physics_what_the_force_did() -> None:
     assert torch.allclose(corrected, rate - 0.05, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_fixed_gauge_keeps_every_contract_and_the_state_s_names() -> None:
     tasks, model = make_tasks(2), Spring()
     guide = ph.AmortizedGuide(model, ph.SetEncoder(2, NUM_TIMES, 8))

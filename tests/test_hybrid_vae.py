@@ -61,6 +61,7 @@ def silent(residual: torch.nn.Module) -> None:
 # ---- a program like the others -------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(options) or "published")
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_it_keeps_every_contract(name: str, options: dict[str, Any]) -> None:
@@ -258,6 +259,7 @@ def test_each_regulariser_trains_what_the_paper_says(name: str) -> None:
 # ---- training ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_support", [2, 3], ids=["of sets", "of one trajectory at a time"])
 def test_a_short_training_lowers_the_loss_and_finds_the_physics(num_support: int) -> None:
     pendulum = system(ph.systems.Pendulum, 8)

@@ -68,6 +68,7 @@ def many_particles(both: tuple[ph.HybridModel, ph.AmortizedGuide], episode: ph.E
     return ph.SVI(*both, torch.optim.SGD(both[0].parameters(), 0.0), loss).evaluate_loss(episode)
 
 
+@pytest.mark.slow
 def test_what_the_readme_does_with_its_model_runs_as_printed(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

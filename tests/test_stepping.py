@@ -757,6 +757,7 @@ USES = {  # and how many gradients there are to compare
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", USES)
 def test_traced_steps_give_the_values_and_gradients_of_eager_ones(
     traced: dict[str, Any], case: str
