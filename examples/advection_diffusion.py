@@ -15,9 +15,7 @@ def main() -> None:
     started = time.perf_counter()
     choice = habits.options(__doc__, "advection_diffusion", tasks=300, steps=1500)
     system = ph.systems.AdvectionDiffusion()
-    train, held_out = system.simulate(
-        choice.tasks + choice.held_out, choice.shots, choice.seed
-    ).split(choice.held_out)
+    train, held_out = habits.simulate(choice, system)
 
     # The encoder learns to read whole fields from a few segments of each, where the physics gets all the credit it can.
     model = ph.models.MetaHybridVAE(system, noise=10.0)

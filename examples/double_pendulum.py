@@ -20,9 +20,7 @@ def main() -> None:
 
     # A thousand pendulums to learn from, three hundred to be judged on.
     system = ph.systems.DoublePendulum()
-    train, held_out = system.simulate(
-        choice.tasks + choice.held_out, choice.shots, choice.seed
-    ).split(choice.held_out)
+    train, held_out = habits.simulate(choice, system)
 
     # Known equations + a neural torque, linear in its latents; support and query are read by the program itself:
     # first in short segments, from wherever the encoder points, then along the whole trajectory.

@@ -57,6 +57,14 @@ def options(
     return choice
 
 
+def simulate(choice: argparse.Namespace, system: ph.systems.System) -> tuple[ph.Tasks, ph.Tasks]:
+    """Simulate the systems to train on and to judge on; a tiny run has short trajectories."""
+    if choice.fast:
+        system.points = 15
+    number = choice.tasks + choice.held_out
+    return system.simulate(number, choice.shots, choice.seed).split(choice.held_out)
+
+
 def export(
     choice: argparse.Namespace,
     posterior: ph.Posterior,

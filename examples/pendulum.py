@@ -22,9 +22,7 @@ def main() -> None:
         unconditional="compare: the encoder alone, with a prior that doesn't look at the support",
     )
     system = ph.systems.Pendulum()
-    train, held_out = system.simulate(
-        choice.tasks + choice.held_out, choice.shots, choice.seed
-    ).split(choice.held_out)
+    train, held_out = habits.simulate(choice, system)
 
     model = ph.models.MetaHybridVAE(
         system, linear=False, straightness=0.3, noise=10.0, conditional=not choice.unconditional
