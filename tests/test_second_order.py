@@ -30,7 +30,7 @@ from toys import (
 import pyro_hybrid as ph
 from pyro_hybrid.beliefs.belief import Gaussian
 from pyro_hybrid.beliefs.families import LogNormal, Normal
-from pyro_hybrid.evidence.least_squares import Iterate, LeastSquares
+from pyro_hybrid.evidence.least_squares import LeastSquares
 from pyro_hybrid.training.second_order import (
     Refinement,
     read_batch,
@@ -38,6 +38,7 @@ from pyro_hybrid.training.second_order import (
     weight_evidence,
 )
 from pyro_hybrid.training.weight_slopes import (
+    Place,
     evaluate_force,
     slopes_by_force,
     slopes_by_weight,
@@ -363,7 +364,7 @@ def test_predictions_from_the_support_are_no_worse_afterwards_whatever_the_solve
 # ---- derivatives by weight -----------------------------------------------------------------------
 
 
-def forced(seed: int = 0, **options: Any) -> tuple[Pushed, LeastSquares, Iterate]:
+def forced(seed: int = 0, **options: Any) -> tuple[Pushed, Place]:
     """A problem of two systems, at an iterate away from the population's mean."""
     torch.manual_seed(seed)
     model = Pushed(**options).double()
@@ -375,21 +376,19 @@ def forced(seed: int = 0, **options: Any) -> tuple[Pushed, LeastSquares, Iterate
     belief = Gaussian.around(model.prior.families, mean, 1.0)
     with torch.no_grad():
         problem = LeastSquares(model, shots, belief)
-        return model, problem, problem.at(mean)
+        iterate = problem.at(mean)
+        return model, Place(problem, iterate, problem.roots(iterate))
 
 
 @pytest.mark.parametrize("outputs", [1, 2])
 @pytest.mark.parametrize("linear", [True, False])
 @torch.no_grad()
 def test_derivatives_by_force_are_those_by_weight(outputs: int, linear: bool) -> None:
-    model, problem, iterate = forced(outputs=outputs, linear=linear, width=9)
-    residuals = problem.residuals(iterate.task[None], iterate.shot[None])[0]
-    calls = evaluate_force(problem, iterate, model.residual, None)[1]
+    model, place = forced(outputs=outputs, linear=linear, width=9)
+    calls = evaluate_force(place, model.residual, None)[1]
     assert len(calls) == 4 * 4  # Runge-Kutta's four, in each of four intervals
-    expected = slopes_by_weight(problem, iterate, model.residual, residuals)
-    by_force = slopes_by_force(
-        problem, iterate, model.residual, residuals, torch.stack(calls)[:, 0]
-    )
+    expected = slopes_by_weight(place, model.residual)
+    by_force = slopes_by_force(place, model.residual, torch.stack(calls)[:, 0])
     assert expected.abs().max() > 1.0
     assert torch.allclose(by_force, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
 
@@ -408,40 +407,37 @@ def test_derivatives_by_force_are_those_by_weight(outputs: int, linear: bool) ->
 def test_derivatives_take_the_shorter_way_that_is_right(
     options: dict[str, Any], expected: Callable[..., Tensor]
 ) -> None:
-    model, problem, iterate = forced(**options)
-    residuals = problem.residuals(iterate.task[None], iterate.shot[None])[0]
-    arguments = [problem, iterate, model.residual, residuals]
+    model, place = forced(**options)
+    arguments = [place, model.residual]
     if expected is slopes_by_force:
-        calls = evaluate_force(problem, iterate, model.residual, None)[1]
+        calls = evaluate_force(place, model.residual, None)[1]
         arguments.append(torch.stack(calls)[:, 0])
-    chosen = weight_slopes(problem, iterate, model.residual, residuals)
+    chosen = weight_slopes(place.problem, place.iterate, model.residual)
     assert torch.equal(chosen, expected(*arguments))
 
 
 @pytest.mark.parametrize("solver", [{"step": 0.17}, {"method": "dopri5"}], ids=["step", "dopri5"])
 @torch.no_grad()
 def test_derivatives_are_right_whatever_the_solver(solver: dict[str, Any]) -> None:
-    model, problem, iterate = forced(width=3, linear=False, **solver)
-    residuals = problem.residuals(iterate.task[None], iterate.shot[None])[0]
-    slopes = weight_slopes(problem, iterate, model.residual, residuals)
+    model, place = forced(width=3, linear=False, **solver)
+    slopes = weight_slopes(place.problem, place.iterate, model.residual)
     weight = model.residual.last.weight
     names = [name for name, _ in model.residual.named_parameters()]
     sizes = [parameter.numel() for parameter in model.residual.parameters()]
     column = sum(sizes[: names.index("last.weight")])
     step = 1e-5
     weight[0, 0] += step
-    ahead = problem.residuals(iterate.task[None], iterate.shot[None])[0]
+    ahead = place.errors()
     weight[0, 0] -= 2.0 * step
-    behind = problem.residuals(iterate.task[None], iterate.shot[None])[0]
+    behind = place.errors()
     expected = (ahead - behind) / (2.0 * step)
     assert torch.allclose(slopes[:, :, column], expected, rtol=1e-3, atol=1e-3)
 
 
 @torch.no_grad()
 def test_derivatives_leave_no_hook_behind() -> None:
-    model, problem, iterate = forced(width=9, linear=False)
-    residuals = problem.residuals(iterate.task[None], iterate.shot[None])[0]
-    weight_slopes(problem, iterate, model.residual, residuals)
+    model, place = forced(width=9, linear=False)
+    weight_slopes(place.problem, place.iterate, model.residual)
     assert not any(module._forward_hooks for module in model.modules())
 
 

@@ -1,7 +1,7 @@
 r"""A program on trajectories as a least-squares problem.
 
 Any program maps its latents, in unconstrained coordinates :math:`u`, to the whitened residuals of its observed sites,
-:math:`r(u) = (x - \mu(u)) / \sigma(u)`. Latents are of two kinds: a task's (the sites of its prior) and a shot's (all
+:math:`r(u) = (x - \mu(u)) / \sigma`; of counts and other noises, those of Fisher scoring. Latents are of two kinds: a task's (the sites of its prior) and a shot's (all
 others, such as initial states). Given the task's, shots are independent, so that their latents cost one run of the
 program for each component, however many shots there are.
 """
@@ -9,6 +9,7 @@ program for each component, however many shots there are.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -21,7 +22,8 @@ from pyro_hybrid.data.segments import to_segments
 from pyro_hybrid.data.shots import Shots
 from pyro_hybrid.dynamics.modes import skip_integration
 from pyro_hybrid.errors import require
-from pyro_hybrid.programs.run import Program, run_at
+from pyro_hybrid.programs.run import Observation, Program, run_at
+from pyro_hybrid.programs.whiten import Whitened
 
 __all__ = ["Iterate", "LeastSquares", "fisher_information"]
 
@@ -33,8 +35,9 @@ class Iterate(NamedTuple):
         task: coordinates of the task's latents, ``(task, d)``.
         shot: latents of shots, ``(task, shot, m)``.
         gram: Gram matrix of the Jacobian over both kinds, ``(task, shot, d + m, d + m)``.
-        gradient: gradient of half the squared residuals, ``(task, shot, d + m)``.
-        cost: squared residuals and squared distances to the priors' means, ``(task,)``.
+        gradient: gradient of half the deviance, ``(task, shot, d + m)``.
+        cost: deviance (squared residuals, if the noise is normal) and squared distances to the priors' means,
+            ``(task,)``.
     """
 
     task: Tensor
@@ -116,14 +119,42 @@ class LeastSquares:
         parts = shot.split(list(self.shot_sizes.values()), -1) if self.m else ()
         return values | dict(zip(self.shot_sizes, parts, strict=True))
 
+    def observe(self, task: Tensor, shot: Tensor) -> list[Observation]:
+        """Run the program at latents (copy, task, d) and (copy, task, shot, m), and return what it observes."""
+        return run_at(self.program, self.episode, self.values(task, shot)).observations
+
     def residuals(self, task: Tensor, shot: Tensor) -> Tensor:
         """Whitened residuals (copy, task, shot, number) at latents (copy, task, d) and (copy, task, shot, m)."""
+        return self._rows([(s.whitened.residual, s) for s in self.observe(task, shot)], len(task))
+
+    def errors(self, task: Tensor, shot: Tensor, roots: Tensor) -> Tensor:
+        """Errors of the observations in the form of residuals, the information being held fixed.
+
+        Arguments:
+            task, shot: latents, as for :meth:`residuals`.
+            roots: result of :meth:`roots`.
+        """
+        rows = self._rows([(s.whitened.error, s) for s in self.observe(task, shot)], len(task))
+        return rows * roots
+
+    def roots(self, iterate: Iterate) -> Tensor:
+        """Square roots of the information about each observation, (task, shot, number)."""
+        sites = self.observe(iterate.task[None], iterate.shot[None])
+        return self._rows([(s.whitened.root, s) for s in sites], 1)[0]
+
+    def deviances(self, task: Tensor, shot: Tensor) -> Tensor:
+        """Sum of the deviances, (copy, task): for normal noise the squared residuals."""
+        rows = [(s.whitened.deviance, s) for s in self.observe(task, shot)]
+        return self._rows(rows, len(task)).double().sum((2, 3))
+
+    def _rows(self, parts: list[tuple[Tensor, Observation]], num_copies: int) -> Tensor:
+        """Arrange numbers of all sites as (copy, task, shot, number), with zeros for what isn't counted."""
         num_shots = self.shots.shape[1]
         rows = []
-        for site in run_at(self.program, self.episode, self.values(task, shot)).observations:
-            residual = ((site.value - site.mean) / site.scale).where(site.mask, 0.0)
-            residual = residual.expand(len(task), *residual.shape[-site.value.dim() :])
-            is_by_shot = residual.dim() > 2 and residual.shape[2] == num_shots
+        for numbers, site in parts:
+            counted = numbers.where(site.mask, 0.0)
+            counted = counted.expand(num_copies, *counted.shape[-site.value.dim() :])
+            is_by_shot = counted.dim() > 2 and counted.shape[2] == num_shots
             require(
                 is_by_shot or not self.m,
                 "observations with axes (task, shot, ...)",
@@ -131,10 +162,10 @@ class LeastSquares:
                 "Latents of shots need observations by shot.",
             )
             rows.append(
-                residual.reshape(len(task), self.num_tasks, num_shots if is_by_shot else 1, -1)
+                counted.reshape(num_copies, self.num_tasks, num_shots if is_by_shot else 1, -1)
             )
         if len({row.shape[2] for row in rows}) > 1:
-            rows = [row.reshape(len(task), self.num_tasks, 1, -1) for row in rows]
+            rows = [row.reshape(num_copies, self.num_tasks, 1, -1) for row in rows]
         return torch.cat(rows, -1)
 
     def jacobian(self, task: Tensor, shot: Tensor) -> tuple[Tensor, Tensor]:
@@ -142,17 +173,29 @@ class LeastSquares:
 
         All d + m + 1 runs of the program happen at once. Steps are in units of the latents, task by task.
         """
+        residuals, slopes, _ = self._linearize(task, shot)
+        return residuals, slopes
+
+    def _linearize(self, task: Tensor, shot: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Residuals, their derivatives, and the deviance by task."""
         tasks = task + self._moves(_task_step(task.dtype) * self.task_unit, self.d, 0)
         shots = shot + self._moves(
             _shot_step(task.dtype) * self.shot_precision.rsqrt(), self.m, self.d
         )
-        residuals = self.residuals(tasks, shots)
+        noise = [(site.whitened, site) for site in self.observe(tasks, shots)]
+
+        def rows(part: Callable[[Whitened], Tensor]) -> Tensor:
+            return self._rows([(part(one), site) for one, site in noise], len(tasks))
+
+        errors = rows(lambda one: one.error)
         # Divide by the step that was taken, which rounding makes another than the one that was asked for.
         task_step = (tasks[1 : self.d + 1] - task).diagonal(dim1=0, dim2=2).unsqueeze(1)
-        shot_step = (shots[self.d + 1 :] - shot).diagonal(dim1=0, dim2=3)[:, : residuals.shape[2]]
-        step = torch.cat([task_step.expand(-1, residuals.shape[2], -1), shot_step], -1)
-        slopes = (residuals[1:] - residuals[0]) / step.permute(2, 0, 1).unsqueeze(-1)
-        return residuals[0], slopes.permute(1, 2, 0, 3)
+        shot_step = (shots[self.d + 1 :] - shot).diagonal(dim1=0, dim2=3)[:, : errors.shape[2]]
+        step = torch.cat([task_step.expand(-1, errors.shape[2], -1), shot_step], -1)
+        slopes = (errors[1:] - errors[0]) / step.permute(2, 0, 1).unsqueeze(-1)
+        slopes = slopes * rows(lambda one: one.root)[0]
+        deviance = rows(lambda one: one.deviance)[0].double().sum((1, 2))
+        return rows(lambda one: one.residual)[0], slopes.permute(1, 2, 0, 3), deviance
 
     def _moves(self, steps: Tensor, number: int, first: int) -> Tensor:
         """One copy that stays and d + m copies that move one coordinate each, of which ``number`` are these."""
@@ -164,8 +207,8 @@ class LeastSquares:
     def at(self, task: Tensor, shot: Tensor | None = None) -> Iterate:
         """Linearize at a point; a task that isn't finite there has no slope and an infinite cost."""
         shot = self.shot_mean if shot is None else shot
-        residuals, slopes = self.jacobian(task, shot)
-        cost = self.cost(residuals, task, shot)
+        residuals, slopes, deviance = self._linearize(task, shot)
+        cost = self.cost(deviance, task, shot)
         is_finite = torch.isfinite(slopes).flatten(1).all(1) & torch.isfinite(cost)
         # Sensitivities of a chaotic system differ by more than float32 has digits.
         slopes = select_rows(is_finite, slopes, torch.zeros_like(slopes)).double()
@@ -173,27 +216,27 @@ class LeastSquares:
         gradient = (slopes @ residuals.unsqueeze(-1)).squeeze(-1)
         return Iterate(task, shot, slopes @ slopes.mT, gradient, cost.where(is_finite, torch.inf))
 
-    def cost(self, residuals: Tensor, task: Tensor, shot: Tensor) -> Tensor:
-        """Sum the squared residuals and the squared distances to the priors' means, by task."""
+    def cost(self, deviance: Tensor, task: Tensor, shot: Tensor) -> Tensor:
+        """Add the squared distances to the priors' means to the deviance, by task."""
         offset = (task - self.mean).double()
         distance = (offset * (self.prior.precision @ offset.unsqueeze(-1)).squeeze(-1)).sum(-1)
         shot_offset = (shot - self.shot_mean).double()
         shot_distance = (shot_offset.square() * self.shot_precision).sum((1, 2))
-        total = residuals.double().square().sum((1, 2)) + distance + shot_distance
+        total = deviance + distance + shot_distance
         return total.nan_to_num(torch.inf)
 
     def cost_at(self, task: Tensor, shot: Tensor | None = None) -> Tensor:
         """Run the program once, and return the cost by task."""
         shot = self.shot_mean if shot is None else shot
-        return self.cost(self.residuals(task[None], shot[None])[0], task, shot)
+        return self.cost(self.deviances(task[None], shot[None])[0], task, shot)
 
     def better_start(self, start: Tensor) -> Tensor:
         """Choose between a start and the belief's mean, by task: what explains the trajectories better."""
         both = torch.stack([self.mean, start])
         shots = self.shot_mean.expand(2, *self.shot_mean.shape)
-        residuals = self.residuals(both, shots)
-        at_mean = self.cost(residuals[0], self.mean, self.shot_mean)
-        at_start = self.cost(residuals[1], start, self.shot_mean)
+        deviances = self.deviances(both, shots)
+        at_mean = self.cost(deviances[0], self.mean, self.shot_mean)
+        at_start = self.cost(deviances[1], start, self.shot_mean)
         return select_rows(at_start < at_mean, start, self.mean)
 
     def shot_factors(self, iterate: Iterate) -> Quadratic:

@@ -167,8 +167,7 @@ def _candidates(
 
 def _distances(problem: LeastSquares, latents: Tensor) -> Tensor:
     """Return the distances between trajectories of ``latents`` and the targets, in noise standard deviations."""
-    residuals = problem.residuals(latents.unsqueeze(0), problem.shot_mean.unsqueeze(0))[0]
-    return residuals.square().sum((1, 2)).sqrt()
+    return problem.deviances(latents.unsqueeze(0), problem.shot_mean.unsqueeze(0))[0].sqrt()
 
 
 def _descend(

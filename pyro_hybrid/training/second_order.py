@@ -171,7 +171,7 @@ def weight_evidence(
 ) -> WeightEvidence:
     """Integrate the latents of shots and tasks out of each task's factor, and multiply what is left."""
     residuals, slopes = problem.jacobian(iterate.task, iterate.shot)
-    by_weight = weight_slopes(problem, iterate, network, residuals)
+    by_weight = weight_slopes(problem, iterate, network)
     kept = _usable_tasks(iterate.cost, outlier_factor)
     kept &= slopes.isfinite().flatten(1).all(1) & by_weight.isfinite().flatten(1).all(1)
     size = by_weight.shape[2]

@@ -1,10 +1,11 @@
-"""Derivatives of a program's residuals by the weights of its network."""
+"""Derivatives of a program's errors, in units of the noise, by the weights of its network."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,48 +13,54 @@ from torch import Tensor, nn
 from pyro_hybrid.evidence.least_squares import Iterate, LeastSquares
 from pyro_hybrid.nets.residual import Residual
 
-__all__ = ["evaluate_force", "slopes_by_force", "slopes_by_weight", "weight_slopes"]
+__all__ = ["Place", "evaluate_force", "slopes_by_force", "slopes_by_weight", "weight_slopes"]
 
 CHUNK = 32  # number of changes that are evaluated at once
 
 
-def weight_slopes(
-    problem: LeastSquares, iterate: Iterate, network: nn.Module, residuals: Tensor
-) -> Tensor:
+def weight_slopes(problem: LeastSquares, iterate: Iterate, network: nn.Module) -> Tensor:
     """Differentiate residuals by every weight that is trained, (task, shot, weight, number).
 
     A :class:`~pyro_hybrid.Residual` that is evaluated less often than it has weights is differentiated by way of what
     it returns; all other networks weight by weight.
     """
+    place = Place(problem, iterate, problem.roots(iterate))
     if isinstance(network, Residual):
-        calls = evaluate_force(problem, iterate, network, None)[1]
+        errors, calls = evaluate_force(place, network, None)
         num_weights = sum(weight.numel() for weight in trained_weights(network).values())
         is_shorter = len(calls) * network.outputs < num_weights
-        if is_shorter and _is_by_trajectory(problem, iterate, network, residuals, calls):
-            return slopes_by_force(problem, iterate, network, residuals, torch.stack(calls)[:, 0])
-    return slopes_by_weight(problem, iterate, network, residuals)
+        if is_shorter and _is_by_trajectory(place, network, errors, calls):
+            return slopes_by_force(place, network, torch.stack(calls)[:, 0])
+    return slopes_by_weight(place, network)
 
 
-def _is_by_trajectory(
-    problem: LeastSquares,
-    iterate: Iterate,
-    network: Residual,
-    residuals: Tensor,
-    calls: list[Tensor],
-) -> bool:
+class Place(NamedTuple):
+    """A point of a problem's iteration, and the roots of the information there."""
+
+    problem: LeastSquares
+    iterate: Iterate
+    roots: Tensor
+
+    def errors(self) -> Tensor:
+        """Errors of the program as it is now, (task, shot, number)."""
+        task, shot = self.iterate.task[None], self.iterate.shot[None]
+        return self.problem.errors(task, shot, self.roots)[0]
+
+
+def _is_by_trajectory(place: Place, network: Residual, errors: Tensor, calls: list[Tensor]) -> bool:
     """Tell if every evaluation of the force acts on the residuals of its own trajectory alone.
 
     A force may also be evaluated at states of no trajectory, and an adaptive solver chooses one step for all: then a
     push of one trajectory changes the others.
     """
-    if {call.shape[1:-1] for call in calls} != {residuals.shape[:2]}:
+    if {call.shape[1:-1] for call in calls} != {errors.shape[:2]}:
         return False
-    push = residuals.new_zeros(len(calls), network.outputs, *residuals.shape[:2])
-    push[..., 0] = _step(residuals, len(calls))
-    pushed, pushed_calls = evaluate_force(problem, iterate, network, push)
+    push = errors.new_zeros(len(calls), network.outputs, *errors.shape[:2])
+    push[..., 0] = _step(errors, len(calls))
+    pushed, pushed_calls = evaluate_force(place, network, push)
     if len(pushed_calls) != len(calls):
         return False
-    return torch.allclose(pushed[:, 1:], residuals[:, 1:], rtol=0.0, atol=0.0, equal_nan=True)
+    return torch.allclose(pushed[:, 1:], errors[:, 1:], rtol=0.0, atol=0.0, equal_nan=True)
 
 
 def trained_weights(network: nn.Module) -> dict[str, nn.Parameter]:
@@ -61,50 +68,50 @@ def trained_weights(network: nn.Module) -> dict[str, nn.Parameter]:
     return {name: weight for name, weight in network.named_parameters() if weight.requires_grad}
 
 
-def slopes_by_weight(
-    problem: LeastSquares, iterate: Iterate, network: nn.Module, residuals: Tensor
-) -> Tensor:
+def slopes_by_weight(place: Place, network: nn.Module) -> Tensor:
     """Run the program once for each weight, many at a time."""
-    program = _Residuals(network, problem)
-    step = _step(residuals, 1)
+    program = _Errors(network, place)
+    errors = place.errors()
+    step = _step(errors, 1)
     weights = {f"network.{name}": weight for name, weight in trained_weights(network).items()}
     sizes = [weight.numel() for weight in weights.values()]
 
     def moved(move: Tensor) -> Tensor:
         pieces = zip(weights.items(), move.split(sizes), strict=True)
         values = {name: weight + piece.view_as(weight) for (name, weight), piece in pieces}
-        result: Tensor = torch.func.functional_call(program, values, (iterate,))
+        result: Tensor = torch.func.functional_call(program, values, ())
         return result
 
-    moves = step * torch.eye(sum(sizes), dtype=residuals.dtype, device=residuals.device)
+    moves = step * torch.eye(sum(sizes), dtype=errors.dtype, device=errors.device)
     changed = _evaluate_many(moved, moves)
-    return ((changed - residuals) / step).permute(1, 2, 0, 3)
+    return ((changed - errors) / step).permute(1, 2, 0, 3)
 
 
-def slopes_by_force(
-    problem: LeastSquares, iterate: Iterate, network: Residual, residuals: Tensor, calls: Tensor
-) -> Tensor:
+def slopes_by_force(place: Place, network: Residual, calls: Tensor) -> Tensor:
     """Run the program once for each evaluation of the force, and differentiate the force by its weights.
 
     Arguments:
+        place: where the program is linearized.
+        network: the force.
         calls: latents and inputs of each evaluation, ``(call, task, shot, latent + input)``.
     """
     num_calls = len(calls)
     outputs = network.outputs
-    step = _step(residuals, num_calls)
-    identity = torch.eye(num_calls * outputs, dtype=residuals.dtype, device=residuals.device)
+    errors = place.errors()
+    step = _step(errors, num_calls)
+    identity = torch.eye(num_calls * outputs, dtype=errors.dtype, device=errors.device)
     pushes = (step * identity).view(-1, num_calls, outputs)
 
     def pushed(push: Tensor) -> Tensor:
-        return evaluate_force(problem, iterate, network, push)[0]
+        return evaluate_force(place, network, push)[0]
 
-    by_output = (_evaluate_many(pushed, pushes) - residuals) / step
+    by_output = (_evaluate_many(pushed, pushes) - errors) / step
     term = _Term(network)
     weights = {f"network.{name}": weight for name, weight in trained_weights(network).items()}
     force = partial(torch.func.functional_call, term)
     slopes = torch.vmap(torch.func.jacrev(force), (None, 0))
     by_task = []
-    for task in range(len(residuals)):
+    for task in range(len(errors)):
         samples = calls[:, task].transpose(0, 1).flatten(0, 1)  # (shot and call, latent and input)
         parts = [part.flatten(2) for part in slopes(weights, samples).values()]
         by_weight = torch.cat(parts, -1).unflatten(0, (-1, num_calls)).flatten(1, 2)
@@ -113,11 +120,13 @@ def slopes_by_force(
 
 
 def evaluate_force(
-    problem: LeastSquares, iterate: Iterate, network: Residual, push: Tensor | None
+    place: Place, network: Residual, push: Tensor | None
 ) -> tuple[Tensor, list[Tensor]]:
-    """Residuals if a push is added to the force, and each call's latents and inputs.
+    """Errors if a push is added to the force, and each call's latents and inputs.
 
     Arguments:
+        place: where the program is linearized.
+        network: the force.
         push: ``(call, output)``, or ``(call, output, task, shot)`` to push trajectories differently, or None.
     """
     calls: list[Tensor] = []
@@ -135,25 +144,25 @@ def evaluate_force(
         return force + push[index].view(-1, *batch, *push.shape[2:])
 
     with network.output.register_forward_hook(record):
-        residuals = problem.residuals(iterate.task[None], iterate.shot[None])[0]
-    return residuals, calls
+        errors = place.errors()
+    return errors, calls
 
 
-def _step(residuals: Tensor, num_calls: int) -> float:
+def _step(errors: Tensor, num_calls: int) -> float:
     """A step of finite differences; one call of many has a small part of the effect of all."""
-    return 10.0 * math.sqrt(num_calls * torch.finfo(residuals.dtype).eps)
+    return 10.0 * math.sqrt(num_calls * torch.finfo(errors.dtype).eps)
 
 
-class _Residuals(nn.Module):
-    """A problem's residuals as a function that owns the network."""
+class _Errors(nn.Module):
+    """A problem's errors as a function that owns the network."""
 
-    def __init__(self, network: nn.Module, problem: LeastSquares) -> None:
+    def __init__(self, network: nn.Module, place: Place) -> None:
         super().__init__()
         self.network = network
-        self.problem = problem
+        self.place = place
 
-    def forward(self, iterate: Iterate) -> Tensor:
-        return self.problem.residuals(iterate.task[None], iterate.shot[None])[0]
+    def forward(self) -> Tensor:
+        return self.place.errors()
 
 
 class _Term(nn.Module):
