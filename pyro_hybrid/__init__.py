@@ -12,6 +12,7 @@ from pyro_hybrid.dynamics.interpolate import interpolate
 from pyro_hybrid.dynamics.solve import solve
 from pyro_hybrid.evidence.encoder import Encoder
 from pyro_hybrid.evidence.gauss_newton import GaussNewton
+from pyro_hybrid.fitting.identify import identify
 from pyro_hybrid.fitting.posterior import Posterior
 from pyro_hybrid.fitting.report import Report
 from pyro_hybrid.fitting.stages import (
@@ -80,6 +81,7 @@ __all__ = [
     "draws",
     "families",
     "fix_gauge",
+    "identify",
     "interpolate",
     "load",
     "load_arviz",

@@ -31,12 +31,13 @@ import pyro_hybrid as ph
 from pyro_hybrid.beliefs.belief import Gaussian
 from pyro_hybrid.beliefs.families import LogNormal, Normal
 from pyro_hybrid.evidence.least_squares import LeastSquares
+from pyro_hybrid.training import weight_evidence as module
 from pyro_hybrid.training.second_order import (
     Refinement,
     read_batch,
     refine_in_place,
-    weight_evidence,
 )
+from pyro_hybrid.training.weight_evidence import misfit, weight_evidence
 from pyro_hybrid.training.weight_slopes import (
     Place,
     evaluate_force,
@@ -57,7 +58,8 @@ def refine(
 ) -> list[float]:
     network = options.pop("network", None)
     settings = Refinement(**options)
-    return refine_in_place(model, guide, tasks, settings, network=network, progress=False)
+    records = refine_in_place(model, guide, tasks, settings, network=network, progress=False)
+    return [record.cost for record in records]
 
 
 def exact_weights(model: Shared, tasks: ph.Tasks, prior_sd: float) -> Tensor:
@@ -81,6 +83,13 @@ def exact_weights(model: Shared, tasks: ph.Tasks, prior_sd: float) -> Tensor:
 # ---- a linear network, whose posterior is known --------------------------------------------------
 
 
+@pytest.fixture
+def all_tasks_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Count tasks that are explained badly in full, so that steps are those of least squares."""
+    monkeypatch.setattr(module, "POOR_FIT", math.inf)
+
+
+@pytest.mark.usefixtures("all_tasks_count")
 @pytest.mark.parametrize("inferred", [False, True])
 def test_one_batch_gives_the_exact_posterior_mean_of_a_linear_network(inferred: bool) -> None:
     model, guide = pair(inferred=inferred)
@@ -91,6 +100,7 @@ def test_one_batch_gives_the_exact_posterior_mean_of_a_linear_network(inferred: 
     assert (model.residual.weight - BEND).abs().max() < 0.1
 
 
+@pytest.mark.usefixtures("all_tasks_count")
 def test_batches_add_up_if_nothing_is_forgotten() -> None:
     model, guide = pair()
     tasks = shared(20)
@@ -100,6 +110,7 @@ def test_batches_add_up_if_nothing_is_forgotten() -> None:
     assert torch.allclose(model.residual.weight[0], expected, atol=1e-6)
 
 
+@pytest.mark.usefixtures("all_tasks_count")
 def test_batches_that_are_forgotten_count_for_nothing() -> None:
     model, guide = pair()
     tasks = shared(20)
@@ -133,12 +144,22 @@ def test_a_task_that_cannot_be_read_trains_nothing() -> None:
     values[7] = 1e3 * torch.randn(values[7].shape).double()
     spoiled = ph.Tasks.from_trajectories(TIMES, values, num_support=1)
     with torch.no_grad():
-        problem, iterate = read_batch(model, guide, spoiled, ph.GaussNewton(2))
+        problem, iterate = read_batch(model, spoiled, ph.GaussNewton(2))
         kept = weight_evidence(problem, iterate, model.residual, 10.0).kept
     assert (~kept).nonzero().flatten().tolist() == [7]
     refine(model, guide, spoiled, num_steps=1, batch_size=20, prior_sd=1.0)
     assert (model.residual.weight - BEND).abs().max() < 0.1
     assert model.noise.item() == pytest.approx(NOISE, rel=0.1)
+
+
+def test_a_task_that_is_explained_badly_counts_by_the_logarithm() -> None:
+    model, guide = pair()
+    problem, iterate = read_batch(model, shared(4), ph.GaussNewton(2))
+    n = problem.num_observed
+    assert torch.equal(n, torch.full_like(n, float(n[0])))
+    cost = n * torch.tensor([0.5, 2.0, 2.0 * math.e, 20.0]).double()
+    expected = n * torch.tensor([0.5, 2.0, 4.0, 2.0 + 2.0 * math.log(10.0)]).double()
+    assert torch.allclose(misfit(problem, cost), expected)
 
 
 def test_a_batch_without_any_usable_task_changes_nothing() -> None:
@@ -160,7 +181,7 @@ def test_outlier_factor_decides_which_tasks_are_excluded() -> None:
     values[7, 1:] += 3.0 * features(TIMES)[:, :1]  # its shots are of two systems
     mixed = ph.Tasks.from_trajectories(TIMES, values, num_support=1)
     with torch.no_grad():
-        problem, iterate = read_batch(model, guide, mixed, ph.GaussNewton(2))
+        problem, iterate = read_batch(model, mixed, ph.GaussNewton(2))
         ratio = float(iterate.cost[7] / iterate.cost.median())
 
         def excluded(factor: float) -> list[int]:

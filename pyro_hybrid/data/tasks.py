@@ -208,6 +208,21 @@ class Tasks:
             true_latents=true_latents,
         )
 
+    def double(self) -> Tasks:
+        """Convert all numbers to float64."""
+
+        def convert(value: Tensor | None) -> Tensor | None:
+            return None if value is None else value.double()
+
+        return replace(
+            self,
+            times=self.times.double(),
+            values=self.values.double(),
+            initial=convert(self.initial),
+            states=convert(self.states),
+            inputs=convert(self.inputs),
+        )
+
     def split(self, n: int) -> tuple[Tasks, Tasks]:
         """Separate the last ``n`` tasks from those before them."""
         require_integer("the number of tasks to split off", n)

@@ -149,7 +149,7 @@ class GaussNewton:
         iterate = problem.at(start, shot)
         damping = torch.full_like(iterate.cost, self.damping)
         for i in range(num_iterations):
-            task, shot = self._step(problem, iterate, damping)
+            task, shot = self.step(problem, iterate, damping)
             if i + 1 < num_iterations:
                 proposal = problem.at(task, shot)
             else:
@@ -161,7 +161,7 @@ class GaussNewton:
             iterate = iterate.replace_where(is_better, proposal)
         return iterate
 
-    def _step(
+    def step(
         self, problem: LeastSquares, iterate: Iterate, damping: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Solve the damped normal equations for a step of all latents."""

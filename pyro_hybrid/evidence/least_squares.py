@@ -105,6 +105,8 @@ class LeastSquares:
         scales = [x.scale for x in run.latents.values()]
         self.shot_mean = torch.cat([empty, *means], -1)
         self.shot_precision = torch.cat([empty, *scales], -1).double() ** -2
+        ones = [(torch.ones_like(site.whitened.error), site) for site in run.observations]
+        self.num_observed = self._rows(ones, 1)[0].double().sum((1, 2))
 
     def cut(self, num_intervals: int) -> LeastSquares:
         """Pose the same problem on shorter segments; shots that are short enough give the problem itself."""

@@ -35,11 +35,12 @@ __all__ = ["Latents", "Posterior", "Stage"]
 
 
 class Stage(NamedTuple):
-    """A step that led to a posterior: its name, its settings, and what it measured."""
+    """A step that led to a posterior: its name, its settings, what it measured, and a line that says what it did."""
 
     name: str
     settings: Mapping[str, Any]
     numbers: Mapping[str, Any]
+    summary: str = ""
 
 
 class Latents(NamedTuple):
@@ -221,10 +222,22 @@ class Posterior:
         return Posterior(model.eval(), guide.eval(), self.stages)
 
     def after(
-        self, name: str, settings: Mapping[str, Any], numbers: Mapping[str, Any]
+        self,
+        name: str,
+        settings: Mapping[str, Any],
+        numbers: Mapping[str, Any],
+        summary: str = "",
     ) -> Posterior:
         """Note one more stage."""
-        return Posterior(self.model, self.guide, (*self.stages, Stage(name, settings, numbers)))
+        stage = Stage(name, settings, numbers, summary)
+        return Posterior(self.model, self.guide, (*self.stages, stage))
+
+    def __str__(self) -> str:
+        lines = [f"Posterior of {type(self.model).__name__}"]
+        lines += [f"- {stage.name}: {stage.summary}".rstrip(": ") for stage in self.stages]
+        findings = [f for stage in self.stages for f in stage.numbers.get("findings", ())]
+        lines += [f"! {f['name']}: {f['why']} {f['remedy']}" for f in findings]
+        return "\n".join(lines)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the posterior into a folder of its own; nothing in it is executed when it is loaded."""

@@ -16,7 +16,7 @@ from pyro_hybrid.fitting.posterior import Posterior
 from pyro_hybrid.inference.intervals import measure_interval_scale
 from pyro_hybrid.inference.prior import SupportPrior
 from pyro_hybrid.programs.fix_gauge import fix_gauge as place_gauge
-from pyro_hybrid.training.second_order import Refinement, refine_in_place
+from pyro_hybrid.training.second_order import BatchRecord, Refinement, refine_in_place
 
 __all__ = ["compute_evidence", "fix_gauge", "refine_weights", "rescale_intervals"]
 
@@ -101,12 +101,17 @@ def refine_weights(
         type(posterior.model).__name__,
         "Pass network= with the name of the attribute, such as network='force'.",
     )
-    costs = refine_in_place(
+    records = refine_in_place(
         changed.model, changed.guide, tasks, settings, network=part, progress=progress
     )
     changed.model.prior.interval_scale.fill_(1.0)
     noted = settings._asdict() | {"evidence": asdict(evidence), "network": network}
-    return changed.after("refine weights", noted, {"cost": costs})
+    return changed.after("refine weights", noted, _numbers(records))
+
+
+def _numbers(records: list[BatchRecord]) -> dict[str, list[float]]:
+    """By batch, in the form of JSON."""
+    return {name: [float(getattr(r, name)) for r in records] for name in BatchRecord._fields}
 
 
 def fix_gauge(posterior: Posterior, tasks: Tasks) -> Posterior:

@@ -9,21 +9,33 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from pyro_hybrid.beliefs.belief import Belief, Gaussian
 from pyro_hybrid.beliefs.quadratic import Quadratic
 from pyro_hybrid.data.tasks import Tasks
 from pyro_hybrid.errors import fail, require
 from pyro_hybrid.evidence.gauss_newton import GaussNewton
 from pyro_hybrid.evidence.least_squares import Iterate, LeastSquares
+from pyro_hybrid.evidence.settings import encoder_of
 from pyro_hybrid.inference.guide import AmortizedGuide
+from pyro_hybrid.inference.prior import Prior, SupportPrior
 from pyro_hybrid.programs.module import HybridModel, local_parameters
-from pyro_hybrid.programs.run import run_at
-from pyro_hybrid.training.weight_slopes import trained_weights, weight_slopes
+from pyro_hybrid.training.unexplained import UnexplainedNoise, set_noise
+from pyro_hybrid.training.weight_evidence import (
+    WeightEvidence,
+    misfit,
+    move_latents,
+    usable_tasks,
+    weight_evidence,
+)
+from pyro_hybrid.training.weight_slopes import trained_weights
 
-__all__ = ["Refinement", "read_batch", "refine_in_place", "weight_evidence"]
+__all__ = ["BatchRecord", "Refinement", "Refiner", "read_batch", "refine_in_place"]
 
 LARGEST = 10_000  # number of weights; their precision has the square of it, in float64
-POPULATION = 200  # tasks that the population is fitted to at the end
-DAMPINGS = (0.0, 3e-3, 0.1, 3.0)  # tried in turn until the batch is explained better
+POPULATION = 100  # tasks that the population is fitted to at the end, at least
+RECENT = 25  # batches whose readings are recent enough for that
+TRIES = 6  # of one batch, each with more damping
+FIRST_DAMPING = 3e-3
 
 
 class Refinement(NamedTuple):
@@ -32,7 +44,7 @@ class Refinement(NamedTuple):
     Attributes:
         num_steps: number of batches.
         batch_size: number of systems in a batch.
-        evidence: how a batch is read, from where the guide points.
+        evidence: how a batch is read.
         forgetting: share of the weights' precision that each batch forgets, for earlier ones were linearized elsewhere.
         prior_sd: how far off the weights may be.
         outlier_factor: exclude tasks whose cost exceeds this multiple of the batch median.
@@ -59,8 +71,8 @@ def refine_in_place(
     *,
     network: nn.Module | None = None,
     progress: bool = True,
-) -> list[float]:
-    r"""Bring a trained network to the optimum by Gauss-Newton, in place.
+) -> list[BatchRecord]:
+    r"""Bring a network to the optimum by Gauss-Newton, in place.
 
     Stochastic gradients leave weights scattered in directions that cost the likelihood little and physics latents
     much. Here weights :math:`w` have a Gaussian belief of precision :math:`H`. Each batch of systems is linearized in
@@ -70,38 +82,34 @@ def refine_in_place(
     .. math:: H \leftarrow (1 - \gamma) H + \gamma s^{-2} I + \sum_i J_i^\top J_i, \qquad
               w \leftarrow w - H^{-1} \sum_i J_i^\top r_i,
 
-    with forgetting :math:`\gamma` and prior standard deviation :math:`s`. A step is shortened until its batch is
-    explained better. At the end the population is fitted to the tasks as they are inferred with the new weights.
+    with forgetting :math:`\gamma` and prior standard deviation :math:`s`. The latents follow each move of the weights,
+    without which a network that is far from its optimum can hardly move. A move is damped until its batch is explained
+    better, and the damping carries over to the next batch. Systems that are explained badly count less. Meanwhile the
+    population follows the systems as they are inferred: a network may grow while its latents shrink, and a population
+    that stays behind would then say nothing.
 
     A batch costs as many runs of the program as there are weights, or as a :class:`~pyro_hybrid.Residual` is
     evaluated in one, whichever are fewer. Weights with ``requires_grad=False`` stay as they are.
 
     References:
-        Incremental Least Squares Methods and the Extended Kalman Filter (Bertsekas, 1996)
+        | Incremental Least Squares Methods and the Extended Kalman Filter (Bertsekas, 1996)
+        | The Variable Projection Method: Its Extension and Applications (Golub and Pereyra, 2003)
 
     Arguments:
         model: a program whose ``prior`` holds the systems' latents.
-        guide: its evidence says where the reading of a batch begins.
+        guide: its encoders, if there are any, say where the reading of a batch begins.
         tasks: the training data.
         settings: see :class:`Refinement`.
         network: the network, by default ``model.residual``.
         progress: show a progress bar after two seconds.
 
     Returns:
-        The cost of each batch before its step: squared residuals in noise variances, per observation.
+        What happened in each batch.
     """
-    _check_settings(settings)
-    network = _network(model, network)
-    weights = list(trained_weights(network).values())
-    size = sum(weight.numel() for weight in weights)
-    dtype, device = torch.float64, weights[0].device
-    identity = torch.eye(size, dtype=dtype, device=device)
-    floor = Quadratic(identity.new_zeros(size), identity / settings.prior_sd**2)
-    belief = floor
-    unexplained = _UnexplainedNoise()
-    costs: list[float] = []
-    was_training = model.training
+    refiner = Refiner(model, guide, tasks, settings, network=network)
     batches = tasks.numbered_batches(settings.batch_size, settings.seed)
+    was_training = model.training
+    records: list[BatchRecord] = []
     bar = tqdm(
         range(settings.num_steps),
         desc="refining weights",
@@ -112,183 +120,244 @@ def refine_in_place(
     )
     try:
         model.eval()
-        with torch.no_grad(), local_parameters():
-            for _ in bar:
-                rows, _episode = next(batches)
-                problem, iterate = read_batch(model, guide, tasks[rows], settings.evidence)
-                belief = (1.0 - settings.forgetting) * belief + settings.forgetting * floor
-                evidence = weight_evidence(problem, iterate, network, settings.outlier_factor)
-                costs.append(evidence.cost)
-                iterate = _take_step(problem, iterate, weights, evidence, belief)
-                belief = Quadratic(belief.information, belief.precision + evidence.factor.precision)
-                if settings.noise is not None:
-                    deviations = unexplained.after(problem, iterate, evidence.kept)
-                    _set_noise(model, settings.noise, deviations)
-                bar.set_postfix_str(f"squared residual {evidence.cost:.4g} noise variances")
-        _fit_population(model, guide, tasks, settings)
+        for _ in bar:
+            records.append(refiner.step(next(batches)[0]))
+            bar.set_postfix_str(str(records[-1]))
+        refiner.finish()
     finally:
         model.train(was_training)
-    return costs
+    return records
 
 
-def _fit_population(
-    model: HybridModel, guide: AmortizedGuide, tasks: Tasks, settings: Refinement
-) -> None:
-    """Fit the population to tasks as they are inferred with the new weights."""
-    rows = torch.linspace(0, len(tasks) - 1, min(len(tasks), POPULATION)).long()
-    means = []
-    scales = []
-    with torch.no_grad(), local_parameters():
-        for some in rows.split(settings.batch_size):
-            problem, iterate = read_batch(model, guide, tasks[some], settings.evidence)
-            mean, scale = (problem.belief + problem.increment(iterate)).moments()
-            kept = _usable_tasks(iterate.cost, settings.outlier_factor)
-            means.append(mean[kept])
-            scales.append(scale[kept])
-    model.prior.fit_population(torch.cat(means), torch.cat(scales))
+class BatchRecord(NamedTuple):
+    """What happened in one batch.
 
+    Attributes:
+        cost: deviance per observation before the step (squared residuals in noise variances, if the noise is normal).
+        cost_after: and after it.
+        is_accepted: False if no step explained the batch better, so that the weights stayed.
+        damping: of the step.
+        num_excluded: number of systems that were excluded because they are explained far worse than the others.
+    """
 
-class WeightEvidence(NamedTuple):
-    """The factor of the weights from one batch, the tasks that it is from, and the cost per observation."""
-
-    factor: Quadratic
-    kept: Tensor
     cost: float
+    cost_after: float
+    is_accepted: bool
+    damping: float
+    num_excluded: int
+
+    def __str__(self) -> str:
+        text = f"squared residual {self.cost:.4g} noise variances"
+        return text if self.is_accepted else f"{text}, step rejected"
+
+
+class Refiner:
+    """The state of a second-order training, and its step.
+
+    Arguments:
+        model, guide, tasks, settings, network: see :func:`refine_in_place`.
+    """
+
+    def __init__(
+        self,
+        model: HybridModel,
+        guide: AmortizedGuide,
+        tasks: Tasks,
+        settings: Refinement,
+        *,
+        network: nn.Module | None = None,
+    ) -> None:
+        _check_settings(settings)
+        self.model = model
+        self.guide = guide
+        self.tasks = tasks
+        self.settings = settings
+        self.network = _network(model, network)
+        self.weights = list(trained_weights(self.network).values())
+        size = sum(weight.numel() for weight in self.weights)
+        identity = torch.eye(size, dtype=torch.float64, device=self.weights[0].device)
+        self.floor = identity / settings.prior_sd**2
+        self.precision = self.floor
+        self.damping = 0.0
+        self.forgetting = settings.forgetting
+        self.population = _Population(model.prior)
+        self.readings = _Readings(len(tasks), model.prior)
+        self.noise = UnexplainedNoise()
+
+    @torch.no_grad()
+    def step(self, rows: Tensor) -> BatchRecord:
+        """Read some tasks, move the weights, and let noise and population follow."""
+        with local_parameters():
+            problem, iterate = self._read(rows)
+            before = (1.0 - self.forgetting) * self.precision + self.forgetting * self.floor
+            evidence = weight_evidence(problem, iterate, self.network, self.settings.outlier_factor)
+            after, is_accepted = self._move(problem, evidence, before)
+            self.precision = before + evidence.factor.precision
+            kept = evidence.kept
+            num_observed = problem.num_observed[kept].sum().clamp(min=1.0)
+            record = BatchRecord(
+                evidence.cost,
+                float(after.cost[kept].sum() / num_observed),
+                is_accepted,
+                self.damping,
+                int((~kept).sum()),
+            )
+            if bool(kept.any()):
+                self._follow(problem, after, rows, kept)
+        return record
+
+    def _read(self, rows: Tensor) -> tuple[LeastSquares, Iterate]:
+        tasks = self.tasks[rows]
+        start = self.readings.start(rows)
+        if start is None:
+            start = proposal(self.model, self.guide, tasks)
+        return read_batch(self.model, tasks, self.settings.evidence, self.population.belief, start)
+
+    def _move(
+        self, problem: LeastSquares, evidence: WeightEvidence, before: Tensor
+    ) -> tuple[Iterate, bool]:
+        """Move the weights so that the batch is explained better, or not at all; read the batch again."""
+        old = nn.utils.parameters_to_vector(self.weights)
+        kept = evidence.kept
+        iterate = evidence.iterate
+        cost_before = float(misfit(problem, iterate.cost)[kept].sum())
+        factor = evidence.factor
+        for attempt in range(TRIES):
+            precision = before + factor.precision
+            precision = precision + torch.diag(self.damping * factor.precision.diagonal())
+            move = torch.linalg.solve(precision, factor.information)
+            nn.utils.vector_to_parameters(old + move.to(old), self.weights)
+            moved = move_latents(problem, evidence, move)
+            proposed = GaussNewton(2).descend(problem, moved.task, 2, moved.shot)
+            cost = misfit(problem, proposed.cost)[kept].sum() + move @ before @ move
+            if float(cost) < cost_before:
+                if attempt == 0:
+                    self.damping = 0.2 * self.damping if self.damping > 1e-4 else 0.0
+                return proposed, True
+            self.damping = max(6.0 * self.damping, FIRST_DAMPING)
+        nn.utils.vector_to_parameters(old, self.weights)
+        return iterate, False
+
+    def _follow(self, problem: LeastSquares, iterate: Iterate, rows: Tensor, kept: Tensor) -> None:
+        if self.settings.noise is not None:
+            deviations = self.noise.after(problem, iterate, kept)
+            set_noise(self.model, self.settings.noise, deviations)
+        posterior = (problem.belief + problem.increment(iterate)).gaussian()
+        self.population.follow(posterior, kept)
+        self.readings.note(rows[kept], posterior.select_tasks(kept.nonzero().squeeze(1)))
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Fit the prior's population to tasks as they are inferred with the new weights."""
+        with local_parameters():
+            unread = self.readings.unread(POPULATION)
+            for rows in unread.split(self.settings.batch_size) if len(unread) else ():
+                problem, iterate = self._read(rows)
+                kept = usable_tasks(iterate.cost, self.settings.outlier_factor)
+                posterior = (problem.belief + problem.increment(iterate)).gaussian()
+                chosen = kept.nonzero().squeeze(1)
+                self.readings.note(rows[kept], posterior.select_tasks(chosen))
+        mean, scale = self.readings.recent()
+        self.model.prior.fit_population(mean, scale)
+
+
+class _Population:
+    """The population of all systems as a joint Gaussian, which follows those inferred lately."""
+
+    def __init__(self, prior: Prior) -> None:
+        self.belief: Belief = prior.population()
+        d = self.belief.size
+        self.count = 0.0
+        self.sum = torch.zeros(d, dtype=torch.float64)
+        self.outer = torch.zeros(d, d, dtype=torch.float64)
+
+    def follow(self, posterior: Gaussian, kept: Tensor) -> None:
+        """Take in what was inferred of one more batch."""
+        marginal = posterior.task_marginal
+        mean, covariance = marginal.mean, marginal.covariance
+        usable = kept & mean.isfinite().all(-1) & covariance.isfinite().flatten(1).all(-1)
+        mean, covariance = mean[usable], covariance[usable]
+        self.count = 0.9 * self.count + len(mean)
+        self.sum = 0.9 * self.sum + mean.sum(0)
+        self.outer = 0.9 * self.outer + (mean[:, :, None] * mean[:, None] + covariance).sum(0)
+        d = len(self.sum)
+        if self.count < 3 * d + 3:
+            return
+        center = self.sum / self.count
+        spread = self.outer / self.count - torch.outer(center, center)
+        precision = torch.linalg.inv(spread + 1e-9 * torch.diag(spread.diagonal()))
+        factor = Quadratic.centered(center, precision)
+        self.belief = Gaussian(self.belief.families, factor, posterior.dtype)
+
+
+class _Readings:
+    """Moments of each task as it was last inferred, and when that was."""
+
+    def __init__(self, num_tasks: int, prior: Prior) -> None:
+        self.families = prior.population().families
+        d = prior.population().size
+        self.mean = torch.zeros(num_tasks, d)
+        self.scale = torch.ones(num_tasks, d)
+        self.age = torch.full((num_tasks,), RECENT + 1)
+
+    def note(self, rows: Tensor, posterior: Gaussian) -> None:
+        """Note what was inferred of some tasks; all others are one batch older."""
+        mean, scale = posterior.moments()
+        usable = (mean + scale).isfinite().all(-1)
+        rows = rows[usable]
+        self.age += 1
+        self.mean[rows] = mean[usable].to(self.mean)
+        self.scale[rows] = scale[usable].to(self.scale)
+        self.age[rows] = 0
+
+    def start(self, rows: Tensor) -> Belief | None:
+        """Return a belief around what was inferred of these tasks before; None if it wasn't of all of them lately."""
+        if bool((self.age[rows] > RECENT).any()):
+            return None
+        return Gaussian.around(self.families, self.mean[rows], 1.0)
+
+    def unread(self, number: int) -> Tensor:
+        """Return tasks that weren't inferred lately, so many that with the others there are ``number``."""
+        old = (self.age > RECENT).nonzero().squeeze(1)
+        missing = max(min(number, len(self.age)) - (len(self.age) - len(old)), 0)
+        return old[torch.linspace(0, max(len(old) - 1, 0), missing).long()]
+
+    def recent(self) -> tuple[Tensor, Tensor]:
+        """Return means and standard deviations of the tasks inferred lately."""
+        recent = self.age <= RECENT
+        return self.mean[recent], self.scale[recent]
+
+
+def proposal(model: HybridModel, guide: AmortizedGuide, tasks: Tasks) -> Belief | None:
+    """Return what encoders say of some tasks; None if there are none."""
+    evidences = [guide.evidence]
+    if isinstance(model.prior, SupportPrior):
+        evidences.append(model.prior.evidence)
+    if all(encoder_of(evidence) is None for evidence in evidences):
+        return None
+    return guide.belief(model.with_belief(tasks.episode()))
 
 
 def read_batch(
-    model: HybridModel, guide: AmortizedGuide, tasks: Tasks, evidence: GaussNewton
+    model: HybridModel,
+    tasks: Tasks,
+    evidence: GaussNewton,
+    population: Belief | None = None,
+    start: Belief | None = None,
 ) -> tuple[LeastSquares, Iterate]:
-    """Pose the problem of all shots of some tasks given the population, and solve it from where the guide points."""
-    start = guide.belief(model.with_belief(tasks.episode()))
-    problem = LeastSquares(model, tasks.shots(slice(None)), model.prior.population())
+    """Pose the problem of all shots of some tasks given the population, and solve it.
+
+    Arguments:
+        model: the program.
+        tasks: the systems.
+        evidence: how they are read.
+        population: the belief before, by default the prior's population.
+        start: where to begin, by default at the population's mean.
+    """
+    belief = model.prior.population() if population is None else population
+    problem = LeastSquares(model, tasks.shots(slice(None)), belief)
     iterate = evidence.minimize(problem, start)
     return problem, evidence.descend(problem, iterate.task, evidence.num_iterations, iterate.shot)
-
-
-def weight_evidence(
-    problem: LeastSquares, iterate: Iterate, network: nn.Module, outlier_factor: float
-) -> WeightEvidence:
-    """Integrate the latents of shots and tasks out of each task's factor, and multiply what is left."""
-    residuals, slopes = problem.jacobian(iterate.task, iterate.shot)
-    by_weight = weight_slopes(problem, iterate, network)
-    kept = _usable_tasks(iterate.cost, outlier_factor)
-    kept &= slopes.isfinite().flatten(1).all(1) & by_weight.isfinite().flatten(1).all(1)
-    size = by_weight.shape[2]
-    total = Quadratic(
-        torch.zeros(size, dtype=torch.float64, device=slopes.device),
-        torch.zeros(size, size, dtype=torch.float64, device=slopes.device),
-    )
-    for task in kept.nonzero().squeeze(1).tolist():
-        jacobian = torch.cat([by_weight[task], slopes[task]], 1).double()
-        total = total + _task_factor(problem, iterate, task, jacobian, residuals[task].double())
-    num_counted = max(int(residuals[kept].count_nonzero()), 1)
-    cost = float(residuals[kept].double().square().sum()) / num_counted
-    return WeightEvidence(total, kept, cost)
-
-
-def _task_factor(
-    problem: LeastSquares, iterate: Iterate, task: int, jacobian: Tensor, residuals: Tensor
-) -> Quadratic:
-    """Factor of a change of the weights from one task; rows of the Jacobian are weights, task's and shots' latents."""
-    num_weights = jacobian.shape[1] - problem.d - problem.m
-    information = -(jacobian @ residuals.unsqueeze(-1)).squeeze(-1)
-    precision = jacobian @ jacobian.mT
-    if problem.m:
-        own = slice(num_weights + problem.d, None)
-        offset = (iterate.shot[task] - problem.shot_mean[task]).double()
-        information[:, own] -= problem.shot_precision[task] * offset
-        precision[:, own, own] += torch.diag_embed(problem.shot_precision[task])
-    factor = Quadratic(information, precision).marginal(num_weights + problem.d).sum(0)
-    prior = problem.prior.precision[task]
-    offset = (iterate.task[task] - problem.mean[task]).double()
-    factor.information[num_weights:] -= prior @ offset
-    factor.precision[num_weights:, num_weights:] += prior
-    return factor.marginal(num_weights)
-
-
-def _usable_tasks(cost: Tensor, outlier_factor: float) -> Tensor:
-    finite = cost[cost.isfinite()]
-    if not len(finite):
-        return torch.zeros_like(cost, dtype=torch.bool)
-    return cost < outlier_factor * finite.median()
-
-
-def _take_step(
-    problem: LeastSquares,
-    iterate: Iterate,
-    weights: list[nn.Parameter],
-    evidence: WeightEvidence,
-    belief: Quadratic,
-) -> Iterate:
-    """Take the longest of a few steps that explains the batch better than before; read the batch again."""
-    old = nn.utils.parameters_to_vector(weights)
-    before = float(iterate.cost[evidence.kept].sum())
-    factor = evidence.factor
-    for damping in DAMPINGS:
-        precision = belief.precision + factor.precision
-        precision = precision + torch.diag(damping * factor.precision.diagonal())
-        move = torch.linalg.solve(precision, factor.information)
-        nn.utils.vector_to_parameters(old + move.to(old), weights)
-        proposal = GaussNewton(2).descend(problem, iterate.task, 2, iterate.shot)
-        after = float(proposal.cost[evidence.kept].sum() + move @ belief.precision @ move)
-        if after < before:
-            return proposal
-    nn.utils.vector_to_parameters(old, weights)
-    return iterate
-
-
-class _UnexplainedNoise:
-    """Variances of the observations by sensor, of the last few batches: squared errors over degrees of freedom."""
-
-    def __init__(self) -> None:
-        self.squares = torch.zeros(())
-        self.freedom = torch.zeros(())
-
-    def after(self, problem: LeastSquares, iterate: Iterate, kept: Tensor) -> Tensor:
-        """Standard deviations with one more batch."""
-        values = problem.values(iterate.task[None], iterate.shot[None])
-        observations = run_at(problem.program, problem.episode, values).observations
-        require(
-            len(observations) == 1,
-            "a program with one observed site",
-            f"{len(observations)} of them",
-            "Pass noise=None.",
-        )
-        site = observations[0]
-        error = site.value - site.mean  # (1, task, shot, time, sensor)
-        counts = site.mask.expand_as(error)[0][kept].double()
-        error = error[0][kept].double()
-        num_values = counts.sum()
-        freedom = 1.0 - self._num_fitted(problem, iterate, kept) / num_values
-        self.squares = 0.5 * self.squares + (counts * error.square()).sum((0, 1, 2))
-        self.freedom = 0.5 * self.freedom + counts.sum((0, 1, 2)) * freedom
-        return (self.squares / self.freedom).sqrt()
-
-    def _num_fitted(self, problem: LeastSquares, iterate: Iterate, kept: Tensor) -> Tensor:
-        """Number of values that were used up by the latents of tasks and shots."""
-        by_task = torch.as_tensor(problem.d * int(kept.sum()), dtype=torch.float64)
-        if not problem.m:
-            return by_task
-        slopes = problem.jacobian(iterate.task, iterate.shot)[1][kept].double()[:, :, problem.d :]
-        gram = slopes @ slopes.mT
-        weight = torch.diag_embed(problem.shot_precision[kept])
-        by_shot: Tensor = torch.linalg.solve(gram + weight, gram).diagonal(dim1=-2, dim2=-1).sum()
-        return by_task + by_shot
-
-
-def _set_noise(model: HybridModel, name: str, deviations: Tensor) -> None:
-    old = getattr(model, name, None)
-    if not isinstance(old, Tensor) or old.numel() not in (1, len(deviations)):
-        fail(
-            f"{name!r}, a standard deviation of {len(deviations)} sensors, or of all",
-            getattr(old, "shape", type(old).__name__),
-            "Pass the attribute's name, or noise=None.",
-        )
-    new = deviations if old.numel() == len(deviations) else deviations.square().mean().sqrt()
-    new = new.reshape(old.shape).to(old)
-    is_usable = new > 0.0  # False where it isn't a number
-    setattr(model, name, torch.where(is_usable, new, old))
 
 
 def _network(model: HybridModel, network: nn.Module | None) -> nn.Module:
