@@ -575,3 +575,41 @@ def test_a_batch_s_parts_belong_together() -> None:
             assert torch.equal(part.initial[..., 0][known], (part.values[:, :, 0, 0] + 0.25)[known])
             known = part.observed[..., 0]
             assert torch.equal(part.states[..., 2][known], (part.values[..., 0] + 0.5)[known])
+
+
+# ---- long recordings -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("clock", [1, 2, 3])
+def test_long_recordings_are_cut_into_shots_that_follow_each_other(clock: int) -> None:
+    times = torch.arange(11.0).expand([*(3, 2)[3 - clock :], 11] if clock > 1 else [11])
+    values = torch.arange(3 * 2 * 11.0).view(3, 2, 11, 1)
+    inputs = -values
+    tasks = ph.Tasks.from_trajectories(times, values, num_support=2, inputs=inputs, pieces=3)
+    assert tasks.values.shape == (3, 6, 3, 1) and tasks.shots().shape == (3, 6)
+    joined = tasks.values.view(3, 2, 9, 1)
+    assert torch.equal(joined, values[:, :, :9])
+    assert torch.equal(tasks.inputs, -tasks.values)
+    assert torch.equal(tasks.shots().expanded_times[1, :3].flatten(), torch.arange(9.0))
+    assert torch.equal(tasks.initial, tasks.values[:, :, 0])
+
+
+def test_one_recording_of_each_system_becomes_support_and_query() -> None:
+    tasks = ph.Tasks.from_trajectories(
+        torch.arange(40.0), torch.randn(5, 1, 40, 1), num_support=2, initial=None, pieces=4
+    )
+    assert tasks.episode().query.shape == (5, 2) and tasks.initial is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pieces": 0}, "pieces"),
+        ({"pieces": 21}, "pieces from 1 to 20, half the number of times; got 21"),
+        ({"pieces": 4, "initial": torch.zeros(5, 1, 1)}, "measured states at all times"),
+    ],
+)
+def test_pieces_that_make_no_sense_are_refused(options: dict[str, Any], message: str) -> None:
+    values = torch.randn(5, 1, 40, 1)
+    with pytest.raises(ValueError, match=message):
+        ph.Tasks.from_trajectories(torch.arange(40.0), values, num_support=2, **options)

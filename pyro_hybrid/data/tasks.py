@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from pyro_hybrid.data.validate import (
     check_initial,
     check_inputs,
     check_latents,
+    check_pieces,
     check_rows,
     check_trajectories,
     require_integer,
@@ -70,6 +71,7 @@ class Tasks:
         initial: Tensor | Literal["sensors"] | None = "sensors",
         observed: Mask | None = None,
         inputs: Tensor | None = None,
+        pieces: int = 1,
         true_latents: Mapping[str, Tensor] | None = None,
     ) -> Tasks:
         """Check trajectories and make them tasks.
@@ -86,6 +88,7 @@ class Tasks:
                 scored. With None the starts are not measured: the program samples its own.
             observed: ``(task, shot, time, sensor)``, False where a value is missing.
             inputs: known controls, ``(task, shot, time, input)``, also at padded times.
+            pieces: cut each trajectory into so many shots of equal length, such as one long recording of each system.
             true_latents: the latents where they are known, ``{"omega": (task, component), ...}``.
 
         >>> import pyro_hybrid as ph
@@ -93,6 +96,16 @@ class Tasks:
         >>> len(tasks), tasks.episode().query.values.shape
         (9, torch.Size([9, 2, 50, 2]))
         """
+        if pieces != 1:
+            check_pieces(pieces, values, initial)
+            clocks = times if times.dim() > 1 else times.expand(values.shape[1], -1)
+            times, values, observed, inputs = (
+                _cut(clocks, pieces, clocks.dim() - 1),
+                _cut(values, pieces, 2),
+                _cut(observed, pieces, 2),
+                _cut(inputs, pieces, 2),
+            )
+            initial = _cut(initial, pieces, 2) if isinstance(initial, Tensor) else initial
         check_trajectories(times, values, num_support, observed)
         check_inputs(inputs, values)
         check_latents(true_latents, len(values))
@@ -305,6 +318,15 @@ def require_tasks(tasks: object, name: str = "tasks") -> None:
             "Make one with ph.Tasks.from_trajectories, or of a table with ph.Tasks.from_frame.",
             TypeError,
         )
+
+
+def _cut(value: Any, pieces: int, dim: int) -> Any:
+    """Cut the axis of times into pieces, which count as shots; None stays None."""
+    if value is None:
+        return None
+    length = value.shape[dim] // pieces
+    whole = value.narrow(dim, 0, length * pieces)
+    return whole.unflatten(dim, (pieces, length)).flatten(dim - 1, dim)
 
 
 def _measured_states(

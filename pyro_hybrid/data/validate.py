@@ -15,6 +15,7 @@ __all__ = [
     "check_initial",
     "check_inputs",
     "check_latents",
+    "check_pieces",
     "check_rows",
     "check_times",
     "check_trajectories",
@@ -183,6 +184,30 @@ def require_measured(name: str, value: Tensor, mask: Tensor | None = None) -> No
         "Choose a larger unit, or mask wrong measurements."
         if is_finite
         else "Drop them, or pass observed= with False where a value is missing.",
+    )
+
+
+def check_pieces(pieces: int, values: Tensor, initial: object) -> None:
+    """Refuse to cut trajectories into pieces that are none, or that have no start."""
+    require_integer("pieces", pieces)
+    require(
+        isinstance(values, Tensor) and values.dim() == 4,
+        "values of shape (task, shot, time, sensor)",
+        tuple(getattr(values, "shape", ())),
+        "Add the axes that are missing.",
+    )
+    num_times = values.shape[2]
+    require(
+        1 <= pieces <= num_times // 2,
+        f"pieces from 1 to {num_times // 2}, half the number of times",
+        pieces,
+        "Cut trajectories into fewer pieces.",
+    )
+    require(
+        not isinstance(initial, Tensor) or initial.dim() == 4,
+        "measured states at all times, (task, shot, time, component), where pieces can start",
+        f"those at the first time, {tuple(getattr(initial, 'shape', ()))}",
+        "Pass the states at all times, or initial=None and sample the starts in the program.",
     )
 
 
