@@ -10,9 +10,8 @@ import pyro
 import torch
 from torch import Tensor
 
-from pyro_hybrid.data.episode import Episode
 from pyro_hybrid.data.tasks import Tasks
-from pyro_hybrid.dynamics.failures import SolverError
+from pyro_hybrid.dynamics.modes import halve_steps
 from pyro_hybrid.errors import fail
 from pyro_hybrid.evidence.encoder import Then
 from pyro_hybrid.evidence.gauss_newton import GaussNewton
@@ -21,7 +20,6 @@ from pyro_hybrid.fitting.posterior import Posterior
 from pyro_hybrid.inference.prior import SupportPrior
 from pyro_hybrid.programs.module import local_parameters
 from pyro_hybrid.programs.run import Observation, run_at
-from pyro_hybrid.training.step_error import step_error
 
 __all__ = ["Finding", "Verdict", "judge"]
 
@@ -32,6 +30,7 @@ UNREAD = 0.05  # share of systems
 UNEXPLAINED = 3.0  # times the typical cost: a system that wasn't read
 SAYS_NOTHING = 0.9  # share of a latent's variance that is left after all shots
 CONTRADICTION = 3.0  # factor of the intervals from one half of a system's shots to the other
+FEWEST_TIMES = 8  # of a trajectory whose errors are compared from one to the next
 FEWEST = 4  # systems that a variance between systems is measured from
 STEP = 0.1  # standard deviations of the noise
 
@@ -94,7 +93,7 @@ def judge(posterior: Posterior, tasks: Tasks) -> Verdict:
             *_correlation(problem, sites),
             *_latents(posterior, problem, iterate),
             *_halves(posterior),
-            *_solver(posterior, problem.episode),
+            *_solver(problem, iterate, sites),
         ]
     return Verdict(findings)
 
@@ -164,10 +163,10 @@ def _noise(problem: LeastSquares, sites: list[Observation]) -> Iterator[Finding]
     """Compare the noise with the jitter of the data from one time to the next."""
     for site in sites:
         jitter = _jitter(problem, site)
-        scale = (site.value - site.mean).square()
-        counted = site.mask.expand(scale.shape)
-        error = (scale * counted).sum((0, 1, 2, 3)) / counted.sum((0, 1, 2, 3)).clamp(min=1)
-        ratio = (error.sqrt() / jitter).nan_to_num(0.0)
+        squares = (site.value - site.mean).square()
+        counted = site.mask.expand(squares.shape)
+        error = (squares * counted).sum((1, 2)) / counted.sum((1, 2)).clamp(min=1)
+        ratio = (error.median(0).values.sqrt() / jitter).nan_to_num(0.0)
         if float(ratio.max()) > LARGER_NOISE:
             yield Finding(
                 "noise",
@@ -188,7 +187,7 @@ def _jitter(problem: LeastSquares, site: Observation) -> Tensor:
     steps = times.diff(dim=-1)
     is_regular = (steps - steps[..., :1]).abs().amax(-1) < 1e-3 * steps[..., 0]
     observed = site.mask.expand(value.shape).unfold(2, 4, 1).all(-1) if value.dim() == 4 else None
-    if observed is None or value.shape[2] < 8:
+    if observed is None or value.shape[2] < FEWEST_TIMES:
         return value.new_full(value.shape[-1:], math.nan)
     third = value.diff(n=3, dim=2) / math.sqrt(20.0)
     usable = observed & is_regular[..., None, None]
@@ -205,14 +204,15 @@ def _jitter(problem: LeastSquares, site: Observation) -> Tensor:
 def _correlation(problem: LeastSquares, sites: list[Observation]) -> Iterator[Finding]:
     for site in sites:
         residual = site.whitened.residual
-        if residual.dim() != 4 or residual.shape[2] < 8:
+        if residual.dim() != 4 or residual.shape[2] < FEWEST_TIMES:
             continue
         mask = site.mask.expand(residual.shape)
         both = mask[:, :, 1:] & mask[:, :, :-1]
-        products = (residual[:, :, 1:] * residual[:, :, :-1] * both).double().sum((0, 1, 2))
-        squares = (residual.square() * mask).double().sum((0, 1, 2)) / mask.sum((0, 1, 2))
+        products = (residual[:, :, 1:] * residual[:, :, :-1] * both).double().sum((1, 2))
+        squares = (residual.square() * mask).double().sum((1, 2))
+        squares = squares * both.sum((1, 2)) / mask.sum((1, 2)).clamp(min=1)
         number = both.sum((0, 1, 2)).clamp(min=1)
-        correlation = products / number / squares
+        correlation = (products / squares).nan_to_num(0.0).median(0).values
         worst = int(correlation.argmax())
         if float(correlation[worst]) > CORRELATED + 3.0 / math.sqrt(float(number[worst])):
             yield Finding(
@@ -259,14 +259,19 @@ def _halves(posterior: Posterior) -> Iterator[Finding]:
         )
 
 
-def _solver(posterior: Posterior, episode: Episode) -> Iterator[Finding]:
-    try:
-        error = step_error(posterior.model, episode).typical
-    except (SolverError, NotImplementedError):
-        return
-    if error > STEP:
-        yield Finding(
-            "solver",
-            f"Halving the solver's steps moves predictions by {error:.2g} standard deviations of the noise.",
-            "Raise substeps in solve(...).",
-        )
+def _solver(problem: LeastSquares, iterate: Iterate, sites: list[Observation]) -> Iterator[Finding]:
+    values = problem.values(iterate.task, iterate.shot)
+    with halve_steps():
+        finer = run_at(problem.program, problem.episode, values).observations
+    for site, fine in zip(sites, finer, strict=True):
+        error = ((site.mean - fine.mean) / fine.scale).square()
+        counted = fine.mask.expand(error.shape)
+        total = error.where(counted, 0.0).flatten(1).sum(1) / counted.flatten(1).sum(1).clamp(min=1)
+        typical = float(total.nan_to_num(math.inf).median().sqrt())
+        if typical > STEP:
+            yield Finding(
+                "solver",
+                f"Halving the solver's steps moves the trajectories of a typical system by {typical:.2g} standard "
+                "deviations of the noise.",
+                "Raise substeps in solve(...).",
+            )
