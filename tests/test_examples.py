@@ -400,8 +400,9 @@ def test_a_system_written_from_nothing_trains(capsys: pytest.CaptureFixture[str]
             },
         ),
         ("write_a_model", {}),
+        ("identify", {"rand(80, 1)": "rand(16, 1)", "rand(80, 6)": "rand(16, 4)", "=3": "=2"}),
     ],
-    ids=["quickstart", "write_a_model"],
+    ids=["quickstart", "write_a_model", "identify"],
 )
 def test_what_the_docs_print_runs(
     page: str, smaller: dict[str, str], capsys: pytest.CaptureFixture[str]
@@ -415,6 +416,9 @@ def test_what_the_docs_print_runs(
     exec(compile(code, f"{page}.md", "exec"), printed)
     if page == "quickstart":
         assert "gravity[0, 0]" in capsys.readouterr().out
+    elif page == "identify":
+        assert capsys.readouterr().out.startswith("Posterior of Tank\n- fit: ")
+        assert [stage.summary for stage in printed["quick"].stages][:1] == ["20 gradient steps"]
     else:
         both, data = (
             (printed["model"], printed["guide"]),
