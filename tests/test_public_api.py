@@ -384,6 +384,10 @@ MISUSES: dict[str, tuple[Callable[[], object], str]] = {
         r"expected /nowhere with manifest\.json that can be read; got an error",
     ),
     "load_arviz": (lambda: ph.load_arviz("/nowhere/posterior.nc"), r"/nowhere/posterior\.nc"),
+    "identify": (
+        lambda: ph.identify(torch.nn.Linear(1, 1), tasks(torch.zeros(2, 3, 3, 1))),  # type: ignore[arg-type]
+        "expected a HybridModel; got Linear. Derive the model from ph.HybridModel.",
+    ),
     "fix_gauge": (
         lambda: ph.fix_gauge(answer(), tasks(torch.zeros(2, 3, 3, 1))),
         r"expected a model with one ph\.Gauge; got Asked with 0\. Assign it in __init__",
