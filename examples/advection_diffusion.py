@@ -51,7 +51,7 @@ def main() -> None:
     support = ph.GaussNewton(2, segments=(7,))
     posterior = ph.compute_evidence(posterior, support, ph.GaussNewton(1))
     posterior = ph.rescale_intervals(posterior, train[:100])
-    habits.export(choice, posterior, train, held_out, fit, started)
+    habits.export(choice, posterior, train, held_out, fit, started=started)
 
 
 if __name__ == "__main__":

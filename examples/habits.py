@@ -12,6 +12,7 @@ import arviz
 import matplotlib
 import pyro
 import torch
+from matplotlib.figure import Figure
 
 import pyro_hybrid as ph
 
@@ -20,9 +21,12 @@ import matplotlib.pyplot as plt
 
 
 def options(
-    description: str, name: str, tasks: int, steps: int, **flags: str
+    description: str, name: str, tasks: int, steps: int | None = None, **flags: str
 ) -> argparse.Namespace:
-    """Read the options that every example understands, and flags with their help texts."""
+    """Read the options that examples understand, and flags with their help texts.
+
+    Without ``steps`` the example leaves the training to ``ph.identify``.
+    """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -31,11 +35,12 @@ def options(
     parser.add_argument(
         "--shots", type=int, default=8, help="trajectories of each system, half of them support"
     )
-    parser.add_argument("--steps", type=int, default=steps, help="training steps")
+    if steps is not None:
+        parser.add_argument("--steps", type=int, default=steps, help="training steps")
+        parser.add_argument("--device", default="cpu", help="where to train: cpu, cuda, ...")
     parser.add_argument(
         "--seed", type=int, default=0, help="seed of data, initial weights and training"
     )
-    parser.add_argument("--device", default="cpu", help="where to train: cpu, cuda, ...")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument(
         "--out", type=Path, default=Path("out") / name, help="folder for figures and numbers"
@@ -49,8 +54,9 @@ def options(
     if choice.fast:
         choice.tasks = min(choice.tasks, 60)
         choice.held_out = 40
-        choice.steps = min(choice.steps, 12)
         choice.shots = 4
+        if steps is not None:
+            choice.steps = min(choice.steps, 12)
     choice.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(choice.seed)
     torch.set_num_threads(choice.threads)
@@ -70,11 +76,13 @@ def export(
     posterior: ph.Posterior,
     train: ph.Tasks,
     held_out: ph.Tasks,
-    fit: ph.Fit,
+    fit: ph.Fit | None = None,
+    *,
     started: float,
 ) -> None:
     """Report on held-out tasks; write posterior, ArviZ data, figures, certificate.json and metrics.json."""
     system = posterior.model.system
+    numbers = posterior.stages[0].numbers
     support = held_out.episode().support
     report = posterior.report(
         train[:12] if choice.fast else train,
@@ -93,9 +101,9 @@ def export(
     metrics = {
         **report.numbers,
         "settings": {k: v for k, v in vars(choice).items() if k != "out"},
-        "training_seconds": round(fit.seconds, 1),
+        "training_seconds": round(numbers["seconds"] if fit is None else fit.seconds, 1),
         "seconds": round(time.perf_counter() - started, 1),
-        "skipped_steps": fit.skipped,
+        "skipped_steps": numbers["num_rejected"] if fit is None else fit.skipped,
         "threads": torch.get_num_threads(),
         "versions": {
             "python": platform.python_version(),
@@ -109,14 +117,24 @@ def export(
     (choice.out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     (choice.out / "certificate.json").write_text(json.dumps(certificate, indent=2) + "\n")
     report.certificate.plot().savefig(choice.out / "certificate.png", dpi=110)
-    _figures(choice.out, posterior, report, held_out, fit)
+    loss = _cost_figure(numbers["cost"]) if fit is None else fit.plot()
+    _figures(choice.out, posterior, report, held_out, loss)
     print(
         f"{report}\n\n{metrics['seconds']:.0f} s in all; figures and numbers are in {choice.out}/"
     )
 
 
+def _cost_figure(costs: list[float]) -> Figure:
+    """Plot how badly each batch was explained before its step; the noise shrinks meanwhile, so that 1 is the end."""
+    figure, axis = plt.subplots(figsize=(5, 2.6), layout="constrained")
+    axis.semilogy(costs, marker=".", lw=0.8)
+    axis.axhline(1.0, lw=0.8, color="0.6")
+    axis.set(xlabel="batch", ylabel="squared residual,\nnoise variances")
+    return figure
+
+
 def _figures(
-    out: Path, posterior: ph.Posterior, report: ph.Report, held_out: ph.Tasks, fit: ph.Fit
+    out: Path, posterior: ph.Posterior, report: ph.Report, held_out: ph.Tasks, loss: Figure
 ) -> None:
     system = posterior.model.system
     sensors = [5, 10, 15] if system.grid else list(range(system.sensors))
@@ -130,7 +148,7 @@ def _figures(
     with plt.rc_context(style):
         figures = {
             "latents": report.plot(),
-            "loss": fit.plot(),
+            "loss": loss,
             "trajectories": posterior.plot(held_out, names=system.names, sensors=sensors),
             "prior_posterior": posterior.plot_latents(held_out),
         }

@@ -62,7 +62,7 @@ def main() -> None:
         support = ph.GaussNewton(3, segments=(2, 2, 2, 7), num_restarts=restarts)
         posterior = ph.compute_evidence(posterior, support, ph.GaussNewton(2))
         posterior = ph.rescale_intervals(posterior, train[:300])
-    habits.export(choice, posterior, train, held_out, fit, started)
+    habits.export(choice, posterior, train, held_out, fit, started=started)
 
 
 if __name__ == "__main__":

@@ -89,7 +89,9 @@ def fit(posterior: Posterior, given: Given) -> Posterior:
     changed.guide.to(dtype)
     changed.model.prior.interval_scale.fill_(1.0)
     num_rejected = sum(not record.is_accepted for record in records)
+    seconds = time.perf_counter() - started
     numbers = {
+        "seconds": seconds,
         "cost": [record.cost for record in records],
         "looks": looks,
         "is_settled": is_settled,
@@ -98,7 +100,7 @@ def fit(posterior: Posterior, given: Given) -> Posterior:
     }
     summary = (
         f"{len(records)} batches of {settings.batch_size} systems, {num_rejected} steps rejected, "
-        f"{time.perf_counter() - started:.0f} s; log density of a held-out observation {before:.3g} -> {after:.3g}"
+        f"{seconds:.0f} s; log density of a held-out observation {before:.3g} -> {after:.3g}"
     )
     noted = settings._asdict() | {"evidence": describe(settings.evidence)}
     return changed.after("fit", noted, numbers, summary)
