@@ -12,9 +12,11 @@ from test_second_order import Pushed, pushed_tasks
 from toys import Line, make_tasks, without_type_checks
 
 import pyro_hybrid as ph
+from pyro_hybrid.evidence import least_squares
 from pyro_hybrid.fitting import identify_stages
 from pyro_hybrid.fitting.identify_stages import STAGES, Given, first_reading
 from pyro_hybrid.fitting.networks import find_network, find_noise
+from pyro_hybrid.programs.run import run_at
 
 pytestmark = pytest.mark.slow  # every test fits a program
 
@@ -70,7 +72,10 @@ def test_it_says_what_each_stage_did(found: ph.Posterior) -> None:
     assert "the model has no gauge" in text
     before, after = found.stages[0].numbers["held_out"]
     assert after > before + 0.5
-    assert found.stages[-1].numbers["certificate"]["verdict"] in {"holds", "fails", "undecided"}
+    certificate = found.stages[-1].numbers["certificate"]
+    missing = [c for c in certificate["conditions"] if c["status"] != "holds"]
+    assert text.count("\n? ") == len(missing) > 0
+    assert all(f"? {c['condition']} {c['status']}: {c['remedy']}" in text for c in missing)
 
 
 def test_the_model_that_is_passed_in_stays_as_it_was_and_the_result_has_its_precision(
@@ -142,6 +147,34 @@ def test_a_finished_stage_is_not_run_again(
     result = ph.identify(force(), tasks, progress=False, checkpoint=folder, resume=True)
     assert same(result, found)
     assert [s.summary for s in result.stages[1:]] == [s.summary for s in found.stages[1:]]
+
+
+@pytest.mark.long
+def test_killed_at_20_random_moments_it_goes_on_to_the_same_posterior(
+    tasks: ph.Tasks, tmp_path: Path, found: ph.Posterior, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = {"number": 0, "last": -1}
+
+    def counted(*arguments: Any) -> Any:
+        calls["number"] += 1
+        if calls["number"] == calls["last"]:
+            raise KeyboardInterrupt
+        return run_at(*arguments)
+
+    monkeypatch.setattr(least_squares, "run_at", counted)
+    again = ph.identify(force(), tasks, progress=False)
+    assert same(again, found)
+    total = calls["number"]
+    generator = torch.Generator().manual_seed(0)
+    for number in range(20):
+        folder = tmp_path / str(number)
+        calls["number"] = 0
+        calls["last"] = int(torch.randint(1, total, (), generator=generator))
+        with pytest.raises(KeyboardInterrupt):
+            ph.identify(force(), tasks, progress=False, checkpoint=folder)
+        calls["last"] = -1
+        result = ph.identify(force(), tasks, progress=False, checkpoint=folder, resume=True)
+        assert same(result, found)
 
 
 def test_a_folder_of_other_data_or_another_seed_is_refused(tasks: ph.Tasks, tmp_path: Path) -> None:

@@ -76,6 +76,8 @@ def fit(posterior: Posterior, given: Given) -> Posterior:
         noise=find_noise(changed.model, given.train),
         seed=given.seed,
     )
+    if isinstance(changed.model.prior, SupportPrior):
+        changed.model.prior.evidence = settings.evidence  # encoders know nothing yet
     dtype = next(changed.model.parameters()).dtype
     train = _in_double(changed.model, given.train)
     is_double = train.values.dtype == torch.float64

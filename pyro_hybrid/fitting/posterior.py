@@ -237,6 +237,10 @@ class Posterior:
         lines += [f"- {stage.name}: {stage.summary}".rstrip(": ") for stage in self.stages]
         findings = [f for stage in self.stages for f in stage.numbers.get("findings", ())]
         lines += [f"! {f['name']}: {f['why']} {f['remedy']}" for f in findings]
+        certificates = [s.numbers["certificate"] for s in self.stages if "certificate" in s.numbers]
+        for certificate in certificates[-1:]:
+            open_ones = [c for c in certificate["conditions"] if c["status"] != "holds"]
+            lines += [f"? {c['condition']} {c['status']}: {c['remedy']}" for c in open_ones]
         return "\n".join(lines)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
