@@ -43,6 +43,7 @@ from pyro_hybrid.training.weight_slopes import (
     evaluate_force,
     slopes_by_force,
     slopes_by_weight,
+    spread_knots,
     weight_slopes,
 )
 
@@ -385,13 +386,14 @@ def test_predictions_from_the_support_are_no_worse_afterwards_whatever_the_solve
 # ---- derivatives by weight -----------------------------------------------------------------------
 
 
-def forced(seed: int = 0, **options: Any) -> tuple[Pushed, Place]:
+def forced(seed: int = 0, times: Tensor | None = None, **options: Any) -> tuple[Pushed, Place]:
     """A problem of two systems, at an iterate away from the population's mean."""
     torch.manual_seed(seed)
     model = Pushed(**options).double()
     start = torch.randn(2, 3, model.outputs, dtype=torch.float64)
-    times = torch.linspace(0.0, 1.0, 5, dtype=torch.float64)
-    values = torch.randn(2, 3, 5, model.outputs, dtype=torch.float64)
+    if times is None:
+        times = torch.linspace(0.0, 1.0, 5, dtype=torch.float64)
+    values = torch.randn(2, 3, len(times), model.outputs, dtype=torch.float64)
     shots = ph.Shots.from_tensors(times, values, start)
     mean = 0.3 * torch.randn(2, 2, dtype=torch.float64)
     belief = Gaussian.around(model.prior.families, mean, 1.0)
@@ -453,6 +455,45 @@ def test_derivatives_are_right_whatever_the_solver(solver: dict[str, Any]) -> No
     behind = place.errors()
     expected = (ahead - behind) / (2.0 * step)
     assert torch.allclose(slopes[:, :, column], expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("regular", [True, False])
+@torch.no_grad()
+def test_derivatives_between_observations_are_interpolated(regular: bool) -> None:
+    times = torch.linspace(0.0, 2.0, 21, dtype=torch.float64)
+    if not regular:
+        times = times + 0.03 * torch.sin(37.0 * times)
+    model, place = forced(times=times, width=20, linear=False, substeps=3)
+    calls = evaluate_force(place, model.residual, None)[1]
+    knots = spread_knots(len(calls), times)
+    assert knots is not None and knots.shape == (4 * 3 * 20, 21 if regular else 41)
+    exact = slopes_by_force(place, model.residual, torch.stack(calls)[:, 0])
+    found = slopes_by_force(place, model.residual, torch.stack(calls)[:, 0], knots)
+    largest = float(exact.abs().max())
+    assert float((found - exact).abs().max()) < 3e-3 * largest
+    chosen = weight_slopes(place.problem, place.iterate, model.residual)
+    assert torch.equal(chosen, found)
+
+
+def test_interpolation_is_exact_for_cubics_and_lines() -> None:
+    regular = torch.linspace(0.0, 1.0, 13)
+    knots = spread_knots(4 * 2 * 12, regular)
+    assert knots is not None
+    stages = torch.tensor([0.0, 0.5, 0.5, 1.0]).double()
+    place = ((torch.arange(24).unsqueeze(1) + stages).flatten() / 24.0).double()
+    nodes = torch.linspace(0.0, 1.0, 13).double()
+    for power in range(4):
+        assert torch.allclose(knots @ nodes**power, place**power, atol=1e-6)
+    irregular = spread_knots(4 * 2 * 12, regular**2 + regular)
+    middles = torch.linspace(0.0, 1.0, 25).double()
+    assert irregular is not None and torch.allclose(irregular @ middles, place, atol=1e-12)
+
+
+@pytest.mark.parametrize(("num_calls", "num_times"), [(4 * 9, 10), (50, 13), (4 * 13, 13)])
+def test_few_observations_and_other_solvers_are_not_interpolated(
+    num_calls: int, num_times: int
+) -> None:
+    assert spread_knots(num_calls, torch.linspace(0.0, 1.0, num_times)) is None
 
 
 @torch.no_grad()

@@ -13,9 +13,17 @@ from torch import Tensor, nn
 from pyro_hybrid.evidence.least_squares import Iterate, LeastSquares
 from pyro_hybrid.nets.residual import Residual
 
-__all__ = ["Place", "evaluate_force", "slopes_by_force", "slopes_by_weight", "weight_slopes"]
+__all__ = [
+    "Place",
+    "evaluate_force",
+    "slopes_by_force",
+    "slopes_by_weight",
+    "spread_knots",
+    "weight_slopes",
+]
 
 CHUNK = 32  # number of changes that are evaluated at once
+FEWEST_INTERVALS = 10  # between observations, for interpolation between them to be worth it
 
 
 def weight_slopes(problem: LeastSquares, iterate: Iterate, network: nn.Module) -> Tensor:
@@ -28,10 +36,57 @@ def weight_slopes(problem: LeastSquares, iterate: Iterate, network: nn.Module) -
     if isinstance(network, Residual):
         errors, calls = evaluate_force(place, network, None)
         num_weights = sum(weight.numel() for weight in trained_weights(network).values())
-        is_shorter = len(calls) * network.outputs < num_weights
+        knots = spread_knots(len(calls), problem.shots.times)
+        num_knots = len(calls) if knots is None else knots.shape[1]
+        is_shorter = num_knots * network.outputs < num_weights
         if is_shorter and _is_by_trajectory(place, network, errors, calls):
-            return slopes_by_force(place, network, torch.stack(calls)[:, 0])
+            return slopes_by_force(place, network, torch.stack(calls)[:, 0], knots)
     return slopes_by_weight(place, network)
+
+
+def spread_knots(num_calls: int, times: Tensor) -> Tensor | None:
+    """Interpolate what a force does at every call from what it does at the observation times, ``(call, knot)``.
+
+    Along a trajectory, derivatives of a force by its weights are as smooth as the trajectory, which observations
+    resolve: cubic interpolation between neighbouring ones if their times are regular, and linear interpolation between
+    them and the middles of their intervals if not.
+
+    Returns:
+        None if there are few observations, or if the calls are not those of RK4 with steps that divide the intervals.
+    """
+    num_intervals = times.shape[-1] - 1
+    if num_intervals < FEWEST_INTERVALS or num_calls % (4 * num_intervals):
+        return None
+    num_steps = num_calls // 4
+    stages = torch.tensor([0.0, 0.5, 0.5, 1.0], dtype=torch.float64)
+    place = (torch.arange(num_steps).unsqueeze(1) + stages).flatten() * num_intervals / num_steps
+    lengths = times.double().diff(dim=-1)
+    is_regular = bool(((lengths / lengths[..., :1]) - 1.0).abs().max() < 1e-3)
+    if is_regular:
+        return _cubic(place, num_intervals + 1)
+    return _linear(2.0 * place, 2 * num_intervals + 1)
+
+
+def _cubic(place: Tensor, num_knots: int) -> Tensor:
+    """Weights of the four knots around each place, by Lagrange's polynomials."""
+    first = (place.floor() - 1.0).clamp(0.0, num_knots - 4.0)
+    offset = (place - first).unsqueeze(-1)
+    nodes = torch.arange(4.0, dtype=torch.float64)
+    factors = (offset - nodes).unsqueeze(-2).expand(-1, 4, 4)
+    gaps = nodes.unsqueeze(-1) - nodes
+    is_own = torch.eye(4, dtype=torch.bool)
+    ratios = (factors / gaps.where(~is_own, 1.0)).where(~is_own, 1.0)
+    columns = (first.unsqueeze(-1) + nodes).long()
+    return place.new_zeros(len(place), num_knots).scatter_(1, columns, ratios.prod(-1))
+
+
+def _linear(place: Tensor, num_knots: int) -> Tensor:
+    """Weights of the two knots around each place."""
+    first = place.floor().clamp(max=num_knots - 2.0)
+    share = place - first
+    columns = torch.stack([first, first + 1.0], -1).long()
+    weights = torch.stack([1.0 - share, share], -1)
+    return place.new_zeros(len(place), num_knots).scatter_(1, columns, weights)
 
 
 class Place(NamedTuple):
@@ -87,20 +142,27 @@ def slopes_by_weight(place: Place, network: nn.Module) -> Tensor:
     return ((changed - errors) / step).permute(1, 2, 0, 3)
 
 
-def slopes_by_force(place: Place, network: Residual, calls: Tensor) -> Tensor:
+def slopes_by_force(
+    place: Place, network: Residual, calls: Tensor, knots: Tensor | None = None
+) -> Tensor:
     """Run the program once for each evaluation of the force, and differentiate the force by its weights.
 
     Arguments:
         place: where the program is linearized.
         network: the force.
         calls: latents and inputs of each evaluation, ``(call, task, shot, latent + input)``.
+        knots: result of :func:`spread_knots`, for one run for each knot instead.
     """
-    num_calls = len(calls)
     outputs = network.outputs
     errors = place.errors()
+    if knots is None:
+        knots = torch.eye(len(calls))
+    knots = knots.to(errors)
+    calls = calls[knots.argmax(0)]  # the evaluations at the knots
+    num_calls = len(calls)
     step = _step(errors, num_calls)
-    identity = torch.eye(num_calls * outputs, dtype=errors.dtype, device=errors.device)
-    pushes = (step * identity).view(-1, num_calls, outputs)
+    by_component = torch.eye(outputs).to(errors)
+    pushes = step * torch.einsum("ck,op->kocp", knots, by_component).flatten(0, 1)
 
     def pushed(push: Tensor) -> Tensor:
         return evaluate_force(place, network, push)[0]
