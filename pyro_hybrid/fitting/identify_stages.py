@@ -67,9 +67,10 @@ def fit(posterior: Posterior, given: Given) -> Posterior:
     network = find_network(changed.model)
     if network is None:
         return changed.after("fit", {}, {}, "there is no neural term to train")
+    reading = first_reading(given.train)
     settings = Refinement(
         num_steps=MOST_BATCHES,
-        evidence=first_reading(given.train),
+        evidence=replace(reading, num_iterations=reading.num_iterations // 2),  # takes them twice
         forgetting=EARLY["forgetting"],
         prior_sd=1.0,
         outlier_factor=3.0,
@@ -77,16 +78,16 @@ def fit(posterior: Posterior, given: Given) -> Posterior:
         seed=given.seed,
     )
     if isinstance(changed.model.prior, SupportPrior):
-        changed.model.prior.evidence = settings.evidence  # encoders know nothing yet
+        changed.model.prior.evidence = reading  # encoders know nothing yet
     dtype = next(changed.model.parameters()).dtype
     train = _in_double(changed.model, given.train)
     is_double = train.values.dtype == torch.float64
     held_out = given.held_out.double() if is_double else given.held_out
-    before = density(changed.model, held_out, settings.evidence)
+    before = density(changed.model, held_out, reading)
     refiner = Refiner(changed.model, changed.guide, train, settings, network=network)
-    records, looks, is_settled = _run(refiner, train, held_out[:LOOKED_AT], given)
+    records, looks, is_settled = _run(refiner, train, held_out[:LOOKED_AT], reading, given)
     refiner.finish()
-    after = density(changed.model, held_out, settings.evidence)
+    after = density(changed.model, held_out, reading)
     changed.model.to(dtype)
     changed.guide.to(dtype)
     changed.model.prior.interval_scale.fill_(1.0)
@@ -109,7 +110,7 @@ def fit(posterior: Posterior, given: Given) -> Posterior:
 
 
 def _run(
-    refiner: Refiner, train: Tasks, looked_at: Tasks, given: Given
+    refiner: Refiner, train: Tasks, looked_at: Tasks, reading: GaussNewton, given: Given
 ) -> tuple[list[BatchRecord], list[float], bool]:
     """Take batches until held-out tasks are explained no better: first with a short memory, and then with a long one.
 
@@ -141,8 +142,7 @@ def _run(
                 if len(records) % LOOK_EVERY:
                     continue
                 population = refiner.population.belief
-                evidence = refiner.settings.evidence
-                looks.append(density(refiner.model, looked_at, evidence, population))
+                looks.append(density(refiner.model, looked_at, reading, population))
                 has_improved = looks[-1] > best + phase["least_gain"]
                 num_idle = 0 if has_improved else num_idle + 1
                 best = max(best, looks[-1])
