@@ -98,3 +98,20 @@ def test_the_benchmarks_were_run_as_they_are_by_default() -> None:
 def test_filling_the_page_changes_nothing_but_its_tables() -> None:
     text = page.PAGE.read_text(encoding="utf-8")
     assert page.filled(text) == text
+
+
+# ---- strangers' systems --------------------------------------------------------------------------
+
+
+def test_the_page_shows_what_was_found_on_strangers_systems(scripts: Any) -> None:
+    module = scripts("strangers")
+    text = (ROOT / "docs" / "identify.md").read_text(encoding="utf-8")
+    table = module.table(json.loads(module.FILE.read_text(encoding="utf-8")))
+    assert f"<!-- strangers -->\n\n{table}\n\n<!-- /strangers -->" in text
+
+
+def test_a_program_that_is_told_the_truth_reads_latents_from_counts(scripts: Any) -> None:
+    module = scripts("strangers")
+    case = module.CASES["epidemic"]
+    found = module.reachable(case, case.simulate(0)[:30])
+    assert min(value for values in found.values() for value in values) > 0.8

@@ -1,6 +1,6 @@
 """Systems that no example shows, as a stranger would write them, fitted by ``ph.identify`` with defaults only.
 
-    python tests/benchmarks/strangers.py [--only tank ...] [--seeds 0 1 2]
+    python tests/benchmarks/strangers.py [--only tank ...] [--seeds 0 1 2] [--table]
 
 Every system has a program with a neural term for what its user doesn't know. ``docs/results/strangers.json`` holds, for
 each latent of the truth, the correlation R of its best linear prediction from the latents that were read off the
@@ -464,11 +464,33 @@ def run(name: str, seed: int) -> dict[str, Any]:
     }
 
 
+def table(results: dict[str, Any]) -> str:
+    """The results as the page shows them."""
+    lines = [
+        "| system | latent | linear R | told the truth | seconds |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for name in CASES:
+        runs = results.get(name, {})
+        for latent in next(iter(runs.values()), {"linear_r": {}})["linear_r"]:
+            reached, possible = (
+                "; ".join(", ".join(f"{r:.3f}" for r in run[key][latent]) for run in runs.values())
+                for key in ("linear_r", "reachable")
+            )
+            seconds = ", ".join(f"{run['seconds']:.0f}" for run in runs.values())
+            lines.append(f"| {name} | {latent} | {reached} | {possible} | {seconds} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--table", action="store_true", help="print the table of the page")
     choice = parser.parse_args()
+    if choice.table:
+        print(table(json.loads(FILE.read_text())))
+        return
     torch.set_num_threads(1)
     for seed in choice.seeds:
         for name in choice.only:
