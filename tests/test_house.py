@@ -112,7 +112,7 @@ PRIVATE: dict[str, set[str]] = {
     "programs/module.py": {"_PyroModuleMeta", "_pyro_context"},  # the one door to Pyro's own
     "programs/sites.py": {"_mask"},  # Pyro: the mask of a masked distribution
     "training/loop.py": {"_foreach_lerp_"},  # torch: averages all parameters in one call
-    "training/second_order.py": {
+    "training/refinement.py": {
         "_backward_hooks",
         "_post_accumulate_grad_hooks",
     },  # torch: freezing

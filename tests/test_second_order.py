@@ -33,11 +33,8 @@ from pyro_hybrid.beliefs.families import LogNormal, Normal
 from pyro_hybrid.evidence.least_squares import LeastSquares
 from pyro_hybrid.training import weight_evidence as module
 from pyro_hybrid.training.readings import FollowedPopulation
-from pyro_hybrid.training.second_order import (
-    Refinement,
-    read_batch,
-    refine_in_place,
-)
+from pyro_hybrid.training.refinement import Refinement
+from pyro_hybrid.training.second_order import read_batch, refine_in_place
 from pyro_hybrid.training.weight_evidence import misfit, weight_evidence
 from pyro_hybrid.training.weight_slopes import (
     Place,

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 from pyro_hybrid.evidence.gauss_newton import GaussNewton
 from pyro_hybrid.systems import AdvectionDiffusion, DoublePendulum, Pendulum, System
+from pyro_hybrid.training.refinement import Refinement
 from pyro_hybrid.training.schedule import Length
-from pyro_hybrid.training.second_order import Refinement
 
 __all__ = ["CASES", "MODELS", "ONE_BY_ONE", "OURS", "UNCONDITIONAL", "Case", "Setting"]
 

@@ -37,8 +37,8 @@ from pyro_hybrid.programs.module import HybridModel, local_parameters
 from pyro_hybrid.systems import System
 from pyro_hybrid.training.fit import Fit, load
 from pyro_hybrid.training.meta_train import meta_train
+from pyro_hybrid.training.refinement import Refinement
 from pyro_hybrid.training.schedule import Ramp
-from pyro_hybrid.training.second_order import Refinement
 
 __all__ = [
     "Program",

@@ -51,7 +51,7 @@ from pyro_hybrid.models import MetaHybridVAE
 from pyro_hybrid.scores.ica import disentangle
 from pyro_hybrid.scores.mcc import mcc
 from pyro_hybrid.systems import Pendulum
-from pyro_hybrid.training.second_order import Refinement
+from pyro_hybrid.training.refinement import Refinement
 
 __all__ = ["figure", "grouping_scores", "runs", "scores", "table"]
 

@@ -23,7 +23,8 @@ from pyro_hybrid.fitting.verdict import judge
 from pyro_hybrid.inference.prior import SupportPrior
 from pyro_hybrid.nets.gauge import Gauge
 from pyro_hybrid.programs.module import HybridModel, local_parameters
-from pyro_hybrid.training.second_order import BatchRecord, Refinement, Refiner
+from pyro_hybrid.training.refinement import Refinement
+from pyro_hybrid.training.second_order import BatchRecord, Refiner
 
 __all__ = ["STAGES", "Given", "StageFunction"]
 

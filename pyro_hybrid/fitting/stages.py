@@ -16,7 +16,8 @@ from pyro_hybrid.fitting.posterior import Posterior
 from pyro_hybrid.inference.intervals import measure_interval_scale
 from pyro_hybrid.inference.prior import SupportPrior
 from pyro_hybrid.programs.fix_gauge import fix_gauge as place_gauge
-from pyro_hybrid.training.second_order import BatchRecord, Refinement, refine_in_place
+from pyro_hybrid.training.refinement import Refinement
+from pyro_hybrid.training.second_order import BatchRecord, refine_in_place
 
 __all__ = ["compute_evidence", "fix_gauge", "refine_weights", "rescale_intervals"]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -10,8 +9,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from pyro_hybrid.beliefs.belief import Belief
+from pyro_hybrid.beliefs.quadratic import Quadratic
 from pyro_hybrid.data.tasks import Tasks
-from pyro_hybrid.errors import fail, require
 from pyro_hybrid.evidence.gauss_newton import GaussNewton
 from pyro_hybrid.evidence.least_squares import Iterate, LeastSquares
 from pyro_hybrid.evidence.settings import encoder_of
@@ -19,6 +18,7 @@ from pyro_hybrid.inference.guide import AmortizedGuide
 from pyro_hybrid.inference.prior import SupportPrior
 from pyro_hybrid.programs.module import HybridModel, local_parameters
 from pyro_hybrid.training.readings import FollowedPopulation, Readings
+from pyro_hybrid.training.refinement import Refinement, check_settings, network_of
 from pyro_hybrid.training.unexplained import UnexplainedNoise, set_noise
 from pyro_hybrid.training.weight_evidence import (
     WeightEvidence,
@@ -29,37 +29,11 @@ from pyro_hybrid.training.weight_evidence import (
 )
 from pyro_hybrid.training.weight_slopes import trained_weights
 
-__all__ = ["BatchRecord", "Refinement", "Refiner", "read_batch", "refine_in_place"]
+__all__ = ["BatchRecord", "Refiner", "read_batch", "refine_in_place"]
 
-LARGEST = 10_000  # number of weights; their precision has the square of it, in float64
 POPULATION = 100  # tasks that the population is fitted to at the end, at least
 TRIES = 6  # of one batch, each with more damping
 FIRST_DAMPING = 3e-3
-
-
-class Refinement(NamedTuple):
-    """Settings of :func:`refine_in_place`.
-
-    Attributes:
-        num_steps: number of batches.
-        batch_size: number of systems in a batch.
-        evidence: how a batch is read.
-        forgetting: share of the weights' precision that each batch forgets, for earlier ones were linearized elsewhere.
-        prior_sd: how far off the weights may be.
-        outlier_factor: exclude tasks whose cost exceeds this multiple of the batch median.
-        noise: name of the model's attribute that holds the observations' standard deviation, which is set to what is
-            left unexplained; None to leave it.
-        seed: seed of the batches.
-    """
-
-    num_steps: int = 8
-    batch_size: int = 8
-    evidence: GaussNewton = GaussNewton(2)
-    forgetting: float = 0.1
-    prior_sd: float = 0.1
-    outlier_factor: float = 10.0
-    noise: str | None = "noise"
-    seed: int = 0
 
 
 def refine_in_place(
@@ -79,9 +53,10 @@ def refine_in_place(
     the weights are added (a Kalman filter whose state is the network),
 
     .. math:: H \leftarrow (1 - \gamma) H + \gamma s^{-2} I + \sum_i J_i^\top J_i, \qquad
-              w \leftarrow w - H^{-1} \sum_i J_i^\top r_i,
+              w \leftarrow w - H^{-1} \bigl(\sum_i J_i^\top r_i + \gamma s^{-2} (w - w_0)\bigr),
 
-    with forgetting :math:`\gamma` and prior standard deviation :math:`s`. The latents follow each move of the weights,
+    with forgetting :math:`\gamma`, and a prior of standard deviation :math:`s` around the weights :math:`w_0` at the
+    start, to which directions return that no system says anything about. The latents follow each move of the weights,
     without which a network that is far from its optimum can hardly move. A move is damped until its batch is explained
     better, and the damping carries over to the next batch. Systems that are explained badly count less. Meanwhile the
     population follows the systems as they are inferred: a network may grow while its latents shrink, and a population
@@ -166,17 +141,18 @@ class Refiner:
         *,
         network: nn.Module | None = None,
     ) -> None:
-        _check_settings(settings)
+        check_settings(settings)
         self.model = model
         self.guide = guide
         self.tasks = tasks
         self.settings = settings
-        self.network = _network(model, network)
+        self.network = network_of(model, network)
         self.weights = list(trained_weights(self.network).values())
         size = sum(weight.numel() for weight in self.weights)
         identity = torch.eye(size, dtype=torch.float64, device=self.weights[0].device)
         self.floor = identity / settings.prior_sd**2
         self.precision = self.floor
+        self.origin = nn.utils.parameters_to_vector(self.weights).detach().double()
         self.damping = 0.0
         self.forgetting = settings.forgetting
         self.population = FollowedPopulation(model.prior)
@@ -188,10 +164,10 @@ class Refiner:
         """Read some tasks, move the weights, and let noise and population follow."""
         with local_parameters():
             problem, iterate = self._read(rows)
-            before = (1.0 - self.forgetting) * self.precision + self.forgetting * self.floor
+            before = self._belief_before()
             evidence = weight_evidence(problem, iterate, self.network, self.settings.outlier_factor)
             after, is_accepted = self._move(problem, evidence, before)
-            self.precision = before + evidence.factor.precision
+            self.precision = before.precision + evidence.factor.precision
             kept = evidence.kept
             num_observed = problem.num_observed[kept].sum().clamp(min=1.0)
             record = BatchRecord(
@@ -212,23 +188,29 @@ class Refiner:
             start = proposal(self.model, self.guide, tasks)
         return read_batch(self.model, tasks, self.settings.evidence, self.population.belief, start)
 
+    def _belief_before(self) -> Quadratic:
+        """Return the belief about a change of the weights: a share is forgotten, back to the prior."""
+        now = nn.utils.parameters_to_vector(self.weights).double()
+        precision = (1.0 - self.forgetting) * self.precision + self.forgetting * self.floor
+        return Quadratic(self.forgetting * self.floor @ (self.origin - now), precision)
+
     def _move(
-        self, problem: LeastSquares, evidence: WeightEvidence, before: Tensor
+        self, problem: LeastSquares, evidence: WeightEvidence, before: Quadratic
     ) -> tuple[Iterate, bool]:
         """Move the weights so that the batch is explained better, or not at all; read the batch again."""
         old = nn.utils.parameters_to_vector(self.weights)
         kept = evidence.kept
         iterate = evidence.iterate
         cost_before = float(misfit(problem, iterate.cost)[kept].sum())
-        factor = evidence.factor
+        total = before + evidence.factor
+        diagonal = torch.diag(evidence.factor.precision.diagonal())
         for attempt in range(TRIES):
-            precision = before + factor.precision
-            precision = precision + torch.diag(self.damping * factor.precision.diagonal())
-            move = torch.linalg.solve(precision, factor.information)
+            move = torch.linalg.solve(total.precision + self.damping * diagonal, total.information)
             nn.utils.vector_to_parameters(old + move.to(old), self.weights)
             moved = move_latents(problem, evidence, move)
             proposed = GaussNewton(2).descend(problem, moved.task, 2, moved.shot)
-            cost = misfit(problem, proposed.cost)[kept].sum() + move @ before @ move
+            cost = misfit(problem, proposed.cost)[kept].sum()
+            cost = cost + move @ before.precision @ move - 2.0 * before.information @ move
             if float(cost) < cost_before:
                 if attempt == 0:
                     self.damping = 0.2 * self.damping if self.damping > 1e-4 else 0.0
@@ -290,59 +272,3 @@ def read_batch(
     problem = LeastSquares(model, tasks.shots(slice(None)), belief)
     iterate = evidence.minimize(problem, start)
     return problem, evidence.descend(problem, iterate.task, evidence.num_iterations, iterate.shot)
-
-
-def _network(model: HybridModel, network: nn.Module | None) -> nn.Module:
-    network = network if network is not None else getattr(model, "residual", None)
-    if network is None:
-        fail(
-            "a network",
-            f"{type(model).__name__} without a residual",
-            "Pass network=, such as model.force.",
-        )
-    weights = trained_weights(network)
-    require(
-        bool(weights),
-        "a network with weights that are not frozen",
-        type(network).__name__,
-        "Pass the part that was trained.",
-    )
-    hooked = [
-        name
-        for name, weight in weights.items()
-        if weight._backward_hooks or weight._post_accumulate_grad_hooks
-    ]
-    require(
-        not hooked,
-        "weights without hooks on their gradients, which second-order training can't see",
-        hooked,
-        "Freeze entries with torch.nn.utils.parametrize, or whole weights with requires_grad_(False).",
-    )
-    size = sum(weight.numel() for weight in weights.values())
-    require(
-        size <= LARGEST,
-        f"a network of up to {LARGEST} weights",
-        size,
-        "Refine a part of it, or train longer.",
-    )
-    return network
-
-
-def _check_settings(settings: Refinement) -> None:
-    checks: list[tuple[str, Callable[[float], bool], str]] = [
-        ("num_steps", lambda x: isinstance(x, int) and x >= 1, "a whole number of 1 or more"),
-        ("batch_size", lambda x: isinstance(x, int) and x >= 1, "a whole number of 1 or more"),
-        ("forgetting", lambda x: 0.0 <= x < 1.0, "a number in [0, 1)"),
-        ("prior_sd", lambda x: 0.0 < x < float("inf"), "a positive number"),
-        ("outlier_factor", lambda x: x > 1.0, "a number above 1"),
-    ]
-    for name, is_good, wanted in checks:
-        value = getattr(settings, name)
-        require(is_good(value), f"{name} as {wanted}", repr(value), "The default is a good choice.")
-    require(
-        isinstance(settings.evidence, GaussNewton),
-        "evidence=ph.GaussNewton(...)",
-        type(settings.evidence).__name__,
-        "A batch is linearized where Gauss-Newton ends.",
-        TypeError,
-    )
