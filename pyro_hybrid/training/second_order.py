@@ -40,7 +40,7 @@ def refine_in_place(
     model: HybridModel,
     guide: AmortizedGuide,
     tasks: Tasks,
-    settings: Refinement = Refinement(),
+    settings: Refinement,
     *,
     network: nn.Module | None = None,
     progress: bool = True,
