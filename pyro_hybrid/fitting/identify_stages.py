@@ -32,11 +32,9 @@ MOST_BATCHES = 80
 LOOK_EVERY = 4  # batches
 LOOKED_AT = 16  # held-out tasks
 PATIENCE = 2  # looks without improvement
-EARLY = {
-    "forgetting": 0.5,
-    "least_gain": 0.01,
-}  # steps are long, and what was seen before is soon wrong
-LATE = {"forgetting": 0.05, "least_gain": 0.002}  # batches add up
+EARLY = {"prior_sd": 1.0, "forgetting": 0.5}  # what was seen before is soon wrong
+LATE = {"prior_sd": 0.1, "forgetting": 0.05}  # batches add up; what they say nothing about stays
+LEAST_GAIN = 0.01, 0.002  # of the log density, early and late
 READ_AT_ONCE = 20
 SAME_COST = 0.02  # of a task's observations: costs that differ by less are the same
 FEW = 0.02  # share of tasks that may be read better by more effort
@@ -73,7 +71,7 @@ def fit(posterior: Posterior, given: Given) -> Posterior:
         num_steps=MOST_BATCHES,
         evidence=replace(reading, num_iterations=reading.num_iterations // 2),  # takes them twice
         forgetting=EARLY["forgetting"],
-        prior_sd=1.0,
+        prior_sd=EARLY["prior_sd"],
         outlier_factor=3.0,
         noise=find_noise(changed.model, given.train),
         seed=given.seed,
@@ -130,8 +128,8 @@ def _run(
         leave=False,
     )
     with bar:
-        for phase in (EARLY, LATE):
-            refiner.forgetting = phase["forgetting"]
+        for phase, least_gain in zip((EARLY, LATE), LEAST_GAIN, strict=True):
+            refiner.hold(**phase)
             best = looks[-1] if looks else -math.inf
             num_idle = 0
             while num_idle < PATIENCE:
@@ -144,7 +142,7 @@ def _run(
                     continue
                 population = refiner.population.belief
                 looks.append(density(refiner.model, looked_at, reading, population))
-                has_improved = looks[-1] > best + phase["least_gain"]
+                has_improved = looks[-1] > best + least_gain
                 num_idle = 0 if has_improved else num_idle + 1
                 best = max(best, looks[-1])
     return records, looks, True

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from pyro_hybrid.beliefs.belief import Belief
-from pyro_hybrid.beliefs.quadratic import Quadratic
 from pyro_hybrid.data.tasks import Tasks
 from pyro_hybrid.evidence.gauss_newton import GaussNewton
 from pyro_hybrid.evidence.least_squares import Iterate, LeastSquares
@@ -53,10 +52,9 @@ def refine_in_place(
     the weights are added (a Kalman filter whose state is the network),
 
     .. math:: H \leftarrow (1 - \gamma) H + \gamma s^{-2} I + \sum_i J_i^\top J_i, \qquad
-              w \leftarrow w - H^{-1} \bigl(\sum_i J_i^\top r_i + \gamma s^{-2} (w - w_0)\bigr),
+              w \leftarrow w - H^{-1} \sum_i J_i^\top r_i,
 
-    with forgetting :math:`\gamma`, and a prior of standard deviation :math:`s` around the weights :math:`w_0` at the
-    start, to which directions return that no system says anything about. The latents follow each move of the weights,
+    with forgetting :math:`\gamma` and prior standard deviation :math:`s`. The latents follow each move of the weights,
     without which a network that is far from its optimum can hardly move. A move is damped until its batch is explained
     better, and the damping carries over to the next batch. Systems that are explained badly count less. Meanwhile the
     population follows the systems as they are inferred: a network may grow while its latents shrink, and a population
@@ -152,7 +150,6 @@ class Refiner:
         identity = torch.eye(size, dtype=torch.float64, device=self.weights[0].device)
         self.floor = identity / settings.prior_sd**2
         self.precision = self.floor
-        self.origin = nn.utils.parameters_to_vector(self.weights).detach().double()
         self.damping = 0.0
         self.forgetting = settings.forgetting
         self.population = FollowedPopulation(model.prior)
@@ -164,10 +161,10 @@ class Refiner:
         """Read some tasks, move the weights, and let noise and population follow."""
         with local_parameters():
             problem, iterate = self._read(rows)
-            before = self._belief_before()
+            before = (1.0 - self.forgetting) * self.precision + self.forgetting * self.floor
             evidence = weight_evidence(problem, iterate, self.network, self.settings.outlier_factor)
             after, is_accepted = self._move(problem, evidence, before)
-            self.precision = before.precision + evidence.factor.precision
+            self.precision = before + evidence.factor.precision
             kept = evidence.kept
             num_observed = problem.num_observed[kept].sum().clamp(min=1.0)
             record = BatchRecord(
@@ -188,30 +185,31 @@ class Refiner:
             start = proposal(self.model, self.guide, tasks)
         return read_batch(self.model, tasks, self.settings.evidence, self.population.belief, start)
 
-    def _belief_before(self) -> Quadratic:
-        """Return the belief about a change of the weights: a share is forgotten, back to the prior."""
-        now = nn.utils.parameters_to_vector(self.weights).double()
-        precision = (1.0 - self.forgetting) * self.precision + self.forgetting * self.floor
-        return Quadratic(self.forgetting * self.floor @ (self.origin - now), precision)
+    def hold(self, prior_sd: float, forgetting: float) -> None:
+        """Hold weights closer to where they are now, and remember former batches longer."""
+        closer = torch.eye(len(self.floor)).to(self.floor) / prior_sd**2
+        self.precision = self.precision + closer - self.floor
+        self.floor = closer
+        self.forgetting = forgetting
 
     def _move(
-        self, problem: LeastSquares, evidence: WeightEvidence, before: Quadratic
+        self, problem: LeastSquares, evidence: WeightEvidence, before: Tensor
     ) -> tuple[Iterate, bool]:
         """Move the weights so that the batch is explained better, or not at all; read the batch again."""
         old = nn.utils.parameters_to_vector(self.weights)
         kept = evidence.kept
         iterate = evidence.iterate
         cost_before = float(misfit(problem, iterate.cost)[kept].sum())
-        total = before + evidence.factor
-        diagonal = torch.diag(evidence.factor.precision.diagonal())
+        factor = evidence.factor
+        diagonal = torch.diag(factor.precision.diagonal())
         for attempt in range(TRIES):
-            move = torch.linalg.solve(total.precision + self.damping * diagonal, total.information)
+            precision = before + factor.precision + self.damping * diagonal
+            move = torch.linalg.solve(precision, factor.information)
             nn.utils.vector_to_parameters(old + move.to(old), self.weights)
             moved = move_latents(problem, evidence, move)
             proposed = GaussNewton(2).descend(problem, moved.task, 2, moved.shot)
             cost = misfit(problem, proposed.cost)[kept].sum()
-            cost = cost + move @ before.precision @ move - 2.0 * before.information @ move
-            if float(cost) < cost_before:
+            if float(cost + move @ before @ move) < cost_before:
                 if attempt == 0:
                     self.damping = 0.2 * self.damping if self.damping > 1e-4 else 0.0
                 return proposed, True
