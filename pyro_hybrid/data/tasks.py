@@ -5,23 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
+from pyro_hybrid.data.arrange import cut_times, measured_states
 from pyro_hybrid.data.episode import Episode
 from pyro_hybrid.data.shots import Shots
 from pyro_hybrid.data.tables import read_table
 from pyro_hybrid.data.validate import (
-    check_initial,
     check_inputs,
     check_latents,
     check_pieces,
     check_rows,
     check_trajectories,
     require_integer,
-    require_measured,
 )
 from pyro_hybrid.errors import fail, require
 from pyro_hybrid.shapes import Mask, Times, Trajectories
@@ -100,18 +99,18 @@ class Tasks:
             check_pieces(pieces, values, initial)
             clocks = times if times.dim() > 1 else times.expand(values.shape[1], -1)
             times, values, observed, inputs = (
-                _cut(clocks, pieces, clocks.dim() - 1),
-                _cut(values, pieces, 2),
-                _cut(observed, pieces, 2),
-                _cut(inputs, pieces, 2),
+                cut_times(clocks, pieces, clocks.dim() - 1),
+                cut_times(values, pieces, 2),
+                cut_times(observed, pieces, 2),
+                cut_times(inputs, pieces, 2),
             )
-            initial = _cut(initial, pieces, 2) if isinstance(initial, Tensor) else initial
+            initial = cut_times(initial, pieces, 2) if isinstance(initial, Tensor) else initial
         check_trajectories(times, values, num_support, observed)
         check_inputs(inputs, values)
         check_latents(true_latents, len(values))
         if observed is None:
             observed = torch.ones_like(values, dtype=torch.bool)
-        measured = _measured_states(times, values, observed, initial)
+        measured = measured_states(times, values, observed, initial)
         is_complete = measured is not None and measured.dim() == 4
         scored = observed
         if is_complete:  # the first observation has become the initial state
@@ -318,62 +317,3 @@ def require_tasks(tasks: object, name: str = "tasks") -> None:
             "Make one with ph.Tasks.from_trajectories, or of a table with ph.Tasks.from_frame.",
             TypeError,
         )
-
-
-def _cut(value: Any, pieces: int, dim: int) -> Any:
-    """Cut the axis of times into pieces, which count as shots; None stays None."""
-    if value is None:
-        return None
-    length = value.shape[dim] // pieces
-    whole = value.narrow(dim, 0, length * pieces)
-    return whole.unflatten(dim, (pieces, length)).flatten(dim - 1, dim)
-
-
-def _measured_states(
-    times: Tensor,
-    values: Tensor,
-    observed: Tensor,
-    initial: Tensor | str | None,
-) -> Tensor | None:
-    """Check measured states, of the first time or of all times, and fill their gaps."""
-    if initial is None:
-        return None
-    if isinstance(initial, str):
-        require(
-            initial == "sensors",
-            "initial='sensors', a tensor or None",
-            repr(initial),
-            "Pass 'sensors' if the sensors are the state's components.",
-        )
-        require(
-            values.shape[2] > 1,
-            "two times or more, the first of which is the start",
-            "one",
-            "Pass initial=None for data that don't move.",
-        )
-        states = values.where(observed, torch.nan)
-    else:
-        check_initial(initial, values)
-        states = initial
-    if states.dim() == 4 and not bool(observed.all()):
-        states = _fill_gaps(times, states)
-    require_measured("initial", states)
-    return states
-
-
-def _fill_gaps(times: Tensor, states: Tensor) -> Tensor:
-    """Interpolate missing states linearly in time, because segments may have to start there."""
-    clocks = times.expand(*states.shape[:2], -1).unsqueeze(-1).expand_as(states)
-    last = times.shape[-1] - 1
-    is_known = torch.isfinite(states)
-    index = torch.arange(last + 1, device=times.device).view(-1, 1)
-    before = index.where(is_known, -1).cummax(2).values
-    after = index.where(is_known, last + 1).flip(2).cummin(2).values.flip(2)
-    start = before.where(before >= 0, after).clamp(max=last)
-    end = after.where(after <= last, before).clamp(min=0)
-    known = states.where(is_known, 0.0)
-    start_time = clocks.gather(2, start)
-    gap = clocks.gather(2, end) - start_time
-    share = (clocks - start_time) / gap.where(gap > 0.0, 1.0)
-    share = share.where(gap > 0.0, 0.0)
-    return torch.lerp(known.gather(2, start), known.gather(2, end), share)
