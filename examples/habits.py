@@ -82,7 +82,7 @@ def export(
 ) -> None:
     """Report on held-out tasks; write posterior, ArviZ data, figures, certificate.json and metrics.json."""
     system = posterior.model.system
-    numbers = posterior.stages[0].numbers
+    numbers = posterior.stages[0].numbers if fit is None else {}
     support = held_out.episode().support
     report = posterior.report(
         train[:12] if choice.fast else train,
