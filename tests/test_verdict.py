@@ -79,13 +79,18 @@ def test_a_wrong_equation_shows_in_noise_residuals_and_fit() -> None:
 
 def test_a_wrong_equation_shows_although_the_noise_was_learned_from_it() -> None:
     found = names(judged(decays(lambda t: 2.0 * torch.sin(4.0 * t)), noise=0.3))
-    assert {"noise", "residuals"} <= found and "fit" not in found
+    assert {"noise", "residuals"} <= found
 
 
 def test_a_noise_that_is_too_small_shows_in_the_fit_alone() -> None:
     verdict = judged(decays(), noise=NOISE / 3.0)
     assert names(verdict) == {"fit"}
     assert "If the noise is fixed, learn it." in verdict.findings[0].remedy
+
+
+def test_a_noise_that_is_much_too_large_shows_in_the_fit() -> None:
+    verdict = judged(decays(), noise=3.0 * NOISE)
+    assert names(verdict) == {"fit"} and "the noise was not learned" in str(verdict)
 
 
 def test_systems_of_another_kind_are_counted_and_named() -> None:

@@ -184,10 +184,11 @@ def density(
             some = tasks[start : start + READ_AT_ONCE]
             problem = LeastSquares(model, some.shots(), belief)
             iterate = evidence.minimize(problem)
-            for site in problem.observe(iterate.task[None], iterate.shot[None])[:1]:
+            total = torch.zeros_like(problem.num_observed)
+            for site in problem.observe(iterate.task[None], iterate.shot[None]):
                 log_prob = site.fn.log_prob(site.value).where(site.mask, 0.0)
-                total = log_prob.double().reshape(len(some), -1).sum(1)
-                values.append(total / problem.num_observed.clamp(min=1.0))
+                total = total + log_prob.double().reshape(len(some), -1).sum(1)
+            values.append(total / problem.num_observed.clamp(min=1.0))
     return float(torch.cat(values).nan_to_num(-torch.inf).median())
 
 
@@ -256,7 +257,7 @@ def intervals(posterior: Posterior, given: Given) -> Posterior:
         return posterior.copy().after("intervals", {}, {}, "the prior reads no support")
     changed = rescale_intervals(posterior, given.train[:200])
     scale = changed.model.prior.interval_scale.tolist()
-    summary = f"widened by factors of {min(scale):.2f} to {max(scale):.2f}"
+    summary = f"standard deviations scaled by {min(scale):.2f} to {max(scale):.2f}"
     return Posterior(changed.model, changed.guide, posterior.stages).after(
         "intervals", {}, {"scale": scale}, summary
     )

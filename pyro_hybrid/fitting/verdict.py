@@ -143,6 +143,13 @@ def _fit(problem: LeastSquares, iterate: Iterate) -> Iterator[Finding]:
             "Something is missing in the equations, or the neural term can't express it: give it more inputs or "
             "latents. If the noise is fixed, learn it.",
         )
+    if per_observation < 1.0 / POOR_FIT:
+        yield Finding(
+            "fit",
+            f"A typical system's squared errors are only {per_observation:.3g} times those of the noise that the program "
+            "claims: the noise was not learned.",
+            "Make the noise a parameter of the model. identify learns it if the program observes a single site.",
+        )
 
 
 def _unread(problem: LeastSquares, iterate: Iterate) -> Iterator[Finding]:

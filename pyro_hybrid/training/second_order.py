@@ -60,8 +60,8 @@ def refine_in_place(
     population follows the systems as they are inferred: a network may grow while its latents shrink, and a population
     that stays behind would then say nothing.
 
-    A batch costs as many runs of the program as there are weights, or as a :class:`~pyro_hybrid.Residual` is
-    evaluated in one, whichever are fewer. Weights with ``requires_grad=False`` stay as they are.
+    A batch costs as many runs of the program as there are weights, or for a :class:`~pyro_hybrid.Residual` as there are
+    observation times, whichever are fewer. Weights with ``requires_grad=False`` stay as they are.
 
     References:
         | Incremental Least Squares Methods and the Extended Kalman Filter (Bertsekas, 1996)
