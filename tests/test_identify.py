@@ -210,6 +210,23 @@ def test_networks_and_noise_are_found_by_experiment(tasks: ph.Tasks) -> None:
     assert find_network(Line()) is None
 
 
+def test_a_noise_that_is_a_plain_parameter_is_found_and_learned(tasks: ph.Tasks) -> None:
+    class Plain(Pushed):
+        def __init__(self) -> None:
+            super().__init__(width=3)
+            del self.noise
+            self.noise = torch.nn.Parameter(torch.tensor([0.3]))
+
+    torch.manual_seed(0)
+    model = Plain()
+    model.to(tasks.values.dtype)
+    assert find_noise(model, tasks) == "noise"
+    assert model.noise.item() == pytest.approx(0.3)
+    changes = {**dict.fromkeys(STAGES), "fit": STAGES["fit"]}
+    result = ph.identify(model, tasks, progress=False, stages=changes)
+    assert result.model.noise.item() == pytest.approx(0.05, rel=0.2)
+
+
 def test_short_segments_come_first_if_states_are_measured() -> None:
     system = ph.systems.Pendulum()
     assert first_reading(system.simulate(2, 2, 0)).segments == (7, 7)

@@ -9,6 +9,7 @@ from pyro_hybrid.data.tasks import Tasks
 from pyro_hybrid.dynamics.modes import skip_integration
 from pyro_hybrid.programs.module import HybridModel, local_parameters
 from pyro_hybrid.programs.run import run_at
+from pyro_hybrid.training.unexplained import assign
 from pyro_hybrid.training.weight_slopes import trained_weights
 
 __all__ = ["find_network", "find_noise"]
@@ -37,9 +38,10 @@ def find_noise(model: HybridModel, tasks: Tasks) -> str | None:
             continue
         before = _noise_of(model, tasks)
         with local_parameters():
-            setattr(model, name, CHANGE * value)
+            original = value.clone()
+            assign(model, name, CHANGE * original)
             after = _noise_of(model, tasks)
-            setattr(model, name, value)
+            assign(model, name, original)
         is_proportional = [
             torch.allclose(b, CHANGE * a, rtol=1e-4) for a, b in zip(before, after, strict=True)
         ]
@@ -54,4 +56,5 @@ def _noise_of(model: HybridModel, tasks: Tasks) -> list[Tensor]:
     with local_parameters(), skip_integration():
         belief = model.prior.population().expand(episode.query.shape[0])
         values = belief.constrained(belief.moments()[0])
-        return [site.scale for site in run_at(model, episode, values).observations]
+        sites = run_at(model, episode, values).observations
+        return [site.scale.clone() for site in sites]  # which may be the parameter itself

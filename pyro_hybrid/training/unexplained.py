@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyro_hybrid.errors import fail, require
 from pyro_hybrid.evidence.least_squares import Iterate, LeastSquares
 from pyro_hybrid.programs.module import HybridModel
 from pyro_hybrid.programs.run import run_at
 
-__all__ = ["UnexplainedNoise", "set_noise"]
+__all__ = ["UnexplainedNoise", "assign", "set_noise"]
 
 
 class UnexplainedNoise:
@@ -64,4 +64,14 @@ def set_noise(model: HybridModel, name: str, deviations: Tensor) -> None:
     new = deviations if old.numel() == len(deviations) else deviations.square().mean().sqrt()
     new = new.reshape(old.shape).to(old)
     is_usable = new > 0.0  # False where it isn't a number
-    setattr(model, name, torch.where(is_usable, new, old))
+    assign(model, name, torch.where(is_usable, new, old))
+
+
+@torch.no_grad()
+def assign(model: HybridModel, name: str, value: Tensor) -> None:
+    """Set an attribute of a model to a value, be it a parameter of torch or of Pyro."""
+    old = getattr(model, name)
+    if isinstance(old, nn.Parameter):
+        old.copy_(value)
+    else:
+        setattr(model, name, value)
